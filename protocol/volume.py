@@ -1,0 +1,59 @@
+"""The narrow interface through which the wire protocols reach a disk. A vdisk and a snapshot of `storage` satisfy it.
+
+Rules that make the hot path possible (design section 3):
+
+- ``try_read`` and ``write`` + ``settle`` make no Task, Future or coroutine when the data is at hand.
+- A completion is called exactly once; it may be called before the method that took it returns.
+- Errors are given to completions (or raised by ``try_read``), and each carries an ``errno`` attribute
+  (EIO: the block's checksum failed or the device did; ENOSPC: the pool is full; EROFS: read-only; EINVAL: out of range;
+  ESHUTDOWN: the volume is going away), from which each protocol makes its own status.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+from uuid import UUID
+
+Buffer = bytes | bytearray | memoryview
+Completion = Callable[[Exception | None], None]
+ReadCompletion = Callable[[Buffer | None, Exception | None], None]
+
+
+class BlockVolume(Protocol):
+    """One disk. Offsets and lengths are bytes, multiples of 512, and within ``size_bytes``: the caller has checked them."""
+
+    @property
+    def name(self) -> str:
+        """Name of the vdisk (``NAME``) or the snapshot (``NAME@SNAP``)."""
+
+    @property
+    def uuid(self) -> UUID:
+        """Identity for life; SCSI designators are made from it."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Size now. It may change while sessions are open (resize)."""
+
+    @property
+    def read_only(self) -> bool:
+        """True for snapshots, and for every volume of a pool that went read-only."""
+
+    def try_read(self, offset_bytes: int, length_bytes: int) -> Buffer | None:
+        """Data at once, or None when it has to be waited for (then call ``read``). Raises an error with ``errno``."""
+
+    def read(self, offset_bytes: int, length_bytes: int, done: ReadCompletion) -> None:
+        """Read by way of the I/O threads."""
+
+    def write(self, offset_bytes: int, data: Buffer, fua: bool, done: Completion) -> None:
+        """Take a write into the current batch. ``data`` need stay valid only until the next ``settle`` returns."""
+
+    def settle(self) -> None:
+        """Carry out the batch of writes taken since the last call: call it once at the end of each wake-up."""
+
+    def unmap(self, offset_bytes: int, length_bytes: int, done: Completion) -> None:
+        """Deallocate; the range reads as zeros afterwards (partial blocks at its ends are zeroed)."""
+
+    def write_zeros(self, offset_bytes: int, length_bytes: int, fua: bool, done: Completion) -> None:
+        """Make the range zeros, deallocating whole blocks."""
+
+    def flush(self, done: Completion) -> None:
+        """Make every write that was completed before this call durable."""

@@ -1,0 +1,79 @@
+"""Errors of the store. Each class carries ``errno``, from which the wire protocols make their status.
+
+The tree has three branches: what the caller asked for cannot be (RequestError), the device or the data on it failed
+(DeviceFailed, BlockDamaged, PoolDamaged), and what a pool cannot do in its present state (PoolFull, PoolReadOnly).
+"""
+
+import errno
+
+
+class StorageError(Exception):
+    """Root of all errors that `storage` raises on purpose. The message says the cause and the next step."""
+
+    errno: int = errno.EIO
+
+
+class RequestError(StorageError):
+    """The caller asked for something that cannot be; nothing was changed."""
+
+    errno = errno.EINVAL
+
+
+class NotFound(RequestError):
+    """No vdisk, snapshot or split of that name."""
+
+    errno = errno.ENOENT
+
+
+class Conflict(RequestError):
+    """It exists already, or something that the message names blocks it."""
+
+    errno = errno.EBUSY
+
+
+class OutOfRange(RequestError):
+    """The range does not lie within the volume."""
+
+    errno = errno.EINVAL
+
+
+class PoolFull(StorageError):
+    """No free block is left for this write; reads, deletes and consistency points still work."""
+
+    errno = errno.ENOSPC
+
+
+class PoolReadOnly(StorageError):
+    """The pool stopped taking writes (a failed sync, a damaged intent log, an unknown ro_compat feature), or the volume is a snapshot."""
+
+    errno = errno.EROFS
+
+
+class VolumeClosed(StorageError):
+    """The volume was deleted or the pool is closing."""
+
+    errno = errno.ESHUTDOWN
+
+
+class DeviceFailed(StorageError):
+    """The device refused a read, a write or a sync."""
+
+    errno = errno.EIO
+
+
+class BlockDamaged(StorageError):
+    """A block's CRC32C is not the one that its pointer holds: bit rot, a misdirected or a lost write."""
+
+    errno = errno.EIO
+
+
+class PoolRefused(StorageError):
+    """The file or device cannot be opened as a pool: not one, a newer format, truncated, or locked. It was not touched."""
+
+    errno = errno.EINVAL
+
+
+class PoolLocked(PoolRefused):
+    """Another process has the pool open."""
+
+    errno = errno.EBUSY
