@@ -1,0 +1,58 @@
+# Every target sets up what it needs: a virtual environment in .venv with the exact versions of constraints.txt.
+# PYTHON chooses the interpreter that .venv is made from; CI=true turns a missing client program into a failure.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PYTEST_ARGS ?=
+
+.PHONY: help setup demo test lint format bench conformance crash clean
+
+help:
+	@echo "make demo         the main job from nothing: daemon, vdisk over iSCSI, snapshot, clone, online split, verification"
+	@echo "make test         all tests (PYTEST_ARGS='-k name' to choose)"
+	@echo "make lint         ruff and mypy --strict"
+	@echo "make bench        benches, with the real clients where they are installed"
+	@echo "make conformance  protocol conformance suites"
+	@echo "make crash        crash and power-loss tests, long form"
+	@echo "make setup        only the virtual environment"
+	@echo "make clean        remove .venv and caches"
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "cleaved needs Python 3.11 or newer; choose it with PYTHON=..., e.g. make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "this Python lacks the venv module; install it: apt-get install python3-venv" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/python -m daemon.demo
+
+test: $(READY)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The three folders below hold programs and long tests of their own; what is there is what runs.
+bench: $(READY)
+	@for script in tests/load/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+conformance: $(READY)
+	$(BIN)/python -m pytest tests/conformance $(PYTEST_ARGS)
+
+crash: $(READY)
+	CLEAVED_LONG=1 $(BIN)/python -m pytest tests/crash tests/storage/test_model.py $(PYTEST_ARGS)
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
