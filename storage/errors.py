@@ -56,9 +56,17 @@ class VolumeClosed(StorageError):
 
 
 class DeviceFailed(StorageError):
-    """The device refused a read, a write or a sync."""
+    """The device refused a read, a write or a sync. ``cause_errno`` is what the operating system said of it."""
 
     errno = errno.EIO
+    cause_errno: int = errno
+
+
+class DeviceFull(DeviceFailed):
+    """The device's own backing (the host file system, a thin volume) has no space left for this write."""
+
+    errno = errno.ENOSPC
+    cause_errno: int = errno
 
 
 class BlockDamaged(StorageError):

@@ -1,0 +1,8 @@
+"""The device under a pool: one narrow interface, an ordinary file and a raw block device behind it, and the I/O threads.
+
+Everything above uses only ``Device`` and ``open_device`` / ``create_file``; which kind of device it is shows nowhere else.
+"""
+
+from storage.device.interface import Buffer, Device, WritableBuffer
+
+__all__ = ["Buffer", "Device", "WritableBuffer"]
