@@ -3,6 +3,8 @@
 Everything above uses only ``Device`` and ``open_device`` / ``create_file``; which kind of device it is shows nowhere else.
 """
 
+from storage.device.file import create_file
 from storage.device.interface import Buffer, Device, WritableBuffer
+from storage.device.opening import open_device
 
-__all__ = ["Buffer", "Device", "WritableBuffer"]
+__all__ = ["Buffer", "Device", "WritableBuffer", "create_file", "open_device"]

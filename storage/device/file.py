@@ -1,0 +1,125 @@
+"""A pool in an ordinary file: sparse, discards punch holes, the whole file is locked (flock(2))."""
+
+import contextlib
+import ctypes
+import errno
+import logging
+import os
+from collections.abc import Iterator
+
+from storage.device.descriptor import DescriptorDevice
+from storage.device.failures import device_error
+from storage.errors import Conflict, DeviceFull, OutOfRange, PoolRefused
+
+LOG = logging.getLogger(__name__)
+
+# linux/falloc.h
+FALLOC_FL_KEEP_SIZE = 0x01
+FALLOC_FL_PUNCH_HOLE = 0x02
+# Punching holds the file's lock, and inline writes wait for that: in steps they get their turn in between.
+DISCARD_STEP_BYTES = 64 * 1024 * 1024
+MEMORY_FILE_SYSTEMS = frozenset(("tmpfs", "ramfs"))
+# Data of all clients stands in it: for the daemon's user alone.
+FILE_MODE = 0o600
+
+# Python has posix_fallocate only, which cannot punch. ctypes gives up the interpreter lock during the call.
+_FALLOCATE = ctypes.CDLL(None, use_errno=True).fallocate
+_FALLOCATE.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_FALLOCATE.restype = ctypes.c_int
+
+
+class FileDevice(DescriptorDevice):
+    """An ordinary file, as ``open_device`` opened and locked it."""
+
+    __slots__ = ("_can_punch",)
+
+    def __init__(self, path: str, descriptor: int) -> None:
+        """Take over ``descriptor``."""
+        in_memory = file_system_type(descriptor) in MEMORY_FILE_SYSTEMS
+        super().__init__(path, descriptor, os.fstat(descriptor).st_size, in_memory=in_memory)
+        self._can_punch = True
+
+    def _discard(self, offset_bytes: int, length_bytes: int) -> None:
+        end_bytes = offset_bytes + length_bytes
+        try:
+            for start in range(offset_bytes, end_bytes, DISCARD_STEP_BYTES):
+                if not self._can_punch:
+                    return
+                punch_hole(self._descriptor, start, min(DISCARD_STEP_BYTES, end_bytes - start))
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise device_error(self._path, f"discard {length_bytes} bytes at byte {offset_bytes}", error) from error
+            self._can_punch = False
+            LOG.info("%s: its file system cannot punch holes; freed blocks stay allocated in the file", self._path)
+
+    def _grow(self, size_bytes: int, _: None) -> None:
+        if size_bytes < self._size_bytes:
+            raise OutOfRange(f"{self._path}: has {self._size_bytes} bytes, and a device cannot shrink to {size_bytes}")
+        try:
+            os.ftruncate(self._descriptor, size_bytes)
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise device_error(self._path, f"grow to {size_bytes} bytes", error) from error
+        self._size_bytes = size_bytes
+
+
+def punch_hole(descriptor: int, offset_bytes: int, length_bytes: int) -> None:
+    """Give the range back to the file system; the size stays (fallocate(2)). Raises OSError."""
+    while _FALLOCATE(descriptor, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset_bytes, length_bytes) != 0:
+        code = ctypes.get_errno()
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
+
+
+def file_system_type(descriptor: int) -> str:
+    """Name of the file system that holds the open file ("ext4"), or "" where /proc does not tell (proc(5), mountinfo)."""
+    device = os.fstat(descriptor).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
+            return next((line.split(" - ", 1)[1].split()[0] for line in mounts if line.split()[2] == number), "")
+    except OSError as error:
+        LOG.info("the type of the file system is not known: %s", error)
+        return ""
+
+
+def create_file(path: str, size_bytes: int) -> None:
+    """Make a new sparse file, durably. Raises Conflict (something has that name), DeviceFull, PoolRefused; then nothing is left."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, FILE_MODE)
+    except FileExistsError as error:
+        raise Conflict(f"{path} exists already; choose another path, or open it as the pool that it may be") from error
+    except OSError as error:
+        raise PoolRefused(f"{path} cannot be created: {error.strerror}; choose a folder that exists and may be written") from error
+    try:
+        with removed_on_failure(path):
+            os.ftruncate(descriptor, size_bytes)
+            os.fsync(descriptor)
+            sync_folder_of(path)
+    except OSError as error:
+        failure = device_error(path, f"make a file of {size_bytes} bytes", error)
+        if isinstance(failure, DeviceFull):
+            raise failure from error
+        # EFBIG: ext4 ends at 16 TiB, for one.
+        raise PoolRefused(f"{path} cannot have {size_bytes} bytes: {error.strerror}; choose a smaller size or other file system") from error
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def removed_on_failure(path: str) -> Iterator[None]:
+    """Remove the file that this process has just made when the block fails."""
+    try:
+        yield
+    except BaseException:
+        os.unlink(path)
+        raise
+
+
+def sync_folder_of(path: str) -> None:
+    """Make the file's name durable (fsync(2): the file's own fsync does not). Raises OSError."""
+    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
