@@ -1,0 +1,24 @@
+"""Every limit of the control protocol, with its reason."""
+
+from typing import Final
+
+# The largest request is a group snapshot of a few thousand names; 1 MiB holds 5,000 of the longest.
+REQUEST_BYTES_MAX: Final = 1 << 20
+# The largest response is the list of all vdisks: 100,000 entries of about 300 bytes are 30 MB.
+RESPONSE_BYTES_MAX: Final = 1 << 28
+# Items of one array or map. The decoder allocates by the count that the peer claims, before the items have come.
+REQUEST_ITEMS_MAX: Final = 2048
+RESPONSE_ITEMS_MAX: Final = 1 << 22
+# Requests of one connection that wait for their answers. A client that pipelines more gets an error for those above.
+REQUESTS_PENDING_MAX: Final = 64
+# Items of a list encoded in one part: about half a millisecond of the event loop (design invariant 8).
+ITEMS_PER_PART: Final = 256
+# Vdisk, snapshot and target names are at most 200 bytes each; VDISK@SNAPSHOT has two and the sign between.
+NAME_CHARACTERS_MAX: Final = 200
+REFERENCE_CHARACTERS_MAX: Final = 2 * NAME_CHARACTERS_MAX + 1
+# Snapshots of one atomic group: all are made within one consistency point, on the event loop.
+GROUP_SNAPSHOTS_MAX: Final = 1024
+# Request ids are the client's; msgpack-RPC says 32 bits.
+REQUEST_ID_MAX: Final = (1 << 32) - 1
+# Version of this protocol. It rises when a client written for the older one could misunderstand an answer.
+PROTOCOL_VERSION: Final = 1

@@ -1,0 +1,180 @@
+"""The methods of the control socket: names, typed parameters, and what each answers.
+
+Methods are named as the commands of `cleavectl`. Sizes are bytes, rates bytes a second. Unknown parameters are refused, so
+that a misspelt one is never silently ignored.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Literal, NamedTuple
+
+import msgspec
+
+from protocol.control.errors import INVALID_PARAMS, UNKNOWN_METHOD, ControlError
+from protocol.control.limits import GROUP_SNAPSHOTS_MAX, NAME_CHARACTERS_MAX, REFERENCE_CHARACTERS_MAX
+
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=NAME_CHARACTERS_MAX)]
+Reference = Annotated[str, msgspec.Meta(min_length=3, max_length=REFERENCE_CHARACTERS_MAX, pattern="^[^@]+@[^@]+$")]
+SizeBytes = Annotated[int, msgspec.Meta(gt=0)]
+
+# Notifications that a client can subscribe to.
+SPLIT_PROGRESS: Final = "split.progress"
+EventName = Literal["split.progress"]
+
+
+class Params(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Parameters of one method; a method without any takes this class itself."""
+
+
+class Hello(Params, frozen=True, kw_only=True):
+    """Who calls, for the log."""
+
+    client: Annotated[str, msgspec.Meta(max_length=NAME_CHARACTERS_MAX)]
+    protocol: int
+
+
+class Subscribe(Params, frozen=True, kw_only=True):
+    """Notifications wanted from now on; the list replaces the one before."""
+
+    events: Annotated[list[EventName], msgspec.Meta(max_length=16)]
+
+
+class Named(Params, frozen=True, kw_only=True):
+    """One vdisk (or its split, or its counters)."""
+
+    name: Name
+
+
+class VdiskCreate(Params, frozen=True, kw_only=True):
+    """A new, empty vdisk."""
+
+    name: Name
+    size_bytes: SizeBytes
+
+
+class VdiskResize(Params, frozen=True, kw_only=True):
+    """Smaller cuts the end off; larger adds zeros."""
+
+    name: Name
+    size_bytes: SizeBytes
+
+
+class VdiskRename(Params, frozen=True, kw_only=True):
+    """The iSCSI target name follows the new name."""
+
+    name: Name
+    new_name: Name
+
+
+class SnapshotCreate(Params, frozen=True, kw_only=True):
+    """Each is VDISK@SNAPSHOT; all are of one moment, or none is made."""
+
+    snapshots: Annotated[list[Reference], msgspec.Meta(min_length=1, max_length=GROUP_SNAPSHOTS_MAX)]
+
+
+class SnapshotList(Params, frozen=True, kw_only=True):
+    """Of one vdisk, or of all."""
+
+    vdisk: Name | None = None
+
+
+class SnapshotName(Params, frozen=True, kw_only=True):
+    """VDISK@SNAPSHOT."""
+
+    snapshot: Reference
+
+
+class CloneCreate(Params, frozen=True, kw_only=True):
+    """A writable clone of a snapshot; ``split`` starts its split at once."""
+
+    snapshot: Reference
+    name: Name
+    split: bool = False
+
+
+class SplitStart(Params, frozen=True, kw_only=True):
+    """``copy`` moves data, ``share`` takes the backing store's own pointers. Rates are floors and ceilings of the copying."""
+
+    name: Name
+    mode: Literal["copy", "share"] = "copy"
+    rate_min_bytes: SizeBytes | None = None
+    rate_max_bytes: SizeBytes | None = None
+
+
+class PoolCheck(Params, frozen=True, kw_only=True):
+    """``verify_data`` reads every data block too, and compares its checksum."""
+
+    verify_data: bool = False
+
+
+class Method(NamedTuple):
+    """A method's parameters and its description in ``rpc.list``."""
+
+    params: type[Params]
+    summary: str
+
+
+METHODS: Final[Mapping[str, Method]] = {
+    "hello": Method(Hello, "first call: names the client; answers server, version, protocol and pool"),
+    "rpc.list": Method(Params, "describe all methods"),
+    "rpc.subscribe": Method(Subscribe, "choose the notifications that this connection gets"),
+    "vdisk.create": Method(VdiskCreate, "create an empty vdisk"),
+    "vdisk.ls": Method(Params, "list all vdisks"),
+    "vdisk.show": Method(Named, "one vdisk in full"),
+    "vdisk.resize": Method(VdiskResize, "change a vdisk's size"),
+    "vdisk.rename": Method(VdiskRename, "rename a vdisk"),
+    "vdisk.rm": Method(Named, "delete a vdisk; its space is reclaimed in the background"),
+    "snapshot.create": Method(SnapshotCreate, "take snapshots, all at one moment"),
+    "snapshot.ls": Method(SnapshotList, "list snapshots"),
+    "snapshot.rm": Method(SnapshotName, "delete a snapshot; its space is reclaimed in the background"),
+    "clone.create": Method(CloneCreate, "create a clone of a snapshot"),
+    "split.start": Method(SplitStart, "start to split a clone from its backing store"),
+    "split.show": Method(Named, "state and progress of one split"),
+    "split.ls": Method(Params, "state and progress of all splits"),
+    "split.pause": Method(Named, "pause a split"),
+    "split.resume": Method(Named, "resume a paused or failed split"),
+    "split.cancel": Method(Named, "cancel a split; the clone keeps its backing store"),
+    "split.estimate": Method(Named, "how much a split would copy, and how long that takes"),
+    "pool.show": Method(Params, "size, use and state of the pool"),
+    "pool.check": Method(PoolCheck, "check the whole pool while it serves"),
+    "session.ls": Method(Params, "list the iSCSI sessions"),
+    "stats": Method(Named, "counters of one vdisk since the daemon started"),
+    "connect": Method(Named, "what a client needs to connect to a vdisk"),
+}
+
+
+def validate(method: str, params: Any) -> Params:
+    """Typed parameters of a request. Raises ControlError (UNKNOWN_METHOD, INVALID_PARAMS) with a sentence on what would be right."""
+    known = METHODS.get(method)
+    if known is None:
+        raise ControlError(UNKNOWN_METHOD, f"there is no method {method!r}", "rpc.list names them all")
+    try:
+        return msgspec.convert(_named(params), known.params)
+    except msgspec.ValidationError as error:
+        raise ControlError(INVALID_PARAMS, f"{method}: {error}", f"{method} takes {_signature(known.params)}") from None
+
+
+def _named(params: Any) -> Any:
+    """The map of parameters: itself, or the only item of an array; nothing counts as an empty one."""
+    if params is None or params == []:
+        return {}
+    if isinstance(params, list) and len(params) == 1:
+        return params[0]
+    return params
+
+
+def describe() -> list[dict[str, Any]]:
+    """The answer to ``rpc.list``: method, summary, and params with name, JSON schema and default."""
+    return [{"method": name, "summary": method.summary, "params": _describe_params(method.params)} for name, method in METHODS.items()]
+
+
+def _describe_params(params: type[Params]) -> list[dict[str, Any]]:
+    _, components = msgspec.json.schema_components([params])
+    found = components[params.__name__]
+    return [{"name": name, "required": name in found["required"], "schema": schema} for name, schema in found["properties"].items()]
+
+
+def _signature(params: type[Params]) -> str:
+    fields = msgspec.structs.fields(params)
+    if not fields:
+        return "no parameters"
+    return ", ".join(field.encode_name if field.required else f"[{field.encode_name}]" for field in fields)
