@@ -1,0 +1,1 @@
+"""Tests of the store, and the devices that they run it on."""
