@@ -1,5 +1,6 @@
 """The control protocol: framing, limits, validation, states, and the two sides against each other in memory."""
 
+import contextlib
 from typing import Any
 
 import msgpack
@@ -58,11 +59,9 @@ def test_a_response_in_parts_is_the_response(count: int, item: Any) -> None:
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_messages_or_a_framing_error(data: bytes) -> None:
-    try:
+    with contextlib.suppress(FramingError):
         for message in reader().feed(data):
             assert isinstance(message, Request | Response | Notification)
-    except FramingError as error:
-        assert str(error)
 
 
 @given(
@@ -123,7 +122,7 @@ def test_a_frame_above_the_limit_closes_the_connection() -> None:
 
 
 @pytest.mark.parametrize(
-    "head", [b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xdc\xff\xff" * 500, b"\x91" * 5000, b"\xc7\xff\x01", b"\xc1"]
+    "head", [b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xdc\xff\xff" * 500, b"\x91" * 5000, b"\xc7\xff\x01" + bytes(255), b"\xc1"]
 )
 def test_claims_of_size_and_depth_cost_no_memory(head: bytes) -> None:
     with pytest.raises(FramingError):
@@ -175,7 +174,8 @@ def test_bad_params_are_named(method: str, params: Any, words: str) -> None:
 def test_params_may_be_a_map_or_an_array_of_one_map() -> None:
     for params in ({"name": "a"}, [{"name": "a"}]):
         assert methods.validate("vdisk.show", params) == methods.Named(name="a")
-    for nothing in (None, [], {}, [{}]):
+    nothings: list[Any] = [None, [], {}, [{}]]
+    for nothing in nothings:
         assert methods.validate("vdisk.ls", nothing) == methods.Params()
 
 
