@@ -1,0 +1,176 @@
+"""INQUIRY and the vital product data pages (SPC-4 6.6, 7.8; SBC-3 6.6), REPORT LUNS (SPC-4 6.33)."""
+
+from collections.abc import Callable
+from struct import Struct
+from typing import Final
+
+from protocol.scsi import limits, opcodes, sense
+from protocol.scsi.command import Command, Request, cut, usage
+from protocol.scsi.errors import CheckCondition
+from protocol.scsi.logical_unit import LogicalUnit, Nexus
+from protocol.scsi.plan import Plan
+
+VENDOR: Final = b"CLEAVED "
+PRODUCT: Final = b"VDISK           "
+REVISION: Final = b"0001"
+
+_NO_UNIT: Final = 0x7F  # peripheral qualifier 011b, device type 1Fh: no logical unit can be at this LUN
+_VERSION_SPC4: Final = 0x06
+_HISUP_FORMAT_2: Final = 0x12
+_CMDQUE: Final = 0x02
+_STANDARD: Final = Struct(">BBBBBBBB8s16s4s22x8H22x")
+# SAM-5, iSCSI, SPC-4, SBC-3 without a version claimed (SPC-4 table 142).
+_VERSION_DESCRIPTORS: Final = (0x00A0, 0x0960, 0x0460, 0x04C0, 0, 0, 0, 0)
+_PAGE_HEAD: Final = Struct(">BBH")
+_DESIGNATOR_HEAD: Final = Struct(">BBxB")
+_ISCSI_PROTOCOL: Final = 0x50
+_ASSOCIATION_PORT: Final = 0x90  # PIV set, association: target port
+_RELATIVE_PORT: Final = 1
+_PORT_GROUP: Final = 1
+_BLOCK_LIMITS: Final = Struct(">BBHIIIIIIIQ20x")
+_WRITE_SAME_NON_ZERO: Final = 0x01
+_NON_ROTATING: Final = 1
+# LBPU, LBPWS, LBPWS10, LBPRZ = 001b: deallocated blocks read as zeros.
+_PROVISIONING_FLAGS: Final = 0x80 | 0x40 | 0x20 | 0x04
+_PROVISIONING_THIN: Final = 2
+
+
+def _standard(request: Request) -> bytes:
+    peripheral = 0 if request.mapped is not None else _NO_UNIT
+    size = _STANDARD.size
+    head = (peripheral, 0, _VERSION_SPC4, _HISUP_FORMAT_2, size - 5, 0, 0, _CMDQUE)
+    return _STANDARD.pack(*head, VENDOR, PRODUCT, REVISION, *_VERSION_DESCRIPTORS)
+
+
+def serial_number(unit: LogicalUnit) -> bytes:
+    """Unit serial number: the volume's UUID in hexadecimal."""
+    return unit.uuid.hex.encode()
+
+
+def _designator(code_set: int, kind: int, value: bytes) -> bytes:
+    first, second = (_ISCSI_PROTOCOL | code_set, _ASSOCIATION_PORT | kind) if kind in (4, 5) or kind == 8 else (code_set, kind)
+    return _DESIGNATOR_HEAD.pack(first, second, len(value)) + value
+
+
+def _naa(unit: LogicalUnit) -> bytes:
+    """NAA 3, locally assigned (SPC-4 7.8.6.6.4): 60 bits of the UUID, chosen where a version 4 UUID is random."""
+    raw = unit.uuid.bytes
+    return bytes((0x30 | raw[0] & 0x0F,)) + raw[1:6] + raw[14:16]
+
+
+def _supported_pages(_request: Request) -> bytes:
+    return bytes(sorted(_PAGES))
+
+
+def _serial(request: Request) -> bytes:
+    return serial_number(request.unit)
+
+
+def _device_identification(request: Request) -> bytes:
+    unit = request.unit
+    port_name = f"{request.nexus.target_name},t,0x{_PORT_GROUP:04x}".encode() + b"\0"
+    port_name += bytes(-len(port_name) % 4)
+    return b"".join((
+        _designator(1, 3, _naa(unit)),
+        _designator(2, 1, VENDOR + serial_number(unit)),
+        _designator(1, 10, b"\x10\0" + unit.uuid.bytes),
+        _designator(1, 4, _RELATIVE_PORT.to_bytes(4, "big")),
+        _designator(1, 5, _PORT_GROUP.to_bytes(4, "big")),
+        _designator(3, 8, port_name),
+    ))
+
+
+def _extended_inquiry(_request: Request) -> bytes:
+    body = bytearray(60)
+    body[1] = 0x07  # HEADSUP, ORDSUP, SIMPSUP: the task attributes that are accepted
+    body[2] = 0x01  # V_SUP: there is a write cache
+    return bytes(body)
+
+
+def _block_limits(_request: Request) -> bytes:
+    return _BLOCK_LIMITS.pack(
+        _WRITE_SAME_NON_ZERO,
+        0,
+        limits.PHYSICAL_BLOCK_SECTORS,
+        limits.TRANSFER_SECTORS_MAX,
+        limits.TRANSFER_SECTORS_OPTIMAL,
+        0,
+        limits.UNMAP_SECTORS_MAX,
+        limits.UNMAP_DESCRIPTORS_MAX,
+        limits.PHYSICAL_BLOCK_SECTORS,
+        1 << 31,  # UGAVALID, alignment 0
+        limits.WRITE_SAME_SECTORS_MAX,
+    )
+
+
+def _block_characteristics(_request: Request) -> bytes:
+    return _NON_ROTATING.to_bytes(2, "big") + bytes(58)
+
+
+def _provisioning(_request: Request) -> bytes:
+    return bytes((0, _PROVISIONING_FLAGS, _PROVISIONING_THIN, 0))
+
+
+_PAGES: Final[dict[int, Callable[[Request], bytes]]] = {
+    0x00: _supported_pages,
+    0x80: _serial,
+    0x83: _device_identification,
+    0x86: _extended_inquiry,
+    0xB0: _block_limits,
+    0xB1: _block_characteristics,
+    0xB2: _provisioning,
+}
+
+
+def _vital_product_data(request: Request, code: int) -> bytes:
+    page = _PAGES.get(code)
+    if page is None:
+        raise CheckCondition(sense.invalid_field_in_cdb(2))
+    if request.mapped is None:
+        return _PAGE_HEAD.pack(_NO_UNIT, code, 0)
+    body = page(request)
+    return _PAGE_HEAD.pack(0, code, len(body)) + body
+
+
+def inquiry(request: Request) -> Plan:
+    """INQUIRY: identity, or a vital product data page; for a LUN without a unit it says so instead of failing."""
+    cdb = request.cdb
+    allocation = int.from_bytes(cdb[3:5], "big")
+    if cdb[1] & 0x01:
+        return cut(_vital_product_data(request, cdb[2]), allocation)
+    if cdb[2]:
+        raise CheckCondition(sense.invalid_field_in_cdb(2))
+    return cut(_standard(request), allocation)
+
+
+_WELL_KNOWN_ONLY: Final = 0x01
+_SELECT_REPORTS: Final = frozenset((0x00, 0x01, 0x02))
+_REPORT_LUNS_ALLOCATION_MIN: Final = 16
+
+
+def encode_lun(lun: int) -> int:
+    """The 8-byte LUN as an integer: peripheral addressing below 256, flat addressing above (SAM-5 4.7)."""
+    return lun << 48 if lun < 256 else (0x4000 | lun) << 48
+
+
+def _luns(nexus: Nexus) -> bytes:
+    entries = b"".join(encode_lun(lun).to_bytes(8, "big") for lun in sorted(nexus.units))
+    return len(entries).to_bytes(4, "big") + bytes(4) + entries
+
+
+def report_luns(request: Request) -> Plan:
+    """REPORT LUNS: what this nexus can reach; there are no well-known logical units."""
+    cdb = request.cdb
+    if cdb[2] not in _SELECT_REPORTS:
+        raise CheckCondition(sense.invalid_field_in_cdb(2))
+    allocation = int.from_bytes(cdb[6:10], "big")
+    if allocation < _REPORT_LUNS_ALLOCATION_MIN:
+        raise CheckCondition(sense.invalid_field_in_cdb(6))
+    return cut(bytes(8) if cdb[2] == _WELL_KNOWN_ONLY else _luns(request.nexus), allocation)
+
+
+COMMANDS: Final = (
+    Command("INQUIRY", usage("1201ffffff00"), inquiry, any_lun=True, despite_attention=True),
+    Command("REPORT LUNS", usage("a000ff000000ffffffff0000"), report_luns, any_lun=True, despite_attention=True),
+)
+assert COMMANDS[0].opcode == opcodes.INQUIRY and COMMANDS[1].opcode == opcodes.REPORT_LUNS

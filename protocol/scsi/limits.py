@@ -1,0 +1,24 @@
+"""Limits of the SCSI device server, each with its reason. The Block Limits page tells clients the same numbers."""
+
+from typing import Final
+
+SECTOR_BYTES: Final = 512
+SECTOR_SHIFT: Final = 9
+# 4096-byte physical blocks: two to this power of sectors (READ CAPACITY(16), LOGICAL BLOCKS PER PHYSICAL BLOCK EXPONENT).
+PHYSICAL_BLOCK_EXPONENT: Final = 3
+PHYSICAL_BLOCK_SECTORS: Final = 1 << PHYSICAL_BLOCK_EXPONENT
+
+# The largest length of READ(10) and WRITE(10) always fits; only the 12- and 16-byte forms can ask for more.
+TRANSFER_SECTORS_MAX: Final = 65536
+# 1 MiB: beyond it a larger transfer gains nothing, since the target moves data in pieces of this order.
+TRANSFER_SECTORS_OPTIMAL: Final = 2048
+# 4 GiB a descriptor list: deallocation is a walk over pointer blocks, and a command must not hold the loop for long.
+UNMAP_SECTORS_MAX: Final = 1 << 23
+# The whole parameter list stays below one page.
+UNMAP_DESCRIPTORS_MAX: Final = 255
+# 32 MiB, as a transfer: a pattern that is not zeros is really written.
+WRITE_SAME_SECTORS_MAX: Final = 65536
+# One read of a verify or compare; the event loop is given back between two pieces.
+PIECE_BYTES: Final = 256 * 1024
+# A nexus that never looks at its unit attentions must not make the queue grow (SAM-5 5.14: the oldest may be dropped).
+UNIT_ATTENTIONS_MAX: Final = 16

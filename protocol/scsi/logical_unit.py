@@ -1,0 +1,126 @@
+"""Logical units, and the nexuses through which initiators reach them (SAM-5 4.6, 4.7).
+
+A `LogicalUnit` is shared by all sessions that use its volume; a `UnitNexus` is one initiator port's relation to it and
+holds the unit attentions that this port has not been told yet. Invariant: ``UnitNexus.plain`` is True exactly while
+nothing but the CDB itself decides what a READ or WRITE does (no attention pending, unit started, no protection): a
+transport's fast path asks this one flag.
+"""
+
+from collections import deque
+from uuid import UUID
+
+from protocol.scsi import sense
+from protocol.scsi.limits import SECTOR_BYTES, UNIT_ATTENTIONS_MAX
+from protocol.scsi.sense import Sense
+from protocol.volume import BlockVolume
+
+
+class LogicalUnit:
+    """One disk as SCSI sees it: a volume, its state, and everyone who uses it."""
+
+    __slots__ = ("capacity_bytes", "descriptor_sense", "nexuses", "software_write_protect", "started", "volume", "write_cache")
+
+    def __init__(self, volume: BlockVolume) -> None:
+        self.volume = volume
+        self.capacity_bytes = volume.size_bytes - volume.size_bytes % SECTOR_BYTES
+        self.nexuses: list[UnitNexus] = []
+        self.started = True
+        self.software_write_protect = False
+        self.descriptor_sense = False
+        self.write_cache = True
+
+    @property
+    def uuid(self) -> UUID:
+        """Identity for life: every designator is made from it."""
+        return self.volume.uuid
+
+    @property
+    def sectors(self) -> int:
+        """Capacity in sectors of 512 bytes."""
+        return self.capacity_bytes // SECTOR_BYTES
+
+    @property
+    def write_protected(self) -> bool:
+        """True for a read-only volume, and while a client asked for software write protection."""
+        return self.volume.read_only or self.software_write_protect
+
+    def refresh_capacity(self) -> None:
+        """Notice a resize: every nexus is told by a unit attention (SBC-3 4.7.2). Cheap enough for every general command."""
+        size = self.volume.size_bytes
+        size -= size % SECTOR_BYTES
+        if size != self.capacity_bytes:
+            self.capacity_bytes = size
+            self.attention(sense.CAPACITY_DATA_CHANGED)
+
+    def attention(self, cause: Sense, except_for: "UnitNexus | None" = None) -> None:
+        """Queue a unit attention for every nexus, or for every other one."""
+        for nexus in self.nexuses:
+            if nexus is not except_for:
+                nexus.attention(cause)
+
+    def state_changed(self) -> None:
+        """Call after changing ``started`` or ``software_write_protect``: the nexuses recompute ``plain``."""
+        for nexus in self.nexuses:
+            nexus.update()
+
+
+class UnitNexus:
+    """One I_T_L nexus. Create it with `Nexus.map`; ``plain`` is kept by `update`."""
+
+    __slots__ = ("attentions", "lun", "nexus", "plain", "unit")
+
+    def __init__(self, nexus: "Nexus", lun: int, unit: LogicalUnit) -> None:
+        self.nexus = nexus
+        self.lun = lun
+        self.unit = unit
+        self.attentions: deque[Sense] = deque(maxlen=UNIT_ATTENTIONS_MAX)
+        self.plain = False
+        unit.nexuses.append(self)
+        self.attention(sense.POWER_ON_OCCURRED)
+
+    def attention(self, cause: Sense) -> None:
+        """Queue one unit attention, unless the same one waits already (SAM-5 5.14 allows to report it once)."""
+        if cause not in self.attentions:
+            self.attentions.append(cause)
+        self.update()
+
+    def take_attention(self) -> Sense | None:
+        """Remove and return the oldest unit attention."""
+        if not self.attentions:
+            return None
+        cause = self.attentions.popleft()
+        self.update()
+        return cause
+
+    def update(self) -> None:
+        """Recompute ``plain`` from what it depends on."""
+        unit = self.unit
+        self.plain = not self.attentions and unit.started and not unit.write_protected
+
+    def detach(self) -> None:
+        """End of the nexus."""
+        self.plain = False
+        self.unit.nexuses.remove(self)
+
+
+class Nexus:
+    """One I_T nexus: an initiator port, a target port, and the logical units between them."""
+
+    __slots__ = ("initiator_port", "target_name", "units")
+
+    def __init__(self, initiator_port: str, target_name: str) -> None:
+        self.initiator_port = initiator_port
+        self.target_name = target_name
+        self.units: dict[int, UnitNexus] = {}
+
+    def map(self, lun: int, unit: LogicalUnit) -> UnitNexus:
+        """Make ``unit`` reachable as ``lun``."""
+        mapped = UnitNexus(self, lun, unit)
+        self.units[lun] = mapped
+        return mapped
+
+    def close(self) -> None:
+        """Let go of all units."""
+        for mapped in self.units.values():
+            mapped.detach()
+        self.units.clear()

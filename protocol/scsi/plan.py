@@ -1,0 +1,45 @@
+"""What a command wants of its transport once its CDB has been checked.
+
+A handler returns one of three plans, and the transport carries it out: send this reply, stream this extent to the
+client, or fetch this much data and start this operation. None of them knows how data travels.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from protocol.volume import Buffer, Completion
+
+OperationStart = Callable[[Buffer, Completion], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """Data for the client, complete and already cut to the allocation length; empty where GOOD says it all."""
+
+    data: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadExtent:
+    """Stream ``length_bytes`` of the volume from ``offset_bytes``."""
+
+    offset_bytes: int
+    length_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """Fetch ``data_bytes`` from the client (fewer if it announces fewer), then call ``start(data, done)``.
+
+    ``whole_bytes`` is the unit in which a short transfer is still useful: a write that announces less data than its CDB
+    writes the sectors it has. ``data`` has the rule of `BlockVolume.write`: valid until the volume was settled, or
+    until ``done`` for data that the transport assembled in a buffer of the command's own (``owned``).
+    """
+
+    data_bytes: int
+    start: OperationStart
+    writing: bool = True
+    needs_owned_data: bool = False
+
+
+Plan = Reply | ReadExtent | Operation

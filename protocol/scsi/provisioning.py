@@ -1,0 +1,137 @@
+"""UNMAP and WRITE SAME (SBC-3 5.28, 5.42 to 5.44): deallocation, zeros, and patterns."""
+
+from struct import Struct
+from typing import Final
+
+from protocol.scsi import limits, sense
+from protocol.scsi.command import NO_DATA, Command, Request, check_range, usage
+from protocol.scsi.errors import CheckCondition
+from protocol.scsi.limits import PIECE_BYTES, SECTOR_BYTES
+from protocol.scsi.logical_unit import LogicalUnit
+from protocol.scsi.plan import Operation, Plan
+from protocol.volume import BlockVolume, Buffer, Completion
+
+_DESCRIPTOR: Final = Struct(">QI4x")
+_LIST_HEAD_BYTES: Final = 8
+_UNMAP: Final = 0x08
+_ANCHOR: Final = 0x10
+_NDOB: Final = 0x01
+_ZERO_SECTOR: Final = bytes(SECTOR_BYTES)
+
+
+def _unmap_extents(unit: LogicalUnit, data: bytes) -> list[tuple[int, int]]:
+    """Ranges in bytes of an UNMAP parameter list, all checked before the first is touched."""
+    if len(data) < _LIST_HEAD_BYTES:
+        raise CheckCondition(sense.PARAMETER_LIST_LENGTH_ERROR)
+    described = int.from_bytes(data[2:4], "big")
+    if described > len(data) - _LIST_HEAD_BYTES or described // _DESCRIPTOR.size > limits.UNMAP_DESCRIPTORS_MAX:
+        raise CheckCondition(sense.invalid_field_in_parameter_list(2))
+    ends = _LIST_HEAD_BYTES + described - described % _DESCRIPTOR.size
+    extents = [_DESCRIPTOR.unpack_from(data, at) for at in range(_LIST_HEAD_BYTES, ends, _DESCRIPTOR.size)]
+    if sum(sectors for _, sectors in extents) > limits.UNMAP_SECTORS_MAX:
+        raise CheckCondition(sense.invalid_field_in_parameter_list(_LIST_HEAD_BYTES + 8))
+    return [check_range(unit, lba, sectors) for lba, sectors in extents if sectors]
+
+
+class _Unmapping:
+    """Unmaps one extent after the other; one completion at the end, or at the first error."""
+
+    __slots__ = ("_done", "_extents", "_volume")
+
+    def __init__(self, volume: BlockVolume, extents: list[tuple[int, int]], done: Completion) -> None:
+        self._volume = volume
+        self._extents = extents[::-1]
+        self._done = done
+
+    def step(self, error: Exception | None = None) -> None:
+        """Start the next extent. UNMAP_DESCRIPTORS_MAX bounds the recursion of completions that come at once."""
+        if error is not None or not self._extents:
+            self._done(error)
+            return
+        offset, length = self._extents.pop()
+        self._volume.unmap(offset, length, self.step)
+
+
+def unmap(request: Request) -> Plan:
+    """UNMAP: deallocate the ranges of the parameter list; they read as zeros afterwards."""
+    list_bytes = int.from_bytes(request.cdb[7:9], "big")
+    if list_bytes == 0:
+        return NO_DATA
+    unit = request.unit
+
+    def start(data: Buffer, done: Completion) -> None:
+        try:
+            extents = _unmap_extents(unit, bytes(data))
+        except CheckCondition as error:
+            done(error)
+            return
+        _Unmapping(unit.volume, extents, done).step()
+
+    return Operation(list_bytes, start)
+
+
+class _PatternWrite:
+    """Writes one sector again and again over a range, a piece at a time.
+
+    The next piece starts from the completion of the last one, and each piece is settled at once: the pattern buffer
+    lives as long as this object does.
+    """
+
+    __slots__ = ("_done", "_end", "_offset", "_pattern", "_volume")
+
+    def __init__(self, volume: BlockVolume, offset: int, length: int, sector: bytes, done: Completion) -> None:
+        self._volume = volume
+        self._offset = offset
+        self._end = offset + length
+        self._pattern = memoryview(sector * (min(PIECE_BYTES, length) // SECTOR_BYTES))
+        self._done = done
+
+    def step(self, error: Exception | None = None) -> None:
+        """Write the next piece."""
+        if error is not None or self._offset == self._end:
+            self._done(error)
+            return
+        size = min(len(self._pattern), self._end - self._offset)
+        offset = self._offset
+        self._offset += size
+        self._volume.write(offset, self._pattern[:size], False, self.step)
+        self._volume.settle()
+
+
+def _same_range(request: Request) -> tuple[int, int]:
+    cdb = request.cdb
+    wide = len(cdb) >= 16 and cdb[0] & 0xE0 == 0x80
+    lba = int.from_bytes(cdb[2:10] if wide else cdb[2:6], "big")
+    sectors = int.from_bytes(cdb[10:14] if wide else cdb[7:9], "big")
+    if sectors == 0 or sectors > limits.WRITE_SAME_SECTORS_MAX:  # zero: WSNZ is set in the Block Limits page
+        raise CheckCondition(sense.invalid_field_in_cdb(10 if wide else 7))
+    return check_range(request.unit, lba, sectors)
+
+
+def write_same(request: Request) -> Plan:
+    """WRITE SAME(10, 16): zeros are deallocated or made zero pointers, any other pattern is written."""
+    flags = request.cdb[1]
+    if flags & _ANCHOR:
+        raise CheckCondition(sense.invalid_field_in_cdb(1, 4))  # ANC_SUP is 0: nothing here can be anchored
+    offset, length = _same_range(request)
+    volume = request.unit.volume
+
+    def start(data: Buffer, done: Completion) -> None:
+        sector = _ZERO_SECTOR if flags & _NDOB else bytes(data[:SECTOR_BYTES])
+        if len(sector) < SECTOR_BYTES:
+            done(CheckCondition(sense.INCORRECT_AMOUNT_OF_DATA))
+        elif sector != _ZERO_SECTOR:
+            _PatternWrite(volume, offset, length, sector, done).step()
+        elif flags & _UNMAP:
+            volume.unmap(offset, length, done)
+        else:
+            volume.write_zeros(offset, length, False, done)
+
+    return Operation(0 if flags & _NDOB else SECTOR_BYTES, start)
+
+
+COMMANDS: Final = (
+    Command("UNMAP", usage("420000000000" + "3fffff00"), unmap, needs_medium=True, writes=True),
+    Command("WRITE SAME(10)", usage("4118ffffffff3fffff00"), write_same, needs_medium=True, writes=True),
+    Command("WRITE SAME(16)", usage("9319ffffffffffffffffffffffff3f00"), write_same, needs_medium=True, writes=True),
+)

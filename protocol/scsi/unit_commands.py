@@ -1,0 +1,53 @@
+"""Commands about the unit itself: readiness, sense, start and stop, medium removal (SPC-4 clause 6, SBC-3 5.25)."""
+
+from typing import Final
+
+from protocol.scsi import sense
+from protocol.scsi.command import NO_DATA, Command, Request, cut, usage
+from protocol.scsi.plan import Operation, Plan
+
+_START: Final = 0x01
+_POWER_CONDITION: Final = 0xF0
+_NO_FLUSH: Final = 0x04
+
+
+def unit_ready(_request: Request) -> Plan:
+    """TEST UNIT READY: the dispatcher has checked that the unit is started."""
+    return NO_DATA
+
+
+def request_sense(request: Request) -> Plan:
+    """REQUEST SENSE: with autosense there is nothing pending but unit attentions (SPC-4 6.39)."""
+    descriptor = bool(request.cdb[1] & 0x01)
+    if request.mapped is None:
+        cause = sense.LOGICAL_UNIT_NOT_SUPPORTED
+    else:
+        waiting = request.mapped.take_attention()
+        stopped = sense.INITIALIZING_COMMAND_REQUIRED if not request.unit.started else sense.NOTHING
+        cause = waiting if waiting is not None else stopped
+    return cut(cause.encode(descriptor), request.cdb[4])
+
+
+def start_stop_unit(request: Request) -> Plan:
+    """START STOP UNIT: a stopped unit answers NOT READY to medium access until it is started. Stopping flushes first."""
+    unit, flags = request.unit, request.cdb[4]
+    if flags & _POWER_CONDITION:
+        return NO_DATA  # power conditions are a matter of the host's disks, not of a vdisk
+    unit.started = bool(flags & _START)
+    unit.state_changed()
+    if unit.started or flags & _NO_FLUSH:
+        return NO_DATA
+    return Operation(0, lambda _, done: unit.volume.flush(done))
+
+
+def prevent_allow_medium_removal(_request: Request) -> Plan:
+    """PREVENT ALLOW MEDIUM REMOVAL: the medium cannot be removed, so that there is nothing to prevent."""
+    return NO_DATA
+
+
+COMMANDS: Final = (
+    Command("TEST UNIT READY", usage("000000000000"), unit_ready, needs_medium=True),
+    Command("REQUEST SENSE", usage("03010000ff00"), request_sense, any_lun=True, despite_attention=True),
+    Command("START STOP UNIT", usage("1b01000ff700"), start_stop_unit),
+    Command("PREVENT ALLOW MEDIUM REMOVAL", usage("1e0000000300"), prevent_allow_medium_removal),
+)
