@@ -1,0 +1,223 @@
+"""Configuration: a TOML file, the command line, or both (the command line wins).
+
+Every mistake is a ConfigError, one sentence that names the option, the value and what would be right. docs/operations.md lists
+the options; deploy/cleaved.toml is a sample.
+"""
+
+import re
+import tomllib
+from collections.abc import Callable
+from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar
+
+import msgspec
+
+from daemon.units import parse_size
+
+CONTROL_PATH_DEFAULT: Final = "/run/cleaved/control.sock"
+CACHE_BYTES_MIN: Final = 8 << 20  # below this a single consistency point would push the working set out
+# A Unix socket's address holds 108 bytes with the final zero (unix(7)).
+CONTROL_PATH_BYTES_MAX: Final = 107
+# RFC 7143 9.2.1: a CHAP secret has at least 96 bits; 12 characters are the least that can hold them.
+CHAP_SECRET_CHARACTERS_MIN: Final = 12
+CHAP_SECRET_CHARACTERS_MAX: Final = 255
+
+Value = TypeVar("Value")
+
+
+class ConfigError(Exception):
+    """The configuration or the command line is wrong; the message names option, value, and what would be right."""
+
+
+class Address(NamedTuple):
+    """Where to listen. Port 0: any free one."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+class _Section(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A table of the file, as written there."""
+
+
+class PoolSection(_Section, kw_only=True):
+    """``[pool]``"""
+
+    path: str
+    size: str | None = None
+    cache: str = "256MiB"
+
+
+class ChapSection(_Section, kw_only=True):
+    """``[iscsi.chap]``: what initiators must know; the ``mutual`` pair is what the target then proves to them."""
+
+    user: str
+    secret: str
+    mutual_user: str | None = None
+    mutual_secret: str | None = None
+
+
+class IscsiSection(_Section, kw_only=True):
+    """``[iscsi]``"""
+
+    listen: tuple[str, ...] = ("127.0.0.1:3260",)
+    connections_max: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 256
+    chap: ChapSection | None = None
+
+
+class ControlSection(_Section, kw_only=True):
+    """``[control]``"""
+
+    path: str = CONTROL_PATH_DEFAULT
+
+
+class LogSection(_Section, kw_only=True):
+    """``[log]``"""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "json", "text"] = "auto"
+
+
+class FileLayout(_Section, kw_only=True):
+    """The whole file."""
+
+    pool: PoolSection
+    iscsi: IscsiSection = msgspec.field(default_factory=IscsiSection)
+    control: ControlSection = msgspec.field(default_factory=ControlSection)
+    log: LogSection = msgspec.field(default_factory=LogSection)
+
+
+class Chap(NamedTuple):
+    """CHAP names and secrets for every target. ``mutual_*`` are None unless the target proves itself too."""
+
+    user: str
+    secret: str
+    mutual_user: str | None
+    mutual_secret: str | None
+
+
+class Config(NamedTuple):
+    """What the daemon runs with, checked."""
+
+    pool_path: str
+    pool_size_bytes: int | None
+    cache_bytes: int
+    iscsi_listen: tuple[Address, ...]
+    connections_max: int
+    chap: Chap | None
+    control_path: str
+    log_level: str
+    log_format: str
+
+
+def load_file(path: str) -> dict[str, Any]:
+    """Tables of a TOML file, not yet checked. Raises ConfigError."""
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}; give the path of a readable TOML file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path} is not TOML: {error}") from error
+
+
+def build(tables: dict[str, Any]) -> Config:
+    """Check the tables of a file, or those made of the command line. Raises ConfigError."""
+    try:
+        found = msgspec.convert(tables, FileLayout)
+    except msgspec.ValidationError as error:
+        raise ConfigError(_explain(str(error), tables)) from None
+    size = found.pool.size
+    return Config(
+        pool_path=_not_empty("pool.path", found.pool.path),
+        pool_size_bytes=None if size is None else option_value("pool.size", size, parse_size),
+        cache_bytes=_cache_bytes(found.pool.cache),
+        iscsi_listen=tuple(option_value("iscsi.listen", text, parse_address) for text in found.iscsi.listen),
+        connections_max=found.iscsi.connections_max,
+        chap=None if found.iscsi.chap is None else _chap(found.iscsi.chap),
+        control_path=_control_path(found.control.path),
+        log_level=found.log.level,
+        log_format=found.log.format,
+    )
+
+
+def option_value(option: str, text: str, parse: Callable[[str], Value]) -> Value:
+    """``parse(text)``; its ValueError becomes a ConfigError that names the option."""
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise ConfigError(f"{option}: {error}") from None
+
+
+def parse_address(text: str) -> Address:
+    """``HOST:PORT``, with an IPv6 host in brackets. Raises ValueError with what would be right."""
+    matched = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^:\[\]\s]+)):([0-9]{1,5})", text, re.ASCII)
+    if matched is None or int(matched[3]) > 65535:
+        raise ValueError(f"{text!r} is not HOST:PORT; write 127.0.0.1:3260 or [::1]:3260, port 0 for any free one")
+    return Address(matched[1] or matched[2], int(matched[3]))
+
+
+def _not_empty(option: str, text: str) -> str:
+    if not text or "\0" in text:
+        raise ConfigError(f"{option}: {text!r} is not a path; give the path of a file or of a block device")
+    return text
+
+
+def _cache_bytes(text: str) -> int:
+    cache_bytes = option_value("pool.cache", text, parse_size)
+    if cache_bytes < CACHE_BYTES_MIN:
+        raise ConfigError(f"pool.cache: {text!r} is too small; at least {CACHE_BYTES_MIN >> 20}MiB are needed")
+    return cache_bytes
+
+
+def _control_path(text: str) -> str:
+    path = _not_empty("control.path", text)
+    if len(path.encode()) > CONTROL_PATH_BYTES_MAX:
+        raise ConfigError(f"control.path: {path!r} is too long; a Unix socket's path has at most {CONTROL_PATH_BYTES_MAX} bytes")
+    return path
+
+
+def _chap(section: ChapSection) -> Chap:
+    if (section.mutual_user is None) != (section.mutual_secret is None):
+        raise ConfigError("iscsi.chap: mutual_user and mutual_secret belong together; give both or neither")
+    for option in ("user", "mutual_user"):
+        if getattr(section, option) == "":
+            raise ConfigError(f"iscsi.chap.{option}: '' is not a name; give at least one character")
+    for option in ("secret", "mutual_secret"):
+        secret = getattr(section, option)
+        if secret is not None and not CHAP_SECRET_CHARACTERS_MIN <= len(secret) <= CHAP_SECRET_CHARACTERS_MAX:
+            # The secret itself is kept out of the message: messages are logged.
+            raise ConfigError(
+                f"iscsi.chap.{option}: {len(secret)} characters; a secret has {CHAP_SECRET_CHARACTERS_MIN} to {CHAP_SECRET_CHARACTERS_MAX}"
+            )
+    if section.secret == section.mutual_secret:
+        # RFC 7143 9.2.1: the same secret must not be used in both directions, or an answer could be reflected.
+        raise ConfigError("iscsi.chap.mutual_secret: the same as secret; give two different ones")
+    return Chap(section.user, section.secret, section.mutual_user, section.mutual_secret)
+
+
+def _explain(message: str, tables: dict[str, Any]) -> str:
+    """A sentence from msgspec's ``Expected `int`, got `str` - at `$.iscsi.connections_max```."""
+    what, _, where = message.partition(" - at ")
+    path = [part for part in re.split(r"[.\[\]]", where.strip("`").removeprefix("$")) if part]
+    missing = re.fullmatch(r"Object (?:missing required|contains unknown) field `(.+)`", what)
+    if missing is not None:
+        option = ".".join([*path, missing[1]])
+        if "unknown" in what:
+            return f"{option} is not an option; {_options(path)}"
+        return f"{option} is missing; {_options(path)}"
+    value: Any = tables
+    for part in path:
+        value = value[int(part)] if isinstance(value, list) else value[part]
+    shown = "..." if path[-1:] and "secret" in path[-1] else repr(value)
+    return f"{'.'.join(path) or 'the file'}: {shown} is wrong: {what[0].lower()}{what[1:]}"
+
+
+def _options(path: list[str]) -> str:
+    sections: dict[str, type[_Section]] = {"": FileLayout, "pool": PoolSection, "iscsi": IscsiSection, "iscsi.chap": ChapSection}
+    sections |= {"control": ControlSection, "log": LogSection}
+    name = ".".join(path)
+    place = f"[{name}]" if name else "the file"
+    return f"{place} has {', '.join(field.encode_name for field in msgspec.structs.fields(sections[name]))}"

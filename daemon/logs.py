@@ -1,0 +1,50 @@
+"""The log: structlog to stderr, JSON lines or text for a terminal. Event names are stable and stand in docs/operations.md.
+
+Nothing is logged per I/O. What Python's own logging says (asyncio's complaints) comes out as ``python.log``.
+"""
+
+import logging
+import sys
+from typing import Any, Final
+
+import structlog
+
+Log = structlog.typing.FilteringBoundLogger
+
+LEVELS: Final = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
+
+class _PythonLog(logging.Handler):
+    """Hands records of the standard library's logging on."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        fields: dict[str, Any] = {"logger": record.name, "message": record.getMessage()}
+        if record.exc_info:
+            fields["exc_info"] = record.exc_info
+        get_log().log(record.levelno, "python.log", **fields)
+
+
+def set_up(level: str, log_format: str) -> None:
+    """Configure once, at start. ``log_format``: json, text, or auto (text on a terminal)."""
+    text = log_format == "text" or (log_format == "auto" and sys.stderr.isatty())
+    processors: list[structlog.typing.Processor] = [
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    if text:
+        processors.append(structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()))
+    else:
+        processors += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    structlog.configure(
+        processors=processors,
+        wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+    logging.basicConfig(handlers=[_PythonLog()], level=max(LEVELS[level], logging.INFO), force=True)
+
+
+def get_log() -> Log:
+    """The daemon's one logger."""
+    log: Log = structlog.get_logger()
+    return log
