@@ -1,0 +1,388 @@
+"""`cleavectl`: the commands. Each is one call of the control socket; what differs is what it prints.
+
+Exit codes: 0 done, 1 failed, 2 usage, 3 not found, 4 conflict, 5 daemon not reachable. Messages go to stderr.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
+
+import click
+
+from daemon.admin.client import ControlClient, Unreachable
+from daemon.admin.connect import CLIENTS
+from daemon.admin.output import print_json, print_record, print_table
+from daemon.units import UnitError, parse_duration, parse_rate, parse_size
+from protocol.control.errors import EXIT_FAILED, EXIT_UNREACHABLE, ControlError
+
+CONTROL_PATH_DEFAULT: Final = "/run/cleaved/control.sock"
+
+VDISK_COLUMNS: Final = ("name", "size_bytes", "used_bytes", "backing")
+SNAPSHOT_COLUMNS: Final = ("name", "size_bytes", "used_bytes", "created_ns")
+SPLIT_COLUMNS: Final = ("name", "state", "mode", "percent", "holes_remaining", "eta_seconds", "reason")
+SESSION_COLUMNS: Final = ("initiator", "target", "peer", "commands_in_flight")
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Quantity(click.ParamType[float]):
+    """A size, rate or duration; the usage error says what would be right."""
+
+    def __init__(self, name: str, parse: Callable[[str], float]) -> None:
+        self.name = name
+        self._parse = parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Bytes, bytes a second, or seconds."""
+        if not isinstance(value, str):
+            return float(value)
+        try:
+            return self._parse(value)
+        except UnitError as error:
+            self.fail(str(error), param, ctx)
+
+
+class SnapshotReference(click.ParamType[str]):
+    """``VDISK@SNAPSHOT``."""
+
+    name = "VDISK@SNAPSHOT"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The text itself, when it has one ``@`` inside."""
+        vdisk, _, snapshot = str(value).partition("@")
+        if not vdisk or not snapshot or "@" in snapshot:
+            self.fail(f"{value!r} is not a snapshot; write VDISK@SNAPSHOT, as in golden@v1", param, ctx)
+        return str(value)
+
+
+SIZE: Final = Quantity("SIZE", parse_size)
+RATE: Final = Quantity("SIZE/s", parse_rate)
+DURATION: Final = Quantity("DURATION", parse_duration)
+SNAPSHOT: Final = SnapshotReference()
+
+
+class Settings:
+    """What the global options say, and the connection, made when the command needs it."""
+
+    def __init__(self, control: str, output: str) -> None:
+        self.control = control
+        self.output = output
+
+    def client(self) -> ControlClient:
+        """A new connection. Raises Unreachable."""
+        return ControlClient(self.control)
+
+    def call(self, method: str, **params: Any) -> Any:
+        """One call over a connection of its own."""
+        with self.client() as client:
+            return client.call(method, **params)
+
+    def show(self, value: Any, columns: tuple[str, ...] | None = None) -> None:
+        """Print a result: a record, or the rows of a table."""
+        if self.output == "json":
+            print_json(value)
+        elif columns is not None:
+            print_table(value, columns)
+        elif value is not None:
+            print_record(value)
+
+
+def _set_output(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        ctx.ensure_object(Settings)
+        ctx.obj.output = value
+
+
+def with_output(command: Command) -> Command:
+    """``-o`` after the command too: people and scripts write it in both places."""
+    help_text = "table, or json with stable keys"
+    option = click.option("-o", "--output", type=click.Choice(["table", "json"]), callback=_set_output, expose_value=False, help=help_text)
+    return option(command)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.option("--control", envvar="CLEAVED_CONTROL", default=CONTROL_PATH_DEFAULT, show_default=True, help="the daemon's control socket")
+@click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True, help="json has stable keys")
+@click.pass_context
+def cleavectl(ctx: click.Context, control: str, output: str) -> None:
+    """Administer a running cleaved. Names are VDISK and VDISK@SNAPSHOT; sizes are written 10GiB.
+
+    Exit codes: 0 done, 1 failed, 2 usage, 3 not found, 4 conflict, 5 daemon not reachable.
+    """
+    ctx.obj = Settings(control, output)
+
+
+@cleavectl.group()
+def vdisk() -> None:
+    """Live virtual disks."""
+
+
+@vdisk.command("create")
+@click.argument("name")
+@click.option("--size", type=SIZE, required=True)
+@with_output
+@click.pass_obj
+def vdisk_create(settings: Settings, name: str, size: int) -> None:
+    """Create an empty vdisk."""
+    settings.show(settings.call("vdisk.create", name=name, size_bytes=size))
+
+
+@vdisk.command("ls")
+@with_output
+@click.pass_obj
+def vdisk_ls(settings: Settings) -> None:
+    """List all vdisks."""
+    settings.show(settings.call("vdisk.ls"), VDISK_COLUMNS)
+
+
+@vdisk.command("show")
+@click.argument("name")
+@with_output
+@click.pass_obj
+def vdisk_show(settings: Settings, name: str) -> None:
+    """Show one vdisk in full."""
+    settings.show(settings.call("vdisk.show", name=name))
+
+
+@vdisk.command("resize")
+@click.argument("name")
+@click.argument("size", type=SIZE)
+@with_output
+@click.pass_obj
+def vdisk_resize(settings: Settings, name: str, size: int) -> None:
+    """Change the size. Smaller cuts the end off, with the data in it."""
+    settings.show(settings.call("vdisk.resize", name=name, size_bytes=size))
+
+
+@vdisk.command("rename")
+@click.argument("old")
+@click.argument("new")
+@with_output
+@click.pass_obj
+def vdisk_rename(settings: Settings, old: str, new: str) -> None:
+    """Rename a vdisk; its iSCSI target name follows."""
+    settings.show(settings.call("vdisk.rename", name=old, new_name=new))
+
+
+@vdisk.command("rm")
+@click.argument("name")
+@with_output
+@click.pass_obj
+def vdisk_rm(settings: Settings, name: str) -> None:
+    """Delete a vdisk. Its space is reclaimed in the background."""
+    settings.show(settings.call("vdisk.rm", name=name))
+
+
+@cleavectl.group()
+def snapshot() -> None:
+    """Read-only images of vdisks."""
+
+
+@snapshot.command("create")
+@click.argument("snapshots", type=SNAPSHOT, nargs=-1, required=True, metavar="VDISK@SNAPSHOT...")
+@with_output
+@click.pass_obj
+def snapshot_create(settings: Settings, snapshots: tuple[str, ...]) -> None:
+    """Take snapshots; several are of one moment, all or none."""
+    settings.show(settings.call("snapshot.create", snapshots=list(snapshots)), SNAPSHOT_COLUMNS)
+
+
+@snapshot.command("ls")
+@click.argument("vdisk_name", metavar="[VDISK]", required=False)
+@with_output
+@click.pass_obj
+def snapshot_ls(settings: Settings, vdisk_name: str | None) -> None:
+    """List the snapshots of one vdisk, or all."""
+    settings.show(settings.call("snapshot.ls", vdisk=vdisk_name), SNAPSHOT_COLUMNS)
+
+
+@snapshot.command("rm")
+@click.argument("name", type=SNAPSHOT, metavar="VDISK@SNAPSHOT")
+@with_output
+@click.pass_obj
+def snapshot_rm(settings: Settings, name: str) -> None:
+    """Delete a snapshot. Its space is reclaimed in the background."""
+    settings.show(settings.call("snapshot.rm", snapshot=name))
+
+
+@cleavectl.group()
+def clone() -> None:
+    """Writable clones of snapshots."""
+
+
+@clone.command("create")
+@click.argument("source", type=SNAPSHOT, metavar="VDISK@SNAPSHOT")
+@click.argument("name")
+@click.option("--split", is_flag=True, help="start to split it from its backing store at once")
+@with_output
+@click.pass_obj
+def clone_create(settings: Settings, source: str, name: str, split: bool) -> None:
+    """Create a clone; it is a vdisk like any other."""
+    settings.show(settings.call("clone.create", snapshot=source, name=name, split=split))
+
+
+@cleavectl.group()
+def split() -> None:
+    """Separate clones from their backing store."""
+
+
+@split.command("start")
+@click.argument("name")
+@click.option("--mode", type=click.Choice(["copy", "share"]), default="copy", show_default=True, help="share moves no data")
+@click.option("--wait", is_flag=True, help="show progress until it is done")
+@click.option("--max-rate", type=RATE, metavar="SIZE/s", help="ceiling of the copying")
+@click.option("--min-rate", type=RATE, metavar="SIZE/s", help="floor of the copying, kept under any load")
+@with_output
+@click.pass_obj
+def split_start(settings: Settings, name: str, mode: str, wait: bool, max_rate: int | None, min_rate: int | None) -> None:
+    """Start to split a clone; it goes on in the background."""
+    with settings.client() as client:
+        if wait:
+            client.call("rpc.subscribe", events=["split.progress"])
+        started = client.call("split.start", name=name, mode=mode, rate_min_bytes=min_rate, rate_max_bytes=max_rate)
+        settings.show(_wait_for_split(client, name) if wait else started)
+
+
+def _wait_for_split(client: ControlClient, name: str) -> dict[str, Any]:
+    """The final state. Raises ControlError when the split stops short of its end."""
+    from daemon.admin.progress import progress_view  # noqa: PLC0415 -- only for those who wait
+
+    with progress_view(name) as view:
+        found: dict[str, Any] = client.call("split.show", name=name)
+        view.update(found)
+        updates = client.notifications()
+        while found["state"] == "running":
+            update = next(updates).params
+            if update["name"] == name:
+                found = update
+                view.update(found)
+    if found["state"] != "done":
+        reason = found.get("reason") or "by request"
+        raise ControlError("failed", f"the split of {name} is {found['state']}: {reason}", f"cleavectl split show {name}")
+    return found
+
+
+def _split_command(name: str, method: str, summary: str) -> None:
+    """The commands that take a name and show the split."""
+
+    @split.command(name, help=summary)
+    @click.argument("name")
+    @with_output
+    @click.pass_obj
+    def run(settings: Settings, name: str) -> None:
+        settings.show(settings.call(method, name=name))
+
+
+_split_command("show", "split.show", "Show state and progress of one split.")
+_split_command("pause", "split.pause", "Pause a split; resume goes on where it was.")
+_split_command("resume", "split.resume", "Resume a paused or failed split.")
+_split_command("cancel", "split.cancel", "Cancel a split; the clone keeps its backing store.")
+_split_command("estimate", "split.estimate", "How much would be copied, and how long that takes.")
+
+
+@split.command("ls")
+@with_output
+@click.pass_obj
+def split_ls(settings: Settings) -> None:
+    """List all splits."""
+    settings.show(settings.call("split.ls"), SPLIT_COLUMNS)
+
+
+@cleavectl.group()
+def pool() -> None:
+    """The pool that the daemon serves."""
+
+
+@pool.command("show")
+@with_output
+@click.pass_obj
+def pool_show(settings: Settings) -> None:
+    """Show size, use and state."""
+    settings.show(settings.call("pool.show"))
+
+
+@pool.command("check")
+@click.option("--verify-data", is_flag=True, help="read every data block too, and compare its checksum")
+@with_output
+@click.pass_obj
+def pool_check(settings: Settings, verify_data: bool) -> None:
+    """Check the whole pool while it serves. Exit 1 when something is wrong."""
+    report = settings.call("pool.check", verify_data=verify_data)
+    settings.show(report)
+    if not report["ok"]:
+        sys.exit(EXIT_FAILED)
+
+
+@cleavectl.group()
+def session() -> None:
+    """The iSCSI sessions."""
+
+
+@session.command("ls")
+@with_output
+@click.pass_obj
+def session_ls(settings: Settings) -> None:
+    """List the open sessions."""
+    settings.show(settings.call("session.ls"), SESSION_COLUMNS)
+
+
+@cleavectl.command()
+@click.argument("name")
+@click.option("--watch", is_flag=True, help="show what happens, until interrupted")
+@click.option("--interval", type=DURATION, default="1s", show_default=True, help="of --watch")
+@with_output
+@click.pass_obj
+def stats(settings: Settings, name: str, watch: bool, interval: float) -> None:
+    """Counters of one vdisk since the daemon started."""
+    if not watch:
+        settings.show(settings.call("stats", name=name))
+        return
+    from daemon.admin.watch import watch_stats  # noqa: PLC0415 -- only for those who watch
+
+    with settings.client() as client:
+        watch_stats(lambda: client.call("stats", name=name), interval, settings.output)
+
+
+@cleavectl.command()
+@click.argument("name")
+@click.option("--client", "kind", type=click.Choice(sorted(CLIENTS)), required=True)
+@click.option("--portal", help="HOST:PORT by which the client reaches the daemon, where that is not what it listens on")
+@with_output
+@click.pass_obj
+def connect(settings: Settings, name: str, kind: str, portal: str | None) -> None:
+    """Print what a client program needs to use a vdisk."""
+    where = settings.call("connect", name=name)
+    if portal is not None:
+        where["portals"] = [portal]
+    if not where["portals"]:
+        raise ControlError("failed", "the daemon listens on no iSCSI address", "set iscsi.listen, or start it with --iscsi HOST:PORT")
+    if settings.output == "json":
+        print_json({**where, "client": kind, "lines": CLIENTS[kind](where)})
+    else:
+        sys.stdout.write("\n".join(CLIENTS[kind](where)) + "\n")
+
+
+def main() -> None:
+    """Entry point of the command."""
+    try:
+        cleavectl.main(standalone_mode=False)
+        sys.stdout.flush()
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        sys.exit(EXIT_FAILED)
+    except ControlError as error:
+        _fail(error.message, error.next_step, error.exit_code)
+    except Unreachable as error:
+        _fail(str(error), None, EXIT_UNREACHABLE)
+    except BrokenPipeError:
+        # The reader (head, less) has gone: nobody is left to tell. stdout is replaced so that the exit's flush does not fail too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_FAILED)
+
+
+def _fail(message: str, next_step: str | None, exit_code: int) -> None:
+    sys.stderr.write(f"cleavectl: {message}\n" + (f"  {next_step}\n" if next_step else ""))
+    sys.exit(exit_code)

@@ -1,0 +1,93 @@
+"""What the daemon asks of a pool. `storage.pool.Pool` satisfies it; so does the small one in memory that unit tests use.
+
+The types of `storage` and `protocol` meet here: a pool's volume is a BlockVolume that can also be attached.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from protocol.volume import BlockVolume
+
+Row = dict[str, Any]
+
+
+class AttachableVolume(BlockVolume, Protocol):
+    """A volume that knows who uses it; an attached one refuses to be deleted (Conflict), naming the labels."""
+
+    def attach(self, label: str) -> None:
+        """One session more. The same label may be attached several times."""
+
+    def detach(self, label: str) -> None:
+        """One session less."""
+
+
+class PoolInterface(Protocol):
+    """Names are ``VDISK`` and ``VDISK@SNAPSHOT``; sizes are bytes. Errors are those of storage.errors."""
+
+    on_event: Callable[..., None]
+
+    async def close(self) -> None:
+        """Take a consistency point and release the device."""
+
+    def volume(self, name: str) -> AttachableVolume:
+        """Raises NotFound."""
+
+    def names(self) -> list[str]:
+        """Names of the vdisks, sorted."""
+
+    async def vdisk_create(self, name: str, size_bytes: int) -> Row:
+        """Raises Conflict, RequestError."""
+
+    async def vdisk_list(self) -> list[Row]:
+        """All vdisks, sorted by name."""
+
+    async def vdisk_show(self, name: str) -> Row:
+        """Raises NotFound."""
+
+    async def vdisk_resize(self, name: str, size_bytes: int) -> Any:
+        """Raises NotFound, RequestError."""
+
+    async def vdisk_rename(self, old: str, new: str) -> Any:
+        """Raises NotFound, Conflict."""
+
+    async def vdisk_delete(self, name: str) -> Any:
+        """Raises NotFound, Conflict."""
+
+    async def snapshot_create(self, names: Sequence[tuple[str, str]]) -> list[Row]:
+        """All of one moment, or none. Raises NotFound, Conflict."""
+
+    async def snapshot_list(self, vdisk: str | None) -> list[Row]:
+        """Of one vdisk or of all."""
+
+    async def snapshot_delete(self, vdisk: str, snapshot: str) -> Any:
+        """Raises NotFound, Conflict (it has clones)."""
+
+    async def clone_create(self, vdisk: str, snapshot: str, name: str) -> Row:
+        """Raises NotFound, Conflict."""
+
+    async def split_start(self, name: str, mode: str = "copy", rate_min_bytes: int | None = None, rate_max_bytes: int | None = None) -> Row:
+        """Raises NotFound, Conflict (no clone, or split already)."""
+
+    def split_show(self, name: str) -> Row:
+        """Raises NotFound."""
+
+    def split_list(self) -> list[Row]:
+        """All splits that are known, running or not."""
+
+    async def split_pause(self, name: str) -> Any:
+        """Raises NotFound, Conflict."""
+
+    async def split_resume(self, name: str) -> Any:
+        """Raises NotFound, Conflict."""
+
+    async def split_cancel(self, name: str) -> Any:
+        """Raises NotFound, Conflict."""
+
+    async def split_estimate(self, name: str) -> Row:
+        """Raises NotFound, Conflict."""
+
+    def show(self) -> Row:
+        """Size, use and state of the pool."""
+
+    async def check(self, *, verify_data: bool = False) -> Row:
+        """``ok`` and ``errors``, while the pool serves."""

@@ -1,0 +1,192 @@
+"""The control service: each method of the control socket, carried out on the pool.
+
+Handlers take validated parameters and give what travels as the result. Errors of the pool become errors of the protocol by
+their class, in one place (``control_error``).
+"""
+
+import os
+from collections.abc import Awaitable, Callable, Mapping
+from importlib.metadata import version
+from typing import Any, Final
+
+from daemon.pool_interface import PoolInterface, Row
+from daemon.targets import Targets
+from protocol.control import errors, methods
+from protocol.control.errors import ControlError
+from protocol.control.limits import PROTOCOL_VERSION
+from storage.errors import (
+    BlockDamaged,
+    Conflict,
+    DeviceFailed,
+    NotFound,
+    OutOfRange,
+    PoolFull,
+    PoolReadOnly,
+    RequestError,
+    StorageError,
+    VolumeClosed,
+)
+
+Handler = Callable[[Any], Awaitable[Any]]
+
+# Most specific first: the first class that fits gives the code.
+ERROR_CODES: Final[Mapping[type[StorageError], str]] = {
+    NotFound: errors.NOT_FOUND,
+    Conflict: errors.CONFLICT,
+    OutOfRange: errors.OUT_OF_RANGE,
+    RequestError: errors.INVALID_PARAMS,
+    PoolFull: errors.POOL_FULL,
+    PoolReadOnly: errors.READ_ONLY,
+    VolumeClosed: errors.CLOSING,
+    BlockDamaged: errors.DAMAGED,
+    DeviceFailed: errors.DEVICE_FAILED,
+    StorageError: errors.FAILED,
+}
+
+
+def control_error(error: StorageError) -> ControlError:
+    """The protocol's error for one of the pool's."""
+    code = next(code for kind, code in ERROR_CODES.items() if isinstance(error, kind))
+    return ControlError(code, str(error))
+
+
+class ControlService:
+    """Carries out calls. ``portals`` are the iSCSI listeners' addresses as clients should name them."""
+
+    def __init__(self, pool: PoolInterface, pool_path: str, targets: Targets, portals: Callable[[], list[str]]) -> None:
+        self._pool = pool
+        self._pool_path = pool_path
+        self._targets = targets
+        self._portals = portals
+        self._handlers: dict[str, Handler] = {
+            "hello": self._hello,
+            "vdisk.create": self._vdisk_create,
+            "vdisk.ls": self._vdisk_list,
+            "vdisk.show": self._vdisk_show,
+            "vdisk.resize": self._vdisk_resize,
+            "vdisk.rename": self._vdisk_rename,
+            "vdisk.rm": self._vdisk_delete,
+            "snapshot.create": self._snapshot_create,
+            "snapshot.ls": self._snapshot_list,
+            "snapshot.rm": self._snapshot_delete,
+            "clone.create": self._clone_create,
+            "split.start": self._split_start,
+            "split.show": self._split_show,
+            "split.ls": self._split_list,
+            "split.pause": self._split_pause,
+            "split.resume": self._split_resume,
+            "split.cancel": self._split_cancel,
+            "split.estimate": self._split_estimate,
+            "pool.show": self._pool_show,
+            "pool.check": self._pool_check,
+            "session.ls": self._session_list,
+            "stats": self._stats,
+            "connect": self._connect,
+        }
+
+    @property
+    def method_names(self) -> frozenset[str]:
+        """What this service answers."""
+        return frozenset(self._handlers)
+
+    async def call(self, method: str, params: methods.Params) -> Any:
+        """The result of one call. Raises ControlError, and nothing else that the pool raises on purpose."""
+        try:
+            return await self._handlers[method](params)
+        except StorageError as error:
+            raise control_error(error) from error
+
+    async def _hello(self, params: methods.Hello) -> Row:
+        who = {"server": "cleaved", "version": version("cleaved"), "protocol": PROTOCOL_VERSION}
+        return {**who, "pool": self._pool_path, "pid": os.getpid()}
+
+    async def _vdisk_create(self, params: methods.VdiskCreate) -> Row:
+        return await self._pool.vdisk_create(params.name, params.size_bytes)
+
+    async def _vdisk_list(self, params: methods.Params) -> list[Row]:
+        return await self._pool.vdisk_list()
+
+    async def _vdisk_show(self, params: methods.Named) -> Row:
+        return await self._pool.vdisk_show(params.name)
+
+    async def _vdisk_resize(self, params: methods.VdiskResize) -> Row:
+        await self._pool.vdisk_resize(params.name, params.size_bytes)
+        self._targets.capacity_changed(params.name)
+        return await self._pool.vdisk_show(params.name)
+
+    async def _vdisk_rename(self, params: methods.VdiskRename) -> Row:
+        self._targets.refuse_if_in_use(params.name, "renamed")
+        await self._pool.vdisk_rename(params.name, params.new_name)
+        self._targets.renamed(params.name, params.new_name)
+        return await self._pool.vdisk_show(params.new_name)
+
+    async def _vdisk_delete(self, params: methods.Named) -> None:
+        await self._pool.vdisk_delete(params.name)
+        self._targets.forget(params.name)
+
+    async def _snapshot_create(self, params: methods.SnapshotCreate) -> list[Row]:
+        return await self._pool.snapshot_create([_two_names(reference) for reference in params.snapshots])
+
+    async def _snapshot_list(self, params: methods.SnapshotList) -> list[Row]:
+        return await self._pool.snapshot_list(params.vdisk)
+
+    async def _snapshot_delete(self, params: methods.SnapshotName) -> None:
+        await self._pool.snapshot_delete(*_two_names(params.snapshot))
+
+    async def _clone_create(self, params: methods.CloneCreate) -> Row:
+        created = await self._pool.clone_create(*_two_names(params.snapshot), params.name)
+        if params.split:
+            await self._pool.split_start(params.name)
+        return created
+
+    async def _split_start(self, params: methods.SplitStart) -> Row:
+        return await self._pool.split_start(params.name, params.mode, params.rate_min_bytes, params.rate_max_bytes)
+
+    async def _split_show(self, params: methods.Named) -> Row:
+        return self._pool.split_show(params.name)
+
+    async def _split_list(self, params: methods.Params) -> list[Row]:
+        return self._pool.split_list()
+
+    async def _split_pause(self, params: methods.Named) -> Row:
+        await self._pool.split_pause(params.name)
+        return self._pool.split_show(params.name)
+
+    async def _split_resume(self, params: methods.Named) -> Row:
+        await self._pool.split_resume(params.name)
+        return self._pool.split_show(params.name)
+
+    async def _split_cancel(self, params: methods.Named) -> Row:
+        await self._pool.split_cancel(params.name)
+        return self._pool.split_show(params.name)
+
+    async def _split_estimate(self, params: methods.Named) -> Row:
+        return await self._pool.split_estimate(params.name)
+
+    async def _pool_show(self, params: methods.Params) -> Row:
+        return {"path": self._pool_path, **self._pool.show()}
+
+    async def _pool_check(self, params: methods.PoolCheck) -> Row:
+        return await self._pool.check(verify_data=params.verify_data)
+
+    async def _session_list(self, params: methods.Params) -> list[Row]:
+        return self._targets.sessions()
+
+    async def _stats(self, params: methods.Named) -> Row:
+        self._pool.volume(params.name)  # NotFound, rather than zeros for a misspelt name
+        return self._targets.stats(params.name)
+
+    async def _connect(self, params: methods.Named) -> Row:
+        self._pool.volume(params.name)
+        return {
+            "name": params.name,
+            "target": self._targets.target_name(params.name),
+            "lun": 0,
+            "portals": self._portals(),
+            "chap": self._targets.chap_required,
+        }
+
+
+def _two_names(reference: str) -> tuple[str, str]:
+    vdisk, _, snapshot = reference.partition("@")
+    return vdisk, snapshot
