@@ -160,7 +160,8 @@ class Check:
             leaves = self._leaves_of(image)
             if leaves is not None and leaves.blocks != image.used_blocks:
                 self.report.error(f"{self._label(image.number)}: its entry counts {image.used_blocks} blocks, its tree has {leaves.blocks}")
-            if leaves is not None and leaves.last >= image.size_blocks:
+            # Nobody sees a deleted image's blocks any more, so its size says nothing.
+            if leaves is not None and leaves.last >= image.size_blocks and image.kind != layout.KIND_DELETED:
                 what = f"has a block at FBN {leaves.last}, beyond its size of {image.size_blocks} blocks"
                 self.report.error(f"{self._label(image.number)}: {what}")
             if position % ENTRY_BATCH == 0:
@@ -198,9 +199,12 @@ class Check:
         if not differences:
             return
         places = {**self._metafile_walk.places, **self._image_walk.places}
-        words = yield from locate({difference.vbn for difference in differences}, places, self._roots, self._label)
+        first_free = self._superblock.first_free_vbn
+        wanted = {difference.vbn for difference in differences if difference.vbn >= first_free}
+        words = yield from locate(wanted, places, self._roots, self._label)
         for vbn, text in differences:
-            self.report.error(f"{words.get(vbn, f'VBN {vbn}')} {text}")
+            fixed = "superblock" if vbn in layout.SUPERBLOCK_VBNS else "intent log" if vbn < first_free else "the block"
+            self.report.error(f"{words.get(vbn, f'{fixed} at VBN {vbn}')} {text}")
 
 
 def _signed(vbn: int) -> int:

@@ -65,6 +65,8 @@ class Uses:
     def claim(self, vbns: Vbns, crcs: Crcs, kind: int) -> Claim:
         """Count one reference to each of ``vbns`` (repeats allowed), made by a field with the CRC32C beside it."""
         claim = Claim(*(np.zeros(len(vbns), np.bool_) for _ in range(3)))
+        if not len(vbns):
+            return claim
         order = np.argsort(vbns, kind="stable")
         ordered, ordered_crcs = vbns[order], crcs[order]
         for number, first, end in _page_runs(ordered):

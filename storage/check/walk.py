@@ -5,7 +5,7 @@
   ``TreeWalk.damaged`` says that it happened, and comparisons that would depend on it are left out.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -53,10 +53,10 @@ class TreeWalk:
         self._report_conflicts(fields, level, claim)
         fresh = fields.select(claim.fresh)
         if level:
-            self._compare_indexes(fields.select(~claim.fresh & ~claim.kind_differs), level)
             places = ((owner << PLACE_INDEX_BITS | index, level) for owner, index in _pairs(fresh))
             self.places.update(zip(fresh.vbns.tolist(), places, strict=True))
             self._pending[level].append(fresh)
+            self._compare_indexes(fields.select(~claim.fresh & ~claim.kind_differs), level)
         return fresh
 
     def run(self, on_leaves: Callable[[Fields], Steps[None]]) -> Steps[None]:
@@ -162,11 +162,13 @@ class TreeWalk:
         self._report.error(f"{where} {what}")
 
 
-def _pairs(fields: Fields) -> zip[tuple[int, int]]:
+def _pairs(fields: Fields) -> Iterator[tuple[int, int]]:
     return zip(fields.owners.tolist(), fields.indexes.tolist(), strict=True)
 
 
 def kind_words(kind: int) -> str:
     """A kind of use, in words."""
-    base, sort = (KIND_METAFILE, "metafile block") if kind >= KIND_METAFILE else (KIND_IMAGE, "data block")
-    return f"a level-{kind - base} pointer block of a {sort.split()[0]}" if kind > base else f"a {sort}"
+    base, owner, level_0 = (
+        (KIND_METAFILE, "a metafile", "metafile block") if kind >= KIND_METAFILE else (KIND_IMAGE, "an image", "data block")
+    )
+    return f"a level-{kind - base} pointer block of {owner}" if kind > base else f"a {level_0}"

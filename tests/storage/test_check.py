@@ -1,0 +1,685 @@
+"""The check: clean pools are clean, and each kind of damage is reported in words that name where it is."""
+
+import asyncio
+import fcntl
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from uuid import UUID
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from storage import layout
+from storage.check import CheckReport, check_device, check_live, check_path
+from storage.check.report import ERRORS_MAX
+from storage.check.superblock import parse_superblock
+from storage.check.uses import Uses
+from storage.device import create_file, open_device
+from storage.errors import PoolLocked, PoolRefused
+from tests.storage.devices import READ, Fault, FaultyDevice, MemoryDevice
+from tests.storage.pool_writer import BLOCK, CP, LOG_BLOCKS, Entry, PoolWriter, seal_superblock
+
+VDISK, SNAPSHOT, DELETED = layout.KIND_VDISK, layout.KIND_SNAPSHOT, layout.KIND_DELETED
+COUNTED = layout.SPLIT_FLAG_COUNTED
+
+
+class BytesReader:
+    """A pool in memory; reads of ``unreadable`` VBNs fail."""
+
+    def __init__(self, pool: bytes | bytearray, unreadable: frozenset[int] = frozenset()) -> None:
+        self._pool = memoryview(pool)
+        self._unreadable = unreadable
+        self.size_bytes = len(pool)
+
+    def read(self, vbns: Sequence[int]) -> list[memoryview | None]:
+        return [None if vbn in self._unreadable else self._pool[vbn * BLOCK : (vbn + 1) * BLOCK] for vbn in vbns]
+
+
+def check(pool: bytes | bytearray, verify_data: bool = False, unreadable: frozenset[int] = frozenset()) -> CheckReport:
+    return check_device(BytesReader(pool, unreadable), verify_data)
+
+
+def rich_pool() -> tuple[PoolWriter, dict[str, int]]:
+    """One vdisk with a snapshot that shares most, a clone of it in mid-split, a deleted image, zero pointers at two levels."""
+    pool = PoolWriter()
+    data = {name: pool.data(name) for name in ("a0", "a1", "a2", "a3", "b0", "c0", "d0")}
+    shared = pool.pointer({0: data["a0"], 1: data["a1"], 5: layout.ZERO_POINTER})
+    snapshot_only = pool.pointer({0: data["a2"], 7: data["a3"]})
+    vdisk_only = pool.pointer({0: data["b0"], 7: data["a3"]})
+    snapshot_root = pool.pointer({0: shared, 1: snapshot_only})
+    vdisk_root = pool.pointer({0: shared, 1: vdisk_only, 2: layout.ZERO_POINTER})
+    clone_leaf = pool.pointer({0: data["c0"], 1: layout.ZERO_POINTER})
+    clone_root = pool.pointer({0: clone_leaf})
+    size = 1024 * BLOCK
+    pool.entries = {
+        1: Entry(VDISK, "alpha", vdisk_root, 2, size),
+        2: Entry(SNAPSHOT, "monday", snapshot_root, 2, size, origin=1),
+        # Behind the clone's holes: FBN 256 and 263.
+        3: Entry(VDISK, "beta", clone_root, 2, size, backing=2, backing_blocks=1024, split=(layout.SPLIT_RUNNING, 0, COUNTED, 2)),
+        4: Entry(DELETED, "", pool.tree({3: data["d0"]}, 1), 1, 0),
+        5: Entry(VDISK, "empty", layout.HOLE, 1, size),
+        6: Entry(VDISK, "trimmed", layout.ZERO_POINTER, 1, 256 * BLOCK),
+    }
+    return pool, {**data, "shared": shared, "vdisk_only": vdisk_only, "vdisk_root": vdisk_root, "snapshot_root": snapshot_root}
+
+
+def errors_of(change: Callable[[PoolWriter, dict[str, int]], None], verify_data: bool = False) -> list[str]:
+    pool, vbns = rich_pool()
+    change(pool, vbns)
+    report = check(pool.build(), verify_data)
+    assert report.errors_total >= len(report.errors)
+    return report.errors
+
+
+def assert_finds(errors: list[str], *patterns: str) -> None:
+    """Each pattern is found in an error, and there are no others."""
+    for pattern in patterns:
+        assert any(re.search(pattern, error) for error in errors), f"{pattern!r} not in {errors}"
+    others = [error for error in errors if not any(re.search(pattern, error) for pattern in patterns)]
+    assert not others
+
+
+def test_empty_pool_is_clean() -> None:
+    report = check(PoolWriter().build())
+    assert report.ok and report.errors == [] and report.images == 0
+    assert report.blocks_used == 2 + LOG_BLOCKS + 3 + 3  # configuration, active map, summary: a block and a root each
+
+
+@pytest.mark.parametrize("verify_data", [False, True])
+def test_rich_pool_is_clean(verify_data: bool) -> None:
+    pool, _ = rich_pool()
+    report = check(pool.build(), verify_data)
+    assert report.errors == [] and report.notes == []
+    assert (report.vdisks, report.snapshots, report.deleted_images, report.cp_number) == (4, 1, 1, CP)
+    assert report.bytes_verified == (7 * BLOCK if verify_data else 0)
+    assert report.as_dict()["ok"] is True and report.as_dict()["blocks_used"] == report.blocks_used
+
+
+def test_metafile_roots_may_be_holes() -> None:
+    pool = PoolWriter()
+    pool.entries = {1: Entry(VDISK, "a", pool.tree({0: pool.data("a")}, 1))}
+    report = check(pool.build())
+    assert report.ok and pool.pointers and report.pointer_blocks == 5
+
+
+def test_leaked_blocks_are_named_as_a_run() -> None:
+    def leak(pool: PoolWriter, _: dict[str, int]) -> None:
+        pool.active_flips = {1500, 1501, 1502, 1700}
+
+    assert_finds(errors_of(leak), r"VBN 1500 to 1502 \(3 blocks\) are in use .* nothing reaches", r"VBN 1700 is in use")
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        ("b0", r"vdisk 'alpha': block at FBN 256 "),
+        ("a0", r"(vdisk 'alpha'|snapshot 'alpha@monday'): block at FBN 0 "),
+        ("c0", r"vdisk 'beta': block at FBN 0 "),
+        ("d0", r"deleted image 4: block at FBN 3 "),
+        ("vdisk_only", r"vdisk 'alpha': level-1 pointer block for FBN 256 to 511 "),
+        ("vdisk_root", r"vdisk 'alpha': level-2 pointer block for FBN 0 to 65535 "),
+    ],
+)
+def test_block_free_in_the_map_is_located(name: str, where: str) -> None:
+    def free(pool: PoolWriter, vbns: dict[str, int]) -> None:
+        pool.active_flips = {vbns[name]}
+
+    assert_finds(errors_of(free), where + r"\(VBN \d+\) is in use, but free in the active map")
+
+
+def test_metafile_block_free_in_the_map_is_located() -> None:
+    pool, _ = rich_pool()
+    pool.active_flips = {pool.next_vbn}  # build places the table's entries first
+    assert_finds(check(pool.build()).errors, r"vdisk table: block at FBN 1 .* free in the active map")
+
+
+def test_superblocks_and_log_must_be_in_use() -> None:
+    def free(pool: PoolWriter, _: dict[str, int]) -> None:
+        pool.active_flips = {1, layout.LOG_FIRST_VBN + 5}
+
+    assert_finds(errors_of(free), r"^superblock at VBN 1 is in use, but free", r"^intent log at VBN 7 is in use, but free")
+
+
+def test_bits_beyond_the_pool_are_reported() -> None:
+    def beyond(pool: PoolWriter, _: dict[str, int]) -> None:
+        pool.active_flips = {pool.size_blocks + 3, pool.size_blocks + 4}
+        pool.summary_deltas = {0: 2}
+
+    assert_finds(errors_of(beyond), r"2 bits set beyond the end of the pool \(VBN 2048\)")
+
+
+def test_summary_and_superblock_counts_are_compared() -> None:
+    def shift(pool: PoolWriter, _: dict[str, int]) -> None:
+        pool.summary_deltas = {0: 4}
+        pool.used_delta = -1
+
+    assert_finds(errors_of(shift), r"region 0: the region summary counts \d+ .* the active map \d+", r"the superblock counts \d+ blocks")
+
+
+def test_share_counts_are_compared() -> None:
+    def shift(pool: PoolWriter, vbns: dict[str, int]) -> None:
+        pool.share_deltas = {vbns["shared"]: 1, vbns["a3"]: -1, vbns["c0"]: 2}
+
+    assert_finds(
+        errors_of(shift),
+        r"level-1 pointer block for FBN 0 to 255 .* has 2 extra references in the share map, the walk found 1",
+        r"block at FBN 263 .* has 0 extra references in the share map, the walk found 1",
+        r"vdisk 'beta': block at FBN 0 .* has 2 extra references in the share map, the walk found 0",
+    )
+
+
+def test_entry_counter_and_holes_are_compared() -> None:
+    def shift(pool: PoolWriter, _: dict[str, int]) -> None:
+        pool.entries[1].used_blocks = 9
+        pool.entries[3].split = (layout.SPLIT_PAUSED, 1, COUNTED, 5)
+
+    assert_finds(
+        errors_of(shift),
+        r"vdisk 'alpha': its entry counts 9 blocks, its tree has 4",
+        r"vdisk 'beta': its split counts 5 remaining holes, its trees have 2",
+    )
+
+
+def test_holes_that_were_not_counted_yet_are_not_compared() -> None:
+    def uncounted(pool: PoolWriter, _: dict[str, int]) -> None:
+        pool.entries[3].split = (layout.SPLIT_RUNNING, 0, 0, 77)
+
+    assert errors_of(uncounted) == []
+
+
+@pytest.mark.parametrize(("limit_blocks", "holes"), [(1024, 2), (263, 1), (257, 1), (256, 0), (0, 0)])
+def test_holes_end_where_the_backing_store_is_no_longer_seen(limit_blocks: int, holes: int) -> None:
+    def shrink(pool: PoolWriter, _: dict[str, int]) -> None:
+        pool.entries[3].backing_blocks = limit_blocks
+        pool.entries[3].split = (layout.SPLIT_RUNNING, 0, COUNTED, holes)
+
+    assert errors_of(shrink) == []
+
+
+def flip(pool: bytearray, vbn: int) -> bytearray:
+    pool[vbn * BLOCK + 100] ^= 0x10
+    return pool
+
+
+def test_damaged_pointer_block_is_named_and_what_lies_below_is_not_guessed() -> None:
+    pool, vbns = rich_pool()
+    report = check(flip(pool.build(), vbns["vdisk_only"]))
+    assert_finds(
+        report.errors,
+        r"vdisk 'alpha': level-1 pointer block for FBN 256 to 511 .* is damaged: its CRC32C is 0x[0-9a-f]{8}, .* below is unknown",
+        r"1 blocks are in use .* were not reached",
+    )
+
+
+def test_damaged_root_leaves_the_split_uncompared() -> None:
+    pool, vbns = rich_pool()
+    report = check(flip(pool.build(), vbns["snapshot_root"]))
+    assert_finds(report.errors, r"snapshot 'alpha@monday': level-2 pointer block .* is damaged", r"2 blocks are in use .* not reached")
+    assert any("holes_remaining was not compared" in note for note in report.notes)
+
+
+def test_unreadable_blocks_are_reported_and_the_rest_is_checked() -> None:
+    pool, vbns = rich_pool()
+    report = check(pool.build(), verify_data=True, unreadable=frozenset({vbns["b0"], vbns["vdisk_root"]}))
+    assert_finds(
+        report.errors,
+        r"vdisk 'alpha': level-2 pointer block .* cannot be read from the device",
+        r"2 blocks are in use .* were not reached",
+    )
+    report = check(pool.build(), verify_data=True, unreadable=frozenset({vbns["b0"]}))
+    assert_finds(report.errors, r"vdisk 'alpha': block at FBN 256 .* cannot be read from the device")
+
+
+def test_damaged_data_is_found_when_asked_for() -> None:
+    pool, vbns = rich_pool()
+    damaged = flip(pool.build(), vbns["c0"])
+    assert check(damaged).ok
+    assert_finds(check(damaged, verify_data=True).errors, rf"vdisk 'beta': block at FBN 0 \(VBN {vbns['c0']}\) is damaged: its CRC32C")
+
+
+@pytest.mark.parametrize("metafile", layout.METAFILES)
+def test_damaged_metafile_block_and_root_are_named(metafile: int) -> None:
+    pool, _ = rich_pool()
+    built = pool.build()
+    superblock = parse_superblock(built[BLOCK : 2 * BLOCK])
+    assert superblock is not None
+    root = superblock.roots[metafile].vbn
+    first_block = next(vbn for vbn, _, _ in layout.FIELD.iter_unpack(built[root * BLOCK : (root + 1) * BLOCK]) if vbn)
+    name = layout.METAFILE_NAMES[metafile]
+    errors = check(flip(bytearray(built), first_block)).errors
+    assert any(re.search(rf"^{name}: block at FBN \d+ \(VBN {first_block}\).* is damaged", error) for error in errors), errors
+    errors = check(flip(bytearray(built), root)).errors
+    assert any(re.search(rf"^{name}: level-1 pointer block .*\(VBN {root}\) is damaged", error) for error in errors), errors
+
+
+def test_two_uses_of_one_block_are_a_conflict() -> None:
+    def cross(pool: PoolWriter, vbns: dict[str, int]) -> None:
+        # A data field of the clone names a pointer block of alpha.
+        pool.entries[5].root = pool.tree({9: vbns["vdisk_only"]}, 1)
+
+    errors = errors_of(cross)
+    assert any(
+        re.search(r"vdisk 'empty': block at FBN 9 .* is in use as a level-1 pointer block of an image already", error) for error in errors
+    )
+
+
+def test_pointer_block_at_two_levels_is_a_conflict() -> None:
+    pool, vbns = rich_pool()
+    pool.entries[5].root = pool.pointer({4: vbns["vdisk_only"]})
+    pool.entries[5].levels = 3
+    errors = check(pool.build()).errors
+    assert any(
+        re.search(r"level-2 pointer block for FBN 262144 to .* in use as a level-1|level-1 .* is in use as a level-2", e) for e in errors
+    ), errors
+
+
+def test_pointer_block_at_another_index_is_reported() -> None:
+    pool, vbns = rich_pool()
+    pool.entries[5].root = pool.pointer({3: vbns["vdisk_only"]})
+    pool.entries[5].levels = 2
+    assert_finds(check(pool.build()).errors, r"level-1 pointer block for FBN (256|768) .* stands at another position in another tree")
+
+
+def test_two_fields_with_different_checksums_for_one_block() -> None:
+    pool = PoolWriter()
+    block = pool.data("once")
+    first = pool.pointer({0: block})
+    pool.crc_overrides[block] = 0xDEADBEEF
+    second = pool.pointer({0: block})
+    pool.entries = {1: Entry(VDISK, "a", first), 2: Entry(VDISK, "b", second)}
+    assert_finds(check(pool.build()).errors, r"vdisk '[ab]': block at FBN 0 .* has the CRC32C 0x[0-9a-f]{8} in this field, and another one")
+
+
+@pytest.mark.parametrize(
+    ("vbn", "why"),
+    [
+        (2, "lies in the superblocks or the intent log"),
+        (LOG_BLOCKS + 1, "lies in the superblocks or the intent log"),
+        (2048, "lies outside the pool, which has 2048 blocks"),
+        (1 << 63, "lies outside the pool"),
+    ],
+)
+def test_fields_that_name_no_pool_block(vbn: int, why: str) -> None:
+    pool = PoolWriter()
+    pool.entries = {1: Entry(VDISK, "a", pool.pointer({9: vbn, 10: pool.data("sound")}))}
+    assert_finds(check(pool.build()).errors, rf"vdisk 'a': block at FBN 9 \(VBN -?\d+\) {why}")
+
+
+def test_birth_in_the_future() -> None:
+    pool = PoolWriter()
+    block = pool.data("later")
+    pool.births[block] = CP + 1
+    pool.entries = {1: Entry(VDISK, "a", pool.pointer({0: block}))}
+    assert_finds(check(pool.build()).errors, r"vdisk 'a': block at FBN 0 .* is born in consistency point 8, the pool is only at 7")
+
+
+def test_a_block_with_more_references_than_a_byte_counts() -> None:
+    pool = PoolWriter(size_blocks=4096)
+    root = pool.tree({0: pool.data("popular")}, 1)
+    pool.entries = {1: Entry(VDISK, "a", root)} | {2 + n: Entry(SNAPSHOT, f"s{n}", root, origin=1) for n in range(600)}
+    assert check(pool.build()).ok
+    pool.share_deltas = {root: -256}
+    assert_finds(check(pool.build()).errors, r"has 344 extra references in the share map, the walk found 600")
+
+
+class CrossedWriter(PoolWriter):
+    """Names the table entry of image 1 for image 2 as well."""
+
+    def tree(self, contents: Mapping[int, int], levels: int) -> int:
+        return super().tree({1: contents[1], 2: contents[1]} if set(contents) == {1, 2} else contents, levels)
+
+
+def test_metafiles_share_nothing() -> None:
+    pool = CrossedWriter(entries={1: Entry(VDISK, "a"), 2: Entry(VDISK, "b")})
+    errors = check(pool.build()).errors
+    assert any(re.search(r"vdisk table: block at FBN 2 .* is reached twice, and metafiles share nothing", error) for error in errors), (
+        errors
+    )
+
+
+ENTRY_FAULTS: list[tuple[str, dict[str, object], str]] = [
+    ("levels", {"levels": 9}, r"vdisk 'victim' \(image 9\) has 9 levels of pointer blocks"),
+    ("created later", {"created_cp": CP + 1}, r"'victim' .* was created in consistency point 8"),
+    ("split state", {"split": (9, 0, 0, 0)}, r"'victim' .* has split state 9"),
+    ("split mode", {"split": (3, 7, 0, 0)}, r"'victim' .* split state 3 and mode 7"),
+    ("no name", {"name": ""}, r"vdisk '' \(image 9\) has no name"),
+    ("size", {"size_bytes": 4097}, r"'victim' .* has a size of 4097 bytes"),
+    ("split without backing", {"split": (1, 0, 0, 0)}, r"'victim' .* has a running split, but no backing store"),
+    ("snapshot's split", {"kind": SNAPSHOT, "origin": 1, "split": (3, 0, 0, 0)}, r"'alpha@victim' .* is a snapshot and has a split"),
+    ("origin is missing", {"kind": SNAPSHOT, "origin": 88}, r"names image 88 as its origin, and there is none"),
+    ("origin is a snapshot", {"kind": SNAPSHOT, "origin": 2}, r"names snapshot 'alpha@monday' as its origin, which must be a vdisk"),
+    ("backing is a vdisk", {"backing": 1}, r"names vdisk 'alpha' as its backing store, which must be a snapshot"),
+    ("backing is missing", {"backing": 77}, r"names image 77 as its backing store, and there is none"),
+    ("backing too long", {"backing": 2, "backing_blocks": 1025}, r"sees 1025 blocks of its backing store, which has only 1024"),
+    ("vdisk name twice", {"name": "alpha"}, r"vdisk 'alpha': images 1 and 9 have the same name"),
+    (
+        "snapshot name twice",
+        {"name": "monday", "kind": SNAPSHOT, "origin": 1},
+        r"snapshot 'alpha@monday': images 2 and 9 have the same name",
+    ),
+    ("magic", {"magic": b"oops"}, r"vdisk table: block at FBN 9 .* is no entry for image 9: magic b'oops' and kind 1"),
+    ("kind", {"kind": 7}, r"is no entry for image 9: magic b'cIMG' and kind 7"),
+]
+
+
+@pytest.mark.parametrize(("values", "pattern"), [row[1:] for row in ENTRY_FAULTS], ids=[row[0] for row in ENTRY_FAULTS])
+def test_entry_faults(values: dict[str, object], pattern: str) -> None:
+    def plant(pool: PoolWriter, _: dict[str, int]) -> None:
+        pool.entries[9] = Entry(**{"kind": VDISK, "name": "victim", **values})  # type: ignore[arg-type]
+
+    assert_finds(errors_of(plant), pattern)
+
+
+def test_same_uuid_twice() -> None:
+    def plant(pool: PoolWriter, _: dict[str, int]) -> None:
+        pool.entries[5].uuid = pool.entries[6].uuid = UUID(int=5)
+
+    assert_finds(errors_of(plant), r"vdisk 'trimmed': images 5 and 6 have the same UUID")
+
+
+def test_snapshots_of_two_vdisks_may_have_one_name() -> None:
+    def name(pool: PoolWriter, _: dict[str, int]) -> None:
+        pool.entries[9] = Entry(SNAPSHOT, "monday", origin=3)
+        pool.entries[10] = Entry(SNAPSHOT, "alpha", origin=3)
+
+    assert errors_of(name) == []
+
+
+def test_backing_stores_in_a_circle() -> None:
+    def circle(pool: PoolWriter, _: dict[str, int]) -> None:
+        pool.entries[7] = Entry(SNAPSHOT, "one", origin=1, backing=8)
+        pool.entries[8] = Entry(SNAPSHOT, "two", origin=1, backing=7)
+        pool.entries[3].backing = 7
+        pool.entries[3].backing_blocks = 0
+
+    errors = errors_of(circle)
+    assert_finds(errors, r"'(alpha@one|alpha@two|beta)' .* is, by way of its backing stores, its own backing store")
+    assert len(errors) == 3
+
+
+def test_image_number_zero_stays_free() -> None:
+    def plant(pool: PoolWriter, _: dict[str, int]) -> None:
+        pool.entries[0] = Entry(VDISK, "zero")
+
+    assert_finds(errors_of(plant), r"is no entry for image 0: is in use, and image number 0 says 'none'")
+
+
+def test_block_beyond_the_end_of_a_vdisk() -> None:
+    def shrink(pool: PoolWriter, _: dict[str, int]) -> None:
+        pool.entries[1].size_bytes = 263 * BLOCK
+
+    assert_finds(errors_of(shrink), r"vdisk 'alpha': has a block at FBN 263, beyond its size of 263 blocks")
+    pool, _ = rich_pool()
+    pool.entries[1].size_bytes = 263 * BLOCK + layout.SECTOR_BYTES
+    assert check(pool.build()).ok
+
+
+def test_errors_are_limited_but_all_counted() -> None:
+    pool = PoolWriter(size_blocks=16384)
+    leaf = {slot: pool.data("x") for slot in range(256)}
+    pool.entries = {1: Entry(VDISK, "a", pool.pointer(leaf))}
+    pool.active_flips = {4000 + 2 * n for n in range(ERRORS_MAX + 500)}
+    report = check(pool.build())
+    assert len(report.errors) == ERRORS_MAX and report.errors_total == ERRORS_MAX + 500
+
+
+# --- Superblocks and the intent log ---------------------------------------------------------------------------------
+
+
+def test_the_newer_valid_superblock_wins_and_a_torn_one_is_a_note() -> None:
+    built = rich_pool()[0].build()
+    older = bytearray(built)
+    older[BLOCK + 40] ^= 1
+    report = check(older)
+    assert report.ok and report.cp_number == CP - 1
+    assert report.notes == ["the superblock at VBN 1 is not valid; the other one holds the pool's state (a torn write leaves this behind)"]
+
+
+def test_both_superblocks_damaged_and_no_pool_at_all() -> None:
+    built = rich_pool()[0].build()
+    built[40] ^= 1
+    built[BLOCK + 40] ^= 1
+    with pytest.raises(PoolRefused, match="both superblocks are damaged"):
+        check(built)
+    with pytest.raises(PoolRefused, match="not a pool"):
+        check(bytes(len(built)))
+
+
+@pytest.mark.parametrize(("offset", "words"), [(8, "format version 2"), (32, "incompatible features 0x2")])
+def test_newer_formats_are_refused(offset: int, words: str) -> None:
+    built = rich_pool()[0].build()
+    block = bytearray(built[BLOCK : 2 * BLOCK])
+    block[offset] = 2
+    built[BLOCK : 2 * BLOCK] = seal_superblock(block)
+    with pytest.raises(PoolRefused, match=words):
+        check(built)
+
+
+def test_truncated_pool_is_refused() -> None:
+    built = rich_pool()[0].build()
+    with pytest.raises(PoolRefused, match="truncated: the pool has 8388608 bytes, the device only 8384512"):
+        check(built[:-BLOCK])
+
+
+@pytest.mark.parametrize("records", [0, 1, 3, LOG_BLOCKS])
+def test_log_records_behind_the_head_are_counted_round_the_ring(records: int) -> None:
+    pool, _ = rich_pool()
+    pool.log_records = records
+    built = pool.build()
+    report = check(built)
+    assert report.ok and report.log_records == records
+    if records == 3:
+        flip(built, layout.LOG_FIRST_VBN)  # the second, at the ring's begin
+        assert check(built).log_records == 1
+
+
+# --- Paths, and the live device ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pool_path(tmp_path: Path) -> str:
+    path = tmp_path / "pool"
+    path.write_bytes(rich_pool()[0].build())
+    return str(path)
+
+
+def test_check_path(pool_path: str) -> None:
+    before = Path(pool_path).read_bytes()
+    phases: list[str] = []
+    report = check_path(pool_path, verify_data=True, on_progress=lambda phase, blocks: phases.append(phase))
+    assert report.ok and report.data_blocks_verified == 7
+    assert list(dict.fromkeys(phases)) == ["metafiles", "vdisk table", "trees", "counters", "splits", "maps", "intent log"]
+    assert Path(pool_path).read_bytes() == before
+
+
+def test_check_path_shares_its_lock_with_readers_only(pool_path: str) -> None:
+    descriptor = os.open(pool_path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        assert check_path(pool_path).ok
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with pytest.raises(PoolLocked, match="another process has this pool open"):
+            check_path(pool_path)
+    finally:
+        os.close(descriptor)
+
+
+def test_check_path_refuses_what_is_no_pool(tmp_path: Path) -> None:
+    with pytest.raises(PoolRefused, match=r"cannot be opened .*No such file"):
+        check_path(str(tmp_path / "missing"))
+    with pytest.raises(PoolRefused, match="neither a file nor a block device"):
+        check_path(str(tmp_path))
+    (tmp_path / "short").write_bytes(b"hello")
+    with pytest.raises(PoolRefused, match="short: not a pool"):
+        check_path(str(tmp_path / "short"))
+
+
+def live_check(pool: bytes | bytearray, device: MemoryDevice, verify_data: bool = True) -> CheckReport:
+    async def run() -> CheckReport:
+        device.writev([bytes(pool)], 0)
+        return await check_live(device, bytes(pool[BLOCK : 2 * BLOCK]), verify_data)
+
+    return asyncio.run(run())
+
+
+def test_live_check_reads_through_the_device_at_once_and_by_its_threads() -> None:
+    built = rich_pool()[0].build()
+    for device in (MemoryDevice(len(built)), MemoryDevice(len(built), deferred=True, miss_rate=0.6, seed=3)):
+        report = live_check(built, device)
+        assert report.ok and report.data_blocks_verified == 7
+    built = flip(built, 66)
+    assert_finds(live_check(built, MemoryDevice(len(built))).errors, r"(vdisk|snapshot) 'alpha.*block at FBN 0 \(VBN 66\) is damaged")
+
+
+@pytest.mark.parametrize("miss_rate", [0.0, 1.0])
+def test_live_check_goes_on_behind_a_read_that_fails(miss_rate: float) -> None:
+    built = rich_pool()[0].build()
+    for nth in range(1, 30):
+        device = MemoryDevice(len(built), miss_rate=miss_rate)
+
+        async def run(device: MemoryDevice = device, nth: int = nth) -> CheckReport:
+            device.writev([bytes(built)], 0)
+            faulty = FaultyDevice(device, Fault(READ, nth=nth))
+            return await check_live(faulty, bytes(built[BLOCK : 2 * BLOCK]))
+
+        # A run whose read failed once is read again block by block, which succeeds.
+        assert asyncio.run(run()).ok
+
+
+def test_live_check_gives_way_between_slices() -> None:
+    built = rich_pool()[0].build()
+
+    async def run() -> int:
+        device = MemoryDevice(len(built))
+        device.writev([bytes(built)], 0)
+        checking = asyncio.create_task(check_live(device, bytes(built[BLOCK : 2 * BLOCK])))
+        turns = 0
+        while not checking.done():
+            await asyncio.sleep(0)
+            turns += 1
+        assert checking.result().ok
+        return turns
+
+    assert asyncio.run(run()) > 10
+
+
+def test_check_of_a_device_made_by_the_store(tmp_path: Path) -> None:
+    path = str(tmp_path / "pool")
+    built = rich_pool()[0].build()
+    create_file(path, len(built))
+    Path(path).write_bytes(built)
+
+    async def run() -> CheckReport:
+        device = open_device(path)
+        try:
+            with pytest.raises(PoolLocked):
+                check_path(path)
+            return await check_live(device, bytes(built[BLOCK : 2 * BLOCK]), verify_data=True)
+        finally:
+            device.close()
+
+    assert asyncio.run(run()).ok
+
+
+# --- Against plain models ---------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 3)), min_size=1, max_size=60), max_size=12))
+def test_uses_against_a_dict(batches: list[list[tuple[int, int]]]) -> None:
+    # Places at both sides of page borders, so that one claim covers several pages.
+    spread = [n * 7 + (n % 3) * ((1 << 20) - 100) for n in range(41)]
+    uses, references, kinds, crcs = Uses(), dict[int, int](), dict[int, int](), dict[int, int]()
+    for batch in batches:
+        kind = batch[0][1]
+        vbns = [spread[place] for place, _ in batch]
+        claim = uses.claim(np.array(vbns), np.array([crc for _, crc in batch], np.uint32), kind)
+        for position, (vbn, (_, crc)) in enumerate(zip(vbns, batch, strict=True)):
+            assert claim.fresh[position] == (vbn not in kinds)
+            references[vbn] = references.get(vbn, 0) + 1
+            assert claim.kind_differs[position] == (kinds.setdefault(vbn, kind) != kind)
+            assert claim.crc_differs[position] == (crcs.setdefault(vbn, crc) != crc)
+    for vbn, count in references.items():
+        region = uses.region(vbn // layout.REGION_BLOCKS)
+        assert region is not None and region[vbn % layout.REGION_BLOCKS] == count and uses.kind(vbn) == kinds[vbn]
+
+
+FBNS = st.one_of(st.integers(0, 3), st.integers(250, 260), st.integers(510, 516), st.integers(65530, 65540), st.integers(131071, 131080))
+CONTENTS = st.dictionaries(FBNS, st.sampled_from(["data", "zeros"]), max_size=25)
+UPPER_ZEROS = st.sets(st.sampled_from([(1, 0), (1, 1), (1, 2), (1, 256), (2, 0), (2, 1), (2, 2)]), max_size=2)
+LAYER = st.tuples(CONTENTS, UPPER_ZEROS, st.integers(0, 140000), st.integers(0, 1))
+
+
+class Layer:
+    """One tree of a chain, with zero pointers above level 1 where nothing else stands below them."""
+
+    def __init__(self, contents: dict[int, str], upper: set[tuple[int, int]], limit_blocks: int, extra_levels: int) -> None:
+        self.contents = {fbn: what for fbn, what in contents.items() if not any(self._covers(zero, fbn) for zero in upper)}
+        self.upper = {zero for zero in upper if not any(other[0] > zero[0] and self._covers(other, zero[1] << 8) for other in upper)}
+        self.limit_blocks = limit_blocks
+        self.levels = min(layout.TREE_LEVELS_MAX, 3 + extra_levels)
+
+    @staticmethod
+    def _covers(zero: tuple[int, int], fbn: int) -> bool:
+        return fbn >> (8 * zero[0]) == zero[1]
+
+    def at(self, fbn: int) -> str | None:
+        return "zeros" if any(self._covers(zero, fbn) for zero in self.upper) else self.contents.get(fbn)
+
+    def build(self, pool: PoolWriter) -> int:
+        row = {fbn: pool.data(f"block {fbn}") if what == "data" else layout.ZERO_POINTER for fbn, what in self.contents.items()}
+        for level in range(1, self.levels + 1):
+            parents: dict[int, dict[int, int]] = {}
+            for index, vbn in row.items():
+                parents.setdefault(index >> 8, {})[index & 255] = vbn
+            row = {index: pool.pointer(fields) for index, fields in parents.items()}
+            row |= {index: layout.ZERO_POINTER for zero_level, index in self.upper if zero_level == level}
+        return row.get(0, layout.HOLE)
+
+
+@settings(max_examples=60, deadline=None)
+@given(LAYER, st.lists(LAYER, min_size=1, max_size=3))
+def test_holes_against_a_plain_model(own: tuple, behind: list[tuple]) -> None:
+    """A clone of chains of any shape: the count of holes is what resolving each FBN by the terms of the design gives."""
+    clone, chain = Layer(*own), [Layer(*layer) for layer in behind]
+    pool = PoolWriter()
+    size = 150_000 * BLOCK
+
+    def counts(fbn: int) -> bool:
+        if clone.at(fbn) is not None:
+            return False
+        for front, layer in zip([clone, *chain], chain, strict=False):
+            if fbn >= front.limit_blocks:
+                return False
+            if layer.at(fbn) is not None:
+                return layer.at(fbn) == "data"
+        return False
+
+    holes = sum(counts(fbn) for fbn in {fbn for layer in chain for fbn in layer.contents})
+    pool.entries[1] = Entry(VDISK, "base", size_bytes=size)
+    for position, layer in enumerate(chain):
+        last = position == len(chain) - 1
+        backing, limit = (0, 0) if last else (11 + position, layer.limit_blocks)
+        pool.entries[10 + position] = Entry(SNAPSHOT, f"s{position}", layer.build(pool), layer.levels, size, 1, backing, limit)
+    split = (layout.SPLIT_RUNNING, 0, COUNTED, holes)
+    pool.entries[2] = Entry(VDISK, "clone", clone.build(pool), clone.levels, size, 0, 10, clone.limit_blocks, split=split)
+    assert check(pool.build()).errors == []
+    pool.entries[2].split = (layout.SPLIT_RUNNING, 0, COUNTED, holes + 1)
+    assert_finds(check(pool.build()).errors, rf"vdisk 'clone': its split counts {holes + 1} remaining holes, its trees have {holes}")
+
+
+def test_holes_below_a_backing_store_of_other_height_are_counted_whole() -> None:
+    """An empty clone of a lower tree, and one that is lower itself: whole subtrees count without being read field by field."""
+    pool = PoolWriter(size_blocks=8192)
+    contents = {fbn: pool.data("x") for fbn in range(600)}
+    pool.entries = {
+        1: Entry(VDISK, "base", size_bytes=1024 * BLOCK),
+        2: Entry(SNAPSHOT, "s", pool.tree(contents, 2), 2, 1024 * BLOCK, origin=1),
+        3: Entry(VDISK, "high", layout.HOLE, 4, 1 << 34, backing=2, backing_blocks=1024, split=(1, 0, COUNTED, 600)),
+        4: Entry(VDISK, "low", pool.tree({3: pool.data("own")}, 1), 1, 1024 * BLOCK, 0, 2, 590, split=(1, 0, COUNTED, 589)),
+        5: Entry(VDISK, "zeros", layout.ZERO_POINTER, 1, 1024 * BLOCK, 0, 2, 600, split=(1, 0, COUNTED, 600 - 256)),
+    }
+    assert check(pool.build()).errors == []
