@@ -12,7 +12,17 @@ Row = dict[str, Any]
 
 
 class AttachableVolume(BlockVolume, Protocol):
-    """A volume that knows who uses it; an attached one refuses to be deleted (Conflict), naming the labels."""
+    """A volume that knows who uses it; an attached one refuses to be deleted (Conflict), naming the labels.
+
+    The counters count what clients did since the pool was opened.
+    """
+
+    reads: int
+    writes: int
+    read_bytes: int
+    written_bytes: int
+    trims: int
+    flushes: int
 
     def attach(self, label: str) -> None:
         """One session more. The same label may be attached several times."""

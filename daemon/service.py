@@ -14,6 +14,7 @@ from daemon.targets import Targets
 from protocol.control import errors, methods
 from protocol.control.errors import ControlError
 from protocol.control.limits import PROTOCOL_VERSION
+from protocol.volume import BlockVolume
 from storage.errors import (
     BlockDamaged,
     Conflict,
@@ -51,13 +52,21 @@ def control_error(error: StorageError) -> ControlError:
 
 
 class ControlService:
-    """Carries out calls. ``portals`` are the iSCSI listeners' addresses as clients should name them."""
+    """Carries out calls. ``portals`` are the iSCSI listeners' addresses as clients should name them; ``on_resize`` tells sessions."""
 
-    def __init__(self, pool: PoolInterface, pool_path: str, targets: Targets, portals: Callable[[], list[str]]) -> None:
+    def __init__(
+        self,
+        pool: PoolInterface,
+        pool_path: str,
+        targets: Targets,
+        portals: Callable[[], list[str]],
+        on_resize: Callable[[BlockVolume], None],
+    ) -> None:
         self._pool = pool
         self._pool_path = pool_path
         self._targets = targets
         self._portals = portals
+        self._on_resize = on_resize
         self._handlers: dict[str, Handler] = {
             "hello": self._hello,
             "vdisk.create": self._vdisk_create,
@@ -111,18 +120,16 @@ class ControlService:
 
     async def _vdisk_resize(self, params: methods.VdiskResize) -> Row:
         await self._pool.vdisk_resize(params.name, params.size_bytes)
-        self._targets.capacity_changed(params.name)
+        self._on_resize(self._pool.volume(params.name))
         return await self._pool.vdisk_show(params.name)
 
     async def _vdisk_rename(self, params: methods.VdiskRename) -> Row:
         self._targets.refuse_if_in_use(params.name, "renamed")
         await self._pool.vdisk_rename(params.name, params.new_name)
-        self._targets.renamed(params.name, params.new_name)
         return await self._pool.vdisk_show(params.new_name)
 
     async def _vdisk_delete(self, params: methods.Named) -> None:
         await self._pool.vdisk_delete(params.name)
-        self._targets.forget(params.name)
 
     async def _snapshot_create(self, params: methods.SnapshotCreate) -> list[Row]:
         return await self._pool.snapshot_create([_two_names(reference) for reference in params.snapshots])
@@ -173,7 +180,6 @@ class ControlService:
         return self._targets.sessions()
 
     async def _stats(self, params: methods.Named) -> Row:
-        self._pool.volume(params.name)  # NotFound, rather than zeros for a misspelt name
         return self._targets.stats(params.name)
 
     async def _connect(self, params: methods.Named) -> Row:

@@ -23,6 +23,8 @@ SNAPSHOT_COLUMNS: Final = ("name", "size_bytes", "used_bytes", "created_ns")
 SPLIT_COLUMNS: Final = ("name", "state", "mode", "percent", "holes_remaining", "eta_seconds", "reason")
 SESSION_COLUMNS: Final = ("initiator", "target", "peer", "commands_in_flight")
 
+NOTIFICATION_SECONDS: Final = 2.0
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -251,12 +253,14 @@ def _wait_for_split(client: ControlClient, name: str) -> dict[str, Any]:
     with progress_view(name) as view:
         found: dict[str, Any] = client.call("split.show", name=name)
         view.update(found)
-        updates = client.notifications()
         while found["state"] == "running":
-            update = next(updates).params
-            if update["name"] == name:
-                found = update
-                view.update(found)
+            update = client.notification(NOTIFICATION_SECONDS)
+            if update is None:
+                # Progress comes several times a second: silence means that the split ended unseen, or its vdisk was deleted.
+                found = client.call("split.show", name=name)
+            elif update.params["name"] == name:
+                found = update.params
+            view.update(found)
     if found["state"] != "done":
         reason = found.get("reason") or "by request"
         raise ControlError("failed", f"the split of {name} is {found['state']}: {reason}", f"cleavectl split show {name}")

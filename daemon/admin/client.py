@@ -1,8 +1,8 @@
 """A blocking client of the control socket."""
 
 import os
+import select
 import socket
-from collections.abc import Iterator
 from typing import Any, Final, Self
 
 from protocol.control.client import ClientConnection
@@ -47,14 +47,11 @@ class ControlClient:
         """The result. Raises ControlError when the daemon refuses, Unreachable when it goes away."""
         return self._call(*self._connection.request(method, params))
 
-    def notifications(self) -> Iterator[Notification]:
-        """Notifications as they come, for ever. Raises Unreachable when the daemon goes away."""
-        while True:
-            while self._notifications:
-                yield self._notifications.pop(0)
-            for message in self._receive():
-                if isinstance(message, Notification):
-                    self._notifications.append(message)
+    def notification(self, timeout_seconds: float) -> Notification | None:
+        """The next notification, or None when none came in time. Raises Unreachable when the daemon goes away."""
+        if not self._notifications and select.select([self._socket], [], [], timeout_seconds)[0]:
+            self._notifications += [message for message in self._receive() if isinstance(message, Notification)]
+        return self._notifications.pop(0) if self._notifications else None
 
     def _call(self, request_id: int, request: bytes) -> Any:
         try:

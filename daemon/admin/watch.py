@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from daemon.units import format_size
 
-COLUMNS: Final = ("reads", "writes", "read_bytes", "written_bytes", "errors")
+COLUMNS: Final = ("reads", "writes", "read_bytes", "written_bytes", "trims", "flushes")
 HEADER_LINES: Final = 20  # the names come again after so many lines, so that they stay on the screen
 
 

@@ -12,8 +12,11 @@ import msgspec
 from protocol.control.errors import INVALID_PARAMS, UNKNOWN_METHOD, ControlError
 from protocol.control.limits import GROUP_SNAPSHOTS_MAX, NAME_CHARACTERS_MAX, REFERENCE_CHARACTERS_MAX
 
-Name = Annotated[str, msgspec.Meta(min_length=1, max_length=NAME_CHARACTERS_MAX)]
-Reference = Annotated[str, msgspec.Meta(min_length=3, max_length=REFERENCE_CHARACTERS_MAX, pattern="^[^@]+@[^@]+$")]
+# A vdisk's name ends an iSCSI name, where RFC 7143 4.2.7.1 allows letters, digits, dash, dot and colon; the underscore is an
+# addition that initiators take too. Nothing else, so that names need no quoting in URLs and shells.
+_NAME: Final = r"[A-Za-z0-9][A-Za-z0-9._:-]*"
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=NAME_CHARACTERS_MAX, pattern=rf"^{_NAME}\Z")]
+Reference = Annotated[str, msgspec.Meta(min_length=3, max_length=REFERENCE_CHARACTERS_MAX, pattern=rf"^{_NAME}@{_NAME}\Z")]
 SizeBytes = Annotated[int, msgspec.Meta(gt=0)]
 
 # Notifications that a client can subscribe to.

@@ -1,0 +1,182 @@
+"""iSCSI over TCP: listeners, and one BufferedProtocol a connection around the sans-IO `TargetConnection`.
+
+Hot path (design section 3): the event loop receives into the connection's own buffer, and what one wake-up answered leaves in
+one ``writelines``. Nothing here makes a Task or a Future per command.
+"""
+
+import asyncio
+import socket
+from typing import Final
+
+from protocol.iscsi.connection import TargetConnection
+
+from daemon.config import Address
+from daemon.logs import get_log
+from protocol.iscsi.node import TargetNode
+from protocol.volume import Buffer
+
+BACKLOG: Final = 128
+# Time comes to the connections in ticks: login and keep-alive timeouts are whole seconds.
+TICK_SECONDS: Final = 1.0
+# Above this much unsent the connection is told to stop taking commands: several of the largest replies, so that a fast client never
+# waits for us, and a client that does not drain costs no more than this.
+WRITE_HIGH_BYTES: Final = 4 << 20
+WRITE_LOW_BYTES: Final = 1 << 20
+
+
+class ListenFailed(Exception):
+    """An address cannot be listened on; the message says which, why, and what to do."""
+
+
+class IscsiListener:
+    """All iSCSI listeners and connections of the daemon."""
+
+    def __init__(self, node: TargetNode, connections_max: int) -> None:
+        self.node = node
+        self.connections_max = connections_max
+        self.connections: set[IscsiProtocol] = set()
+        self.addresses: list[Address] = []
+        self._servers: list[asyncio.Server] = []
+        self._ticker: asyncio.TimerHandle | None = None
+        self._empty: asyncio.Event = asyncio.Event()
+
+    async def listen(self, address: Address) -> None:
+        """Listen on every address that the host name stands for. Raises ListenFailed."""
+        loop = asyncio.get_running_loop()
+        try:
+            server = await loop.create_server(lambda: IscsiProtocol(self), address.host, address.port, backlog=BACKLOG)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise ListenFailed(
+                f"cannot listen on iscsi.listen {address}: {reason}; choose another address, or stop what uses it"
+            ) from error
+        self._servers.append(server)
+        for listening in server.sockets:
+            host, port = listening.getsockname()[:2]
+            self.addresses.append(Address(host, port))
+        if self._ticker is None:
+            self._ticker = loop.call_later(TICK_SECONDS, self._tick)
+
+    def portals(self) -> list[str]:
+        """Addresses as clients should name them; for a wildcard that is this machine's name."""
+        return [str(Address(socket.gethostname(), at.port) if at.host in {"0.0.0.0", "::"} else at) for at in self.addresses]
+
+    def stop_accepting(self) -> None:
+        """Close the listeners; connections go on."""
+        for server in self._servers:
+            server.close()
+        self._servers.clear()
+
+    async def stop(self, timeout_seconds: float) -> None:
+        """Ask all initiators to log out, give what is in flight ``timeout_seconds`` to end, then close."""
+        self.stop_accepting()
+        for connection in list(self.connections):
+            connection.shut_down()
+        try:
+            await asyncio.wait_for(self._wait_empty(), timeout_seconds)
+        except TimeoutError:
+            get_log().info("iscsi.closing", connections=len(self.connections))
+        for connection in list(self.connections):
+            connection.abort()
+        await self._wait_empty()
+        if self._ticker is not None:
+            self._ticker.cancel()
+
+    def removed(self, connection: "IscsiProtocol") -> None:
+        """A connection has ended."""
+        self.connections.discard(connection)
+        if not self.connections:
+            self._empty.set()
+
+    async def _wait_empty(self) -> None:
+        while self.connections:
+            self._empty.clear()
+            await self._empty.wait()
+
+    def _tick(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._ticker = loop.call_later(TICK_SECONDS, self._tick)
+        now_seconds = loop.time()
+        for connection in list(self.connections):
+            connection.tick(now_seconds)
+
+
+class IscsiProtocol(asyncio.BufferedProtocol):
+    """One TCP connection. `TargetConnection` decides everything; this moves its bytes."""
+
+    def __init__(self, listener: IscsiListener) -> None:
+        self._listener = listener
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport
+        self._connection: TargetConnection | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """A client came."""
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        peer = transport.get_extra_info("peername")
+        if len(self._listener.connections) >= self._listener.connections_max:
+            get_log().warning(
+                "iscsi.refused", peer=str(Address(*peer[:2])), reason=f"iscsi.connections_max {self._listener.connections_max}"
+            )
+            transport.abort()
+            return
+        # Replies are small and whole: waiting to join them with later ones would only cost latency. The sizes of the kernel's
+        # buffers are left alone: they grow by themselves, and setting them would end that, at a lower limit.
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        transport.set_write_buffer_limits(WRITE_HIGH_BYTES, WRITE_LOW_BYTES)
+        portal = transport.get_extra_info("sockname")
+        connection = TargetConnection(
+            self._listener.node, self._send, self._wake, transport.close, str(Address(*portal[:2])), str(Address(*peer[:2]))
+        )
+        self._connection = connection
+        self._listener.connections.add(self)
+        # From now on the event loop calls the connection itself, one layer less for each wake-up: it looks both methods up once,
+        # when a protocol is set.
+        self.get_buffer = connection.get_buffer  # type: ignore[method-assign]
+        self.buffer_updated = connection.buffer_updated  # type: ignore[method-assign]
+        transport.set_protocol(self)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Only before ``connection_made``, or for a connection that was refused: nothing is read."""
+        return memoryview(bytearray(max(sizehint, 1)))
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """See ``get_buffer``."""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection has ended, by either side."""
+        if self._connection is not None:
+            self._connection.connection_lost()
+            self._listener.removed(self)
+
+    def pause_writing(self) -> None:
+        """The client does not drain."""
+        if self._connection is not None:
+            self._connection.pause_writing()
+
+    def resume_writing(self) -> None:
+        """The client drains again."""
+        if self._connection is not None:
+            self._connection.resume_writing()
+
+    def tick(self, now_seconds: float) -> None:
+        """Time passes."""
+        if self._connection is not None:
+            self._connection.tick(now_seconds)
+
+    def shut_down(self) -> None:
+        """Ask the initiator to log out, and close when it has or when nothing is in flight."""
+        if self._connection is not None:
+            self._connection.shutdown()
+
+    def abort(self) -> None:
+        """Close at once."""
+        self._transport.abort()
+
+    def _send(self, output: list[Buffer]) -> None:
+        self._transport.writelines(output)
+
+    def _wake(self) -> None:
+        assert self._connection is not None
+        self._loop.call_soon(self._connection.flush_output)

@@ -1,0 +1,140 @@
+"""One daemon: start in order (pool, listeners, control socket, ready), stop in the reverse order within STOP_SECONDS."""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any, Final
+
+from storage.pool import Pool
+
+from daemon import runtime
+from daemon.config import Config
+from daemon.control import ControlServer
+from daemon.iscsi_listener import IscsiListener
+from daemon.logs import get_log
+from daemon.notify import notify
+from daemon.service import ControlService
+from daemon.split_progress import TICK_SECONDS, SplitProgress, log_fields
+from daemon.targets import Targets
+from protocol.control.methods import SPLIT_PROGRESS
+from protocol.iscsi.node import TargetNode
+
+# An orderly stop takes at most 10 s in all: initiators and control calls get these, the rest is for the last consistency point.
+ISCSI_STOP_SECONDS: Final = 3.0
+CONTROL_STOP_SECONDS: Final = 2.0
+
+# Events of the pool that somebody should look at; all others are logged at level info.
+EVENT_LEVELS: Final = {
+    "pool.read_only": "error",
+    "block.damaged": "error",
+    "log.damaged": "error",
+    "split.failed": "error",
+    "device.failed": "error",
+    "pool.full": "warning",
+    "split.paused": "warning",
+}
+
+
+class Daemon:
+    """A pool and everything around it. `start` and `stop` are called once each, on one event loop."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._pool: Pool | None = None
+        self._iscsi: IscsiListener | None = None
+        self._control: ControlServer | None = None
+        self._ticker: asyncio.TimerHandle | None = None
+        self._progress: SplitProgress | None = None
+
+    async def start(self) -> None:
+        """Raises StorageError (PoolRefused, PoolLocked), ListenFailed, ControlPathBusy; then `stop` undoes what was done."""
+        config = self._config
+        self._pool = await open_pool(config)
+        self._pool.on_event = log_event
+        targets = Targets(self._pool, config.chap)
+        self._iscsi = IscsiListener(TargetNode(targets), config.connections_max)
+        service = ControlService(self._pool, config.pool_path, targets, self._iscsi.portals, self._iscsi.node.volume_resized)
+        self._control = ControlServer(config.control_path, service.call)
+        await self._control.start()
+        for address in config.iscsi_listen:
+            await self._iscsi.listen(address)
+        self._progress = SplitProgress(self._notify_progress, log_progress)
+        self._look_at_splits()
+
+    def ready_line(self) -> str:
+        """Names every listener, with the ports that were really taken."""
+        assert self._iscsi is not None
+        listeners = [f"iscsi {address}" for address in self._iscsi.addresses] + [f"control {self._config.control_path}"]
+        return f"cleaved ready: {', '.join(listeners)}"
+
+    async def stop(self) -> None:
+        """Stop accepting, let end what is in flight, take a consistency point, release the pool."""
+        if self._ticker is not None:
+            self._ticker.cancel()
+        if self._iscsi is not None:
+            await self._iscsi.stop(ISCSI_STOP_SECONDS)
+        if self._control is not None:
+            await self._control.stop(CONTROL_STOP_SECONDS)
+        if self._pool is not None:
+            await self._pool.close()
+
+    def _notify_progress(self, row: dict[str, Any]) -> None:
+        assert self._control is not None
+        self._control.notify(SPLIT_PROGRESS, row)
+
+    def _look_at_splits(self) -> None:
+        assert self._pool is not None
+        assert self._progress is not None
+        loop = asyncio.get_running_loop()
+        self._ticker = loop.call_later(TICK_SECONDS, self._look_at_splits)
+        self._progress.look(self._pool.split_list(), loop.time())
+
+
+async def open_pool(config: Config) -> Pool:
+    """Open the pool; create it first when it does not exist yet and a size is configured."""
+    if config.pool_size_bytes is not None and not os.path.lexists(config.pool_path):  # noqa: ASYNC240 -- nothing is served yet
+        Pool.create(config.pool_path, config.pool_size_bytes)
+        get_log().info("pool.created", path=config.pool_path, size_bytes=config.pool_size_bytes)
+    return await Pool.open(config.pool_path, cache_bytes=config.cache_bytes)
+
+
+def log_event(event: str, **fields: Any) -> None:
+    """The pool's events are the log's: same names, same fields."""
+    log = get_log()
+    levels: dict[str, Callable[..., Any]] = {"error": log.error, "warning": log.warning}
+    levels.get(EVENT_LEVELS.get(event, "info"), log.info)(event, **fields)
+
+
+def log_progress(row: dict[str, Any]) -> None:
+    """How far a split is."""
+    get_log().info("split.progress", **log_fields(row))
+
+
+def log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """An exception that nobody caught: one connection or one background task is affected, the daemon goes on."""
+    get_log().error("internal.error", message=context.get("message"), exc_info=context.get("exception"))
+
+
+async def run(config: Config) -> None:
+    """Serve until SIGTERM or SIGINT. Raises what `Daemon.start` raises."""
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(log_loop_error)
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    daemon = Daemon(config)
+    try:
+        await daemon.start()
+        runtime.tune_memory()
+        sys.stdout.write(daemon.ready_line() + "\n")
+        sys.stdout.flush()
+        notify("READY=1")
+        get_log().info("daemon.ready", pool=config.pool_path, listeners=daemon.ready_line().partition(": ")[2])
+        await stopping.wait()
+        notify("STOPPING=1")
+        get_log().info("daemon.stopping")
+    finally:
+        await daemon.stop()
+    get_log().info("daemon.stopped")
