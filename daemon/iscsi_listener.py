@@ -8,10 +8,9 @@ import asyncio
 import socket
 from typing import Final
 
-from protocol.iscsi.connection import TargetConnection
-
 from daemon.config import Address
 from daemon.logs import get_log
+from protocol.iscsi.connection import TargetConnection
 from protocol.iscsi.node import TargetNode
 from protocol.volume import Buffer
 
@@ -151,7 +150,8 @@ class IscsiProtocol(asyncio.BufferedProtocol):
             self._listener.removed(self)
 
     def pause_writing(self) -> None:
-        """The client does not drain."""
+        """The client does not drain: take no more commands of it."""
+        self._transport.pause_reading()
         if self._connection is not None:
             self._connection.pause_writing()
 
@@ -159,6 +159,8 @@ class IscsiProtocol(asyncio.BufferedProtocol):
         """The client drains again."""
         if self._connection is not None:
             self._connection.resume_writing()
+        if not self._transport.is_closing():
+            self._transport.resume_reading()
 
     def tick(self, now_seconds: float) -> None:
         """Time passes."""

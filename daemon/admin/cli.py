@@ -21,7 +21,7 @@ CONTROL_PATH_DEFAULT: Final = "/run/cleaved/control.sock"
 VDISK_COLUMNS: Final = ("name", "size_bytes", "used_bytes", "backing")
 SNAPSHOT_COLUMNS: Final = ("name", "size_bytes", "used_bytes", "created_ns")
 SPLIT_COLUMNS: Final = ("name", "state", "mode", "percent", "holes_remaining", "eta_seconds", "reason")
-SESSION_COLUMNS: Final = ("initiator", "target", "peer", "commands_in_flight")
+SESSION_COLUMNS: Final = ("initiator", "target", "address", "commands_in_flight")
 
 NOTIFICATION_SECONDS: Final = 2.0
 
