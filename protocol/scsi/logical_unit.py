@@ -1,12 +1,14 @@
 """Logical units, and the nexuses through which initiators reach them (SAM-5 4.6, 4.7).
 
 A `LogicalUnit` is shared by all sessions that use its volume; a `UnitNexus` is one initiator port's relation to it and
-holds the unit attentions that this port has not been told yet. Invariant: ``UnitNexus.plain`` is True exactly while
-nothing but the CDB itself decides what a READ or WRITE does (no attention pending, unit started, no protection): a
-transport's fast path asks this one flag.
+holds the unit attentions that this port has not been told yet. Invariant: ``plain_read`` (``plain_write``) of a `UnitNexus`
+is True only while nothing but the CDB itself decides what a READ (WRITE) does: no attention pending, unit started, no
+protection. A transport's fast path asks this one flag.
 """
 
 from collections import deque
+from collections.abc import Callable
+from typing import Any
 from uuid import UUID
 
 from protocol.scsi import sense
@@ -58,23 +60,32 @@ class LogicalUnit:
             if nexus is not except_for:
                 nexus.attention(cause)
 
+    def reset(self) -> None:
+        """Logical unit reset (SAM-5 6.3.3): state goes back to the default, and every nexus is told."""
+        self.started = True
+        self.software_write_protect = False
+        self.descriptor_sense = False
+        self.write_cache = True
+        self.attention(sense.BUS_DEVICE_RESET)
+
     def state_changed(self) -> None:
-        """Call after changing ``started`` or ``software_write_protect``: the nexuses recompute ``plain``."""
+        """Call after changing ``started``, ``software_write_protect`` or ``write_cache``: the nexuses recompute their flags."""
         for nexus in self.nexuses:
             nexus.update()
 
 
 class UnitNexus:
-    """One I_T_L nexus. Create it with `Nexus.map`; ``plain`` is kept by `update`."""
+    """One I_T_L nexus. Create it with `Nexus.map`; the flags are kept by `update`."""
 
-    __slots__ = ("attentions", "lun", "nexus", "plain", "unit")
+    __slots__ = ("attentions", "lun", "nexus", "plain_read", "plain_write", "unit")
 
     def __init__(self, nexus: "Nexus", lun: int, unit: LogicalUnit) -> None:
         self.nexus = nexus
         self.lun = lun
         self.unit = unit
         self.attentions: deque[Sense] = deque(maxlen=UNIT_ATTENTIONS_MAX)
-        self.plain = False
+        self.plain_read = False
+        self.plain_write = False
         unit.nexuses.append(self)
         self.attention(sense.POWER_ON_OCCURRED)
 
@@ -93,22 +104,25 @@ class UnitNexus:
         return cause
 
     def update(self) -> None:
-        """Recompute ``plain`` from what it depends on."""
+        """Recompute ``plain_read`` and ``plain_write`` from what they depend on."""
         unit = self.unit
-        self.plain = not self.attentions and unit.started and not unit.write_protected
+        self.plain_read = not self.attentions and unit.started
+        self.plain_write = self.plain_read and unit.write_cache and not unit.write_protected
 
     def detach(self) -> None:
         """End of the nexus."""
-        self.plain = False
+        self.plain_read = self.plain_write = False
         self.unit.nexuses.remove(self)
 
 
 class Nexus:
     """One I_T nexus: an initiator port, a target port, and the logical units between them."""
 
-    __slots__ = ("initiator_port", "target_name", "units")
+    __slots__ = ("initiator_port", "target_name", "tasks", "units")
 
     def __init__(self, initiator_port: str, target_name: str) -> None:
+        # The transport puts here what lists this nexus's tasks: task management reaches those of other sessions by it.
+        self.tasks: Callable[[], list[Any]] = list
         self.initiator_port = initiator_port
         self.target_name = target_name
         self.units: dict[int, UnitNexus] = {}

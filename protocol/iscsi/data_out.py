@@ -1,0 +1,126 @@
+"""The data-out half of a task: immediate, unsolicited and solicited data (RFC 7143 4.2.5.2, 11.7, 11.8).
+
+All data of a command gather in one buffer of its own, in order (DataPDUInOrder and DataSequenceInOrder are Yes), except
+fully immediate data, which are handed on from the receive buffer without a copy.
+"""
+
+from typing import TYPE_CHECKING
+
+from protocol.iscsi.errors import ProtocolError
+from protocol.iscsi.pdu import FINAL, HEADER, R2T, RESERVED_TAG, Pdu
+from protocol.iscsi.task import Task
+from protocol.scsi import sense
+from protocol.scsi.logical_unit import UnitNexus
+from protocol.scsi.plan import Operation
+from protocol.volume import Buffer
+
+if TYPE_CHECKING:
+    from protocol.iscsi.full_feature import FullFeature
+
+
+class WriteTask(Task):
+    """A command that takes data from the client and then starts its operation."""
+
+    __slots__ = ("_burst_end", "_data_sn", "_operation", "_received", "_solicited", "_total", "_ttt", "buffer", "r2t_count", "raw_lun")
+
+    def __init__(self, phase: "FullFeature", pdu: Pdu, mapped: UnitNexus | None, operation: Operation, announced: int) -> None:
+        super().__init__(phase, pdu.itt, mapped, pdu.expected_length, pdu.immediate)
+        self.wanted_bytes = operation.data_bytes
+        self.raw_lun = pdu.lun
+        self.buffer = bytearray()
+        self.r2t_count = 0
+        self._operation = operation
+        self._total = min(announced, operation.data_bytes)
+        self._received = 0
+        self._burst_end = 0
+        self._data_sn = 0
+        self._ttt = RESERVED_TAG
+        self._solicited = False
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of the buffer once data are solicited."""
+        return self._total
+
+    def begin(self, pdu: Pdu) -> None:
+        """Take the command's immediate data; run, wait for unsolicited data, or solicit."""
+        size = len(pdu.data)
+        if size >= self._total:
+            data = pdu.data[: self._total]
+            self._run(bytearray(data) if self._operation.needs_owned_data else data)
+            return
+        self.buffer = bytearray(min(self._total, self.phase.parameters.unsolicited_bytes))
+        self.buffer[:size] = pdu.data
+        self._received = size
+        if pdu.flags & FINAL:
+            self.phase.want_data(self)
+
+    def take(self, pdu: Pdu) -> None:
+        """One Data-Out PDU. What breaks the sequence ends the task with the sense that RFC 7143 11.4.7.2 names."""
+        if pdu.ttt != self._ttt:
+            self._out_of_sequence(pdu)
+            return
+        size, offset = len(pdu.data), pdu.buffer_offset
+        if pdu.data_sn != self._data_sn or offset != self._received or (size == 0 and not pdu.flags & FINAL):
+            self.end(self.r2t_count, sense.PROTOCOL_SERVICE_CRC_ERROR, moved=self._received)
+            return
+        limit = self._burst_end if self._solicited else min(self.expected_bytes, self.phase.parameters.unsolicited_bytes)
+        if offset + size > limit:
+            self.end(self.r2t_count, sense.INCORRECT_AMOUNT_OF_DATA, moved=self._received)
+            return
+        usable = max(0, min(size, self._total - offset))  # the PDU may announce more than the CDB wants
+        self.buffer[offset : offset + usable] = pdu.data[:usable]
+        self._received = offset + size
+        self._data_sn += 1
+        if pdu.flags & FINAL:
+            self._sequence_ended()
+
+    def _out_of_sequence(self, pdu: Pdu) -> None:
+        if self._solicited or self._ttt != RESERVED_TAG:
+            raise ProtocolError(f"a Data-Out with transfer tag {pdu.ttt:#x}, {self._ttt:#x} was given")
+        self.end(self.r2t_count, sense.UNEXPECTED_UNSOLICITED_DATA, moved=self._received)
+
+    def _sequence_ended(self) -> None:
+        if self._solicited and self._received != self._burst_end:
+            self.end(self.r2t_count, sense.INCORRECT_AMOUNT_OF_DATA, moved=self._received)
+        elif self._received >= self._total:
+            self._run(self.buffer)
+        else:
+            self.phase.want_data(self)
+
+    def solicit(self, ttt: int) -> None:
+        """Send one R2T for the next burst."""
+        phase = self.phase
+        size = min(phase.parameters.max_burst_bytes, self._total - self._received)
+        if len(self.buffer) < self._total:  # only now: a task that waits for its turn holds what it was sent, not more
+            whole = bytearray(self._total)
+            whole[: self._received] = memoryview(self.buffer)[: self._received]
+            self.buffer = whole
+        self._ttt = ttt
+        self._solicited = True
+        self._data_sn = 0
+        self._burst_end = self._received + size
+        phase.sender.put(HEADER.pack(
+            R2T, FINAL, 0, 0, 0, self.raw_lun, self.itt, ttt, phase.stat_sn, phase.exp_cmd_sn, phase.max_cmd_sn,
+            self.r2t_count, self._received, size,
+        ))
+        self.r2t_count += 1
+
+    def data_digest_failed(self) -> None:
+        """A Data-Out of this task was discarded: without recovery the task ends (RFC 7143 7.8)."""
+        self.end(self.r2t_count, sense.PROTOCOL_SERVICE_CRC_ERROR, moved=self._received)
+
+    def _run(self, data: Buffer) -> None:
+        self.busy = True
+        self._received = len(data)
+        self.phase.touch(self.mapped)
+        self._operation.start(data, self._done)
+
+    def _done(self, error: Exception | None) -> None:
+        if self.let_go():
+            return
+        if error is None:
+            self.end(self.r2t_count)
+        else:
+            self.fail(error, self._operation.writing, self.r2t_count)
+        self.phase.wake()

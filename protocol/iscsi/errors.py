@@ -1,0 +1,93 @@
+"""Errors of an iSCSI connection. Each class says by its attributes what goes on the wire before the connection ends, if anything."""
+
+from typing import Final
+
+STATUS_SUCCESS: Final = 0x0000
+
+
+class IscsiError(Exception):
+    """Root of what a peer's bytes can raise inside the protocol; `TargetConnection` catches it and ends that connection."""
+
+
+class ProtocolError(IscsiError):
+    """The peer broke the protocol so that the stream cannot be trusted: the connection is closed."""
+
+
+class HeaderDigestError(ProtocolError):
+    """A header's CRC32C is wrong. At error recovery level 0 that ends the connection (RFC 7143 7.7)."""
+
+
+class TextError(IscsiError):
+    """Text that is not ``key=value`` pairs, or breaks their limits."""
+
+
+class LoginRefused(IscsiError):
+    """The login ends with this status class (high byte) and detail (low byte), RFC 7143 11.13.5."""
+
+    status: int = 0x0200
+
+
+class AuthenticationFailed(LoginRefused):
+    """The initiator could not be authenticated, or the target requires what it does not offer."""
+
+    status = 0x0201
+
+
+class AuthorizationFailed(LoginRefused):
+    """The initiator may not use this target."""
+
+    status = 0x0202
+
+
+class TargetNotFound(LoginRefused):
+    """There is no target of that name (or none that this initiator may know of)."""
+
+    status = 0x0203
+
+
+class UnsupportedVersion(LoginRefused):
+    """The range of versions does not include 0."""
+
+    status = 0x0205
+
+
+class TooManyConnections(LoginRefused):
+    """A session has one connection here (MaxConnections=1)."""
+
+    status = 0x0206
+
+
+class MissingParameter(LoginRefused):
+    """InitiatorName or, for a normal session, TargetName is missing."""
+
+    status = 0x0207
+
+
+class SessionTypeUnsupported(LoginRefused):
+    """SessionType is neither Normal nor Discovery."""
+
+    status = 0x0209
+
+
+class SessionDoesNotExist(LoginRefused):
+    """The TSIH names no session."""
+
+    status = 0x020A
+
+
+class InvalidDuringLogin(LoginRefused):
+    """A request that does not belong into this stage."""
+
+    status = 0x020B
+
+
+class ServiceUnavailable(LoginRefused):
+    """The target exists but cannot be used now."""
+
+    status = 0x0301
+
+
+class OutOfResources(LoginRefused):
+    """No session number is free."""
+
+    status = 0x0302

@@ -1,0 +1,142 @@
+"""Task management (RFC 7143 11.5, 11.6; SAM-5 clause 7): abort and reset, answered only when it is true.
+
+An aborted command that a volume still holds may yet change the disk; the answer waits until the last of them has ended.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Final
+
+from protocol.iscsi.pdu import TASK_MANAGEMENT_RESPONSE, Pdu, decode_lun
+from protocol.iscsi.task import Task
+from protocol.scsi import sense
+from protocol.scsi.logical_unit import LogicalUnit, UnitNexus
+
+if TYPE_CHECKING:
+    from protocol.iscsi.full_feature import FullFeature
+
+ABORT_TASK: Final = 1
+ABORT_TASK_SET: Final = 2
+CLEAR_ACA: Final = 3
+CLEAR_TASK_SET: Final = 4
+LOGICAL_UNIT_RESET: Final = 5
+TARGET_WARM_RESET: Final = 6
+TARGET_COLD_RESET: Final = 7
+TASK_REASSIGN: Final = 8
+
+COMPLETE: Final = 0
+NO_TASK: Final = 1
+NO_LUN: Final = 2
+NO_REASSIGNMENT: Final = 4
+NOT_SUPPORTED: Final = 5
+REJECTED: Final = 255
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A function whose answer waits for these tasks, of this session and of others."""
+
+    itt: int
+    tasks: set[Task]
+
+
+class TaskManagement:
+    """The functions of one session, and those of them that wait."""
+
+    __slots__ = ("_phase", "waiting")
+
+    def __init__(self, phase: "FullFeature") -> None:
+        self._phase = phase
+        self.waiting: list[_Waiting] = []
+
+    def handle(self, pdu: Pdu) -> None:
+        """Carry out one function by the table."""
+        function = self._FUNCTIONS.get(pdu.flags & 0x7F)
+        if function is None:
+            self._answer(pdu.itt, NOT_SUPPORTED)
+        else:
+            function(self, pdu)
+
+    def task_ended(self, task: Task) -> None:
+        """Answer the functions that waited for this task last."""
+        for entry in self.waiting[:]:
+            entry.tasks.discard(task)
+            if not entry.tasks:
+                self.waiting.remove(entry)
+                self._answer(entry.itt, COMPLETE)
+                self._phase.wake()
+
+    def _answer(self, itt: int, outcome: int) -> None:
+        self._phase.sender.put(self._phase.numbered(TASK_MANAGEMENT_RESPONSE, itt, byte2=outcome))
+
+    def _abort(self, itt: int, tasks: Iterable[Task]) -> None:
+        """Abort, and answer now or when the last has ended."""
+        remaining = set()
+        for task in tasks:
+            task.abort()
+            if task.busy:
+                remaining.add(task)
+                if self not in task.watchers:
+                    task.watchers = (*task.watchers, self)
+        if remaining:
+            self.waiting.append(_Waiting(itt, remaining))
+        else:
+            self._answer(itt, COMPLETE)
+
+    def _mapped(self, pdu: Pdu) -> UnitNexus | None:
+        mapped = self._phase.nexus.units.get(decode_lun(pdu.lun))
+        if mapped is None:
+            self._answer(pdu.itt, NO_LUN)
+        return mapped
+
+    def _abort_task(self, pdu: Pdu) -> None:
+        task = self._phase.tasks.get(pdu.word20)
+        if task is None:
+            self._answer(pdu.itt, NO_TASK)
+        else:
+            self._abort(pdu.itt, (task,))
+
+    def _abort_task_set(self, pdu: Pdu) -> None:
+        mapped = self._mapped(pdu)
+        if mapped is not None:
+            self._abort(pdu.itt, [task for task in self._phase.tasks.values() if task.mapped is mapped])
+
+    def _clear_task_set(self, pdu: Pdu) -> None:
+        """All sessions' tasks on the unit; the others are told (the control mode page says TST 000b: one task set)."""
+        mapped = self._mapped(pdu)
+        if mapped is None:
+            return
+        tasks = self._tasks_of(mapped.unit)
+        for nexus in {task.mapped for task in tasks if task.mapped is not None} - {mapped}:
+            nexus.attention(sense.COMMANDS_CLEARED_BY_ANOTHER)
+        self._abort(pdu.itt, tasks)
+
+    def _tasks_of(self, unit: LogicalUnit) -> list[Task]:
+        return [task for mapped in unit.nexuses for task in mapped.nexus.tasks() if task.mapped is mapped]
+
+    def _reset(self, units: Iterable[LogicalUnit]) -> list[Task]:
+        tasks: list[Task] = []
+        for unit in units:
+            tasks += self._tasks_of(unit)
+            unit.reset()
+        return tasks
+
+    def _logical_unit_reset(self, pdu: Pdu) -> None:
+        mapped = self._mapped(pdu)
+        if mapped is not None:
+            self._abort(pdu.itt, self._reset((mapped.unit,)))
+
+    def _target_reset(self, pdu: Pdu) -> None:
+        self._abort(pdu.itt, self._reset([mapped.unit for mapped in self._phase.nexus.units.values()]))
+
+    def _reassign(self, pdu: Pdu) -> None:
+        self._answer(pdu.itt, NO_REASSIGNMENT)
+
+    _FUNCTIONS: ClassVar[dict[int, Callable[["TaskManagement", Pdu], None]]] = {
+        ABORT_TASK: _abort_task,
+        ABORT_TASK_SET: _abort_task_set,
+        CLEAR_TASK_SET: _clear_task_set,
+        LOGICAL_UNIT_RESET: _logical_unit_reset,
+        TARGET_WARM_RESET: _target_reset,
+        TASK_REASSIGN: _reassign,
+    }

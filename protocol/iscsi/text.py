@@ -1,0 +1,32 @@
+"""Text of login and text PDUs: ``key=value`` pairs, each ended by a zero byte (RFC 7143 6.1)."""
+
+from collections.abc import Iterable
+
+from protocol.iscsi.errors import TextError
+from protocol.iscsi.limits import KEY_NAME_BYTES_MAX, KEY_VALUE_BYTES_MAX, KEYS_MAX
+
+
+def parse(data: bytes) -> dict[str, str]:
+    """Pairs in the order they came. Raises TextError for a pair without ``=``, a key offered twice, or a limit exceeded."""
+    pairs: dict[str, str] = {}
+    for item in data.split(b"\0"):
+        if not item:
+            continue
+        key, equals, value = item.partition(b"=")
+        if not equals or not key or len(key) > KEY_NAME_BYTES_MAX or len(value) > KEY_VALUE_BYTES_MAX:
+            raise TextError("a text item that is no key=value pair, or a longer one than allowed")
+        try:
+            name, text = key.decode("ascii"), value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise TextError("text that is not UTF-8") from error
+        if name in pairs:
+            raise TextError(f"{name} twice")
+        pairs[name] = text
+        if len(pairs) > KEYS_MAX:
+            raise TextError(f"more than {KEYS_MAX} keys")
+    return pairs
+
+
+def encode(pairs: Iterable[tuple[str, str]]) -> bytes:
+    """The bytes of ``pairs``."""
+    return b"".join(f"{key}={value}".encode() + b"\0" for key, value in pairs)

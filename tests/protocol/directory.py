@@ -1,0 +1,35 @@
+"""A target directory for tests: a dict of targets, and a record of the sessions."""
+
+from protocol.iscsi.chap import ChapSecrets
+from protocol.iscsi.node import SessionView, TargetDefinition
+from protocol.volume import BlockVolume
+
+TARGET = "iqn.2026-01.io.cleaved:disk"
+INITIATOR = "iqn.2026-01.io.example:host"
+
+
+class MemoryDirectory:
+    """``targets`` by name; one CHAP for all of them, or none."""
+
+    def __init__(self, volumes: dict[int, BlockVolume], chap: ChapSecrets | None = None, discovery: ChapSecrets | None = None) -> None:
+        self.targets = {TARGET: volumes}
+        self.chap = chap
+        self.discovery = discovery
+        self.opened: list[SessionView] = []
+        self.closed: list[SessionView] = []
+
+    def names_for(self, initiator_name: str, portal: str) -> list[str]:
+        return sorted(self.targets)
+
+    def open_target(self, target_name: str, initiator_name: str) -> TargetDefinition | None:
+        volumes = self.targets.get(target_name)
+        return None if volumes is None else TargetDefinition(target_name, volumes, self.chap)
+
+    def discovery_chap(self, initiator_name: str) -> ChapSecrets | None:
+        return self.discovery
+
+    def session_opened(self, session: SessionView) -> None:
+        self.opened.append(session)
+
+    def session_closed(self, session: SessionView) -> None:
+        self.closed.append(session)
