@@ -31,19 +31,23 @@ class AttachableVolume(BlockVolume, Protocol):
         """One session less."""
 
 
-class PoolInterface(Protocol):
+class Volumes(Protocol):
+    """What the iSCSI side asks of a pool."""
+
+    def volume(self, name: str) -> AttachableVolume:
+        """By ``VDISK`` or ``VDISK@SNAPSHOT``. Raises NotFound."""
+
+    def names(self) -> list[str]:
+        """Names of the vdisks, sorted."""
+
+
+class PoolInterface(Volumes, Protocol):
     """Names are ``VDISK`` and ``VDISK@SNAPSHOT``; sizes are bytes. Errors are those of storage.errors."""
 
     on_event: Callable[..., None]
 
     async def close(self) -> None:
         """Take a consistency point and release the device."""
-
-    def volume(self, name: str) -> AttachableVolume:
-        """Raises NotFound."""
-
-    def names(self) -> list[str]:
-        """Names of the vdisks, sorted."""
 
     async def vdisk_create(self, name: str, size_bytes: int) -> Row:
         """Raises Conflict, RequestError."""

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from daemon.config import Chap
 from daemon.logs import get_log
-from daemon.pool_interface import AttachableVolume, PoolInterface, Row
+from daemon.pool_interface import AttachableVolume, Row, Volumes
 from protocol.iscsi.chap import ChapSecrets
 from protocol.iscsi.node import SessionView, TargetDefinition
 from storage.errors import Conflict, NotFound
@@ -19,7 +19,7 @@ TARGET_PREFIX: Final = "iqn.2026-01.io.cleaved:"
 class Targets:
     """The directory that the wire asks, and the record of its sessions. Sessions attach the volumes that they use."""
 
-    def __init__(self, pool: PoolInterface, chap: Chap | None) -> None:
+    def __init__(self, pool: Volumes, chap: Chap | None) -> None:
         self._pool = pool
         self._chap = None if chap is None else _secrets(chap)
         self._sessions: dict[SessionView, tuple[str, AttachableVolume | None]] = {}

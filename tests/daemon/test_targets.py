@@ -1,0 +1,72 @@
+"""Which targets there are, who uses them, and what they must prove."""
+
+import pytest
+
+from daemon.config import Chap
+from daemon.targets import Targets
+from storage.errors import Conflict, NotFound
+from tests.daemon.fakes import MemoryPool
+
+PREFIX = "iqn.2026-01.io.cleaved:"
+
+
+class Session:
+    def __init__(self, target_name: str, initiator_name: str = "iqn.2026-01.test:i") -> None:
+        self.target_name = target_name
+        self.initiator_name = initiator_name
+
+    def describe(self) -> dict[str, object]:
+        return {"initiator": self.initiator_name, "target": self.target_name}
+
+
+def test_every_vdisk_is_a_target_with_itself_as_lun_0() -> None:
+    pool = MemoryPool(b=4096, a=8192)
+    targets = Targets(pool, None)
+    assert targets.names_for("i", "p") == [f"{PREFIX}a", f"{PREFIX}b"]
+    definition = targets.open_target(f"{PREFIX}a", "i")
+    assert definition is not None
+    assert definition.luns == {0: pool.volumes["a"]}
+    assert definition.chap is None
+
+
+@pytest.mark.parametrize("name", ["", "a", PREFIX, f"{PREFIX}none", f"{PREFIX}a@s", "iqn.2026-01.io.other:a"])
+def test_what_is_no_target(name: str) -> None:
+    pool = MemoryPool(a=4096)
+    pool.volumes["a@s"] = pool.volumes["a"]
+    assert Targets(pool, None).open_target(name, "i") is None
+
+
+def test_chap_is_asked_of_sessions_and_of_discovery() -> None:
+    targets = Targets(MemoryPool(a=4096), Chap("u", "s" * 12, "m", "t" * 12))
+    definition = targets.open_target(f"{PREFIX}a", "i")
+    assert targets.chap_required
+    assert definition is not None
+    for secrets in (definition.chap, targets.discovery_chap("i")):
+        assert secrets is not None
+        assert (secrets.user, secrets.secret, secrets.target_user, secrets.target_secret) == ("u", b"s" * 12, "m", b"t" * 12)
+
+
+def test_sessions_attach_their_volume_until_they_close() -> None:
+    pool = MemoryPool(a=4096)
+    targets = Targets(pool, None)
+    first, second, discovery = Session(f"{PREFIX}a"), Session(f"{PREFIX}a", "iqn.2026-01.test:j"), Session("")
+    for session in (first, second, discovery):
+        targets.session_opened(session)
+    assert len(set(pool.volumes["a"].labels)) == 2
+    assert [row["initiator"] for row in targets.sessions()] == ["iqn.2026-01.test:i", "iqn.2026-01.test:i", "iqn.2026-01.test:j"]
+    assert targets.stats("a")["sessions"] == 2
+    with pytest.raises(Conflict, match=r"iqn\.2026-01\.test:i.*iqn\.2026-01\.test:j"):
+        targets.refuse_if_in_use("a", "renamed")
+    for session in (first, second, discovery):
+        targets.session_closed(session)
+    assert pool.volumes["a"].labels == []
+    targets.refuse_if_in_use("a", "renamed")
+    assert targets.sessions() == []
+
+
+def test_stats_are_the_volumes_counters() -> None:
+    pool = MemoryPool(a=4096)
+    pool.volumes["a"].reads = 5
+    assert Targets(pool, None).stats("a")["reads"] == 5
+    with pytest.raises(NotFound):
+        Targets(pool, None).stats("none")
