@@ -153,7 +153,7 @@ class Check:
             self.report.bytes_verified += len(batch) * layout.BLOCK_BYTES
 
     def _leaves_of(self, image: Image) -> Leaves | None:
-        return self._image_walk.leaves.get(image.root_vbn) if image.root_vbn > layout.ZERO_POINTER else Leaves(0, -1)
+        return self._image_walk.leaves(image.root_vbn) if image.root_vbn > layout.ZERO_POINTER else Leaves(0, -1)
 
     def _compare_counters(self) -> Steps[None]:
         for position, image in enumerate(self._images.values()):

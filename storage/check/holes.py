@@ -6,7 +6,7 @@ dropped as soon as nothing below can count, and counted whole when only one tree
 Design section 5 (split), and the terms hole, zero pointer and backing store of section 1.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,9 +42,9 @@ class _Node:
 
 
 class HoleCount:
-    """Counts for one clone, whose backing chain is ``chain`` (nearest first, no circle). ``leaves`` are the walk's."""
+    """Counts for one clone, whose backing chain is ``chain`` (nearest first, no circle). ``leaves`` is the walk's."""
 
-    def __init__(self, clone: Image, chain: Sequence[Image], leaves: Mapping[int, Leaves]) -> None:
+    def __init__(self, clone: Image, chain: Sequence[Image], leaves: Callable[[int], Leaves | None]) -> None:
         self._leaves = leaves
         self._trees = [_Tree(clone.root_vbn, clone.levels, clone.size_blocks)]
         limit, front = clone.size_blocks, clone
@@ -70,8 +70,7 @@ class HoleCount:
 
     def _expand(self, nodes: list[_Node], level: int) -> Steps[None]:
         wanted = sorted({vbn for node in nodes for vbn in (node.own, *(vbn for _, vbn in node.behind)) if vbn > layout.ZERO_POINTER})
-        missing = [vbn for vbn in wanted if vbn not in self._leaves]
-        if missing:
+        if any(self._leaves(vbn) is None for vbn in wanted):
             self._complete = False
             return
         blocks = yield wanted
@@ -125,8 +124,9 @@ class HoleCount:
         if not left:
             return
         number, vbn = left[0]
-        whole = own == layout.HOLE and len(left) == 1 and vbn != ABOVE_ROOT
-        if whole and (index + 1) * span <= self._trees[number].limit_blocks and vbn in self._leaves:
-            self._total += self._leaves[vbn].blocks
+        whole = own == layout.HOLE and len(left) == 1 and (index + 1) * span <= self._trees[number].limit_blocks
+        leaves = self._leaves(vbn) if whole and vbn != ABOVE_ROOT else None
+        if leaves is not None:
+            self._total += leaves.blocks
         else:
             self._nodes.append(_Node(index, own, tuple(left)))

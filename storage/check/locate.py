@@ -7,9 +7,9 @@ import numpy as np
 from storage import layout
 from storage.check.fields import Fields, Label, field_table, place_words
 from storage.check.steps import POINTER_BATCH_BLOCKS, Steps
-from storage.check.walk import PLACE_INDEX_BITS, PLACE_INDEX_MASK
+from storage.check.walk import unpack_place
 
-Places = Mapping[int, tuple[int, int]]
+Places = Mapping[int, int]
 
 
 def locate(wanted: set[int], places: Places, roots: list[tuple[int, Fields]], label: Label) -> Steps[dict[int, str]]:
@@ -24,18 +24,17 @@ def locate(wanted: set[int], places: Places, roots: list[tuple[int, Fields]], la
         blocks = yield batch
         for vbn, block in zip(batch, blocks, strict=True):
             if block is not None:
-                place, level = places[vbn]
-                _match(wanted, found, _children(block, place, targets), level - 1, label)
+                owner, level, index = unpack_place(places[vbn])
+                _match(wanted, found, _children(block, owner, index, targets), level - 1, label)
     return found
 
 
-def _children(block: memoryview, place: int, targets: "np.ndarray[tuple[int], np.dtype[np.int64]]") -> Fields:
+def _children(block: memoryview, owner: int, index: int, targets: "np.ndarray[tuple[int], np.dtype[np.int64]]") -> Fields:
     row = field_table([block])[0]
     vbns = row["vbn"].astype(np.int64)
     slots = np.flatnonzero(np.isin(vbns, targets))
-    owners = np.full(len(slots), place >> PLACE_INDEX_BITS, np.int64)
-    indexes = ((place & PLACE_INDEX_MASK) << layout.FIELDS_SHIFT) + slots
-    return Fields(owners, indexes, vbns[slots], row["crc"][slots], row["birth"][slots])
+    owners = np.full(len(slots), owner, np.int64)
+    return Fields(owners, (index << layout.FIELDS_SHIFT) + slots, vbns[slots], row["crc"][slots], row["birth"][slots])
 
 
 def _match(wanted: set[int], found: dict[int, str], fields: Fields, level: int, label: Label) -> None:

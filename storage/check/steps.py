@@ -11,8 +11,10 @@ T = TypeVar("T")
 Block = memoryview | None
 Steps = Generator[Sequence[int], list[Block], T]
 
-# Pointer blocks in one slice: 8192 fields take about 2 ms of the event loop's 5.
-POINTER_BATCH_BLOCKS: Final = 32
+# Pointer blocks in one slice: 2048 fields take about half a millisecond of the event loop's 5, and twice that on fresh memory.
+POINTER_BATCH_BLOCKS: Final = 8
+# The same above level 1, where each child also costs two entries of dicts.
+UPPER_BATCH_BLOCKS: Final = 2
 # Data blocks in one slice, 1 MiB: their checksums take 0.1 ms, and the device is kept busy.
 DATA_BATCH_BLOCKS: Final = 256
 # Table entries looked at in one slice.

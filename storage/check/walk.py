@@ -5,7 +5,7 @@
   ``TreeWalk.damaged`` says that it happened, and comparisons that would depend on it are left out.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -13,13 +13,15 @@ import numpy as np
 from storage import layout
 from storage.check.fields import Fields, Label, block_fault, field_table, place_words
 from storage.check.report import CheckReport
-from storage.check.steps import POINTER_BATCH_BLOCKS, Steps
+from storage.check.steps import POINTER_BATCH_BLOCKS, UPPER_BATCH_BLOCKS, Steps
 from storage.check.superblock import Superblock
 from storage.check.uses import KIND_IMAGE, KIND_METAFILE, Claim, Uses, Vbns
 
-# Owner and index of a pointer block, in one int: an index at level 1 is below 256 ** 4.
+# A place (owner, level, index of a pointer block) is kept as one int, and so are leaves: a dict of millions of tuples would be walked by
+# every full garbage collection, and that would stall the event loop of a live check. An index at level 1 is below 256 ** 4.
 PLACE_INDEX_BITS = 32
-PLACE_INDEX_MASK = (1 << PLACE_INDEX_BITS) - 1
+PLACE_LEVEL_BITS = 3
+LEAVES_LAST_BITS = 48
 # Owners of metafile blocks stand above every image number, which are 32 bits wide in the intent log.
 METAFILE_OWNER = 1 << 32
 
@@ -29,6 +31,17 @@ class Leaves(NamedTuple):
 
     blocks: int
     last: int
+
+
+def pack_place(owner: int, level: int, index: int) -> int:
+    """Where a pointer block stands, as one int."""
+    return (owner << PLACE_LEVEL_BITS | level) << PLACE_INDEX_BITS | index
+
+
+def unpack_place(place: int) -> tuple[int, int, int]:
+    """Owner, level and index of a packed place."""
+    head, index = place >> PLACE_INDEX_BITS, place & ((1 << PLACE_INDEX_BITS) - 1)
+    return head >> PLACE_LEVEL_BITS, head & ((1 << PLACE_LEVEL_BITS) - 1), index
 
 
 class TreeWalk:
@@ -42,9 +55,17 @@ class TreeWalk:
         self._label = label
         self._pending: dict[int, list[Fields]] = {level: [] for level in range(1, layout.TREE_LEVELS_MAX + 1)}
         self._children: dict[int, list[tuple[int, Vbns, Vbns]]] = {level: [] for level in range(2, layout.TREE_LEVELS_MAX + 1)}
-        self.places: dict[int, tuple[int, int]] = {}
-        self.leaves: dict[int, Leaves] = {}
+        self.places: dict[int, int] = {}
+        self._leaves: dict[int, int] = {}
         self.damaged = False
+
+    def leaves(self, vbn: int) -> Leaves | None:
+        """What lies below the pointer block at ``vbn``; None when damage keeps it from being known."""
+        packed = self._leaves.get(vbn)
+        return None if packed is None else Leaves(packed >> LEAVES_LAST_BITS, (packed & ((1 << LEAVES_LAST_BITS) - 1)) - 1)
+
+    def _keep_leaves(self, vbn: int, blocks: int, last: int) -> None:
+        self._leaves[vbn] = blocks << LEAVES_LAST_BITS | last + 1
 
     def reach(self, fields: Fields, level: int) -> Fields:
         """Claim what ``fields`` name as blocks of ``level``, report what is wrong with that, and return those reached first."""
@@ -53,8 +74,8 @@ class TreeWalk:
         self._report_conflicts(fields, level, claim)
         fresh = fields.select(claim.fresh)
         if level:
-            places = ((owner << PLACE_INDEX_BITS | index, level) for owner, index in _pairs(fresh))
-            self.places.update(zip(fresh.vbns.tolist(), places, strict=True))
+            for vbn, owner, index in zip(fresh.vbns.tolist(), fresh.owners.tolist(), fresh.indexes.tolist(), strict=True):
+                self.places[vbn] = pack_place(owner, level, index)
             self._pending[level].append(fresh)
             self._compare_indexes(fields.select(~claim.fresh & ~claim.kind_differs), level)
         return fresh
@@ -62,10 +83,11 @@ class TreeWalk:
     def run(self, on_leaves: Callable[[Fields], Steps[None]]) -> Steps[None]:
         """Walk down from the roots that ``reach`` was given. ``on_leaves`` gets the level-0 fields reached first, batch by batch."""
         for level in range(layout.TREE_LEVELS_MAX, 0, -1):
+            batch = POINTER_BATCH_BLOCKS if level == 1 else UPPER_BATCH_BLOCKS
             while self._pending[level]:
                 fields = self._pending[level].pop().by_vbn()
-                for first in range(0, len(fields), POINTER_BATCH_BLOCKS):
-                    yield from self._walk_batch(fields.select(slice(first, first + POINTER_BATCH_BLOCKS)), level, on_leaves)
+                for first in range(0, len(fields), batch):
+                    yield from self._walk_batch(fields.select(slice(first, first + batch)), level, on_leaves)
         yield from self._sum_leaves()
 
     def _within_pool(self, fields: Fields, level: int) -> Fields:
@@ -100,7 +122,7 @@ class TreeWalk:
 
     def _compare_indexes(self, shared: Fields, level: int) -> None:
         for position, (vbn, index) in enumerate(zip(shared.vbns.tolist(), shared.indexes.tolist(), strict=True)):
-            first = self.places[vbn][0] & PLACE_INDEX_MASK
+            first = unpack_place(self.places[vbn])[2]
             if first != index:
                 elsewhere = place_words("another tree", level, first, vbn)
                 self._fault(shared, position, level, f"stands at another position in {elsewhere}")
@@ -134,8 +156,8 @@ class TreeWalk:
             return
         counts = named.sum(axis=1)
         lasts = np.where(counts > 0, layout.FIELDS_MASK - named[:, ::-1].argmax(axis=1), -1)
-        leaves = map(Leaves, counts.tolist(), lasts.tolist())
-        self.leaves.update(zip(parents.vbns.tolist(), leaves, strict=True))
+        for vbn, blocks_below, last in zip(parents.vbns.tolist(), counts.tolist(), lasts.tolist(), strict=True):
+            self._keep_leaves(vbn, blocks_below, last)
         yield from on_leaves(self.reach(children, 0))
 
     def _keep_children(self, parents: Fields, children: Fields, level: int, bounds: Vbns) -> None:
@@ -147,12 +169,12 @@ class TreeWalk:
         for level, kept in self._children.items():
             span_shift = layout.FIELDS_SHIFT * (level - 1)
             for number, (parent, slots, vbns) in enumerate(kept):
-                below = [self.leaves.get(vbn) for vbn in vbns.tolist()]
+                below = [self.leaves(vbn) for vbn in vbns.tolist()]
                 if None not in below:
                     known = [leaves for leaves in below if leaves is not None]
                     lasts = [(slot << span_shift) + one.last for slot, one in zip(slots.tolist(), known, strict=True) if one.blocks]
-                    self.leaves[parent] = Leaves(sum(one.blocks for one in known), max(lasts, default=-1))
-                if number % POINTER_BATCH_BLOCKS == 0:
+                    self._keep_leaves(parent, sum(one.blocks for one in known), max(lasts, default=-1))
+                if number % UPPER_BATCH_BLOCKS == 0:
                     yield ()
             kept.clear()
 
@@ -160,10 +182,6 @@ class TreeWalk:
         label = self._label(int(fields.owners[position]))
         where = place_words(label, level, int(fields.indexes[position]), int(fields.vbns[position]))
         self._report.error(f"{where} {what}")
-
-
-def _pairs(fields: Fields) -> Iterator[tuple[int, int]]:
-    return zip(fields.owners.tolist(), fields.indexes.tolist(), strict=True)
 
 
 def kind_words(kind: int) -> str:

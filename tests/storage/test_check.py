@@ -317,7 +317,7 @@ def test_birth_in_the_future() -> None:
     assert_finds(check(pool.build()).errors, r"vdisk 'a': block at FBN 0 .* is born in consistency point 8, the pool is only at 7")
 
 
-def test_a_block_with_more_references_than_a_byte_counts() -> None:
+def test_a_root_that_hundreds_of_snapshots_share() -> None:
     pool = PoolWriter(size_blocks=4096)
     root = pool.tree({0: pool.data("popular")}, 1)
     pool.entries = {1: Entry(VDISK, "a", root)} | {2 + n: Entry(SNAPSHOT, f"s{n}", root, origin=1) for n in range(600)}
@@ -591,7 +591,7 @@ def test_check_of_a_device_made_by_the_store(tmp_path: Path) -> None:
 @given(st.lists(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 3)), min_size=1, max_size=60), max_size=12))
 def test_uses_against_a_dict(batches: list[list[tuple[int, int]]]) -> None:
     # Places at both sides of page borders, so that one claim covers several pages.
-    spread = [n * 7 + (n % 3) * ((1 << 20) - 100) for n in range(41)]
+    spread = [n * 7 + (n % 3) * ((1 << 24) - 100) for n in range(41)]
     uses, references, kinds, crcs = Uses(), dict[int, int](), dict[int, int](), dict[int, int]()
     for batch in batches:
         kind = batch[0][1]
@@ -683,3 +683,11 @@ def test_holes_below_a_backing_store_of_other_height_are_counted_whole() -> None
         5: Entry(VDISK, "zeros", layout.ZERO_POINTER, 1, 1024 * BLOCK, 0, 2, 600, split=(1, 0, COUNTED, 600 - 256)),
     }
     assert check(pool.build()).errors == []
+
+
+def test_more_references_than_sixteen_bits_count() -> None:
+    uses = Uses()
+    for _ in range(3):
+        uses.claim(np.full(40_000, 5), np.zeros(40_000, np.uint32), 1)
+    region = uses.region(0)
+    assert region is not None and region[5] == 120_000 and region.sum() == 120_000
