@@ -1,0 +1,118 @@
+"""The iSCSI listener with sockets, over volumes in memory."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from daemon.config import Address
+from daemon.iscsi_listener import IscsiListener, ListenFailed
+from daemon.targets import Targets
+from protocol.iscsi.node import TargetNode
+from tests.daemon.fakes import MemoryPool
+from tests.daemon.programs import run, succeed
+
+DISK_BYTES = 4 << 20
+
+
+@pytest.fixture
+def pool() -> MemoryPool:
+    return MemoryPool(disk=DISK_BYTES, other=DISK_BYTES)
+
+
+@pytest_asyncio.fixture
+async def listener(pool: MemoryPool) -> AsyncIterator[IscsiListener]:
+    found = IscsiListener(TargetNode(Targets(pool, None)), connections_max=3)
+    await found.listen(Address("127.0.0.1", 0))
+    yield found
+    await found.stop(0.1)
+
+
+async def connect(listener: IscsiListener) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    address = listener.addresses[0]
+    return await asyncio.open_connection(address.host, address.port)
+
+
+async def test_the_real_port_is_told(listener: IscsiListener) -> None:
+    (address,) = listener.addresses
+    assert address.port > 0
+    assert listener.portals() == [f"127.0.0.1:{address.port}"]
+
+
+async def test_an_address_in_use_or_unknown_is_named(listener: IscsiListener) -> None:
+    with pytest.raises(ListenFailed, match=str(listener.addresses[0])):
+        await listener.listen(listener.addresses[0])
+    with pytest.raises(ListenFailed, match=r"203\.0\.113\.1"):
+        await listener.listen(Address("203.0.113.1", 0))
+
+
+async def test_ipv6(pool: MemoryPool) -> None:
+    listener = IscsiListener(TargetNode(Targets(pool, None)), connections_max=3)
+    await listener.listen(Address("::1", 0))
+    assert listener.portals()[0].startswith("[::1]:")
+    await listener.stop(0.1)
+
+
+async def test_connections_above_the_limit_are_closed(listener: IscsiListener) -> None:
+    held = [await connect(listener) for _ in range(3)]
+    while len(listener.connections) < 3:
+        await asyncio.sleep(0)
+    reader, writer = await connect(listener)
+    assert await reader.read() == b""
+    writer.close()
+    held[0][1].close()
+    while len(listener.connections) == 3:
+        await asyncio.sleep(0)
+    held[0] = await connect(listener)
+    while len(listener.connections) < 3:
+        await asyncio.sleep(0)
+    for _, open_writer in held:
+        open_writer.close()
+        await open_writer.wait_closed()
+
+
+async def test_bytes_that_are_no_pdu_close_that_connection_alone(listener: IscsiListener) -> None:
+    _, good = await connect(listener)
+    reader, bad = await connect(listener)
+    bad.write(os.urandom(4096))
+    assert await reader.read() == b""
+    assert len(listener.connections) == 1
+    for writer in (good, bad):
+        writer.close()
+        await writer.wait_closed()
+
+
+async def test_stopping_closes_connections_that_never_logged_in(pool: MemoryPool) -> None:
+    listener = IscsiListener(TargetNode(Targets(pool, None)), connections_max=3)
+    await listener.listen(Address("127.0.0.1", 0))
+    reader, writer = await connect(listener)
+    while not listener.connections:
+        await asyncio.sleep(0)
+    await listener.stop(10)
+    assert await reader.read() == b""
+    with pytest.raises(ConnectionRefusedError):
+        await connect(listener)
+    writer.close()
+
+
+@pytest.mark.client("iscsi-ls")
+async def test_discovery_by_a_real_client(listener: IscsiListener) -> None:
+    output = await succeed("iscsi-ls", f"iscsi://{listener.portals()[0]}")
+    assert "iqn.2026-01.io.cleaved:disk" in output
+    assert "iqn.2026-01.io.cleaved:other" in output
+
+
+@pytest.mark.client("qemu-img")
+async def test_data_by_a_real_client(listener: IscsiListener, pool: MemoryPool, tmp_path: Path) -> None:
+    data = os.urandom(DISK_BYTES)
+    (tmp_path / "source").write_bytes(data)
+    url = f"iscsi://{listener.portals()[0]}/iqn.2026-01.io.cleaved:disk/0"
+    await succeed("qemu-img", "convert", "-n", "-f", "raw", "-O", "raw", str(tmp_path / "source"), url)
+    assert pool.volumes["disk"].data == data
+    await succeed("qemu-img", "convert", "-f", "raw", "-O", "raw", url, str(tmp_path / "copy"))
+    assert (tmp_path / "copy").read_bytes() == data
+    assert pool.volumes["disk"].labels == []
+    assert (await run("qemu-img", "info", url.replace("disk", "none"))).status != 0
