@@ -157,15 +157,16 @@ class Check:
 
     def _compare_counters(self) -> Steps[None]:
         for position, image in enumerate(self._images.values()):
-            leaves = self._leaves_of(image)
-            if leaves is not None and leaves.blocks != image.used_blocks:
-                self.report.error(f"{self._label(image.number)}: its entry counts {image.used_blocks} blocks, its tree has {leaves.blocks}")
-            # Nobody sees a deleted image's blocks any more, so its size says nothing.
-            if leaves is not None and leaves.last >= image.size_blocks and image.kind != layout.KIND_DELETED:
-                what = f"has a block at FBN {leaves.last}, beyond its size of {image.size_blocks} blocks"
-                self.report.error(f"{self._label(image.number)}: {what}")
             if position % ENTRY_BATCH == 0:
                 yield ()
+            leaves = self._leaves_of(image)
+            if leaves is None or image.kind == layout.KIND_DELETED:
+                continue  # nobody sees a deleted image any more: its size and counter say nothing
+            if leaves.blocks != image.used_blocks:
+                self.report.error(f"{self._label(image.number)}: its entry counts {image.used_blocks} blocks, its tree has {leaves.blocks}")
+            if leaves.last >= image.size_blocks:
+                what = f"has a block at FBN {leaves.last}, beyond its size of {image.size_blocks} blocks"
+                self.report.error(f"{self._label(image.number)}: {what}")
 
     def _compare_splits(self) -> Steps[None]:
         for position, image in enumerate(self._images.values()):

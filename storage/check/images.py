@@ -57,7 +57,8 @@ def parse_image(number: int, block: memoryview) -> Image | str:
     name = _parse_name(block, name_length)
     if name is None:
         return "its name is longer than the format allows, or not UTF-8"
-    state, mode, split_flags, _, _, holes_total, holes_remaining = layout.IMAGE_SPLIT.unpack_from(block, layout.IMAGE_SPLIT_OFFSET)[:7]
+    split = layout.IMAGE_SPLIT.unpack_from(block, layout.IMAGE_SPLIT_OFFSET)
+    state, mode, split_flags, _, _, _, holes_total, holes_remaining = split[:8]
     identity = (number, kind, flags, UUID(bytes=uuid), size_bytes, vbn, crc, birth, levels, shared_cp)
     relations = (used_blocks, created_cp, origin, backing, backing_blocks, name)
     return Image(*identity, *relations, state, mode, split_flags, holes_total, holes_remaining)

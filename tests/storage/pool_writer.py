@@ -163,7 +163,7 @@ class PoolWriter:
         layout.IMAGE_HEAD.pack_into(block, 0, *head, *relations)
         block[layout.IMAGE_NAME_OFFSET : layout.IMAGE_NAME_OFFSET + len(name)] = name
         state, mode, flags, remaining = entry.split
-        layout.IMAGE_SPLIT.pack_into(block, layout.IMAGE_SPLIT_OFFSET, state, mode, flags, 0, 0, remaining, remaining, *(0,) * 6)
+        layout.IMAGE_SPLIT.pack_into(block, layout.IMAGE_SPLIT_OFFSET, state, mode, flags, 0, 0, 0, remaining, remaining, *(0,) * 5)
         return bytes(block)
 
     def _assemble(self, roots: list[int], sizes: tuple[int, ...], used_blocks: int) -> bytearray:
