@@ -167,3 +167,19 @@ def answer(name: str, offer: str, parameters: Parameters, discovery: bool) -> st
     if discovery and name in _NOT_IN_DISCOVERY:
         return key.answer(offer, replace(parameters)) and IRRELEVANT
     return key.answer(offer, parameters)
+
+
+def accept(name: str, value: str, parameters: Parameters) -> None:
+    """The initiator's side: take over what the target answered. Raises LoginRefused for an answer that was not to choose."""
+    key = OPERATIONAL.get(name)
+    if key is None or value in _RESERVED_ANSWERS or isinstance(key, FixedKey) or key.field is None:
+        return
+    if isinstance(key, NumberKey):
+        number = parse_number(value)
+        if number is None or not key.low <= number <= key.high:
+            raise LoginRefused(f"the target answered {name}={value[:40]}")
+        setattr(parameters, key.field, number)
+    elif isinstance(key, BooleanKey):
+        setattr(parameters, key.field, value == "Yes")
+    else:
+        setattr(parameters, key.field, value == CRC32C)

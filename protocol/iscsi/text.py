@@ -6,25 +6,30 @@ from protocol.iscsi.errors import TextError
 from protocol.iscsi.limits import KEY_NAME_BYTES_MAX, KEY_VALUE_BYTES_MAX, KEYS_MAX
 
 
+def parse_list(data: bytes) -> list[tuple[str, str]]:
+    """Pairs in the order they came; keys may repeat (SendTargets answers). Raises TextError for an item that is no pair."""
+    return [_pair(item) for item in data.split(b"\0") if item]
+
+
 def parse(data: bytes) -> dict[str, str]:
-    """Pairs in the order they came. Raises TextError for a pair without ``=``, a key offered twice, or a limit exceeded."""
-    pairs: dict[str, str] = {}
-    for item in data.split(b"\0"):
-        if not item:
-            continue
-        key, equals, value = item.partition(b"=")
-        if not equals or not key or len(key) > KEY_NAME_BYTES_MAX or len(value) > KEY_VALUE_BYTES_MAX:
-            raise TextError("a text item that is no key=value pair, or a longer one than allowed")
-        try:
-            name, text = key.decode("ascii"), value.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise TextError("text that is not UTF-8") from error
-        if name in pairs:
-            raise TextError(f"{name} twice")
-        pairs[name] = text
-        if len(pairs) > KEYS_MAX:
-            raise TextError(f"more than {KEYS_MAX} keys")
+    """Pairs of a negotiation. Raises TextError for an item that is no pair, a key offered twice, or too many keys."""
+    items = parse_list(data)
+    if len(items) > KEYS_MAX:
+        raise TextError(f"more than {KEYS_MAX} keys")
+    pairs = dict(items)
+    if len(pairs) != len(items):
+        raise TextError("a key twice")
     return pairs
+
+
+def _pair(item: bytes) -> tuple[str, str]:
+    key, equals, value = item.partition(b"=")
+    if not equals or not key or len(key) > KEY_NAME_BYTES_MAX or len(value) > KEY_VALUE_BYTES_MAX:
+        raise TextError("a text item that is no key=value pair, or a longer one than allowed")
+    try:
+        return key.decode("ascii"), value.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise TextError("text that is not UTF-8") from error
 
 
 def encode(pairs: Iterable[tuple[str, str]]) -> bytes:

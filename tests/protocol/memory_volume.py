@@ -8,7 +8,6 @@ from uuid import UUID
 
 from protocol.volume import Buffer, Completion, ReadCompletion
 
-
 DISK_UUID = UUID(int=0x1234_5678_9ABC_4DEF_8123_4567_89AB_CDEF)
 
 
