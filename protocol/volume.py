@@ -10,12 +10,14 @@ Rules that make the hot path possible (design section 3):
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 from uuid import UUID
 
 Buffer = bytes | bytearray | memoryview
 Completion = Callable[[Exception | None], None]
 ReadCompletion = Callable[[Buffer | None, Exception | None], None]
+# Runs from the offset asked for, in order: (length in bytes, whether blocks are allocated there). At least one; they may end early.
+AllocationCompletion = Callable[[list[tuple[int, bool]] | None, Exception | None], None]
 
 
 class BlockVolume(Protocol):
@@ -57,3 +59,11 @@ class BlockVolume(Protocol):
 
     def flush(self, done: Completion) -> None:
         """Make every write that was completed before this call durable."""
+
+
+@runtime_checkable
+class ReportsAllocation(Protocol):
+    """What a volume may have in addition: it can say which ranges are allocated. One that cannot counts as allocated throughout."""
+
+    def allocation(self, offset_bytes: int, length_bytes: int, done: AllocationCompletion) -> None:
+        """Report the state of a range. A clone's holes that read through to its backing store count as allocated."""

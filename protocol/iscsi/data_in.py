@@ -5,11 +5,13 @@ the status when that is GOOD (phase collapse, RFC 7143 11.7.3). Large reads are 
 stop while the client does not drain.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from protocol.iscsi.limits import READ_PIECE_BYTES
 from protocol.iscsi.pdu import DATA_IN, FINAL, HEADER, OVERFLOW, RESERVED_TAG, SERIAL_MASK, STATUS_PRESENT, UNDERFLOW
 from protocol.iscsi.task import Task
+from protocol.scsi.plan import Query
 from protocol.volume import BlockVolume, Buffer
 
 if TYPE_CHECKING:
@@ -73,6 +75,32 @@ class DataIn:
             DATA_IN, flags, 0, 0, size, 0, task.itt, RESERVED_TAG, stat_sn, phase.exp_cmd_sn, phase.max_cmd_sn, data_sn, offset, residual,
         )
         phase.sender.put(header, data)
+
+
+class QueryAnswer:
+    """Waits for the data of a `Query` and sends them."""
+
+    __slots__ = ("_flags", "_send_reply", "_task")
+
+    def __init__(self, task: Task, flags: int, send_reply: Callable[[Task, bytes, int], None]) -> None:
+        self._task = task
+        self._flags = flags
+        self._send_reply = send_reply
+
+    def start(self, query: Query) -> None:
+        """Ask."""
+        self._task.busy = True
+        query.start(self._answered)
+
+    def _answered(self, data: bytes | None, error: Exception | None) -> None:
+        task = self._task
+        if task.let_go():
+            return
+        if error is not None or data is None:
+            task.fail(error or OSError("no data"), False, moved=0)
+        else:
+            self._send_reply(task, data, self._flags)
+        task.phase.wake()
 
 
 class ReadStream:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import ClassVar, Final
 
 from protocol.iscsi import fast_path, limits
-from protocol.iscsi.data_in import DataIn, ReadStream, residual_flags
+from protocol.iscsi.data_in import DataIn, QueryAnswer, ReadStream, residual_flags
 from protocol.iscsi.data_out import WriteTask
 from protocol.iscsi.errors import ProtocolError
 from protocol.iscsi.framing import Sender
@@ -58,7 +58,7 @@ from protocol.scsi import dispatch, opcodes, sense
 from protocol.scsi.errors import CheckCondition, ScsiError
 from protocol.scsi.inquiry import encode_lun
 from protocol.scsi.logical_unit import Nexus, UnitNexus
-from protocol.scsi.plan import Operation, ReadExtent, Reply
+from protocol.scsi.plan import Operation, Query, ReadExtent, Reply
 from protocol.scsi.sense import Sense
 from protocol.volume import BlockVolume
 
@@ -214,6 +214,9 @@ class FullFeature:
         if isinstance(plan, Reply):
             self._begin(task)
             self._send_reply(task, plan.data, pdu.flags)
+        elif isinstance(plan, Query):
+            self._begin(task)
+            QueryAnswer(task, pdu.flags, self._send_reply).start(plan)
         elif isinstance(plan, ReadExtent):
             self._begin(task)
             self._send_extent(task, plan, pdu.flags)

@@ -18,6 +18,9 @@ UNMAP_SECTORS_MAX: Final = 1 << 23
 UNMAP_DESCRIPTORS_MAX: Final = 255
 # 32 MiB, as a transfer: a pattern that is not zeros is really written.
 WRITE_SAME_SECTORS_MAX: Final = 65536
+# GET LBA STATUS looks at this much at a time; a client goes on from where the answer ends.
+LBA_STATUS_SECTORS_MAX: Final = 1 << 21
+LBA_STATUS_DESCRIPTORS_MAX: Final = 255
 # One read of a verify or compare; the event loop is given back between two pieces.
 PIECE_BYTES: Final = 256 * 1024
 # A nexus that never looks at its unit attentions must not make the queue grow (SAM-5 5.14: the oldest may be dropped).

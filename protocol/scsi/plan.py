@@ -1,7 +1,7 @@
 """What a command wants of its transport once its CDB has been checked.
 
-A handler returns one of three plans, and the transport carries it out: send this reply, stream this extent to the
-client, or fetch this much data and start this operation. None of them knows how data travels.
+A handler returns one of four plans, and the transport carries it out: send this reply, ask for one and send it, stream
+this extent to the client, or fetch this much data and start this operation. None of them knows how data travels.
 """
 
 from collections.abc import Callable
@@ -42,4 +42,14 @@ class Operation:
     needs_owned_data: bool = False
 
 
-Plan = Reply | ReadExtent | Operation
+QueryDone = Callable[[bytes | None, Exception | None], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """Call ``start(done)``; what ``done`` gets is the data for the client, cut to the allocation length."""
+
+    start: Callable[[QueryDone], None]
+
+
+Plan = Reply | ReadExtent | Operation | Query

@@ -1,18 +1,22 @@
-"""UNMAP and WRITE SAME (SBC-3 5.28, 5.42 to 5.44): deallocation, zeros, and patterns."""
+"""UNMAP, WRITE SAME and GET LBA STATUS (SBC-3 5.5, 5.28, 5.42 to 5.44): deallocation, zeros, patterns, and what is allocated."""
 
 from struct import Struct
 from typing import Final
 
-from protocol.scsi import limits, sense
+from protocol.scsi import limits, opcodes, sense
 from protocol.scsi.command import NO_DATA, Command, Request, check_range, usage
 from protocol.scsi.errors import CheckCondition
-from protocol.scsi.limits import PIECE_BYTES, SECTOR_BYTES
+from protocol.scsi.limits import PIECE_BYTES, SECTOR_BYTES, SECTOR_SHIFT
 from protocol.scsi.logical_unit import LogicalUnit
-from protocol.scsi.plan import Operation, Plan
-from protocol.volume import BlockVolume, Buffer, Completion
+from protocol.scsi.plan import Operation, Plan, Query, QueryDone
+from protocol.volume import BlockVolume, Buffer, Completion, ReportsAllocation
 
 _DESCRIPTOR: Final = Struct(">QI4x")
 _LIST_HEAD_BYTES: Final = 8
+_LBA_STATUS: Final = Struct(">QIB3x")
+_LBA_STATUS_HEAD: Final = Struct(">I4x")
+_MAPPED: Final = 0
+_DEALLOCATED: Final = 1
 _UNMAP: Final = 0x08
 _ANCHOR: Final = 0x10
 _NDOB: Final = 0x01
@@ -130,7 +134,40 @@ def write_same(request: Request) -> Plan:
     return Operation(0 if flags & _NDOB else SECTOR_BYTES, start)
 
 
+def _encode_runs(lba: int, runs: list[tuple[int, bool]]) -> bytes:
+    body = b""
+    for length, allocated in runs[: limits.LBA_STATUS_DESCRIPTORS_MAX]:
+        sectors = length >> SECTOR_SHIFT
+        body += _LBA_STATUS.pack(lba, sectors, _MAPPED if allocated else _DEALLOCATED)
+        lba += sectors
+    return _LBA_STATUS_HEAD.pack(len(body) + 4) + body
+
+
+def get_lba_status(request: Request) -> Plan:
+    """GET LBA STATUS: mapped or deallocated, run by run, from the LBA on; the answer may end before the disk does."""
+    lba = int.from_bytes(request.cdb[2:10], "big")
+    allocation = int.from_bytes(request.cdb[10:14], "big")
+    unit = request.unit
+    offset, length = check_range(unit, lba, min(limits.LBA_STATUS_SECTORS_MAX, max(1, unit.sectors - lba)))
+    volume = unit.volume
+
+    def start(done: QueryDone) -> None:
+        def reported(runs: list[tuple[int, bool]] | None, error: Exception | None) -> None:
+            done(None if runs is None else _encode_runs(lba, runs)[:allocation], error)
+
+        if isinstance(volume, ReportsAllocation):
+            volume.allocation(offset, length, reported)
+        else:
+            reported([(length, True)], None)
+
+    return Query(start)
+
+
 COMMANDS: Final = (
+    Command(
+        "GET LBA STATUS", usage("9e1fffffffffffffffffffffffff0000"), get_lba_status,
+        service_action=opcodes.GET_LBA_STATUS, needs_medium=True,
+    ),
     Command("UNMAP", usage("420000000000" + "3fffff00"), unmap, needs_medium=True, writes=True),
     Command("WRITE SAME(10)", usage("4118ffffffff3fffff00"), write_same, needs_medium=True, writes=True),
     Command("WRITE SAME(16)", usage("9319ffffffffffffffffffffffff3f00"), write_same, needs_medium=True, writes=True),

@@ -17,7 +17,7 @@ import uvloop
 from protocol.iscsi.chap import ChapSecrets
 from protocol.iscsi.connection import TargetConnection
 from protocol.iscsi.node import TargetNode
-from protocol.volume import Buffer, Completion
+from protocol.volume import AllocationCompletion, Buffer, Completion
 from tests.protocol.directory import MemoryDirectory
 from tests.protocol.memory_volume import MemoryVolume
 
@@ -36,6 +36,9 @@ class FileVolume(MemoryVolume):
 
     def try_read(self, offset_bytes: int, length_bytes: int) -> Buffer:
         return os.pread(self._fd, length_bytes, offset_bytes)
+
+    def allocation(self, offset_bytes: int, length_bytes: int, done: AllocationCompletion) -> None:
+        done([(length_bytes, True)], None)
 
     def _change(self, offset: int, data: Buffer, done: Completion) -> None:
         os.pwrite(self._fd, data, offset)

@@ -6,7 +6,7 @@ import errno
 from collections.abc import Callable
 from uuid import UUID
 
-from protocol.volume import Buffer, Completion, ReadCompletion
+from protocol.volume import AllocationCompletion, Buffer, Completion, ReadCompletion
 
 DISK_UUID = UUID(int=0x1234_5678_9ABC_4DEF_8123_4567_89AB_CDEF)
 
@@ -98,6 +98,18 @@ class MemoryVolume:
 
     def write_zeros(self, offset_bytes: int, length_bytes: int, fua: bool, done: Completion) -> None:
         self._change(offset_bytes, bytes(length_bytes), done)
+
+    def allocation(self, offset_bytes: int, length_bytes: int, done: AllocationCompletion) -> None:
+        """What is not zeros counts as allocated, in blocks of 4 KiB."""
+        runs: list[tuple[int, bool]] = []
+        for at in range(offset_bytes, offset_bytes + length_bytes, 4096):
+            size = min(4096 - at % 4096, offset_bytes + length_bytes - at)
+            state = self.data.count(0, at, at + size) != size
+            if runs and runs[-1][1] == state:
+                runs[-1] = (runs[-1][0] + size, state)
+            else:
+                runs.append((size, state))
+        done(runs, None)
 
     def flush(self, done: Completion) -> None:
         self.flushes += 1
