@@ -1,0 +1,1 @@
+"""The pool: device, buffer trees, allocation, consistency points, images, split, background work, check. Imports no other room."""

@@ -1,0 +1,115 @@
+"""The share map: for each VBN the count of references beyond the first, as a sparse metafile of u32.
+
+Counts of data blocks are needed only when a reference goes, and that is settled at the consistency point, a whole epoch at once.
+Counts of *pointer* blocks decide whether a node must be unshared before it changes, so they must be exact at every moment:
+``try_count`` adds the changes that the current and the frozen epoch hold (``Epoch.pointer_delta``) to what the map says.
+"""
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from storage.allocation.slices import Slicer, concatenated, in_thread_if_large
+from storage.consistency.epoch import Epoch, VbnArray
+from storage.layout import SHARES_PER_BLOCK
+from storage.tree.buffer_tree import BufferTree
+from storage.tree.node import HOLES, Node
+
+if TYPE_CHECKING:
+    from storage.state import PoolState
+
+SHARES_SHIFT = SHARES_PER_BLOCK.bit_length() - 1
+
+
+class ShareMap:
+    """Reads counts at any time; changes them only within a consistency point (``apply``)."""
+
+    __slots__ = ("_state", "tree")
+
+    def __init__(self, state: "PoolState", tree: BufferTree) -> None:
+        self._state = state
+        self.tree = tree
+
+    def try_count(self, vbn: int) -> int | None:
+        """Extra references to the pointer block at ``vbn`` now, or None when the map's block has to be loaded first (``load``)."""
+        node = self.tree.peek(vbn >> SHARES_SHIFT, 0)
+        if node is None:
+            return None
+        count = 0 if node is HOLES else memoryview(node.buf).cast("I")[vbn & (SHARES_PER_BLOCK - 1)]
+        state = self._state
+        count += state.epoch.pointer_delta.get(vbn, 0)
+        if state.frozen is not None:
+            count += state.frozen.pointer_delta.get(vbn, 0)
+        return count
+
+    async def load(self, vbn: int) -> None:
+        """Bring the map's block for ``vbn`` into memory. Raises BlockDamaged, DeviceFailed."""
+        await self.tree.load(vbn >> SHARES_SHIFT, 0)
+
+    async def count(self, vbn: int) -> int:
+        """``try_count``, waiting where it must."""
+        while (count := self.try_count(vbn)) is None:
+            await self.load(vbn)
+        return count
+
+    async def apply(self, epoch: Epoch, slicer: Slicer) -> None:
+        """Enter the epoch's references into the map; what lost its last one joins ``epoch.freed_arrays``."""
+        vbns, net = await self._net_changes(epoch)
+        if not len(vbns):
+            return
+        blocks = vbns >> np.uint64(SHARES_SHIFT)
+        starts = np.flatnonzero(np.diff(blocks, prepend=np.uint64(2**63)))
+        ends = np.append(starts[1:], len(vbns))
+        for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+            await self._apply_block(epoch, int(blocks[start]), vbns[start:end], net[start:end])
+            await slicer.breathe()
+
+    async def _net_changes(self, epoch: Epoch) -> tuple[VbnArray, npt.NDArray[np.int64]]:
+        """The VBNs whose count changes, ascending, and by how much."""
+        added = concatenated(epoch.added)
+        dropped = concatenated([np.array(epoch.dropped, dtype=np.uint64), *epoch.dropped_arrays])
+        pointers = np.array(list(epoch.pointer_delta), dtype=np.uint64)
+        weights = np.concatenate(
+            (np.ones(len(added)), -np.ones(len(dropped)), np.array(list(epoch.pointer_delta.values()), dtype=np.float64))
+        )
+        epoch.added, epoch.dropped, epoch.dropped_arrays = [], [], []
+        everything = np.concatenate((added, dropped, pointers))
+        return await in_thread_if_large(len(everything), _summed, everything, weights)
+
+    async def _apply_block(self, epoch: Epoch, block: int, vbns: VbnArray, net: npt.NDArray[np.int64]) -> None:
+        """One block of the map. From the node in hand to the end there is no await, so ``try_count`` never sees half of it."""
+        node = await self._node_for(epoch, block, bool((net > 0).any()))
+        at = (vbns & np.uint64(SHARES_PER_BLOCK - 1)).astype(np.intp)
+        counts = np.frombuffer(node.buf, dtype="<u4")
+        changed = counts[at].astype(np.int64) + net
+        if (changed < -1).any():
+            worst = int(vbns[int(np.argmin(changed))])
+            self._state.fail(f"the share map holds fewer references to VBN {worst} than are let go of: run `cleaved check`")
+            changed = np.maximum(changed, -1)
+        if (changed < 0).any():
+            epoch.freed_arrays.append(vbns[changed < 0])
+        if node is not HOLES:
+            counts[at] = np.maximum(changed, 0)
+        for vbn in vbns.tolist() if epoch.pointer_delta else ():
+            epoch.pointer_delta.pop(vbn, None)
+
+    async def _node_for(self, epoch: Epoch, block: int, grows: bool) -> Node:
+        """The map's block, writable unless it is a hole and stays one."""
+        while True:
+            node = self.tree.peek(block, 0)
+            if node is HOLES and not grows:
+                return node
+            node = self.tree.writable(block, epoch, 0)
+            if node is not None:
+                return node
+            await self.tree.prepare(block, epoch, 0)
+            await asyncio.sleep(0)
+
+
+def _summed(vbns: VbnArray, weights: npt.NDArray[np.float64]) -> tuple[VbnArray, npt.NDArray[np.int64]]:
+    """Distinct VBNs, ascending, with the sum of their weights, without those whose sum is 0."""
+    distinct, inverse = np.unique(vbns, return_inverse=True)
+    net = np.bincount(inverse, weights=weights, minlength=len(distinct)).astype(np.int64)
+    return distinct[net != 0], net[net != 0]

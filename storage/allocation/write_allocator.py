@@ -1,0 +1,258 @@
+"""The write allocator: chooses new VBNs, contiguous where it can, and never one that the last consistency point can reach.
+
+It hands VBNs out of *windows*: runs of free blocks claimed from one or more regions, one window for data and one for nodes, so that
+a batch of writes is one extent and a consistency point writes its nodes in long runs.
+
+A VBN is available when its bit is clear in the active map (as of the last consistency point), and it is neither *claimed* (in a
+window, or handed out in an epoch whose bits are not in the map yet) nor *held* (freed by an epoch that is not released yet).
+The cursor sweeps the pool in circles; full regions are skipped by the region summary.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from storage.allocation.active_map import NO_BITS, REGION_SHIFT, ActiveMap, Bits, count_bits
+from storage.consistency.epoch import Epoch
+from storage.errors import PoolFull
+from storage.layout import REGION_BLOCKS, region_count
+
+if TYPE_CHECKING:
+    from storage.state import PoolState
+
+# 64 MiB of data and 4 MiB of nodes: a scan of a region (about 60 us) is paid once for that much.
+DATA_WINDOW_BLOCKS = 16384
+NODE_WINDOW_BLOCKS = 1024
+# Regions looked into by one synchronous fill: about 0.5 ms. What lies further is found by the asynchronous path.
+REGIONS_PER_FILL = 8
+# Blocks that data never takes, so that a full pool can still delete and take consistency points: 1/64 of the pool,
+# at least what the maps of a small pool need, at most what they need in one consistency point of a large one.
+RESERVE_BLOCKS_MIN = 128
+RESERVE_BLOCKS_MAX = 8192
+
+
+class Window:
+    """Free runs claimed for one purpose: the current one is [next, end), the others wait in ``runs`` (last one first)."""
+
+    __slots__ = ("end", "next", "runs", "size_blocks")
+
+    def __init__(self, size_blocks: int) -> None:
+        self.size_blocks = size_blocks
+        self.next = 0
+        self.end = 0
+        self.runs: list[tuple[int, int]] = []
+
+    def advance(self) -> bool:
+        """Move on to the next run when the current one is used up. False: the window is empty."""
+        while self.next == self.end:
+            if not self.runs:
+                return False
+            self.next, self.end = self.runs.pop()
+        return True
+
+
+class WriteAllocator:
+    """``free_now`` is the number of blocks that are available or in a window; ``reserve_blocks`` of them are not for data."""
+
+    __slots__ = ("_active_map", "_claimed", "_cursor", "_data", "_held", "_nodes", "_size_blocks", "_state", "_wait_for", "free_now", "reclaim", "reserve_blocks")
+
+    def __init__(self, state: "PoolState", active_map: ActiveMap, size_blocks: int) -> None:
+        self._state = state
+        self._active_map = active_map
+        self._size_blocks = size_blocks
+        self._claimed: dict[int, Bits] = {}
+        self._held: dict[int, Bits] = {}
+        window = max(16, size_blocks // 64)
+        self._data = Window(min(DATA_WINDOW_BLOCKS, window))
+        self._nodes = Window(min(NODE_WINDOW_BLOCKS, window))
+        self._cursor = 0
+        self._wait_for = 0
+        self.free_now = size_blocks - active_map.used_blocks
+        self.reserve_blocks = max(RESERVE_BLOCKS_MIN, min(RESERVE_BLOCKS_MAX, size_blocks // 64))
+        # Waits until the freed blocks of now can be used again; False when there are none (set by the consistency point).
+        self.reclaim: Callable[[], Awaitable[bool]]
+
+    # --- Handing out -------------------------------------------------------------------------------------------
+
+    def take(self, count: int) -> list[tuple[int, int]] | None:
+        """Extents (first VBN, length) of ``count`` blocks for data. None: wait with ``prepare_data``, and try again.
+
+        Whoever takes them enters them into ``Epoch.allocated`` in the same step that installs the pointers (a bit is set only
+        together with the pointer that uses it), or gives them back.
+        """
+        window = self._data
+        first = window.next
+        if first + count <= window.end and self.free_now - count >= self.reserve_blocks:
+            window.next = first + count
+            self.free_now -= count
+            return [(first, count)]
+        return self._take_scattered(count)
+
+    def _take_scattered(self, count: int) -> list[tuple[int, int]] | None:
+        if self.free_now - count < self.reserve_blocks:
+            return None
+        window = self._data
+        extents: list[tuple[int, int]] = []
+        while count:
+            if not window.advance() and not self._fill(window):
+                window.runs.extend((first, first + length) for first, length in extents)
+                return None
+            window.advance()
+            length = min(count, window.end - window.next)
+            extents.append((window.next, length))
+            window.next += length
+            count -= length
+        self.free_now -= sum(length for _, length in extents)
+        return extents
+
+    def give_back(self, extents: list[tuple[int, int]]) -> None:
+        """What ``take`` handed out and nobody used, whatever was written there."""
+        for first, length in reversed(extents):
+            self.free_now += length
+            if self._data.next == first + length:
+                self._data.next = first
+            else:
+                self._data.runs.append((first, first + length))
+
+    def take_node(self, epoch: Epoch) -> int:
+        """A VBN for a node, or 0: wait with ``prepare_nodes``, and try again. A consistency point may use the whole reserve."""
+        if self.free_now <= self._floor(epoch):
+            return 0
+        window = self._nodes
+        if window.next == window.end and not window.advance() and not (self._fill(window) and window.advance()):
+            return 0
+        vbn = window.next
+        window.next = vbn + 1
+        self.free_now -= 1
+        epoch.allocated.append((vbn, 1))
+        return vbn
+
+    def _floor(self, epoch: Epoch) -> int:
+        return 0 if epoch is self._state.frozen else self.reserve_blocks // 2
+
+    # --- Waiting -----------------------------------------------------------------------------------------------
+
+    async def prepare_data(self, count: int) -> None:
+        """Wait until ``take(count)`` has a chance. Raises PoolFull when no freed block is on its way."""
+        while self.free_now - count < self.reserve_blocks:
+            if not await self.reclaim():
+                raise PoolFull("the pool is full: delete snapshots or vdisks, or grow the pool")
+        await self._refill(self._data)
+
+    async def prepare_nodes(self, epoch: Epoch) -> None:
+        """Wait until ``take_node(epoch)`` has a chance. Raises PoolFull when no freed block is on its way."""
+        while self.free_now <= self._floor(epoch):
+            if epoch is self._state.frozen or not await self.reclaim():
+                raise PoolFull("the pool is full, its reserve included: delete snapshots or vdisks, or grow the pool")
+        await self._refill(self._nodes)
+
+    async def _refill(self, window: Window) -> None:
+        """Fill a window, loading map blocks as needed; ends empty-handed after one circle round the pool."""
+        for _ in range(2 * region_count(self._size_blocks) // REGIONS_PER_FILL + 4):
+            if window.next < window.end or window.runs or self._fill(window):
+                return
+            await self._active_map.load(self._wait_for)
+            await asyncio.sleep(0)
+        other = self._nodes if window is self._data else self._data
+        self._release_window(other)
+
+    # --- Claiming ----------------------------------------------------------------------------------------------
+
+    def _fill(self, window: Window) -> bool:
+        """Claim free runs for ``window`` from the cursor on. False: nothing was found in the regions at hand."""
+        wanted = window.size_blocks
+        regions = region_count(self._size_blocks)
+        for _ in range(min(REGIONS_PER_FILL, regions + 1)):
+            region = self._cursor >> REGION_SHIFT
+            found = self._claim(region, wanted, window)
+            if found is None:
+                self._wait_for = region
+                break
+            wanted -= found
+            if wanted <= 0:
+                break
+            self._cursor = (region + 1) % regions * REGION_BLOCKS
+        window.runs.reverse()
+        return bool(window.runs)
+
+    def _claim(self, region: int, wanted: int, window: Window) -> int | None:
+        """Move up to ``wanted`` blocks of a region into the window; None when its map has to be loaded first."""
+        used = self._active_map.peek_used(region)
+        if used is None:
+            return None
+        blocks = min(REGION_BLOCKS, self._size_blocks - region * REGION_BLOCKS)
+        if used >= blocks:
+            return 0
+        bits = self._active_map.peek_bits(region)
+        if bits is None:
+            return None
+        busy = bits | self._claimed.get(region, NO_BITS) | self._held.get(region, NO_BITS)
+        free = np.unpackbits(~busy, bitorder="little")
+        free[blocks:] = 0
+        free[: self._cursor & (REGION_BLOCKS - 1)] = 0
+        offsets = np.flatnonzero(free)[:wanted]
+        if len(offsets):
+            self._take_into(window, region, offsets.astype(np.int64))
+        return len(offsets)
+
+    def _take_into(self, window: Window, region: int, offsets: "np.ndarray[tuple[int], np.dtype[np.int64]]") -> None:
+        mask = np.zeros(REGION_BLOCKS, dtype=np.uint8)
+        mask[offsets] = 1
+        self._claimed[region] = self._claimed.get(region, NO_BITS) | np.packbits(mask, bitorder="little")
+        breaks = np.flatnonzero(np.diff(offsets) != 1)
+        base = region * REGION_BLOCKS
+        starts = offsets[np.concatenate(([0], breaks + 1))] + base
+        ends = offsets[np.concatenate((breaks, [len(offsets) - 1]))] + base + 1
+        window.runs.extend(zip(starts.tolist(), ends.tolist(), strict=True))
+        self._cursor = int(ends[-1]) % self._size_blocks
+
+    def _release_window(self, window: Window) -> None:
+        """Give a window's blocks back to the pool: the other one found none elsewhere."""
+        if window.next < window.end:
+            window.runs.append((window.next, window.end))
+        for first, end in window.runs:
+            region = first >> REGION_SHIFT
+            mask = np.zeros(REGION_BLOCKS, dtype=np.uint8)
+            mask[first - region * REGION_BLOCKS : end - region * REGION_BLOCKS] = 1
+            self.settle(region, np.packbits(mask, bitorder="little"))
+        window.runs = []
+        window.next = window.end = 0
+
+    def adopt(self, vbn: int) -> None:
+        """Claim one block by its address: replay found it in use by a record of the intent log."""
+        region, offset = vbn >> REGION_SHIFT, vbn & (REGION_BLOCKS - 1)
+        bits = self._claimed.get(region, NO_BITS).copy()
+        bits[offset >> 3] |= 1 << (offset & 7)
+        self._claimed[region] = bits
+        self.free_now -= 1
+
+    # --- Called by the consistency point -------------------------------------------------------------------------
+
+    def settle(self, region: int, bits: Bits) -> None:
+        """``bits`` are no longer claimed: the map has them now, or nobody."""
+        left = self._claimed[region] & ~bits
+        if left.any():
+            self._claimed[region] = left
+        else:
+            del self._claimed[region]
+
+    def hold(self, region: int, bits: Bits) -> None:
+        """``bits`` are clear in the map from now on, but must not be handed out before ``release``."""
+        self._held[region] = self._held.get(region, NO_BITS) | bits
+
+    def release(self, held: list[tuple[int, Bits]]) -> None:
+        """What an epoch held is available again: it is durable, and no reader from before is left."""
+        for region, bits in held:
+            left = self._held[region] & ~bits
+            if left.any():
+                self._held[region] = left
+            else:
+                del self._held[region]
+            self.free_now += count_bits(bits)
+
+    @property
+    def held_blocks(self) -> int:
+        """Blocks that are free but not released yet."""
+        return sum(map(count_bits, self._held.values()))

@@ -1,0 +1,1 @@
+"""The backdoor message handler: all deferred work (split, reclaim) as small messages, in periods of reduced activity."""

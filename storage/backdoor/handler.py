@@ -1,0 +1,93 @@
+"""The backdoor message handler: one task that carries out messages, one after the other, at the pace that clients leave it.
+
+A message is a small piece of a longer work (one split, one reclaim). While its work has more to do it goes to the back of the queue, so
+several works share the handler fairly. What a message raises ends its work, and the work decides what that means.
+"""
+
+import asyncio
+from collections import deque
+from contextlib import suppress
+from time import perf_counter
+from typing import Protocol
+
+from storage.backdoor.pace import Pace
+from storage.errors import StorageError
+from storage.state import PoolState
+
+
+class Work(Protocol):
+    """Something long that is done in small messages."""
+
+    @property
+    def rate_min_bytes(self) -> int:
+        """Guaranteed under load, bytes a second; 0 = the default."""
+
+    @property
+    def rate_max_bytes(self) -> int:
+        """Ceiling, bytes a second; 0 = none."""
+
+    async def message(self, idle: bool) -> int | None:
+        """Do the next piece (a larger one when ``idle``). Returns the bytes that it moved, or None when nothing is left to do."""
+
+    async def failed(self, error: StorageError) -> None:
+        """The last message raised this; the work is no longer in the queue."""
+
+
+class BackdoorMessageHandler:
+    """Holds the queue of works. ``messages`` counts what was carried out."""
+
+    __slots__ = ("_pace", "_queue", "_state", "_task", "_wake", "messages")
+
+    def __init__(self, state: PoolState) -> None:
+        self._state = state
+        self._pace = Pace(state)
+        self._queue: deque[Work] = deque()
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self.messages = 0
+
+    def start(self) -> None:
+        """Begin to carry out messages in the background."""
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def stop(self) -> None:
+        """End; a message that is under way is abandoned where it waits, which leaves only what the next start goes on from."""
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+
+    def post(self, work: Work) -> None:
+        """Put a work into the queue, if it is not there."""
+        if work not in self._queue:
+            self._queue.append(work)
+        self._wake.set()
+
+    def withdraw(self, work: Work) -> None:
+        """Take a work out of the queue, if it is there."""
+        with suppress(ValueError):
+            self._queue.remove(work)
+
+    async def _run(self) -> None:
+        while True:
+            while not self._queue or self._state.read_only_reason is not None:
+                self._wake.clear()
+                await self._wake.wait()
+            await self._carry_out(self._queue[0])
+
+    async def _carry_out(self, work: Work) -> None:
+        """One message. The work stays listed while it runs, so that posting it again has no effect."""
+        started = perf_counter()
+        moved: int | None = None
+        try:
+            moved = await work.message(self._pace.idle)
+        except StorageError as error:
+            self.withdraw(work)
+            await work.failed(error)
+        else:
+            if self._queue and self._queue[0] is work:
+                self._queue.popleft()
+                if moved is not None:
+                    self._queue.append(work)
+        self.messages += 1
+        await self._pace.rest(perf_counter() - started, moved or 0, work.rate_min_bytes, work.rate_max_bytes)

@@ -1,0 +1,62 @@
+"""Pace: how much the background may do (design section 5).
+
+Idle (no client I/O for IDLE_SECONDS): full speed. Under load: after each message the handler rests for a multiple of the time that the
+message took, so that clients meet it seldom; the multiple grows when the event loop, and so every client, is kept waiting, and shrinks
+again when it is not. Two bounds: work under load never falls below ``rate_min_bytes`` a second, so that it always ends, and never goes
+above ``rate_max_bytes`` if that is set.
+"""
+
+import asyncio
+from time import perf_counter
+
+from storage.state import PoolState
+
+IDLE_SECONDS = 0.05
+# Under load, background work takes at most 1/(1 + REST_MIN) of the time, and backs off from there.
+REST_MIN = 4.0
+REST_MAX = 64.0
+# A turn of the event loop above this keeps clients waiting noticeably.
+TURN_SECONDS_MAX = 0.001
+BACK_OFF = 2.0
+RECOVER = 0.95
+# Small enough to be met seldom: at 1 MiB a message that is one message in 42 ms.
+RATE_MIN_BYTES_DEFAULT = 24 << 20
+# Debt and credit are counted over at most this long, so that an idle hour buys no burst.
+WINDOW_SECONDS = 0.5
+
+
+class Pace:
+    """Measures client activity, and says how long to rest."""
+
+    __slots__ = ("_busy_at", "_operations", "_rest", "_state")
+
+    def __init__(self, state: PoolState) -> None:
+        self._state = state
+        self._operations = state.operations
+        self._busy_at = 0.0
+        self._rest = REST_MIN
+
+    @property
+    def idle(self) -> bool:
+        """Whether no client did anything for IDLE_SECONDS."""
+        now = perf_counter()
+        if self._state.operations != self._operations:
+            self._operations = self._state.operations
+            self._busy_at = now
+        return now - self._busy_at > IDLE_SECONDS
+
+    async def rest(self, worked_seconds: float, work_bytes: int, rate_min_bytes: int, rate_max_bytes: int) -> None:
+        """Wait as long as a message of ``work_bytes`` that took ``worked_seconds`` asks for; at least one turn of the event loop."""
+        started = perf_counter()
+        await asyncio.sleep(0)
+        turn = perf_counter() - started
+        seconds = 0.0
+        if not self.idle:
+            self._rest = min(REST_MAX, self._rest * BACK_OFF) if turn > TURN_SECONDS_MAX else max(REST_MIN, self._rest * RECOVER)
+            seconds = worked_seconds * self._rest
+            if work_bytes:
+                seconds = min(seconds, max(0.0, work_bytes / (rate_min_bytes or RATE_MIN_BYTES_DEFAULT) - worked_seconds))
+        if rate_max_bytes:
+            seconds = max(seconds, work_bytes / rate_max_bytes - worked_seconds)
+        if seconds > turn:
+            await asyncio.sleep(min(seconds - turn, WINDOW_SECONDS))

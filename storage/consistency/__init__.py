@@ -1,0 +1,1 @@
+"""What makes changes durable: epochs, consistency points, superblocks, and the intent log between two of them."""

@@ -1,0 +1,83 @@
+"""An epoch: everything that changes between two freezes, which one consistency point then makes durable.
+
+Invariants:
+- ``number`` is the consistency point that will hold these changes; it only grows, by one each time.
+- A VBN enters ``allocated`` in the epoch that hands it out, and ``freed`` (its last reference went, known at once) or ``dropped``
+  (a reference went; the share map decides at the consistency point) in the epoch of the change.
+- The maps themselves change only within a consistency point, from these lists. So between two of them the maps in memory are
+  exactly those of the last durable consistency point, and a crash leaks nothing (design section 4).
+- A freed VBN may be handed out again only when this epoch is durable and no epoch up to this one has a reader left.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from storage.images.image import Image
+    from storage.tree.node import Node
+
+VbnArray = npt.NDArray[np.uint64]
+# image number, CRC32C, FBN, VBN, run length: what the intent log says of one change (layout.RECORD_ENTRY).
+LogEntry = tuple[int, int, int, int, int]
+
+
+class Epoch:
+    """The changes of one generation. Sizes: one list element an allocation extent, a freed VBN, a dropped reference."""
+
+    __slots__ = (
+        "added",
+        "allocated",
+        "dirty",
+        "dropped",
+        "dropped_arrays",
+        "freed",
+        "freed_arrays",
+        "held",
+        "images",
+        "number",
+        "pointer_delta",
+        "readers",
+        "saved",
+        "unlogged",
+    )
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.dirty: dict[Node, None] = {}
+        # Frozen nodes that were changed again before they were written: their bytes, VBN and birth as of the freeze.
+        self.saved: dict[Node, tuple[bytearray, int, int]] = {}
+        # Images whose table entry changes; the bytes are filled in if the image changes again before they are written.
+        self.images: dict[Image, bytearray | None] = {}
+        self.allocated: list[tuple[int, int]] = []
+        self.freed: list[int] = []
+        self.freed_arrays: list[VbnArray] = []
+        self.dropped: list[int] = []
+        self.dropped_arrays: list[VbnArray] = []
+        self.added: list[VbnArray] = []
+        # Changes of the reference counts of pointer blocks, which must be known at once (share_map.try_count).
+        self.pointer_delta: dict[int, int] = {}
+        self.unlogged: list[LogEntry] = []
+        self.readers = 0
+        # After the maps were written: (region, bits) that stay unavailable until this epoch is released.
+        self.held: list[tuple[int, npt.NDArray[np.uint8]]] = []
+
+    @property
+    def changed(self) -> bool:
+        """Whether a consistency point of this epoch would write anything but a superblock."""
+        return bool(self.dirty or self.images or self.allocated or self.freed or self.freed_arrays or self.dropped or self.dropped_arrays)
+
+    @property
+    def freed_estimate(self) -> int:
+        """Blocks that may come free with this epoch (an upper bound: what is shared only loses a reference)."""
+        arrays = sum(map(len, self.freed_arrays)) + sum(map(len, self.dropped_arrays))
+        return len(self.freed) + len(self.dropped) + arrays
+
+    def count_pointer(self, vbn: int, change: int) -> None:
+        """Note ``change`` more references to the pointer block at ``vbn``."""
+        total = self.pointer_delta.get(vbn, 0) + change
+        if total:
+            self.pointer_delta[vbn] = total
+        else:
+            self.pointer_delta.pop(vbn, None)

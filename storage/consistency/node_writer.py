@@ -1,0 +1,109 @@
+"""Writes the frozen nodes of an epoch, bottom-up, and fills in the CRC32C of each in the field that points to it.
+
+A node that was changed again after the freeze is written as it was then (``Epoch.saved``). Its parent's field exists twice in that
+case, in the frozen parent and in the live one; each gets the CRC32C if it names this very location.
+"""
+
+import asyncio
+
+from crc32c import crc32c
+
+from storage.allocation.slices import Slicer
+from storage.consistency.epoch import Epoch
+from storage.layout import BLOCK_BYTES, FIELDS_MASK, FIELDS_SHIFT, TREE_LEVELS_MAX
+from storage.state import PoolState
+from storage.tree.buffer_tree import BufferTree
+from storage.tree.node import Node
+
+# One call to the device writes at most this many blocks: 1 MiB.
+RUN_BLOCKS_MAX = 256
+Place = tuple[BufferTree, int, int]
+
+
+def frozen_state(epoch: Epoch, node: Node) -> tuple[bytearray, int]:
+    """Bytes and VBN of a node as of the freeze."""
+    saved = epoch.saved.get(node)
+    return (saved[0], saved[1]) if saved is not None else (node.buf, node.vbn)
+
+
+def set_crc(buf: bytearray, index: int, vbn: int, crc: int) -> None:
+    """Enter ``crc`` in the field of child ``index``, if that field names ``vbn``."""
+    q = memoryview(buf).cast("Q")
+    slot = (index & FIELDS_MASK) * 2
+    if q[slot] == vbn:
+        q[slot + 1] = (q[slot + 1] >> 32) << 32 | crc
+
+
+class NodeWriter:
+    """Writes what ``epoch.dirty`` holds, and empties it. ``root_crcs`` then has the CRC32C of each root that was written, by VBN."""
+
+    __slots__ = ("_epoch", "_slicer", "_state", "blocks_written", "root_crcs")
+
+    def __init__(self, state: PoolState, epoch: Epoch, slicer: Slicer) -> None:
+        self._state = state
+        self._epoch = epoch
+        self._slicer = slicer
+        self.root_crcs: dict[int, int] = {}
+        self.blocks_written = 0
+
+    async def write_dirty(self) -> None:
+        """Write all dirty nodes. Raises DeviceFailed."""
+        nodes = self._epoch.dirty
+        self._epoch.dirty = {}
+        frozen: dict[Place, Node] = {}
+        levels: list[list[Node]] = [[] for _ in range(TREE_LEVELS_MAX + 1)]
+        for node in nodes:
+            assert node.tree is not None
+            frozen[node.tree, node.level, node.index] = node
+            levels[node.level].append(node)
+            await self._slicer.breathe()
+        for level in levels:
+            await self._write_level(level, frozen)
+
+    async def _write_level(self, nodes: list[Node], frozen: dict[Place, Node]) -> None:
+        blocks: list[tuple[int, bytearray]] = []
+        for node in nodes:
+            buf, vbn = frozen_state(self._epoch, node)
+            self._settle_crc(node, vbn, crc32c(buf), frozen)
+            blocks.append((vbn, buf))
+            await self._slicer.breathe()
+        await self.write_blocks(blocks)
+        for node in nodes:
+            if node.epoch is self._epoch:
+                node.epoch = None
+            self._epoch.saved.pop(node, None)
+
+    def _settle_crc(self, node: Node, vbn: int, crc: int, frozen: dict[Place, Node]) -> None:
+        tree = node.tree
+        assert tree is not None
+        above = node.level + 1
+        index = node.index >> FIELDS_SHIFT
+        frozen_parent = frozen.get((tree, above, index))
+        if frozen_parent is not None:
+            set_crc(frozen_state(self._epoch, frozen_parent)[0], node.index, vbn, crc)
+        else:
+            self.root_crcs[vbn] = crc
+        live_parent = tree.nodes[above].get(index) if above <= TREE_LEVELS_MAX else None
+        if live_parent is not None:
+            set_crc(live_parent.buf, node.index, vbn, crc)
+        if tree.root_vbn == vbn:
+            tree.root_crc = crc
+
+    async def write_blocks(self, blocks: list[tuple[int, bytearray]]) -> None:
+        """Write (VBN, bytes) pairs, contiguous ones together. Raises DeviceFailed."""
+        blocks.sort(key=lambda block: block[0])
+        device = self._state.device
+        pending: list[asyncio.Future[None]] = []
+        start = 0
+        for at in range(1, len(blocks) + 1):
+            if at < len(blocks) and blocks[at][0] == blocks[at - 1][0] + 1 and at - start < RUN_BLOCKS_MAX:
+                continue
+            buffers = [buf for _, buf in blocks[start:at]]
+            offset = blocks[start][0] * BLOCK_BYTES
+            if not device.try_writev(buffers, offset, len(buffers) * BLOCK_BYTES):
+                pending.append(device.writev(buffers, offset))
+            start = at
+            await self._slicer.breathe()
+        self.blocks_written += len(blocks)
+        if pending:
+            await asyncio.gather(*pending)

@@ -1,0 +1,200 @@
+"""The catalogue: which images there are, by number and by name, and what hangs on what.
+
+Of most images only the bytes of the table entry are kept (trailing zeros cut off: about 150 bytes), so that a hundred thousand
+vdisks fit; an Image object is made when somebody works with one, and lives as long as anybody refers to it.
+"""
+
+import heapq
+from collections.abc import Iterator
+from weakref import WeakValueDictionary
+
+from storage.errors import Conflict, NotFound
+from storage.images.image import Image
+from storage.images.record import ImageRecord, decode
+from storage.layout import IMAGE_SPLIT_OFFSET, KIND_DELETED, KIND_SNAPSHOT, KIND_VDISK, SPLIT_NONE
+from storage.state import PoolState
+
+
+class Catalogue:
+    """All images of a pool. ``vdisks`` maps names to numbers; ``snapshots`` and ``clones`` map a vdisk's or snapshot's number to what hangs on it."""
+
+    __slots__ = ("_damaged", "_entries", "_free_numbers", "_live", "_next_number", "_state", "clones", "deleted", "snapshots", "vdisks")
+
+    def __init__(self, state: PoolState) -> None:
+        self._state = state
+        self._entries: dict[int, bytes] = {}
+        self._live: WeakValueDictionary[int, Image] = WeakValueDictionary()
+        self._free_numbers: list[int] = []
+        self._damaged: set[int] = set()
+        self._next_number = 1
+        self.vdisks: dict[str, int] = {}
+        self.snapshots: dict[int, dict[str, int]] = {}
+        self.clones: dict[int, set[int]] = {}
+        self.deleted: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    # --- Taking in ---------------------------------------------------------------------------------------------
+
+    def read_entry(self, number: int, block: bytes) -> None:
+        """List an entry read at open. ``numbers_known`` must follow the last one."""
+        record = decode(block)
+        if record is None:
+            return
+        self._entries[number] = bytes(block).rstrip(b"\0")
+        self._index(number, record.kind, record.name, record.origin, record.backing)
+
+    def read_damaged(self, number: int) -> None:
+        """Keep the number of an entry that cannot be read: nothing must be written over it."""
+        self._damaged.add(number)
+
+    def numbers_known(self) -> None:
+        """All entries were read: from now on numbers can be given to new images."""
+        taken = self._entries.keys() | self._damaged
+        self._next_number = max(taken, default=0) + 1
+        self._free_numbers = [number for number in range(1, self._next_number) if number not in taken]
+
+    def _index(self, number: int, kind: int, name: str, origin: int, backing: int) -> None:
+        if kind == KIND_VDISK:
+            self.vdisks[name] = number
+        elif kind == KIND_SNAPSHOT:
+            self.snapshots.setdefault(origin, {})[name] = number
+        elif kind == KIND_DELETED:
+            self.deleted.add(number)
+        if backing:
+            self.clones.setdefault(backing, set()).add(number)
+
+    def add(self, record: ImageRecord) -> Image:
+        """A new image, from now on listed, and written with the next consistency point."""
+        number = heapq.heappop(self._free_numbers) if self._free_numbers else self._next_number
+        self._next_number = max(self._next_number, number + 1)
+        image = Image(self._state, number, record, self.image(record.backing) if record.backing else None)
+        self._live[number] = image
+        self._entries[number] = b""  # the consistency point fills it in
+        self._index(number, record.kind, record.name, record.origin, record.backing)
+        image.touch()
+        return image
+
+    def entry_written(self, number: int, block: bytes | bytearray | None) -> None:
+        """A consistency point has put this entry on disk; None: it was cleared, and the number is free again."""
+        if block is None:
+            del self._entries[number]
+            self._live.pop(number, None)
+            heapq.heappush(self._free_numbers, number)
+        else:
+            self._entries[number] = bytes(block).rstrip(b"\0")
+
+    # --- Changing what hangs on what ----------------------------------------------------------------------------
+
+    def rename(self, image: Image, name: str) -> None:
+        """Give a vdisk another name."""
+        self.check_free(name)
+        image.touch()
+        del self.vdisks[image.name]
+        image.name = name
+        image.tree.label = image.label
+        self.vdisks[name] = image.number
+
+    def mark_deleted(self, image: Image) -> None:
+        """Take away its name and its backing store; the tree is left for the background reclaim."""
+        image.touch()
+        if image.kind == KIND_VDISK:
+            del self.vdisks[image.name]
+        elif image.kind == KIND_SNAPSHOT:
+            names = self.snapshots[image.origin]
+            del names[image.name]
+            if not names:
+                del self.snapshots[image.origin]
+        self.release_backing(image)
+        image.kind, image.name, image.origin = KIND_DELETED, "", 0
+        image.tree.label = image.label
+        self.deleted.add(image.number)
+
+    def release_backing(self, image: Image) -> Image | None:
+        """End a clone's association; returns the snapshot that was behind it."""
+        backing = image.backing
+        if backing is None:
+            return None
+        image.touch()
+        clones = self.clones[backing.number]
+        clones.discard(image.number)
+        if not clones:
+            del self.clones[backing.number]
+        image.backing = None
+        image.backing_blocks = 0
+        return backing
+
+    # --- Finding -----------------------------------------------------------------------------------------------
+
+    def image(self, number: int) -> Image:
+        """The image of that number, made from its entry if nobody has it in hand."""
+        image = self._live.get(number)
+        if image is None:
+            record = decode(self._entries[number])
+            assert record is not None, "an image without an entry is always in hand"
+            image = Image(self._state, number, record, self.image(record.backing) if record.backing else None)
+            self._live[number] = image
+        return image
+
+    def find(self, number: int) -> Image | None:
+        """The image of that number, or None where there is none."""
+        return self.image(number) if number in self._entries else None
+
+    def vdisk(self, name: str) -> Image:
+        """The vdisk of that name. Raises NotFound."""
+        number = self.vdisks.get(name)
+        if number is None:
+            raise NotFound(f"there is no vdisk {name}: `cleavectl vdisk ls` shows those there are")
+        return self.image(number)
+
+    def snapshot(self, vdisk: str, name: str) -> Image:
+        """The snapshot ``vdisk@name``. Raises NotFound."""
+        number = self.snapshots.get(self.vdisk(vdisk).number, {}).get(name)
+        if number is None:
+            raise NotFound(f"there is no snapshot {vdisk}@{name}: `cleavectl snapshot ls {vdisk}` shows those there are")
+        return self.image(number)
+
+    def check_free(self, name: str) -> None:
+        """Raise Conflict if a vdisk has that name."""
+        if name in self.vdisks:
+            raise Conflict(f"a vdisk {name} exists already: choose another name")
+
+    def full_name(self, image: Image) -> str:
+        """``VDISK`` or ``VDISK@SNAPSHOT``."""
+        return self.full_name_of(image.number)
+
+    def full_name_of(self, number: int, record: ImageRecord | None = None) -> str:
+        """The same by number."""
+        record = record or self.record(number)
+        return f"{self.record(record.origin).name}@{record.name}" if record.kind == KIND_SNAPSHOT else record.name
+
+    def find_record(self, number: int) -> ImageRecord | None:
+        """``record``, or None where there is no such image any more."""
+        return self.record(number) if number in self._entries else None
+
+    def record(self, number: int) -> ImageRecord:
+        """What the table says of an image, as of now, without making an Image of it."""
+        image = self._live.get(number)
+        record = decode(image.encode() if image is not None else self._entries[number])
+        assert record is not None
+        return record
+
+    def split_state(self, number: int) -> int:
+        """State of a vdisk's split, straight from the entry (layout.SPLIT_...)."""
+        entry = self._entries[number]
+        return entry[IMAGE_SPLIT_OFFSET] if len(entry) > IMAGE_SPLIT_OFFSET else SPLIT_NONE
+
+    def names_of_clones(self, image: Image) -> list[str]:
+        """Full names of what stands on this snapshot, sorted."""
+        return sorted(self.full_name(self.image(number)) for number in self.clones.get(image.number, ()))
+
+    def numbers(self, kind: int) -> Iterator[int]:
+        """Numbers of all images of a kind."""
+        if kind == KIND_VDISK:
+            yield from self.vdisks.values()
+        elif kind == KIND_SNAPSHOT:
+            for names in self.snapshots.values():
+                yield from names.values()
+        else:
+            yield from self.deleted

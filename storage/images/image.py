@@ -1,0 +1,97 @@
+"""An image in memory: a vdisk, a snapshot, or what is left of a deleted one, with its buffer tree.
+
+Invariant: ``touch`` is called before any attribute that the table entry holds is changed. So the entry that a running consistency
+point writes is the one of its freeze, although the image goes on changing.
+"""
+
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+from storage.images.record import ImageRecord, SplitRecord, encode
+from storage.layout import BLOCK_BYTES, KIND_SNAPSHOT, KIND_VDISK
+from storage.tree.buffer_tree import BufferTree
+
+if TYPE_CHECKING:
+    from storage.consistency.epoch import Epoch
+    from storage.split.job import SplitJob
+    from storage.state import PoolState
+
+KIND_FREE = 0  # the entry is to be cleared; never on disk
+
+
+class Image:
+    """One image. ``backing`` is the snapshot behind a clone, visible through holes below ``backing_blocks``."""
+
+    __slots__ = (
+        "__weakref__", "backing", "backing_blocks", "busy", "created_cp", "created_ns", "epoch", "flags", "job", "kind", "limit_bytes", "name",
+        "number", "origin", "size_bytes", "split", "state", "tree", "used_blocks", "uuid",
+    )  # fmt: skip
+
+    def __init__(self, state: "PoolState", number: int, record: ImageRecord, backing: "Image | None") -> None:
+        self.state = state
+        self.number = number
+        self.kind = record.kind
+        self.name = record.name
+        self.uuid = UUID(bytes=record.uuid)
+        self.size_bytes = record.size_bytes
+        # What clients may address: less than size_bytes while a shrink is under way.
+        self.limit_bytes = record.size_bytes
+        self.used_blocks = record.used_blocks
+        self.created_ns = record.created_ns
+        self.created_cp = record.created_cp
+        self.origin = record.origin
+        self.backing = backing
+        self.backing_blocks = record.backing_blocks
+        self.flags = record.flags
+        self.split: SplitRecord = record.split
+        # The running split, which must hear of every hole that a client fills.
+        self.job: SplitJob | None = None
+        # What is being done to the image and rules out other changes of it ("resize", "delete"), for messages.
+        self.busy: str | None = None
+        self.epoch: Epoch | None = None
+        self.tree = BufferTree(state, self.label, record.levels, record.root, record.shared_cp, self)
+
+    @property
+    def label(self) -> str:
+        """The image in messages."""
+        what = {KIND_VDISK: "vdisk", KIND_SNAPSHOT: "snapshot"}.get(self.kind, "deleted image")
+        return f"{what} {self.name or self.number}"
+
+    @property
+    def size_blocks(self) -> int:
+        """Size in blocks."""
+        return self.size_bytes // BLOCK_BYTES
+
+    def touch(self) -> None:
+        """Call before a change: the entry goes into the next consistency point, and a frozen one keeps its state."""
+        state = self.state
+        if self.epoch is state.epoch:
+            return
+        frozen = state.frozen
+        if frozen is not None and frozen.images.get(self, ...) is None:
+            frozen.images[self] = self.encode()
+        self.epoch = state.epoch
+        state.epoch.images[self] = None
+
+    def encode(self) -> bytearray:
+        """The table entry as of now (the root's CRC32C may still be missing: the consistency point adds it)."""
+        tree = self.tree
+        return encode(
+            ImageRecord(
+                kind=self.kind,
+                name=self.name,
+                uuid=self.uuid.bytes,
+                size_bytes=self.size_bytes,
+                root=(tree.root_vbn, tree.root_crc, tree.root_birth),
+                levels=tree.levels,
+                shared_cp=tree.shared_cp,
+                used_blocks=self.used_blocks,
+                created_ns=self.created_ns,
+                created_cp=self.created_cp,
+                origin=self.origin,
+                backing=self.backing.number if self.backing is not None else 0,
+                backing_blocks=self.backing_blocks,
+                flags=self.flags,
+                split=self.split,
+            )
+        )

@@ -1,0 +1,136 @@
+"""Reading: from a range of an image to blocks on the device, field by field through the chain of backing stores (design section 5)."""
+
+from typing import TYPE_CHECKING
+
+from crc32c import crc32c
+
+from storage.errors import BlockDamaged
+from storage.layout import BLOCK_BYTES, FIELDS_MASK, FIELDS_SHIFT, HOLE, ZERO_POINTER
+
+if TYPE_CHECKING:
+    from storage.images.image import Image
+
+# VBN and CRC32C of one block; VBN 0 stands for zeros, whatever the reason.
+Location = tuple[int, int]
+NOTHING: Location = (HOLE, 0)
+
+
+def locate(image: "Image", fbn: int) -> Location | None:
+    """Where the block lies that a client reads at ``fbn``, or None when a pointer block must be loaded first."""
+    at: Image | None = image
+    while at is not None:
+        node = at.tree.peek(fbn >> FIELDS_SHIFT)
+        if node is None:
+            return None
+        slot = (fbn & FIELDS_MASK) * 2
+        vbn = node.q[slot]
+        if vbn > ZERO_POINTER:
+            return vbn, node.q[slot + 1] & 0xFFFFFFFF
+        if vbn == ZERO_POINTER or fbn >= at.backing_blocks:
+            return NOTHING
+        at = at.backing
+    return NOTHING
+
+
+def locate_range(image: "Image", fbn: int, count: int) -> list[Location] | None:
+    """``locate`` for ``count`` blocks from ``fbn`` on."""
+    found: list[Location] = []
+    end = fbn + count
+    while fbn < end:
+        node = image.tree.peek(fbn >> FIELDS_SHIFT)
+        if node is None:
+            return None
+        q = node.q
+        stop = min(end, (fbn | FIELDS_MASK) + 1)
+        for here in range(fbn, stop):
+            slot = (here & FIELDS_MASK) * 2
+            vbn = q[slot]
+            if vbn > ZERO_POINTER:
+                found.append((vbn, q[slot + 1] & 0xFFFFFFFF))
+            elif vbn == ZERO_POINTER or here >= image.backing_blocks or image.backing is None:
+                found.append(NOTHING)
+            else:
+                behind = locate(image.backing, here)
+                if behind is None:
+                    return None
+                found.append(behind)
+        fbn = stop
+    return found
+
+
+def runs(locations: list[Location]) -> list[tuple[int, int, int]]:
+    """(first index, first VBN, length) of each stretch of blocks that lie one after the other on the device; zeros are left out."""
+    result: list[tuple[int, int, int]] = []
+    start, first, length = 0, HOLE, 0
+    for index, (vbn, _) in enumerate(locations):
+        if length and vbn == first + length:
+            length += 1
+            continue
+        if length:
+            result.append((start, first, length))
+        start, first, length = index, vbn, 1 if vbn else 0
+    if length:
+        result.append((start, first, length))
+    return result
+
+
+def verify(image: "Image", fbn: int, locations: list[Location], data: memoryview) -> None:
+    """Raise BlockDamaged for the first block whose bytes are not those that its pointer promises."""
+    for index, (vbn, crc) in enumerate(locations):
+        if vbn and crc32c(data[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES]) != crc:
+            raise damaged(image, fbn + index, vbn)
+
+
+def damaged(image: "Image", fbn: int, vbn: int) -> BlockDamaged:
+    """The error for a data block that is not what was written, reported to the log as well."""
+    image.state.on_event("block.damaged", image=image.label, offset_bytes=fbn * BLOCK_BYTES, vbn=vbn)
+    return BlockDamaged(f"{image.label}: the data at byte {fbn * BLOCK_BYTES} (VBN {vbn}) is damaged: restore it from a snapshot or a backup")
+
+
+def try_read_blocks(image: "Image", fbn: int, count: int) -> bytearray | None:
+    """``count`` whole blocks if everything is in memory or the page cache; None otherwise. Raises BlockDamaged, DeviceFailed."""
+    locations = locate_range(image, fbn, count)
+    if locations is None:
+        return None
+    data = bytearray(count * BLOCK_BYTES)
+    view = memoryview(data)
+    for index, vbn, length in runs(locations):
+        part = view[index * BLOCK_BYTES : (index + length) * BLOCK_BYTES]
+        if not image.state.device.try_readv((part,), vbn * BLOCK_BYTES):
+            return None
+    verify(image, fbn, locations, view)
+    return data
+
+
+async def read_blocks(image: "Image", fbn: int, count: int) -> bytearray:
+    """``count`` whole blocks, waiting for the device where it must. Raises BlockDamaged, DeviceFailed."""
+    state = image.state
+    while True:
+        locations = locate_range(image, fbn, count)
+        if locations is not None:
+            break
+        await load_path(image, fbn, count)
+    data = bytearray(count * BLOCK_BYTES)
+    view = memoryview(data)
+    epoch = state.begin_read()
+    try:
+        reads = []
+        for index, vbn, length in runs(locations):
+            part = view[index * BLOCK_BYTES : (index + length) * BLOCK_BYTES]
+            if not state.device.try_readv((part,), vbn * BLOCK_BYTES):
+                reads.append(state.device.readv((part,), vbn * BLOCK_BYTES))
+        for read in reads:
+            await read
+    finally:
+        state.end_read(epoch)
+    verify(image, fbn, locations, view)
+    return data
+
+
+async def load_path(image: "Image", fbn: int, count: int) -> None:
+    """Load the pointer blocks of the image, and of everything behind it, that ``locate_range`` needs."""
+    at: Image | None = image
+    while at is not None:
+        for index in range(fbn >> FIELDS_SHIFT, (fbn + count - 1 >> FIELDS_SHIFT) + 1):
+            await at.tree.load(index)
+        at = at.backing

@@ -1,0 +1,59 @@
+"""Reading the vdisk table at open: every entry once, neighbours on the device together."""
+
+from crc32c import crc32c
+
+from storage.allocation.slices import Slicer
+from storage.errors import StorageError
+from storage.images.catalogue import Catalogue
+from storage.layout import BLOCK_BYTES, FIELDS_SHIFT, ZERO_POINTER
+from storage.split.loading import first_block
+from storage.state import PoolState
+from storage.tree.buffer_tree import BufferTree
+
+# VBN, CRC32C and number of one entry.
+EntryField = tuple[int, int, int]
+# One read of neighbouring entries is at most 1 MiB.
+RUN_BLOCKS_MAX = 256
+
+
+async def read_table(state: PoolState, table: BufferTree, catalogue: Catalogue) -> None:
+    """List all images in the catalogue. A damaged entry is reported, and the rest is served. Raises BlockDamaged, DeviceFailed."""
+    slicer = Slicer()
+    fields: list[EntryField] = []
+    index = await first_block(table, table.levels, 0, 0)
+    while index is not None:
+        node = await table.load(index)
+        rows = node.fields()
+        for slot in (rows["vbn"] > ZERO_POINTER).nonzero()[0].tolist():
+            fields.append((int(rows["vbn"][slot]), int(rows["crc"][slot]), index << FIELDS_SHIFT | slot))
+        await slicer.breathe()
+        index = await first_block(table, table.levels, 0, index + 1)
+    fields.sort()
+    start = 0
+    for at in range(1, len(fields) + 1):
+        if at == len(fields) or fields[at][0] != fields[at - 1][0] + 1 or at - start == RUN_BLOCKS_MAX:
+            await _read_run(state, catalogue, fields[start:at])
+            start = at
+            await slicer.breathe()
+    catalogue.numbers_known()
+
+
+async def _read_run(state: PoolState, catalogue: Catalogue, fields: list[EntryField]) -> None:
+    data = bytearray(len(fields) * BLOCK_BYTES)
+    offset = fields[0][0] * BLOCK_BYTES
+    try:
+        if not state.device.try_readv((data,), offset):
+            await state.device.readv((data,), offset)
+    except StorageError as error:
+        for _, _, number in fields:
+            catalogue.read_damaged(number)
+            state.on_event("image.damaged", number=number, error=str(error))
+        return
+    view = memoryview(data)
+    for position, (vbn, crc, number) in enumerate(fields):
+        block = view[position * BLOCK_BYTES : (position + 1) * BLOCK_BYTES]
+        if crc32c(block) == crc:
+            catalogue.read_entry(number, bytes(block))
+        else:
+            catalogue.read_damaged(number)
+            state.on_event("image.damaged", number=number, vbn=vbn)

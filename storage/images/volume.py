@@ -1,0 +1,321 @@
+"""A volume: one vdisk or snapshot as clients reach it. It satisfies the wire's BlockVolume without knowing of it.
+
+The hot path is synchronous: ``try_read``, and ``write`` + ``settle``, finish at once when the pointer blocks are in memory and the
+page cache answers. What has to wait becomes one Task a batch (design section 3).
+
+Ordering: commands that are under way at the same time have no order. A partial block is read, merged and written in one step, or
+under the block's lock when it has to wait; whole blocks need no lock, because they replace a pointer in one step.
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+from uuid import UUID
+
+from crc32c import crc32c
+
+from storage.consistency.intent_log import IntentLog
+from storage.errors import OutOfRange, PoolReadOnly, StorageError, VolumeClosed
+from storage.images import read_path, write_path
+from storage.images.block_locks import BlockLocks
+from storage.images.image import Image
+from storage.images.trim import trim_blocks
+from storage.layout import BLOCK_BYTES, FIELDS_MASK, FIELDS_SHIFT, KIND_VDISK, ZERO_POINTER
+
+Buffer = bytes | bytearray | memoryview
+Completion = Callable[[Exception | None], None]
+ReadCompletion = Callable[[Buffer | None, Exception | None], None]
+Write = tuple[int, Buffer, bool, Completion]
+
+BLOCK_MASK = BLOCK_BYTES - 1
+# A batch above this goes by the I/O threads anyway, and one write at a time, so that no copy of a large batch is made.
+BATCH_BYTES_MAX = 1 << 20
+
+
+class Volume:
+    """``reads``, ``writes``, ``read_bytes``, ``written_bytes``, ``trims``, ``flushes`` count what clients did since the pool was opened."""
+
+    __slots__ = (
+        "__weakref__", "_batch", "_batch_bytes", "_closed", "_locks", "_log", "_tasks", "flushes", "image", "labels", "name", "read_bytes",
+        "reads", "state", "trims", "writes", "written_bytes",
+    )  # fmt: skip
+
+    def __init__(self, image: Image, name: str, log: IntentLog) -> None:
+        self.image = image
+        self.state = image.state
+        self.name = name
+        self._log = log
+        self._batch: list[Write] = []
+        self._batch_bytes = 0
+        self._locks = BlockLocks()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
+        self.labels: set[str] = set()
+        self.reads = self.writes = self.read_bytes = self.written_bytes = self.trims = self.flushes = 0
+
+    @property
+    def uuid(self) -> UUID:
+        """Identity for life."""
+        return self.image.uuid
+
+    @property
+    def size_bytes(self) -> int:
+        """Size now, in bytes."""
+        return self.image.limit_bytes
+
+    @property
+    def read_only(self) -> bool:
+        """True for snapshots, and for every volume of a pool that stopped taking writes."""
+        return self.image.kind != KIND_VDISK or self.state.read_only_reason is not None
+
+    def attach(self, label: str) -> None:
+        """A session uses the volume now; it cannot be deleted meanwhile."""
+        self.labels.add(label)
+
+    def detach(self, label: str) -> None:
+        """The session has ended."""
+        self.labels.discard(label)
+
+    def close(self) -> None:
+        """The image was deleted, or the pool is closing: refuse whatever comes."""
+        self._closed = True
+
+    async def drain(self) -> None:
+        """Wait for everything that is under way."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    # --- Reading -----------------------------------------------------------------------------------------------
+
+    def try_read(self, offset_bytes: int, length_bytes: int) -> Buffer | None:
+        """The bytes at once, or None when they have to be waited for. Raises OutOfRange, BlockDamaged, DeviceFailed, VolumeClosed."""
+        image = self.image
+        if offset_bytes + length_bytes > image.limit_bytes or self._closed:
+            self._refuse(offset_bytes, length_bytes)
+        if length_bytes == BLOCK_BYTES and not offset_bytes & BLOCK_MASK:
+            fbn = offset_bytes >> 12
+            tree = image.tree
+            node = tree.nodes[1].get(fbn >> FIELDS_SHIFT) or tree.peek(fbn >> FIELDS_SHIFT)
+            if node is None:
+                return None
+            slot = (fbn & FIELDS_MASK) * 2
+            vbn = node.q[slot]
+            if vbn > ZERO_POINTER:
+                data = bytearray(BLOCK_BYTES)
+                if not self.state.device.try_readv((data,), vbn << 12):
+                    return None
+                if crc32c(data) != node.q[slot + 1] & 0xFFFFFFFF:
+                    raise read_path.damaged(image, fbn, vbn)
+                node.referenced = True
+                self._count_read(BLOCK_BYTES)
+                return data
+        first = offset_bytes >> 12
+        count = (offset_bytes + length_bytes + BLOCK_MASK >> 12) - first
+        blocks = read_path.try_read_blocks(image, first, count)
+        if blocks is None:
+            return None
+        self._count_read(length_bytes)
+        return self._cut(blocks, offset_bytes, length_bytes)
+
+    def _count_read(self, length_bytes: int) -> None:
+        self.reads += 1
+        self.read_bytes += length_bytes
+        self.state.operations += 1
+
+    @staticmethod
+    def _cut(blocks: bytearray, offset_bytes: int, length_bytes: int) -> Buffer:
+        start = offset_bytes & BLOCK_MASK
+        if len(blocks) == length_bytes:
+            return blocks
+        return memoryview(blocks)[start : start + length_bytes]
+
+    def _refuse(self, offset_bytes: int, length_bytes: int) -> None:
+        if self._closed:
+            raise VolumeClosed(f"{self.name} is no longer there")
+        raise OutOfRange(
+            f"{self.name}: bytes {offset_bytes} to {offset_bytes + length_bytes} do not lie within its {self.image.limit_bytes} bytes"
+        )
+
+    def read(self, offset_bytes: int, length_bytes: int, done: ReadCompletion) -> None:
+        """Read by way of the I/O threads, then call ``done``."""
+        self._spawn(self._read(offset_bytes, length_bytes, done))
+
+    async def _read(self, offset_bytes: int, length_bytes: int, done: ReadCompletion) -> None:
+        try:
+            if offset_bytes + length_bytes > self.image.limit_bytes or self._closed:
+                self._refuse(offset_bytes, length_bytes)
+            first = offset_bytes >> 12
+            count = (offset_bytes + length_bytes + BLOCK_MASK >> 12) - first
+            blocks = await read_path.read_blocks(self.image, first, count)
+        except StorageError as error:
+            done(None, error)
+            return
+        self._count_read(length_bytes)
+        done(self._cut(blocks, offset_bytes, length_bytes), None)
+
+    # --- Writing -----------------------------------------------------------------------------------------------
+
+    def write(self, offset_bytes: int, data: Buffer, fua: bool, done: Completion) -> None:
+        """Take a write into the batch; ``data`` must stay valid until the next ``settle`` returns."""
+        self._batch.append((offset_bytes, data, fua, done))
+        self._batch_bytes += len(data)
+
+    def settle(self) -> None:
+        """Carry out the batch: at once where nothing has to be waited for, else by one Task with its own copy of the data."""
+        batch, total = self._batch, self._batch_bytes
+        if not batch:
+            return
+        self._batch, self._batch_bytes = [], 0
+        if total > BATCH_BYTES_MAX or self._locks.held:
+            self._spawn(self._write_later([(offset, bytes(data), fua, done) for offset, data, fua, done in batch]))
+            return
+        whole: list[Write] = []
+        for write in batch:
+            if (write[0] | len(write[1])) & BLOCK_MASK:
+                self._write_whole(whole)
+                whole = []
+                self._write_partial(write)
+            else:
+                whole.append(write)
+        self._write_whole(whole)
+
+    def _write_whole(self, batch: list[Write]) -> None:
+        """Writes of whole blocks, as one allocation and one call to the device."""
+        if not batch:
+            return
+        targets: list[write_path.Target] = []
+        buffers: list[Buffer] = []
+        try:
+            self._check(batch)
+            for offset, data, _, _ in batch:
+                write_path.split_blocks(offset >> 12, data, targets, buffers)
+            finished = write_path.write_now(self.image, targets, buffers)
+        except StorageError as error:
+            for _, _, _, done in batch:
+                done(error)
+            return
+        if finished:
+            self._written(batch)
+        else:
+            self._spawn(self._write_later([(offset, bytes(data), fua, done) for offset, data, fua, done in batch]))
+
+    def _write_partial(self, write: Write) -> None:
+        """A write that covers parts of blocks: read, merge and write in one step, or later under the blocks' locks."""
+        offset, data, fua, done = write
+        try:
+            self._check([write])
+            first = offset >> 12
+            old = read_path.try_read_blocks(self.image, first, (offset + len(data) + BLOCK_MASK >> 12) - first)
+            if old is not None:
+                old[offset & BLOCK_MASK : (offset & BLOCK_MASK) + len(data)] = data
+                targets: list[write_path.Target] = []
+                buffers: list[Buffer] = []
+                write_path.split_blocks(first, old, targets, buffers)
+                if write_path.write_now(self.image, targets, buffers):
+                    self._written([write])
+                    return
+        except StorageError as error:
+            done(error)
+            return
+        self._spawn(self._write_later([(offset, bytes(data), fua, done)]))
+
+    def _check(self, batch: list[Write]) -> None:
+        """Raise for a batch that cannot be written: PoolReadOnly, VolumeClosed, OutOfRange."""
+        image = self.image
+        if image.kind != KIND_VDISK:
+            raise PoolReadOnly(f"{self.name} is a snapshot, which never changes: clone it, and write to the clone")
+        self.state.check_writable()
+        for offset, data, _, _ in batch:
+            if offset + len(data) > image.limit_bytes or self._closed:
+                self._refuse(offset, len(data))
+
+    def _written(self, batch: list[Write]) -> None:
+        """Installed: acknowledge, with the log's help where durability was asked for."""
+        self.writes += len(batch)
+        self.state.operations += len(batch)
+        for _, data, fua, done in batch:
+            self.written_bytes += len(data)
+            if fua:
+                self._log.flush(done)
+            else:
+                done(None)
+
+    async def _write_later(self, batch: list[Write]) -> None:
+        for write in batch:
+            offset, data, _, done = write
+            try:
+                self._check([write])
+                await self._write_one(offset, data)
+            except StorageError as error:
+                done(error)
+            else:
+                self._written([write])
+
+    async def _write_one(self, offset: int, data: Buffer) -> None:
+        first = offset >> 12
+        count = (offset + len(data) + BLOCK_MASK >> 12) - first
+        partial = (offset | len(data)) & BLOCK_MASK
+        # The lock covers whole blocks too when it is held by somebody who merges: his block must not go over a newer one.
+        async with self._locks.holding(first, count):
+            if partial:
+                old = await read_path.read_blocks(self.image, first, count)
+                old[offset & BLOCK_MASK : (offset & BLOCK_MASK) + len(data)] = data
+                data = old
+            targets: list[write_path.Target] = []
+            buffers: list[Buffer] = []
+            write_path.split_blocks(first, data, targets, buffers)
+            await write_path.write_blocks(self.image, targets, buffers)
+
+    # --- Trimming and flushing -----------------------------------------------------------------------------------
+
+    def unmap(self, offset_bytes: int, length_bytes: int, done: Completion) -> None:
+        """Deallocate whole blocks and zero the partial ones at the ends: the range reads as zeros, and hides the backing store."""
+        self.write_zeros(offset_bytes, length_bytes, False, done)
+
+    def write_zeros(self, offset_bytes: int, length_bytes: int, fua: bool, done: Completion) -> None:
+        """Make the range zeros, stored as zero pointers."""
+        self._spawn(self._write_zeros(offset_bytes, length_bytes, fua, done))
+
+    async def _write_zeros(self, offset: int, length: int, fua: bool, done: Completion) -> None:
+        try:
+            self._check([(offset, b"", fua, done)])
+            if offset + length > self.image.limit_bytes:
+                self._refuse(offset, length)
+            await self._zero_range(offset, offset + length)
+        except StorageError as error:
+            done(error)
+            return
+        self.trims += 1
+        self.state.operations += 1
+        if fua:
+            self._log.flush(done)
+        else:
+            done(None)
+
+    async def _zero_range(self, start: int, end: int) -> None:
+        first_whole = (start + BLOCK_MASK) & ~BLOCK_MASK
+        end_whole = end & ~BLOCK_MASK
+        if first_whole >= end_whole:
+            # No whole block: at most two partial ones.
+            first_whole = end_whole = min(first_whole, end)
+        if start < first_whole:
+            await self._write_one(start, bytes(first_whole - start))
+        if first_whole < end_whole:
+            first, count = first_whole >> 12, end_whole - first_whole >> 12
+            async with self._locks.holding(first, count):
+                await trim_blocks(self.image, first, count)
+        if end_whole < end:
+            await self._write_one(end_whole, bytes(end - end_whole))
+
+    def flush(self, done: Completion) -> None:
+        """Make every write that was completed before this call durable."""
+        self.flushes += 1
+        if self.image.kind != KIND_VDISK:
+            done(None)
+            return
+        self._log.flush(done)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -1,0 +1,342 @@
+"""The pool: opens a device, puts the rooms together, and is what the daemon calls (docs/design.md, "What the daemon calls")."""
+
+import asyncio
+import time
+import uuid
+from typing import Any
+from uuid import UUID
+
+from storage.allocation.active_map import ActiveMap
+from storage.allocation.share_map import ShareMap
+from storage.allocation.write_allocator import WriteAllocator
+from storage.backdoor.handler import BackdoorMessageHandler
+from storage.backdoor.reclaim import Reclaim
+from storage.check import check_live
+from storage.consistency.consistency_point import ConsistencyPoints
+from storage.consistency.intent_log import IntentLog
+from storage.consistency.replay import Replay, Replayed
+from storage.consistency.superblock import Superblock, newest
+from storage.device import Device, create_file, open_device
+from storage.errors import RequestError, StorageError
+from storage.images.catalogue import Catalogue
+from storage.images.image import Image
+from storage.images.lifecycle import Lifecycle
+from storage.images.listing import Listing
+from storage.images.table import read_table
+from storage.images.volume import Volume
+from storage.layout import (
+    ACTIVE_MAP,
+    BLOCK_BYTES,
+    KIND_SNAPSHOT,
+    KIND_VDISK,
+    LOG_FIRST_VBN,
+    METAFILE_NAMES,
+    POOL_BLOCKS_MIN,
+    REGION_SUMMARY,
+    SHARE_MAP,
+    SHARES_PER_BLOCK,
+    SUMMARIES_PER_BLOCK,
+    SUPERBLOCK_VBNS,
+    VDISK_TABLE,
+    log_blocks,
+    region_count,
+    tree_levels,
+)
+from storage.split.service import SplitService
+from storage.state import EventSink, PoolState
+from storage.tree.buffer_tree import BufferTree
+
+CACHE_BYTES_DEFAULT = 256 << 20
+
+
+class Pool:
+    """One open pool. All methods are called on the event loop that opened it."""
+
+    def __init__(self, device: Device, superblock: Superblock, cache_bytes: int) -> None:
+        self._device = device
+        self._superblock = superblock
+        state = self._state = PoolState(device, superblock.cp_number, cache_bytes)
+        metafiles = [
+            BufferTree(state, METAFILE_NAMES[number], root.levels, (root.vbn, root.crc, root.birth), 0, None)
+            for number, root in enumerate(superblock.roots)
+        ]
+        self._table = metafiles[VDISK_TABLE]
+        self._active_map = ActiveMap(state, metafiles[ACTIVE_MAP], metafiles[REGION_SUMMARY], superblock.used_blocks)
+        state.share_map = ShareMap(state, metafiles[SHARE_MAP])
+        state.allocator = WriteAllocator(state, self._active_map, superblock.size_blocks)
+        self._catalogue = Catalogue(state)
+        self._log = IntentLog(state, superblock.uuid, superblock.log_blocks, superblock.log_head_block, superblock.log_head_sequence)
+        self._points = ConsistencyPoints(state, superblock, self._catalogue, self._log, self._active_map, metafiles)
+        state.allocator.reclaim = self._reclaim
+        self._handler = BackdoorMessageHandler(state)
+        self._lifecycle = Lifecycle(state, self._catalogue, self._points, self._log)
+        self._lifecycle.deleted = self._post_reclaim
+        self._splits = SplitService(state, self._catalogue, self._points, self._handler, self._lifecycle)
+        self._listing = Listing(state, self._catalogue, self._points)
+
+    # --- Creating, opening, closing ------------------------------------------------------------------------------
+
+    @staticmethod
+    def create(path: str, size_bytes: int) -> None:
+        """Make a new pool file (sparse). Call it where no event loop runs. Raises Conflict, RequestError, PoolRefused, DeviceFull."""
+        size_blocks = checked_size(size_bytes)
+        create_file(path, size_blocks * BLOCK_BYTES)
+        asyncio.run(_format_path(path))
+
+    @classmethod
+    async def format(cls, device: Device) -> None:
+        """Make a new pool on a device, over whatever it holds. Raises RequestError, DeviceFailed."""
+        size_blocks = checked_size(device.size_bytes)
+        superblock = Superblock(uuid.uuid4().bytes, size_blocks, log_blocks(size_blocks), time.time_ns())
+        regions = region_count(size_blocks)
+        for number, size in (
+            (ACTIVE_MAP, regions),
+            (SHARE_MAP, -(-size_blocks // SHARES_PER_BLOCK)),
+            (REGION_SUMMARY, -(-regions // SUMMARIES_PER_BLOCK)),
+        ):
+            superblock.roots[number].size_blocks, superblock.roots[number].levels = size, tree_levels(size)
+        await _clear_log(device, superblock.log_blocks)
+        pool = cls(device, superblock, CACHE_BYTES_DEFAULT)
+        fixed = LOG_FIRST_VBN + superblock.log_blocks
+        for vbn in range(fixed):
+            pool._state.allocator.adopt(vbn)
+        pool._state.epoch.allocated.append((0, fixed))
+        pool._points.start()
+        await pool._points.request()
+        await pool._points.stop()
+        await device.sync()
+
+    @classmethod
+    async def open(cls, path: str, cache_bytes: int = CACHE_BYTES_DEFAULT, on_event: EventSink | None = None) -> "Pool":
+        """Open the pool at ``path``, replay its log, and go on with its background work. Raises PoolRefused, PoolLocked, DeviceFailed."""
+        device = open_device(path)
+        try:
+            return await cls.open_on(device, cache_bytes, on_event)
+        except BaseException:
+            device.close()
+            raise
+
+    @classmethod
+    async def open_on(cls, device: Device, cache_bytes: int = CACHE_BYTES_DEFAULT, on_event: EventSink | None = None) -> "Pool":
+        """``open`` on a device that is open already; the pool closes it."""
+        blocks = [bytearray(BLOCK_BYTES) for _ in SUPERBLOCK_VBNS]
+        if device.size_bytes >= len(blocks) * BLOCK_BYTES:
+            for vbn, block in zip(SUPERBLOCK_VBNS, blocks, strict=True):
+                await device.readv((block,), vbn * BLOCK_BYTES)
+        pool = cls(device, newest(blocks, device.path, device.size_bytes), cache_bytes)
+        if on_event is not None:
+            pool._state.on_event = on_event
+        await pool._start()
+        return pool
+
+    async def _start(self) -> None:
+        if self._superblock.unknown_ro_compat:
+            self._state.fail("it has features that this version can only read past: use a newer cleaved to write")
+        await read_table(self._state, self._table, self._catalogue)
+        self._splits.take_up()
+        replayed = await self._replay()
+        self._points.start()
+        if replayed.records:
+            await self._points.request()
+        self._handler.start()
+        self._splits.go_on()
+        for number in sorted(self._catalogue.deleted):
+            self._post_reclaim(self._catalogue.image(number))
+        self._state.on_event("pool.opened", path=self._device.path, cp_number=self._superblock.cp_number, images=len(self._catalogue),
+                             records_replayed=replayed.records, changes_replayed=replayed.entries)  # fmt: skip
+
+    async def _replay(self) -> Replayed:
+        replayed = await Replay(self._state, self._superblock, self._catalogue).run()
+        self._log.head_block, self._log.next_sequence = replayed.head_block, replayed.next_sequence
+        return replayed
+
+    async def close(self) -> None:
+        """Finish what is under way, take a consistency point, release the device."""
+        await self._handler.stop()
+        for volume in self._lifecycle.volumes():
+            volume.close()
+            await volume.drain()
+        await self._log.drain()
+        await self._points.stop()
+        if self._state.read_only_reason is None:
+            await self._device.sync()
+        self._state.on_event("pool.closed", cp_number=self._superblock.cp_number)
+        self._device.close()
+
+    async def _reclaim(self) -> bool:
+        """Make freed blocks available, those that background reclaim is still collecting included. False: there are none."""
+        if await self._points.reclaim():
+            return True
+        if not self._catalogue.deleted or self._state.read_only_reason is not None:
+            return False
+        await asyncio.sleep(RECLAIM_POLL_SECONDS)
+        return True
+
+    def _post_reclaim(self, image: Image) -> None:
+        self._handler.post(Reclaim(self._state, image, self._catalogue.deleted, self._handler.post))
+
+    # --- The pool itself -------------------------------------------------------------------------------------------
+
+    @property
+    def on_event(self) -> EventSink:
+        """Where events go: called with a stable name and fields."""
+        return self._state.on_event
+
+    @on_event.setter
+    def on_event(self, sink: EventSink) -> None:
+        self._state.on_event = sink
+
+    async def consistency_point(self) -> None:
+        """Make everything durable and the log empty. Raises PoolReadOnly, DeviceFailed."""
+        await self._points.request()
+
+    def show(self) -> dict[str, Any]:
+        """Size, use and state of the pool."""
+        state, superblock = self._state, self._superblock
+        size = superblock.size_blocks
+        free = state.allocator.free_now
+        return {
+            "path": self._device.path,
+            "uuid": str(UUID(bytes=superblock.uuid)),
+            "size_bytes": size * BLOCK_BYTES,
+            "used_bytes": self._active_map.used_blocks * BLOCK_BYTES,
+            "free_bytes": (size - self._active_map.used_blocks) * BLOCK_BYTES,
+            "available_bytes": max(0, free - state.allocator.reserve_blocks) * BLOCK_BYTES,
+            "reserve_bytes": state.allocator.reserve_blocks * BLOCK_BYTES,
+            "cp_number": superblock.cp_number,
+            "cp_seconds_last": round(self._points.seconds_last, 6),
+            "log_commits": self._log.commits,
+            "read_only": state.read_only_reason is not None,
+            "read_only_reason": state.read_only_reason,
+            "vdisks": len(self._catalogue.vdisks),
+            "snapshots": sum(map(len, self._catalogue.snapshots.values())),
+            "deleted_images": len(self._catalogue.deleted),
+            "cached_nodes": len(state.cache),
+            "background_messages": self._handler.messages,
+        }
+
+    async def check(self, verify_data: bool = False) -> dict[str, Any]:
+        """Check the state of the last consistency point while the pool goes on; its blocks are kept from reuse meanwhile."""
+        while True:
+            await self._points.request()
+            if self._state.frozen is None:
+                break
+        epoch = self._state.begin_read()
+        try:
+            report = await check_live(self._device, self._superblock.encode(), verify_data)
+        finally:
+            self._state.end_read(epoch)
+        return report.as_dict()
+
+    # --- Vdisks, snapshots, clones -----------------------------------------------------------------------------------
+
+    def names(self) -> list[str]:
+        """Names of all vdisks, sorted."""
+        return sorted(self._catalogue.vdisks)
+
+    def volume(self, name: str) -> Volume:
+        """The volume of ``NAME`` or ``NAME@SNAP``. Raises NotFound."""
+        return self._lifecycle.volume(name)
+
+    async def vdisk_create(self, name: str, size_bytes: int) -> dict[str, Any]:
+        """A new, empty, thin vdisk. Raises RequestError, Conflict."""
+        return self._listing.brief(await self._lifecycle.create(name, size_bytes))
+
+    async def vdisk_list(self) -> list[dict[str, Any]]:
+        """All vdisks, by name."""
+        return await self._listing.all(KIND_VDISK)
+
+    async def vdisk_show(self, name: str) -> dict[str, Any]:
+        """One vdisk, or snapshot, with what it shares. Raises NotFound."""
+        return await self._listing.full(self._lifecycle.volume(name).image)
+
+    async def vdisk_resize(self, name: str, size_bytes: int) -> dict[str, Any]:
+        """Grow or shrink. Raises NotFound, RequestError, Conflict, PoolFull."""
+        await self._lifecycle.resize(name, size_bytes)
+        return self._listing.brief(self._catalogue.vdisk(name))
+
+    async def vdisk_rename(self, old: str, new: str) -> dict[str, Any]:
+        """Another name; sessions go on. Raises NotFound, RequestError, Conflict."""
+        await self._lifecycle.rename(old, new)
+        return self._listing.brief(self._catalogue.vdisk(new))
+
+    async def vdisk_delete(self, name: str) -> None:
+        """Delete; blocks come free in the background. Raises NotFound, Conflict."""
+        await self._lifecycle.delete(name)
+
+    async def snapshot_create(self, pairs: list[tuple[str, str]]) -> list[dict[str, Any]]:
+        """Snapshots (vdisk, name) of one moment, all or none. Raises NotFound, RequestError, Conflict."""
+        return [self._listing.brief(image) for image in await self._lifecycle.snapshot(pairs)]
+
+    async def snapshot_list(self, vdisk: str | None = None) -> list[dict[str, Any]]:
+        """All snapshots, or those of one vdisk. Raises NotFound."""
+        return await self._listing.all(KIND_SNAPSHOT, self._catalogue.vdisk(vdisk).number if vdisk is not None else None)
+
+    async def snapshot_delete(self, vdisk: str, name: str, after_split: bool = False) -> bool:
+        """Delete a snapshot, with ``after_split`` once no clone stands on it; returns whether it is gone. Raises NotFound, Conflict."""
+        return await self._lifecycle.delete_snapshot(vdisk, name, after_split)
+
+    async def clone_create(self, vdisk: str, snapshot: str, name: str) -> dict[str, Any]:
+        """A writable clone of a snapshot. Raises NotFound, RequestError, Conflict."""
+        return self._listing.brief(await self._lifecycle.clone(vdisk, snapshot, name))
+
+    # --- Splits ------------------------------------------------------------------------------------------------------
+
+    async def split_start(self, name: str, mode: str = "copy", rate_min_bytes: int | None = None, rate_max_bytes: int | None = None) -> dict[str, Any]:
+        """Begin to separate a clone from its backing store. Raises NotFound, Conflict, RequestError."""
+        return await self._splits.start(name, mode, rate_min_bytes, rate_max_bytes)
+
+    def split_show(self, name: str) -> dict[str, Any]:
+        """State and progress. Raises NotFound."""
+        return self._splits.show(name)
+
+    def split_list(self) -> list[dict[str, Any]]:
+        """All that are running or paused."""
+        return self._splits.list()
+
+    async def split_pause(self, name: str) -> dict[str, Any]:
+        """Stop until resumed. Raises NotFound, Conflict."""
+        return await self._splits.pause(name)
+
+    async def split_resume(self, name: str) -> dict[str, Any]:
+        """Go on after a pause. Raises NotFound, Conflict."""
+        return await self._splits.resume(name)
+
+    async def split_cancel(self, name: str) -> dict[str, Any]:
+        """End it; the clone stays a clone. Raises NotFound, Conflict."""
+        return await self._splits.cancel(name)
+
+    async def split_estimate(self, name: str) -> dict[str, Any]:
+        """What a copy split would move, and how long that takes. Raises NotFound, Conflict."""
+        return await self._splits.estimate(name)
+
+
+# How often a writer to a full pool looks whether background reclaim has freed something.
+RECLAIM_POLL_SECONDS = 0.01
+
+
+def checked_size(size_bytes: int) -> int:
+    """Size in blocks of a pool of ``size_bytes``, rounded down. Raises RequestError when that is too small."""
+    blocks = size_bytes // BLOCK_BYTES
+    if blocks < POOL_BLOCKS_MIN:
+        raise RequestError(f"a pool of {size_bytes} bytes is too small: use at least {POOL_BLOCKS_MIN * BLOCK_BYTES} (8MiB)")
+    return blocks
+
+
+async def _format_path(path: str) -> None:
+    device = open_device(path)
+    try:
+        await Pool.format(device)
+    finally:
+        device.close()
+
+
+async def _clear_log(device: Device, blocks: int) -> None:
+    """Write the whole ring, so that no record of an earlier life is in it, and the host has room for every later one."""
+    zeros = bytes(256 * BLOCK_BYTES)
+    for block in range(0, blocks, 256):
+        length = min(256, blocks - block) * BLOCK_BYTES
+        try:
+            await device.writev((memoryview(zeros)[:length],), (LOG_FIRST_VBN + block) * BLOCK_BYTES)
+        except StorageError as error:
+            raise RequestError(f"no room for the intent log on {device.path}: {error}") from error

@@ -1,0 +1,127 @@
+"""Replacing holes, the two ways (design section 5, step 3).
+
+``copy``: the data behind the holes is read, verified, and written unaltered to newly allocated blocks; then each field is pointed at its
+new block *if it is still a hole*. A client write that came first wins, and the new block is given back unused.
+``share``: the fields take the backing store's own pointers, and the share map counts one more reference to each.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from storage.errors import StorageError
+from storage.images.read_path import Location, runs, verify
+from storage.images.write_path import Extents, take_extents
+from storage.layout import BLOCK_BYTES, FIELDS_MASK, FIELDS_SHIFT, HOLE
+from storage.split.loading import Holes, find_holes, load_chain, visible_slots
+
+if TYPE_CHECKING:
+    from storage.images.image import Image
+
+
+async def read_behind(clone: "Image", holes: Holes) -> bytearray:
+    """The data behind the holes, verified. Raises BlockDamaged, DeviceFailed."""
+    state = clone.state
+    locations: list[Location] = list(zip(holes.fields["vbn"].tolist(), holes.fields["crc"].tolist(), strict=True))
+    data = bytearray(len(locations) * BLOCK_BYTES)
+    view = memoryview(data)
+    epoch = state.begin_read()
+    try:
+        for start, vbn, length in runs(locations):
+            part = view[start * BLOCK_BYTES : (start + length) * BLOCK_BYTES]
+            if not state.device.try_readv((part,), vbn * BLOCK_BYTES):
+                await state.device.readv((part,), vbn * BLOCK_BYTES)
+    finally:
+        state.end_read(epoch)
+    verify(clone, holes.index << FIELDS_SHIFT, locations, view)
+    return data
+
+
+async def write_copy(clone: "Image", data: bytearray) -> Extents:
+    """Write the data to newly allocated blocks. Raises PoolFull, DeviceFailed."""
+    device = clone.state.device
+    extents = await take_extents(clone, len(data) // BLOCK_BYTES)
+    view, at = memoryview(data), 0
+    try:
+        for first, length in extents:
+            part = view[at : at + length * BLOCK_BYTES]
+            if not device.try_writev((part,), first * BLOCK_BYTES, len(part)):
+                await device.writev((part,), first * BLOCK_BYTES)
+            at += len(part)
+    except StorageError:
+        clone.state.allocator.give_back(extents)
+        raise
+    return extents
+
+
+async def install_copy(clone: "Image", holes: Holes, extents: Extents) -> int:
+    """Compare and set: point at the copies those fields that are still holes. Returns how many were. Raises PoolFull, DeviceFailed."""
+    state = clone.state
+    node = await clone.tree.make_writable(holes.index)
+    epoch = state.epoch
+    fields = node.fields()
+    vbns = np.concatenate([np.arange(first, first + length, dtype=np.uint64) for first, length in extents])
+    still = (fields["vbn"][holes.slots] == HOLE) & visible_slots(clone, holes.index)[holes.slots]
+    slots = holes.slots[still]
+    clone.touch()
+    fields["vbn"][slots] = vbns[still]
+    fields["crc"][slots] = holes.fields["crc"][still]
+    fields["birth"][slots] = epoch.number
+    clone.used_blocks += len(slots)
+    if len(slots) == len(vbns):
+        epoch.allocated.extend(extents)
+    else:
+        epoch.allocated.extend((vbn, 1) for vbn in vbns[still].tolist())
+        state.allocator.give_back([(vbn, 1) for vbn in vbns[~still].tolist()])
+    return len(slots)
+
+
+async def share_fields(clone: "Image", index: int) -> int:
+    """Share mode for one level-1 block. Returns how many holes were replaced. Raises PoolFull, DeviceFailed, BlockDamaged."""
+    while True:
+        node = await clone.tree.make_writable(index)
+        holes = find_holes(clone, index)
+        if holes is not None:
+            break
+        await load_chain(clone, index)
+    if not len(holes):
+        return 0
+    mark_shared(clone)
+    node.fields()[holes.slots] = holes.fields
+    clone.state.epoch.added.append(vbns_of(holes))
+    clone.used_blocks += len(holes)
+    return len(holes)
+
+
+def vbns_of(holes: Holes) -> npt.NDArray[np.uint64]:
+    """The VBNs behind the holes."""
+    return np.ascontiguousarray(holes.fields["vbn"])
+
+
+def mark_shared(clone: "Image") -> None:
+    """From now on blocks as old as now may be shared with the backing store."""
+    clone.touch()
+    clone.tree.shared_cp = clone.state.epoch.number
+
+
+async def share_block(clone: "Image", index: int, level: int, field: tuple[int, int, int], blocks: int) -> bool:
+    """Share a whole pointer block of the backing store, ``blocks`` set fields below it. False: the clone no longer has a hole there."""
+    tree, state = clone.tree, clone.state
+    vbn, crc, birth = field
+    if level == tree.levels:
+        if tree.root_vbn != HOLE:
+            return False
+        mark_shared(clone)
+        tree.root_vbn, tree.root_crc, tree.root_birth = vbn, crc, birth
+    else:
+        parent = await tree.make_writable(index >> FIELDS_SHIFT, level + 1)
+        slot = (index & FIELDS_MASK) * 2
+        if parent.q[slot] != HOLE:
+            return False
+        mark_shared(clone)
+        parent.q[slot] = vbn
+        parent.q[slot + 1] = crc | birth << 32
+    state.epoch.count_pointer(vbn, 1)
+    clone.used_blocks += blocks
+    return True

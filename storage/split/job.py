@@ -1,0 +1,253 @@
+"""One split under way: counts the holes, replaces them level-1 block by level-1 block, and releases the association (design section 5).
+
+Invariants:
+- ``cursor`` and ``holes_remaining`` change in the same step as the fields, so every consistency point holds them consistently: after a crash
+  the split goes on at its cursor.
+- Below the cursor there are no holes left to replace. The cursor only grows; a recount does not move it.
+- ``holes_remaining`` is exact while SPLIT_FLAG_COUNTED is set: clients that fill a hole tell the job (``hole_filled``). Where that cannot be
+  said at once (a trim over a range of holes), the flag goes, and the holes are counted again.
+- When the last level-1 block is done no hole is left, whatever the count says: only then is the association released.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from time import perf_counter
+
+from storage.errors import StorageError
+from storage.images.image import Image
+from storage.images.read_path import locate
+from storage.images.write_path import Extents
+from storage.layout import (
+    BLOCK_BYTES,
+    FIELDS_PER_BLOCK,
+    FIELDS_SHIFT,
+    SPLIT_FLAG_COUNTED,
+    SPLIT_MODE_SHARE,
+    SPLIT_PAUSED,
+    SPLIT_RUNNING,
+)
+from storage.split import copying
+from storage.split.loading import Holes, holes_at, next_index, shared_block
+from storage.split.progress import Progress
+
+# Level-1 blocks that one message copies: several when idle, so that reads and writes overlap; one under load, to be met seldom.
+BLOCKS_IDLE = 8
+BLOCKS_LOADED = 1
+# One message counts or shares at most this long before others get their turn.
+MESSAGE_SECONDS = 0.002
+# While clients trim ranges of holes all the time, counting again must not take all the time from splitting.
+RECOUNT_SECONDS = 5.0
+
+
+Copy = tuple[Holes, "asyncio.Task[Extents]"]
+
+
+class SplitJob:
+    """The work behind one clone's split (a ``backdoor.handler.Work``). The image's ``split`` record holds all that lasts."""
+
+    def __init__(self, image: Image, release: "Release", stopped: "Stopped") -> None:
+        self.image = image
+        self.record = image.split
+        self.progress = Progress()
+        self.gone = False
+        self._release = release
+        self._stopped = stopped
+        self._count_at = 0
+        self._counting = not self.counted
+        self._recounted_at = 0.0
+        # Set fields below each level-2 block of the backing store, as counted: a whole one can be shared without walking it again.
+        self._level2_holes: dict[int, int] = {}
+        image.job = self
+
+    @property
+    def rate_min_bytes(self) -> int:
+        """Guaranteed rate under load, bytes a second; 0 = the default."""
+        return self.record.rate_min_bytes
+
+    @property
+    def rate_max_bytes(self) -> int:
+        """Ceiling, bytes a second; 0 = none."""
+        return self.record.rate_max_bytes
+
+    @property
+    def counted(self) -> bool:
+        """Whether ``holes_total`` and ``holes_remaining`` are exact."""
+        return bool(self.record.flags & SPLIT_FLAG_COUNTED)
+
+    def abandon(self) -> None:
+        """The clone is being deleted, or the split was cancelled: the next message ends the work."""
+        self.gone = True
+        self.image.job = None
+
+    # --- What clients do meanwhile ---------------------------------------------------------------------------------
+
+    def hole_filled(self, fbn: int) -> None:
+        """A client wrote to a hole of the clone (called in the step that installs its block)."""
+        image = self.image
+        if fbn >= image.backing_blocks or (self._counting and fbn >> FIELDS_SHIFT >= self._count_at) or image.backing is None:
+            return
+        behind = locate(image.backing, fbn)
+        if behind is None:
+            self.holes_hidden()
+        elif behind[0]:
+            self.record.holes_remaining -= 1
+
+    def holes_hidden(self) -> None:
+        """A client trimmed holes: how many of them counted is not known at once."""
+        self.image.touch()
+        self.record.flags &= ~SPLIT_FLAG_COUNTED
+
+    # --- Messages ----------------------------------------------------------------------------------------------------
+
+    async def message(self, idle: bool) -> int | None:
+        """Count, copy or share a little more. Returns the bytes moved, or None when the work has ended."""
+        if self.gone or self.record.state != SPLIT_RUNNING:
+            return None
+        if not self.counted and not self._counting and perf_counter() - self._recounted_at > RECOUNT_SECONDS:
+            self._counting, self._count_at = True, self.record.cursor
+        if self._counting:
+            await self._count_some()
+            return 0
+        if self.record.mode == SPLIT_MODE_SHARE:
+            return await self._share_some()
+        return await self._copy_some(BLOCKS_IDLE if idle else BLOCKS_LOADED)
+
+    async def failed(self, error: StorageError) -> None:
+        """The last message raised ``error``."""
+        if not self.gone:
+            await self._stopped(self, error)
+
+    # --- Counting ----------------------------------------------------------------------------------------------------
+
+    async def _count_some(self) -> None:
+        """Go on counting. What was counted is kept exact by ``hole_filled`` from then on."""
+        record, until = self.record, perf_counter() + MESSAGE_SECONDS
+        if self._count_at <= record.cursor:
+            self._begin_count()
+        while perf_counter() < until:
+            index = await next_index(self.image, self._count_at)
+            if index is None:
+                self._end_count()
+                return
+            holes = await holes_at(self.image, index)
+            self.image.touch()
+            self._count_at = index + 1
+            record.holes_remaining += len(holes)
+            self._level2_holes[index >> FIELDS_SHIFT] = self._level2_holes.get(index >> FIELDS_SHIFT, 0) + len(holes)
+
+    def _begin_count(self) -> None:
+        self._count_at = self.record.cursor
+        self._level2_holes = {}
+        self.image.touch()
+        self.record.holes_remaining = 0
+        self.record.flags |= SPLIT_FLAG_COUNTED  # taken away again by whatever spoils the count
+
+    def _end_count(self) -> None:
+        self.image.touch()
+        self._counting = False
+        self._recounted_at = perf_counter()
+        record = self.record
+        done = record.blocks_copied + record.blocks_shared
+        record.holes_total = record.holes_remaining + done
+
+    # --- Copying -----------------------------------------------------------------------------------------------------
+
+    async def _copy_some(self, blocks: int) -> int | None:
+        """Copy the next few level-1 blocks; the next is read while the ones before it are written."""
+        started: list[Copy] = []
+        try:
+            following = await self._start_copies(blocks, started)
+            moved = await self._install_all(started)
+        except StorageError:
+            await self._discard(started)
+            raise
+        if self.gone or self.record.state != SPLIT_RUNNING:
+            return None
+        if following is None:
+            await self._release(self)
+            return None
+        self.image.touch()
+        self.record.cursor = max(self.record.cursor, following)
+        return moved * BLOCK_BYTES
+
+    async def _start_copies(self, blocks: int, started: list[Copy]) -> int | None:
+        """Read up to ``blocks`` level-1 blocks' worth, and begin to write it. Returns the index to go on from, None at the end."""
+        index: int | None = self.record.cursor
+        while index is not None and len(started) < blocks:
+            index = await next_index(self.image, index)
+            if index is not None:
+                holes = await holes_at(self.image, index)
+                index += 1
+                if len(holes):
+                    data = await copying.read_behind(self.image, holes)
+                    started.append((holes, asyncio.create_task(copying.write_copy(self.image, data))))
+        return index
+
+    async def _install_all(self, started: list[Copy]) -> int:
+        """Install the copies in the order of their level-1 blocks; returns how many blocks were written."""
+        moved = 0
+        while started and not self.gone:
+            holes, writing = started[0]
+            extents = await writing
+            installed = await copying.install_copy(self.image, holes, extents)
+            del started[0]
+            self._replaced(installed)
+            self.record.blocks_copied += installed
+            self.record.cursor = max(self.record.cursor, holes.index + 1)
+            moved += len(holes)
+        await self._discard(started)
+        return moved
+
+    async def _discard(self, started: list[Copy]) -> None:
+        """Give back what copies took that will not be installed."""
+        for extents in await asyncio.gather(*(writing for _, writing in started), return_exceptions=True):
+            if not isinstance(extents, BaseException):
+                self.image.state.allocator.give_back(extents)
+
+    def _replaced(self, holes: int) -> None:
+        self.image.touch()
+        self.record.holes_remaining = max(0, self.record.holes_remaining - holes)
+        self.progress.add(holes)
+
+    # --- Sharing -----------------------------------------------------------------------------------------------------
+
+    async def _share_some(self) -> int | None:
+        """Share the next level-1 blocks, whole level-2 blocks where nothing stands in the way."""
+        until, shared = perf_counter() + MESSAGE_SECONDS, 0
+        while perf_counter() < until and not self.gone:
+            index = await next_index(self.image, self.record.cursor)
+            if index is None:
+                await self._release(self)
+                return None
+            done, following = await self._share_at(index)
+            shared += done
+            self._replaced(done)
+            self.record.blocks_shared += done
+            self.record.cursor = following
+        return shared * BLOCK_BYTES
+
+    async def _share_at(self, index: int) -> tuple[int, int]:
+        """Share what begins at level-1 block ``index``. Returns the holes replaced, and where to go on."""
+        image = self.image
+        if not index % FIELDS_PER_BLOCK and index // FIELDS_PER_BLOCK in self._level2_holes and self.counted:
+            field = shared_block(image, index >> FIELDS_SHIFT, 2)
+            holes = self._level2_holes[index // FIELDS_PER_BLOCK]
+            if field is not None and await copying.share_block(image, index >> FIELDS_SHIFT, 2, field, holes):
+                return holes, index + FIELDS_PER_BLOCK
+        field = shared_block(image, index, 1)
+        if field is not None:
+            holes = len(await holes_at(image, index))
+            if await copying.share_block(image, index, 1, field, holes):
+                return holes, index + 1
+        return await copying.share_fields(image, index), index + 1
+
+    # --- Showing -----------------------------------------------------------------------------------------------------
+
+    @property
+    def phase(self) -> str:
+        """``counting`` or ``splitting``."""
+        return "counting" if self._counting and self.record.state in (SPLIT_RUNNING, SPLIT_PAUSED) else "splitting"
+
+
+Release = Callable[[SplitJob], Awaitable[None]]
+Stopped = Callable[[SplitJob, StorageError], Awaitable[None]]

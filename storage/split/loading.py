@@ -1,0 +1,135 @@
+"""The special loading function: finds, for one level-1 pointer block of a clone, the fields that are holes and set behind it.
+
+"Behind" is the chain: the backing store's corresponding field, else that of the backing store's own backing store, and so on,
+each only below its ``backing_blocks``. Where nothing is set there is nothing to replace: the hole reads as zeros with and without
+a backing store.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from storage.layout import FIELDS_MASK, FIELDS_PER_BLOCK, FIELDS_SHIFT, HOLE, ZERO_POINTER
+from storage.tree.buffer_tree import BufferTree
+
+if TYPE_CHECKING:
+    from storage.images.image import Image
+
+SLOTS = np.arange(FIELDS_PER_BLOCK)
+
+
+@dataclass(slots=True)
+class Holes:
+    """The holes of one level-1 block that must be replaced: slots, and the fields behind them (as structured fields)."""
+
+    index: int
+    slots: npt.NDArray[np.intp]
+    fields: npt.NDArray[np.void]
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+
+def find_holes(clone: "Image", index: int) -> Holes | None:
+    """The special loading function for level-1 block ``index``, or None when a pointer block must be loaded first (``load_chain``)."""
+    own = clone.tree.peek(index)
+    if own is None:
+        return None
+    open_slots = (own.vbns() == HOLE) & visible_slots(clone, index)
+    behind, image = clone.backing, clone
+    fields = np.zeros(FIELDS_PER_BLOCK, dtype=own.fields().dtype)
+    missing = open_slots.copy()
+    while behind is not None and missing.any():
+        node = behind.tree.peek(index)
+        if node is None:
+            return None
+        there = node.fields()
+        fields[missing] = there[missing]
+        image, behind = behind, behind.backing
+        missing &= (fields["vbn"] == HOLE) & visible_slots(image, index)
+    slots = np.flatnonzero(open_slots & (fields["vbn"] > ZERO_POINTER))
+    return Holes(index, slots, fields[slots])
+
+
+def visible_slots(image: "Image", index: int) -> npt.NDArray[np.bool_]:
+    """Which slots of level-1 block ``index`` lie below ``backing_blocks``."""
+    return image.backing_blocks - (index << FIELDS_SHIFT) > SLOTS
+
+
+async def load_chain(clone: "Image", index: int) -> None:
+    """Load the pointer blocks that ``find_holes`` needs. Raises BlockDamaged, DeviceFailed."""
+    image: Image | None = clone
+    while image is not None:
+        await image.tree.load(index)
+        image = image.backing
+
+
+async def holes_at(clone: "Image", index: int) -> Holes:
+    """``find_holes``, waiting where it must."""
+    while (holes := find_holes(clone, index)) is None:
+        await load_chain(clone, index)
+    return holes
+
+
+async def next_index(clone: "Image", index: int) -> int | None:
+    """The first level-1 index from ``index`` on where anything behind the clone has a pointer block; None when there is none."""
+    limit = clone.backing_blocks
+    found: int | None = None
+    image = clone.backing
+    while image is not None and limit:
+        here = await first_block(image.tree, image.tree.levels, 0, index)
+        if here is not None and here << FIELDS_SHIFT < limit and (found is None or here < found):
+            found = here
+        limit = min(limit, image.backing_blocks)
+        image = image.backing
+    return found
+
+
+async def first_block(tree: BufferTree, level: int, at: int, index: int) -> int | None:
+    """The first level-1 index from ``index`` on that exists below the block ``at`` of ``level``."""
+    if index >> FIELDS_SHIFT * (level - 1) > at:
+        return None
+    node = await tree.load(at, level)
+    if node.tree is None:
+        return None
+    if level == 1:
+        return at
+    low = max(0, (index >> FIELDS_SHIFT * (level - 2)) - (at << FIELDS_SHIFT))
+    for slot in (np.flatnonzero(node.vbns()[low:] > ZERO_POINTER) + low).tolist():
+        found = await first_block(tree, level - 1, at << FIELDS_SHIFT | slot, index)
+        if found is not None:
+            return found
+    return None
+
+
+def shared_block(clone: "Image", index: int, level: int) -> tuple[int, int, int] | None:
+    """VBN, CRC32C and birth of the backing store's pointer block that can be shared as one: the clone has a hole there, the range is wholly
+    visible, and the backing store has nothing behind itself. None otherwise, or when something is not in memory.
+    """
+    backing = clone.backing
+    end = (index + 1) << FIELDS_SHIFT * level
+    if backing is None or backing.backing is not None or end > min(clone.backing_blocks, clone.size_blocks):
+        return None
+    if level > min(backing.tree.levels, clone.tree.levels) or not is_hole(clone.tree, index, level):
+        return None
+    return field_of(backing.tree, index, level)
+
+
+def is_hole(tree: BufferTree, index: int, level: int) -> bool:
+    """Whether a field above block ``index`` of ``level`` is known to be a hole."""
+    node = tree.peek(index, level)
+    return node is not None and node.tree is None and node.q[0] == HOLE
+
+
+def field_of(tree: BufferTree, index: int, level: int) -> tuple[int, int, int] | None:
+    """The field that names block ``index`` of ``level``, if it names one and the block above it is in memory."""
+    if level == tree.levels:
+        return (tree.root_vbn, tree.root_crc, tree.root_birth) if tree.root_vbn > ZERO_POINTER else None
+    parent = tree.peek(index >> FIELDS_SHIFT, level + 1)
+    if parent is None or parent.tree is None:
+        return None
+    slot = (index & FIELDS_MASK) * 2
+    vbn, tail = parent.q[slot], parent.q[slot + 1]
+    return (vbn, tail & 0xFFFFFFFF, tail >> 32) if vbn > ZERO_POINTER else None

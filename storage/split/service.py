@@ -1,0 +1,202 @@
+"""Starting, steering and showing splits: what the control socket reaches."""
+
+import time
+from typing import Any
+
+from storage.allocation.slices import Slicer
+from storage.backdoor.handler import BackdoorMessageHandler
+from storage.consistency.consistency_point import ConsistencyPoints
+from storage.errors import Conflict, NotFound, PoolFull, RequestError, StorageError
+from storage.images.catalogue import Catalogue
+from storage.images.image import Image
+from storage.images.lifecycle import Lifecycle
+from storage.images.record import SplitRecord
+from storage.layout import (
+    BLOCK_BYTES,
+    KIND_VDISK,
+    SPLIT_FLAG_COUNTED,
+    SPLIT_MODES,
+    SPLIT_NONE,
+    SPLIT_PAUSED,
+    SPLIT_RUNNING,
+    SPLIT_STATES,
+)
+from storage.split import states
+from storage.split.job import SplitJob
+from storage.split.loading import holes_at, next_index
+from storage.state import PoolState
+
+# What a split copies a second on an idle daemon, for estimates before one has run (measured on the test machine: docs/performance.md).
+COPY_BYTES_PER_SECOND = 1 << 30
+
+
+class SplitService:
+    """Holds the jobs of all splits that are running or paused, by image number."""
+
+    def __init__(self, state: PoolState, catalogue: Catalogue, points: ConsistencyPoints, handler: BackdoorMessageHandler, lifecycle: Lifecycle) -> None:
+        self._state = state
+        self._catalogue = catalogue
+        self._points = points
+        self._handler = handler
+        self._lifecycle = lifecycle
+        self._jobs: dict[int, SplitJob] = {}
+
+    def take_up(self) -> None:
+        """At open, before replay: a job for every split that was running or paused, so that replay keeps their counts."""
+        for number in list(self._catalogue.numbers(KIND_VDISK)):
+            if self._catalogue.split_state(number) in (SPLIT_RUNNING, SPLIT_PAUSED):
+                self._jobs[number] = SplitJob(self._catalogue.image(number), self._release, self._stopped)
+
+    def go_on(self) -> None:
+        """After replay: let the running ones run."""
+        for job in self._jobs.values():
+            if job.record.state == SPLIT_RUNNING:
+                self._handler.post(job)
+
+    # --- Commands ------------------------------------------------------------------------------------------------
+
+    async def start(self, name: str, mode: str, rate_min_bytes: int | None, rate_max_bytes: int | None) -> dict[str, Any]:
+        """Begin a split. Raises NotFound, Conflict (not a clone, or one is under way), RequestError."""
+        if mode not in SPLIT_MODES:
+            raise RequestError(f"a split has no mode {mode!r}: use copy or share")
+        low, high = rate_min_bytes or 0, rate_max_bytes or 0
+        if high and low > high:
+            raise RequestError(f"the minimum rate {low} is above the maximum rate {high}: make it smaller")
+        image = self._catalogue.vdisk(name)
+        if image.backing is None:
+            raise Conflict(f"{name} has no backing store: it is not a clone, or was split already")
+        following = states.after(image.split.state, "start", name)
+        image.touch()
+        image.split = SplitRecord(
+            state=following, mode=SPLIT_MODES.index(mode), rate_min_bytes=low, rate_max_bytes=high, started_ns=time.time_ns()
+        )
+        job = self._jobs[image.number] = SplitJob(image, self._release, self._stopped)
+        await self._points.request()
+        self._state.on_event("split.started", vdisk=name, mode=mode)
+        self._handler.post(job)
+        return self.show(name)
+
+    async def pause(self, name: str) -> dict[str, Any]:
+        """Stop until ``resume``; over restarts, too. Raises NotFound, Conflict."""
+        return await self._change(name, "pause")
+
+    async def resume(self, name: str) -> dict[str, Any]:
+        """Go on after a pause. Raises NotFound, Conflict."""
+        shown = await self._change(name, "resume")
+        self._handler.post(self._jobs[self._catalogue.vdisk(name).number])
+        return shown
+
+    async def cancel(self, name: str) -> dict[str, Any]:
+        """End the split; what was separated stays so, and the clone stays a clone. Raises NotFound, Conflict."""
+        image = self._catalogue.vdisk(name)
+        shown = await self._change(name, "cancel")
+        self._end(image)
+        return shown
+
+    async def _change(self, name: str, command: str) -> dict[str, Any]:
+        image = self._catalogue.vdisk(name)
+        following = states.after(image.split.state, command, name)
+        image.touch()
+        image.split.state, image.split.reason = following, ""
+        self._state.on_event(f"split.{SPLIT_STATES[following]}", vdisk=name)
+        await self._points.request()
+        return self.show(name)
+
+    def _end(self, image: Image) -> None:
+        job = self._jobs.pop(image.number, None)
+        if job is not None:
+            job.abandon()
+            self._handler.withdraw(job)
+
+    # --- What jobs report ----------------------------------------------------------------------------------------
+
+    async def _release(self, job: SplitJob) -> None:
+        """No hole is left: the association ends, and with it the snapshot if it is marked for that."""
+        image = job.image
+
+        def at_freeze() -> None:
+            if job.gone or image.split.state != SPLIT_RUNNING:
+                return
+            image.touch()
+            image.split.state = states.after(SPLIT_RUNNING, "finish", image.name)
+            image.split.holes_remaining = 0
+            image.split.flags |= SPLIT_FLAG_COUNTED
+            backing = self._catalogue.release_backing(image)
+            if backing is not None:
+                self._lifecycle.delete_if_released(backing)
+            self._end(image)
+
+        await self._points.request(at_freeze)
+        self._state.on_event(
+            "split.done", vdisk=image.name, mode=SPLIT_MODES[image.split.mode], blocks_copied=image.split.blocks_copied,
+            blocks_shared=image.split.blocks_shared,
+        )  # fmt: skip
+
+    async def _stopped(self, job: SplitJob, error: StorageError) -> None:
+        """A message failed: a full pool pauses the split, anything else ends it; both keep the reason."""
+        image = job.image
+        image.touch()
+        command = "pause" if isinstance(error, PoolFull) else "fail"
+        image.split.state = states.after(image.split.state, command, image.name)
+        image.split.reason = str(error)
+        if command == "fail":
+            self._end(image)
+        self._state.on_event(f"split.{SPLIT_STATES[image.split.state]}", vdisk=image.name, reason=str(error))
+        self._state.wanted()
+
+    # --- Showing -------------------------------------------------------------------------------------------------
+
+    def show(self, name: str) -> dict[str, Any]:
+        """State and progress of a vdisk's split. Raises NotFound when it never had one."""
+        image = self._catalogue.vdisk(name)
+        if image.split.state == SPLIT_NONE:
+            raise NotFound(f"{name} has no split: start one with `cleavectl split start {name}`")
+        return self._describe(image)
+
+    def _describe(self, image: Image) -> dict[str, Any]:
+        split, job = image.split, self._jobs.get(image.number)
+        done = split.blocks_copied + split.blocks_shared
+        total = max(split.holes_total, split.holes_remaining + done)
+        finished = split.state == states.TRANSITIONS[SPLIT_RUNNING, "finish"]
+        running = job is not None and split.state == SPLIT_RUNNING
+        return {
+            "name": image.name,
+            "state": SPLIT_STATES[split.state],
+            "mode": SPLIT_MODES[split.mode],
+            "phase": job.phase if job is not None else "ended",
+            "reason": split.reason or None,
+            "backing": self._catalogue.full_name(image.backing) if image.backing is not None else None,
+            "holes_total": total,
+            "holes_remaining": split.holes_remaining,
+            "counted": bool(split.flags & SPLIT_FLAG_COUNTED),
+            "blocks_copied": split.blocks_copied,
+            "blocks_shared": split.blocks_shared,
+            "percent": 100.0 if finished or not total else round(100.0 * (total - split.holes_remaining) / total, 2),
+            "rate_bytes_per_second": round(job.progress.holes_per_second * BLOCK_BYTES) if running and job is not None else 0,
+            "eta_seconds": job.progress.eta_seconds(split.holes_remaining) if running and job is not None else None,
+            "rate_min_bytes": split.rate_min_bytes or None,
+            "rate_max_bytes": split.rate_max_bytes or None,
+            "started_ns": split.started_ns,
+        }
+
+    def list(self) -> list[dict[str, Any]]:
+        """All splits that are running or paused."""
+        return [self._describe(job.image) for _, job in sorted(self._jobs.items())]
+
+    async def estimate(self, name: str) -> dict[str, Any]:
+        """What a copy split of this clone would move now, and how long that takes on an idle daemon. Raises NotFound, Conflict."""
+        image = self._catalogue.vdisk(name)
+        if image.backing is None:
+            raise Conflict(f"{name} has no backing store: it is not a clone, or was split already")
+        slicer = Slicer()
+        blocks, index = 0, await next_index(image, 0)
+        while index is not None:
+            blocks += len(await holes_at(image, index))
+            await slicer.breathe()
+            index = await next_index(image, index + 1)
+        return {
+            "name": name,
+            "blocks_to_copy": blocks,
+            "bytes_to_copy": blocks * BLOCK_BYTES,
+            "seconds_estimated": round(blocks * BLOCK_BYTES / COPY_BYTES_PER_SECOND, 3),
+        }

@@ -1,0 +1,89 @@
+"""What every room of the pool shares: the device, the current epoch, the cache, the maps, and whether writes are still taken.
+
+The event loop thread owns all of it (design section 3): everything between two awaits is atomic, so there are no locks.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from storage.consistency.epoch import Epoch
+from storage.device import Device
+from storage.errors import PoolReadOnly
+from storage.tree.node import NodeCache
+
+if TYPE_CHECKING:
+    from storage.allocation.share_map import ShareMap
+    from storage.allocation.write_allocator import WriteAllocator
+
+EventSink = Callable[..., None]
+
+
+def no_events(event: str, **fields: Any) -> None:
+    """The sink of a pool that nobody listens to."""
+
+
+class PoolState:
+    """The shared state of one open pool.
+
+    ``epoch`` takes the changes of now; ``frozen`` is the one that a running consistency point writes, else None; ``retired`` are
+    durable epochs whose freed blocks wait for older reads to end. ``operations`` counts client reads and writes, ever growing.
+    """
+
+    __slots__ = (
+        "allocator",
+        "cache",
+        "device",
+        "epoch",
+        "frozen",
+        "on_event",
+        "operations",
+        "read_only_reason",
+        "retired",
+        "share_map",
+        "wanted",
+    )
+
+    allocator: "WriteAllocator"
+    share_map: "ShareMap"
+
+    def __init__(self, device: Device, cp_number: int, cache_bytes: int) -> None:
+        self.device = device
+        self.epoch = Epoch(cp_number + 1)
+        self.frozen: Epoch | None = None
+        self.retired: deque[Epoch] = deque()
+        self.cache = NodeCache(cache_bytes)
+        self.read_only_reason: str | None = None
+        self.operations = 0
+        self.on_event: EventSink = no_events
+        # Set by the consistency point: call it to ask for one soon.
+        self.wanted: Callable[[], None] = lambda: None
+
+    def fail(self, reason: str) -> None:
+        """Stop taking changes, for good: nothing after this is acknowledged as durable (design section 4)."""
+        if self.read_only_reason is None:
+            self.read_only_reason = reason
+            self.on_event("pool.read_only", reason=reason)
+
+    def check_writable(self) -> None:
+        """Raise PoolReadOnly if the pool has stopped taking changes."""
+        if self.read_only_reason is not None:
+            raise PoolReadOnly(f"the pool is read-only: {self.read_only_reason}")
+
+    def begin_read(self) -> Epoch:
+        """Pin every block that can be reached now, until ``end_read`` is given the epoch that this returns."""
+        epoch = self.epoch
+        epoch.readers += 1
+        return epoch
+
+    def end_read(self, epoch: Epoch) -> None:
+        """Let go of what ``begin_read`` pinned, and release the freed blocks that waited for it."""
+        epoch.readers -= 1
+        if not epoch.readers and self.retired:
+            self.release_retired()
+
+    def release_retired(self) -> None:
+        """Hand the freed blocks of durable epochs back to the allocator, oldest first, as far as no reader is left."""
+        retired = self.retired
+        while retired and not retired[0].readers:
+            self.allocator.release(retired.popleft().held)

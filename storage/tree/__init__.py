@@ -1,0 +1,1 @@
+"""Buffer trees: pointer blocks in memory, how they are found, loaded, and copied before they are changed."""
