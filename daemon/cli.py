@@ -40,6 +40,7 @@ def serve(config_path: str | None, **options: Any) -> None:
     logs.set_up(config.log_level, config.log_format)
     runtime.tune_threads()
     try:
+        server.create_pool(config)
         uvloop.run(server.run(config))
     except (ListenFailed, ControlPathBusy) as error:
         fail(str(error), EXIT_FAILED)

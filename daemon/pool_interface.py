@@ -3,7 +3,7 @@
 The types of `storage` and `protocol` meet here: a pool's volume is a BlockVolume that can also be attached.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from protocol.volume import BlockVolume
@@ -67,14 +67,14 @@ class PoolInterface(Volumes, Protocol):
     async def vdisk_delete(self, name: str) -> Any:
         """Raises NotFound, Conflict."""
 
-    async def snapshot_create(self, names: Sequence[tuple[str, str]]) -> list[Row]:
+    async def snapshot_create(self, pairs: list[tuple[str, str]]) -> list[Row]:
         """All of one moment, or none. Raises NotFound, Conflict."""
 
     async def snapshot_list(self, vdisk: str | None) -> list[Row]:
         """Of one vdisk or of all."""
 
-    async def snapshot_delete(self, vdisk: str, snapshot: str) -> Any:
-        """Raises NotFound, Conflict (it has clones)."""
+    async def snapshot_delete(self, vdisk: str, name: str, after_split: bool = False) -> bool:
+        """Whether it is gone; with ``after_split`` it goes with its last clone's split. Raises NotFound, Conflict (it has clones)."""
 
     async def clone_create(self, vdisk: str, snapshot: str, name: str) -> Row:
         """Raises NotFound, Conflict."""
@@ -86,7 +86,7 @@ class PoolInterface(Volumes, Protocol):
         """Raises NotFound."""
 
     def split_list(self) -> list[Row]:
-        """All splits that are known, running or not."""
+        """All splits that run or are paused."""
 
     async def split_pause(self, name: str) -> Any:
         """Raises NotFound, Conflict."""
@@ -103,5 +103,5 @@ class PoolInterface(Volumes, Protocol):
     def show(self) -> Row:
         """Size, use and state of the pool."""
 
-    async def check(self, *, verify_data: bool = False) -> Row:
+    async def check(self, verify_data: bool = False) -> Row:
         """``ok`` and ``errors``, while the pool serves."""

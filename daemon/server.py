@@ -7,8 +7,6 @@ import sys
 from collections.abc import Callable
 from typing import Any, Final
 
-from storage.pool import Pool
-
 from daemon import runtime
 from daemon.config import Config
 from daemon.control import ControlServer
@@ -20,6 +18,8 @@ from daemon.split_progress import TICK_SECONDS, SplitProgress, log_fields
 from daemon.targets import Targets
 from protocol.control.methods import SPLIT_PROGRESS
 from protocol.iscsi.node import TargetNode
+from storage.errors import NotFound
+from storage.pool import Pool
 
 # An orderly stop takes at most 10 s in all: initiators and control calls get these, the rest is for the last consistency point.
 ISCSI_STOP_SECONDS: Final = 3.0
@@ -29,11 +29,10 @@ CONTROL_STOP_SECONDS: Final = 2.0
 EVENT_LEVELS: Final = {
     "pool.read_only": "error",
     "block.damaged": "error",
-    "log.damaged": "error",
+    "image.damaged": "error",
+    "reclaim.failed": "error",
     "split.failed": "error",
-    "device.failed": "error",
-    "pool.full": "warning",
-    "split.paused": "warning",
+    "log.unknown_image": "warning",
 }
 
 
@@ -51,8 +50,7 @@ class Daemon:
     async def start(self) -> None:
         """Raises StorageError (PoolRefused, PoolLocked), ListenFailed, ControlPathBusy; then `stop` undoes what was done."""
         config = self._config
-        self._pool = await open_pool(config)
-        self._pool.on_event = log_event
+        self._pool = await Pool.open(config.pool_path, config.cache_bytes, self._on_event)
         targets = Targets(self._pool, config.chap)
         self._iscsi = IscsiListener(TargetNode(targets), config.connections_max)
         service = ControlService(self._pool, config.pool_path, targets, self._iscsi.portals, self._iscsi.node.volume_resized)
@@ -60,7 +58,7 @@ class Daemon:
         await self._control.start()
         for address in config.iscsi_listen:
             await self._iscsi.listen(address)
-        self._progress = SplitProgress(self._notify_progress, log_progress)
+        self._progress = SplitProgress(self._show_split, self._notify_progress, log_progress)
         self._look_at_splits()
 
     def ready_line(self) -> str:
@@ -80,31 +78,49 @@ class Daemon:
         if self._pool is not None:
             await self._pool.close()
 
+    def _on_event(self, event: str, **fields: Any) -> None:
+        log_event(event, **fields)
+        if event.startswith("split.") and self._progress is not None:
+            # Whoever waits for a split learns of its beginning and end at once, not at the next look.
+            self._progress.expect(fields["vdisk"])
+            asyncio.get_running_loop().call_soon(self._look)
+
+    def _show_split(self, name: str) -> dict[str, Any] | None:
+        assert self._pool is not None
+        try:
+            return self._pool.split_show(name)
+        except NotFound:
+            return None
+
     def _notify_progress(self, row: dict[str, Any]) -> None:
         assert self._control is not None
         self._control.notify(SPLIT_PROGRESS, row)
 
     def _look_at_splits(self) -> None:
+        self._ticker = asyncio.get_running_loop().call_later(TICK_SECONDS, self._look_at_splits)
+        self._look()
+
+    def _look(self) -> None:
         assert self._pool is not None
         assert self._progress is not None
-        loop = asyncio.get_running_loop()
-        self._ticker = loop.call_later(TICK_SECONDS, self._look_at_splits)
-        self._progress.look(self._pool.split_list(), loop.time())
+        self._progress.look(self._pool.split_list(), asyncio.get_running_loop().time())
 
 
-async def open_pool(config: Config) -> Pool:
-    """Open the pool; create it first when it does not exist yet and a size is configured."""
-    if config.pool_size_bytes is not None and not os.path.lexists(config.pool_path):  # noqa: ASYNC240 -- nothing is served yet
+def create_pool(config: Config) -> None:
+    """Create the pool when it does not exist yet and a size is configured. Call it before the event loop runs. Raises StorageError."""
+    if config.pool_size_bytes is not None and not os.path.lexists(config.pool_path):
         Pool.create(config.pool_path, config.pool_size_bytes)
         get_log().info("pool.created", path=config.pool_path, size_bytes=config.pool_size_bytes)
-    return await Pool.open(config.pool_path, cache_bytes=config.cache_bytes)
 
 
 def log_event(event: str, **fields: Any) -> None:
     """The pool's events are the log's: same names, same fields."""
+    level = EVENT_LEVELS.get(event, "info")
+    if event == "split.paused" and fields.get("reason"):
+        level = "warning"  # not by an operator
     log = get_log()
-    levels: dict[str, Callable[..., Any]] = {"error": log.error, "warning": log.warning}
-    levels.get(EVENT_LEVELS.get(event, "info"), log.info)(event, **fields)
+    levels: dict[str, Callable[..., Any]] = {"error": log.error, "warning": log.warning, "info": log.info}
+    levels[level](event, **fields)
 
 
 def log_progress(row: dict[str, Any]) -> None:

@@ -124,12 +124,12 @@ class ControlService:
         return await self._pool.vdisk_show(params.name)
 
     async def _vdisk_rename(self, params: methods.VdiskRename) -> Row:
-        self._targets.refuse_if_in_use(params.name, "renamed")
         await self._pool.vdisk_rename(params.name, params.new_name)
         return await self._pool.vdisk_show(params.new_name)
 
-    async def _vdisk_delete(self, params: methods.Named) -> None:
+    async def _vdisk_delete(self, params: methods.Named) -> Row:
         await self._pool.vdisk_delete(params.name)
+        return {"name": params.name, "deleted": True}
 
     async def _snapshot_create(self, params: methods.SnapshotCreate) -> list[Row]:
         return await self._pool.snapshot_create([_two_names(reference) for reference in params.snapshots])
@@ -137,8 +137,9 @@ class ControlService:
     async def _snapshot_list(self, params: methods.SnapshotList) -> list[Row]:
         return await self._pool.snapshot_list(params.vdisk)
 
-    async def _snapshot_delete(self, params: methods.SnapshotName) -> None:
-        await self._pool.snapshot_delete(*_two_names(params.snapshot))
+    async def _snapshot_delete(self, params: methods.SnapshotDelete) -> Row:
+        deleted = await self._pool.snapshot_delete(*_two_names(params.snapshot), params.after_split)
+        return {"name": params.snapshot, "deleted": deleted}
 
     async def _clone_create(self, params: methods.CloneCreate) -> Row:
         created = await self._pool.clone_create(*_two_names(params.snapshot), params.name)
@@ -171,7 +172,7 @@ class ControlService:
         return await self._pool.split_estimate(params.name)
 
     async def _pool_show(self, params: methods.Params) -> Row:
-        return {"path": self._pool_path, **self._pool.show()}
+        return self._pool.show()
 
     async def _pool_check(self, params: methods.PoolCheck) -> Row:
         return await self._pool.check(verify_data=params.verify_data)

@@ -1,64 +1,77 @@
-"""Split progress: to those that subscribed, several times a second; to the log, every few seconds or percent.
+"""Split progress: to those that subscribed, several times a second; to the log, every few seconds.
 
 Where no control client waits, the log alone tells how far a split is.
 """
 
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 Row = dict[str, Any]
 
 # How often splits are looked at; a progress bar seems alive at this rate.
 TICK_SECONDS: Final = 0.25
-# A line of the log after this long or this much progress, whichever comes last: long splits stay readable, short ones brief.
+# A line of the log after this long and this much progress: long splits stay readable, and a stalled one is no flood.
 LOG_SECONDS: Final = 5.0
 LOG_PERCENT: Final = 1.0
 
-FIELDS_LOGGED: Final = ("name", "mode", "percent", "holes_remaining", "blocks_copied", "blocks_shared", "eta_seconds")
+FIELDS_LOGGED: Final = (
+    "name", "mode", "percent", "holes_remaining", "blocks_copied", "blocks_shared", "rate_bytes_per_second", "eta_seconds",
+)  # fmt: skip
 
 
-class _Seen(NamedTuple):
-    state: str
-    logged_seconds: float
-    logged_percent: float
+class _Seen:
+    """What was told of one split last."""
+
+    __slots__ = ("logged_percent", "logged_seconds", "state")
+
+    def __init__(self, now_seconds: float, percent: float) -> None:
+        self.state: str | None = None
+        self.logged_seconds = now_seconds
+        self.logged_percent = percent
 
 
 class SplitProgress:
-    """Compares each look with the one before. ``notify`` gets every row that may have changed, ``log`` those worth a line."""
+    """Compares each look with the one before.
 
-    def __init__(self, notify: Callable[[Row], None], log: Callable[[Row], None]) -> None:
+    ``notify`` gets every row of a running split, and each change of state; ``log`` the rows worth a line. ``show`` gives the row of a
+    split that is no longer in the list, None where there is none.
+    """
+
+    def __init__(self, show: Callable[[str], Row | None], notify: Callable[[Row], None], log: Callable[[Row], None]) -> None:
+        self._show = show
         self._notify = notify
         self._log = log
         self._seen: dict[str, _Seen] = {}
-        self._looked = False
+        self._expected: set[str] = set()
+
+    def expect(self, name: str) -> None:
+        """Something happened to this split: tell its state at the next look, even if it has begun and ended since the last."""
+        self._expected.add(name)
 
     def look(self, rows: list[Row], now_seconds: float) -> None:
-        """Take the pool's ``split_list()`` of this moment."""
-        names = set()
+        """Take the splits that are under way at this moment."""
+        names = {row["name"] for row in rows}
         for row in rows:
-            names.add(row["name"])
             self._look_at(row, now_seconds)
-        for name in self._seen.keys() - names:
-            del self._seen[name]
-        self._looked = True
+        for name in (self._seen.keys() | self._expected) - names:
+            self._seen.pop(name, None)
+            last = self._show(name)
+            if last is not None:
+                self._notify(last)
+        self._expected.clear()
 
     def _look_at(self, row: Row, now_seconds: float) -> None:
-        before = self._seen.get(row["name"])
-        state, percent = row["state"], row["percent"]
-        if before is None:
-            self._seen[row["name"]] = _Seen(state, now_seconds, percent)
-            # A short split may begin and end between two looks. On the very first look all are old, and nobody waits for them.
-            if self._looked:
-                self._notify(row)
-            return
-        if state == "running" or state != before.state:
+        name, state, percent = row["name"], row["state"], row["percent"]
+        seen = self._seen.get(name)
+        if seen is None:
+            seen = self._seen[name] = _Seen(now_seconds, percent)
+        if state == "running" or state != seen.state or name in self._expected:
             self._notify(row)
-        due = now_seconds - before.logged_seconds >= LOG_SECONDS and percent - before.logged_percent >= LOG_PERCENT
+        seen.state = state
+        due = now_seconds - seen.logged_seconds >= LOG_SECONDS and percent - seen.logged_percent >= LOG_PERCENT
         if state == "running" and due:
             self._log(row)
-            self._seen[row["name"]] = _Seen(state, now_seconds, percent)
-        elif state != before.state:
-            self._seen[row["name"]] = _Seen(state, now_seconds, percent)
+            seen.logged_seconds, seen.logged_percent = now_seconds, percent
 
 
 def log_fields(row: Row) -> Row:

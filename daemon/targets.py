@@ -11,7 +11,7 @@ from daemon.logs import get_log
 from daemon.pool_interface import AttachableVolume, Row, Volumes
 from protocol.iscsi.chap import ChapSecrets
 from protocol.iscsi.node import SessionView, TargetDefinition
-from storage.errors import Conflict, NotFound
+from storage.errors import NotFound
 
 TARGET_PREFIX: Final = "iqn.2026-01.io.cleaved:"
 
@@ -38,11 +38,16 @@ class Targets:
 
     def open_target(self, target_name: str, initiator_name: str) -> TargetDefinition | None:
         """The target of a vdisk that exists; snapshots are no targets."""
+        volume = self._volume_of(target_name)
+        return None if volume is None else TargetDefinition(target_name, {0: volume}, self._chap)
+
+    def _volume_of(self, target_name: str) -> AttachableVolume | None:
+        """None where there is no such vdisk: never was, or deleted or renamed while somebody logged in."""
         name = target_name.removeprefix(TARGET_PREFIX)
         if name == target_name or "@" in name:
             return None
         try:
-            return TargetDefinition(target_name, {0: self._pool.volume(name)}, self._chap)
+            return self._pool.volume(name)
         except NotFound:
             return None
 
@@ -52,10 +57,9 @@ class Targets:
 
     def session_opened(self, session: SessionView) -> None:
         """Attach the vdisk for as long as the session lives."""
-        volume = None
         label = f"{session.initiator_name} (session {next(self._numbers)})"
-        if session.target_name:
-            volume = self._pool.volume(session.target_name.removeprefix(TARGET_PREFIX))
+        volume = self._volume_of(session.target_name) if session.target_name else None
+        if volume is not None:
             volume.attach(label)
         self._sessions[session] = (label, volume)
         get_log().info("session.opened", initiator=session.initiator_name, target=session.target_name)
@@ -78,12 +82,6 @@ class Targets:
         """One row a session, sorted by target and initiator."""
         rows: list[dict[str, Any]] = [dict(session.describe()) for session in self._sessions]
         return sorted(rows, key=lambda row: (str(row.get("target")), str(row.get("initiator"))))
-
-    def refuse_if_in_use(self, vdisk: str, what: str) -> None:
-        """Raises Conflict that names the sessions which use the vdisk: they would not find it again under another name."""
-        users = sorted(label for label, volume in self._sessions.values() if volume is not None and volume.name == vdisk)
-        if users:
-            raise Conflict(f"vdisk {vdisk} cannot be {what}: it is in use by {', '.join(users)}; log them out first")
 
     def stats(self, vdisk: str) -> Row:
         """Counters of one vdisk since the daemon started. Raises NotFound."""

@@ -18,9 +18,9 @@ from protocol.control.errors import EXIT_FAILED, EXIT_UNREACHABLE, ControlError
 
 CONTROL_PATH_DEFAULT: Final = "/run/cleaved/control.sock"
 
-VDISK_COLUMNS: Final = ("name", "size_bytes", "used_bytes", "backing")
-SNAPSHOT_COLUMNS: Final = ("name", "size_bytes", "used_bytes", "created_ns")
-SPLIT_COLUMNS: Final = ("name", "state", "mode", "percent", "holes_remaining", "eta_seconds", "reason")
+VDISK_COLUMNS: Final = ("name", "size_bytes", "used_bytes", "backing", "split")
+SNAPSHOT_COLUMNS: Final = ("name", "size_bytes", "used_bytes", "clones", "created_ns")
+SPLIT_COLUMNS: Final = ("name", "state", "mode", "percent", "holes_remaining", "rate_bytes_per_second", "eta_seconds", "reason")
 SESSION_COLUMNS: Final = ("initiator", "target", "address", "commands_in_flight")
 
 NOTIFICATION_SECONDS: Final = 2.0
@@ -201,11 +201,12 @@ def snapshot_ls(settings: Settings, vdisk_name: str | None) -> None:
 
 @snapshot.command("rm")
 @click.argument("name", type=SNAPSHOT, metavar="VDISK@SNAPSHOT")
+@click.option("--after-split", is_flag=True, help="where clones stand on it: delete it when the last of them has been split")
 @with_output
 @click.pass_obj
-def snapshot_rm(settings: Settings, name: str) -> None:
+def snapshot_rm(settings: Settings, name: str, after_split: bool) -> None:
     """Delete a snapshot. Its space is reclaimed in the background."""
-    settings.show(settings.call("snapshot.rm", snapshot=name))
+    settings.show(settings.call("snapshot.rm", snapshot=name, after_split=after_split))
 
 
 @cleavectl.group()

@@ -5,6 +5,7 @@ stands last in the key's name.
 """
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +22,7 @@ def print_json(value: Any) -> None:
 
 def print_table(rows: Sequence[Row], columns: Sequence[str]) -> None:
     """One line a row, under a line of column names. Nothing but the names when there are no rows."""
-    names = [column.removesuffix("_bytes").removesuffix("_seconds").upper() for column in columns]
+    names = [re.sub("(_bytes_per_second|_bytes|_seconds|_ns)$", "", column).upper() for column in columns]
     lines = [names, *([format_value(column, row.get(column)) for column in columns] for row in rows)]
     widths = [max(len(line[at]) for line in lines) for at in range(len(columns))]
     for line in lines:
@@ -45,6 +46,8 @@ def format_value(key: str, value: Any) -> str:
         return ", ".join(str(item) for item in value) or "-"
     if key.endswith("_bytes"):
         return format_size(value)
+    if key.endswith("_bytes_per_second"):
+        return f"{format_size(value)}/s"
     if key.endswith("_seconds"):
         return format_duration(value)
     if key == "percent":

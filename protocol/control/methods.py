@@ -80,10 +80,11 @@ class SnapshotList(Params, frozen=True, kw_only=True):
     vdisk: Name | None = None
 
 
-class SnapshotName(Params, frozen=True, kw_only=True):
-    """VDISK@SNAPSHOT."""
+class SnapshotDelete(Params, frozen=True, kw_only=True):
+    """``after_split``: where clones stand on it, delete it when the last of them has been split."""
 
     snapshot: Reference
+    after_split: bool = False
 
 
 class CloneCreate(Params, frozen=True, kw_only=True):
@@ -128,7 +129,7 @@ METHODS: Final[Mapping[str, Method]] = {
     "vdisk.rm": Method(Named, "delete a vdisk; its space is reclaimed in the background"),
     "snapshot.create": Method(SnapshotCreate, "take snapshots, all at one moment"),
     "snapshot.ls": Method(SnapshotList, "list snapshots"),
-    "snapshot.rm": Method(SnapshotName, "delete a snapshot; its space is reclaimed in the background"),
+    "snapshot.rm": Method(SnapshotDelete, "delete a snapshot; its space is reclaimed in the background"),
     "clone.create": Method(CloneCreate, "create a clone of a snapshot"),
     "split.start": Method(SplitStart, "start to split a clone from its backing store"),
     "split.show": Method(Named, "state and progress of one split"),

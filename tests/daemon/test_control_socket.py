@@ -224,10 +224,10 @@ async def test_stopping_cancels_what_does_not_end(tmp_path: Path, script: Script
 
 
 async def test_cleavectl_prints_tables_and_json(server: ControlServer, script: Script) -> None:
-    script.answers["vdisk.ls"] = [{"name": "golden", "size_bytes": 10 << 30, "used_bytes": 4096, "backing": None}]
+    script.answers["vdisk.ls"] = [{"name": "golden", "size_bytes": 10 << 30, "used_bytes": 4096, "backing": None, "split": "none"}]
     status, output, _ = await cleavectl(server, "vdisk", "ls")
     assert status == 0
-    assert output.splitlines() == ["NAME    SIZE    USED   BACKING", "golden  10 GiB  4 KiB  -"]
+    assert output.splitlines() == ["NAME    SIZE    USED   BACKING  SPLIT", "golden  10 GiB  4 KiB  -        none"]
     for arguments in (("-o", "json", "vdisk", "ls"), ("vdisk", "ls", "-o", "json")):
         status, output, _ = await cleavectl(server, *arguments)
         assert '"size_bytes": 10737418240' in output

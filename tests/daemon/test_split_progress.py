@@ -11,7 +11,12 @@ class Told:
     def __init__(self) -> None:
         self.notified: list[Row] = []
         self.logged: list[Row] = []
-        self.progress = SplitProgress(self.notified.append, self.logged.append)
+        self.ended: dict[str, Row] = {}
+        self.progress = SplitProgress(self.ended.get, self.notified.append, self.logged.append)
+
+    @property
+    def states(self) -> list[str]:
+        return [seen["state"] for seen in self.notified]
 
 
 def row(state: str = "running", percent: float = 0.0, name: str = "a") -> Row:
@@ -20,9 +25,10 @@ def row(state: str = "running", percent: float = 0.0, name: str = "a") -> Row:
 
 def test_a_running_split_is_notified_at_every_look_and_logged_every_few_seconds() -> None:
     told = Told()
-    for quarter in range(int(LOG_SECONDS * 4 * 3) + 1):
+    looks = int(LOG_SECONDS * 4 * 3) + 1
+    for quarter in range(looks):
         told.progress.look([row(percent=quarter)], quarter / 4)
-    assert len(told.notified) == LOG_SECONDS * 4 * 3
+    assert len(told.notified) == looks
     assert [logged["percent"] for logged in told.logged] == [20, 40, 60]
 
 
@@ -33,34 +39,45 @@ def test_a_split_that_stands_still_fills_no_log() -> None:
     assert told.logged == []
 
 
+def test_a_paused_split_is_notified_once() -> None:
+    told = Told()
+    for second, state in enumerate(["running", "paused", "paused", "paused", "running"]):
+        told.progress.look([row(state)], second)
+    assert told.states == ["running", "paused", "running"]
+
+
 def test_the_end_of_a_split_is_notified_once() -> None:
     told = Told()
     told.progress.look([row(percent=50)], 0)
-    told.progress.look([row("done", 100)], 1)
-    told.progress.look([row("done", 100)], 2)
-    assert [seen["state"] for seen in told.notified] == ["done"]
+    told.ended["a"] = row("done", 100)
+    told.progress.look([], 1)
+    told.progress.look([], 2)
+    assert told.states == ["running", "done"]
 
 
 def test_a_split_that_began_and_ended_between_two_looks_is_notified() -> None:
     told = Told()
     told.progress.look([], 0)
-    told.progress.look([row("done", 100)], 1)
-    assert [seen["state"] for seen in told.notified] == ["done"]
-
-
-def test_splits_that_ended_before_the_daemon_started_are_no_news() -> None:
-    told = Told()
-    told.progress.look([row("done", 100), row("failed", 10, "b")], 0)
-    told.progress.look([row("done", 100), row("failed", 10, "b")], 1)
-    assert told.notified == []
-
-
-def test_a_split_of_a_deleted_and_recreated_vdisk_is_new() -> None:
-    told = Told()
-    told.progress.look([row("done", 100)], 0)
+    told.progress.expect("a")
+    told.ended["a"] = row("done", 100)
     told.progress.look([], 1)
-    told.progress.look([row("done", 100)], 2)
-    assert len(told.notified) == 1
+    told.progress.look([], 2)
+    assert told.states == ["done"]
+
+
+def test_a_split_whose_vdisk_was_deleted_is_forgotten() -> None:
+    told = Told()
+    told.progress.look([row()], 0)
+    told.progress.look([], 1)
+    assert told.states == ["running"]
+
+
+def test_an_event_repeats_the_state_to_those_that_wait() -> None:
+    told = Told()
+    told.progress.look([row("paused")], 0)
+    told.progress.expect("a")
+    told.progress.look([row("paused")], 1)
+    assert told.states == ["paused", "paused"]
 
 
 def test_the_log_holds_the_documented_fields_only() -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from daemon.config import Chap
 from daemon.targets import Targets
-from storage.errors import Conflict, NotFound
+from storage.errors import NotFound
 from tests.daemon.fakes import MemoryPool
 
 PREFIX = "iqn.2026-01.io.cleaved:"
@@ -55,13 +55,18 @@ def test_sessions_attach_their_volume_until_they_close() -> None:
     assert len(set(pool.volumes["a"].labels)) == 2
     assert [row["initiator"] for row in targets.sessions()] == ["iqn.2026-01.test:i", "iqn.2026-01.test:i", "iqn.2026-01.test:j"]
     assert targets.stats("a")["sessions"] == 2
-    with pytest.raises(Conflict, match=r"iqn\.2026-01\.test:i.*iqn\.2026-01\.test:j"):
-        targets.refuse_if_in_use("a", "renamed")
     for session in (first, second, discovery):
         targets.session_closed(session)
     assert pool.volumes["a"].labels == []
-    targets.refuse_if_in_use("a", "renamed")
     assert targets.sessions() == []
+
+
+def test_a_vdisk_that_goes_while_somebody_logs_in_is_no_error() -> None:
+    targets = Targets(MemoryPool(), None)
+    session = Session(f"{PREFIX}gone")
+    targets.session_opened(session)
+    assert len(targets.sessions()) == 1
+    targets.session_closed(session)
 
 
 def test_stats_are_the_volumes_counters() -> None:
