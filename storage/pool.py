@@ -282,7 +282,9 @@ class Pool:
 
     # --- Splits ------------------------------------------------------------------------------------------------------
 
-    async def split_start(self, name: str, mode: str = "copy", rate_min_bytes: int | None = None, rate_max_bytes: int | None = None) -> dict[str, Any]:
+    async def split_start(
+        self, name: str, mode: str = "copy", rate_min_bytes: int | None = None, rate_max_bytes: int | None = None
+    ) -> dict[str, Any]:
         """Begin to separate a clone from its backing store. Raises NotFound, Conflict, RequestError."""
         return await self._splits.start(name, mode, rate_min_bytes, rate_max_bytes)
 

@@ -3,6 +3,7 @@
 The event loop thread owns all of it (design section 3): everything between two awaits is atomic, so there are no locks.
 """
 
+import asyncio
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ class PoolState:
         "on_event",
         "operations",
         "read_only_reason",
+        "released",
         "retired",
         "share_map",
         "wanted",
@@ -52,6 +54,8 @@ class PoolState:
         self.epoch = Epoch(cp_number + 1)
         self.frozen: Epoch | None = None
         self.retired: deque[Epoch] = deque()
+        # Set whenever freed blocks came back to the allocator.
+        self.released = asyncio.Event()
         self.cache = NodeCache(cache_bytes)
         self.read_only_reason: str | None = None
         self.operations = 0
@@ -87,3 +91,4 @@ class PoolState:
         retired = self.retired
         while retired and not retired[0].readers:
             self.allocator.release(retired.popleft().held)
+            self.released.set()

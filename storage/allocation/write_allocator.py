@@ -56,7 +56,20 @@ class Window:
 class WriteAllocator:
     """``free_now`` is the number of blocks that are available or in a window; ``reserve_blocks`` of them are not for data."""
 
-    __slots__ = ("_active_map", "_claimed", "_cursor", "_data", "_held", "_nodes", "_size_blocks", "_state", "_wait_for", "free_now", "reclaim", "reserve_blocks")
+    __slots__ = (
+        "_active_map",
+        "_claimed",
+        "_cursor",
+        "_data",
+        "_held",
+        "_nodes",
+        "_size_blocks",
+        "_state",
+        "_wait_for",
+        "free_now",
+        "reclaim",
+        "reserve_blocks",
+    )
 
     def __init__(self, state: "PoolState", active_map: ActiveMap, size_blocks: int) -> None:
         self._state = state

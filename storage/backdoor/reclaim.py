@@ -38,7 +38,10 @@ class Reclaim:
         self._next_index = 0
 
     async def message(self, idle: bool) -> int | None:
-        """Trim what one level-2 block covers, and that block with it (trimming gives way to clients by itself). Returns None when the entry is cleared (with the next consistency point)."""
+        """Trim what one level-2 block covers, and that block with it; trimming gives way to clients by itself.
+
+        Returns None when the entry is cleared (with the next consistency point).
+        """
         image = self._image
         tree = image.tree
         shared = await self._drop_shared_root()

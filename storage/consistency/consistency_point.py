@@ -44,7 +44,15 @@ UNLOGGED_WANTED = 65536
 class ConsistencyPoints:
     """Takes consistency points when asked to and when due. ``request`` is what every change of metadata waits for."""
 
-    def __init__(self, state: PoolState, superblock: Superblock, catalogue: Catalogue, log: IntentLog, active_map: ActiveMap, metafiles: list[BufferTree]) -> None:
+    def __init__(
+        self,
+        state: PoolState,
+        superblock: Superblock,
+        catalogue: Catalogue,
+        log: IntentLog,
+        active_map: ActiveMap,
+        metafiles: list[BufferTree],
+    ) -> None:
         self._state = state
         self._superblock = superblock
         self._catalogue = catalogue
@@ -86,14 +94,14 @@ class ConsistencyPoints:
     async def reclaim(self) -> bool:
         """Make freed blocks available. False: none are on their way."""
         state = self._state
-        frozen = state.frozen
-        if not (state.epoch.freed_estimate or (frozen is not None and frozen.freed_estimate) or state.retired):
-            if frozen is None or not frozen.held:
-                return False
+        on_their_way = [epoch for epoch in (state.epoch, state.frozen) if epoch is not None and (epoch.freed_estimate or epoch.held)]
+        if not on_their_way and not state.retired:
+            return False
         before = state.allocator.free_now
         await self.request()
         while state.retired and state.allocator.free_now <= before:
-            await asyncio.sleep(0.001)  # older reads still pin what was freed
+            state.released.clear()  # older reads still pin what was freed
+            await state.released.wait()
         return state.allocator.free_now > before
 
     # --- The loop --------------------------------------------------------------------------------------------------
@@ -128,7 +136,7 @@ class ConsistencyPoints:
                 self.seconds_last = perf_counter() - started
         except PoolReadOnly as failure:
             error = failure
-        except Exception as failure:
+        except Exception as failure:  # noqa: BLE001
             # Whatever it was: what is frozen can neither be completed nor undone, and nobody may wait for ever.
             self._state.fail(f"a consistency point failed: {str(failure) or type(failure).__name__}")
             error = failure
@@ -260,4 +268,3 @@ def settle_root_crc(image: Image, entry: bytearray, root_crcs: dict[int, int]) -
 def write_root(root: MetafileRoot, tree: BufferTree) -> None:
     """Copy a metafile's root into the superblock's field for it."""
     root.vbn, root.crc, root.birth, root.levels = tree.root_vbn, tree.root_crc, tree.root_birth, tree.levels
-

@@ -51,7 +51,18 @@ def encode_record(sequence: int, cp_number: int, durable_sequence: int, pool_uui
 class IntentLog:
     """Group commit: all flushes that wait share the next record."""
 
-    __slots__ = ("_blocks", "_committing", "_pool_uuid", "_state", "_used_blocks", "_waiting", "commits", "durable_by_cp", "head_block", "next_sequence")
+    __slots__ = (
+        "_blocks",
+        "_committing",
+        "_pool_uuid",
+        "_state",
+        "_used_blocks",
+        "_waiting",
+        "commits",
+        "durable_by_cp",
+        "head_block",
+        "next_sequence",
+    )
 
     def __init__(self, state: PoolState, pool_uuid: bytes, blocks: int, head_block: int, next_sequence: int) -> None:
         self._state = state

@@ -146,7 +146,7 @@ class Replay:
         later = ring.later_than(missing)
         if later is not None and later.cp_number > self._superblock.cp_number:
             self._state.fail(
-                f"record {missing} of the intent log is damaged, and later ones exist: acknowledged writes may be lost; restore from a backup"
+                f"record {missing} of the intent log is damaged, later ones exist: acknowledged writes may be lost; restore a backup"
             )
 
     async def _verified(self, records: list[Record]) -> list[Record]:

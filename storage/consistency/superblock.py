@@ -59,7 +59,8 @@ class Superblock:
         block = bytearray(BLOCK_BYTES)
         SUPERBLOCK_HEAD.pack_into(
             block, 0, SUPERBLOCK_MAGIC, FORMAT_VERSION, 0, self.compat, self.ro_compat, self.incompat, self.uuid, self.cp_number,
-            self.size_blocks, self.used_blocks, LOG_FIRST_VBN, self.log_blocks, self.log_head_block, self.log_head_sequence, self.created_ns,
+            self.size_blocks, self.used_blocks, LOG_FIRST_VBN, self.log_blocks, self.log_head_block, self.log_head_sequence,
+            self.created_ns,
         )  # fmt: skip
         for number, root in enumerate(self.roots):
             at = METAFILE_ROOTS_OFFSET + number * METAFILE_ROOT.size
@@ -104,8 +105,6 @@ def newest(blocks: list[bytearray], path: str, device_bytes: int) -> Superblock:
     best = max(found, key=lambda superblock: superblock.cp_number)
     if best.size_blocks * BLOCK_BYTES > device_bytes:
         raise PoolRefused(
-            f"{path} is truncated: the pool has {best.size_blocks * BLOCK_BYTES} bytes, the device {device_bytes}: restore it to its full size"
+            f"{path} is truncated: the pool has {best.size_blocks * BLOCK_BYTES} bytes, the device {device_bytes}: restore its full size"
         )
     return best
-
-

@@ -16,7 +16,10 @@ from storage.state import PoolState
 
 
 class Catalogue:
-    """All images of a pool. ``vdisks`` maps names to numbers; ``snapshots`` and ``clones`` map a vdisk's or snapshot's number to what hangs on it."""
+    """All images of a pool.
+
+    ``vdisks`` maps names to numbers; ``snapshots`` and ``clones`` map the number of a vdisk or snapshot to what hangs on it.
+    """
 
     __slots__ = ("_damaged", "_entries", "_free_numbers", "_live", "_next_number", "_state", "clones", "deleted", "snapshots", "vdisks")
 

@@ -23,8 +23,8 @@ class Image:
     """One image. ``backing`` is the snapshot behind a clone, visible through holes below ``backing_blocks``."""
 
     __slots__ = (
-        "__weakref__", "backing", "backing_blocks", "busy", "created_cp", "created_ns", "epoch", "flags", "job", "kind", "limit_bytes", "name",
-        "number", "origin", "size_bytes", "split", "state", "tree", "used_blocks", "uuid",
+        "__weakref__", "backing", "backing_blocks", "busy", "created_cp", "created_ns", "epoch", "flags", "job", "kind", "limit_bytes",
+        "name", "number", "origin", "size_bytes", "split", "state", "tree", "used_blocks", "uuid",
     )  # fmt: skip
 
     def __init__(self, state: "PoolState", number: int, record: ImageRecord, backing: "Image | None") -> None:

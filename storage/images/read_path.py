@@ -84,7 +84,9 @@ def verify(image: "Image", fbn: int, locations: list[Location], data: memoryview
 def damaged(image: "Image", fbn: int, vbn: int) -> BlockDamaged:
     """The error for a data block that is not what was written, reported to the log as well."""
     image.state.on_event("block.damaged", image=image.label, offset_bytes=fbn * BLOCK_BYTES, vbn=vbn)
-    return BlockDamaged(f"{image.label}: the data at byte {fbn * BLOCK_BYTES} (VBN {vbn}) is damaged: restore it from a snapshot or a backup")
+    return BlockDamaged(
+        f"{image.label}: the data at byte {fbn * BLOCK_BYTES} (VBN {vbn}) is damaged: restore it from a snapshot or a backup"
+    )
 
 
 def try_read_blocks(image: "Image", fbn: int, count: int) -> bytearray | None:

@@ -24,8 +24,8 @@ async def read_table(state: PoolState, table: BufferTree, catalogue: Catalogue) 
     while index is not None:
         node = await table.load(index)
         rows = node.fields()
-        for slot in (rows["vbn"] > ZERO_POINTER).nonzero()[0].tolist():
-            fields.append((int(rows["vbn"][slot]), int(rows["crc"][slot]), index << FIELDS_SHIFT | slot))
+        slots = (rows["vbn"] > ZERO_POINTER).nonzero()[0].tolist()
+        fields.extend((int(rows["vbn"][slot]), int(rows["crc"][slot]), index << FIELDS_SHIFT | slot) for slot in slots)
         await slicer.breathe()
         index = await first_block(table, table.levels, 0, index + 1)
     fields.sort()

@@ -77,7 +77,9 @@ def install(image: "Image", epoch: "Epoch", nodes: dict[int, Node], targets: lis
     number = image.number
     birth = epoch.number << 32
     freed, dropped, unlogged = epoch.freed, epoch.dropped, epoch.unlogged
-    vbns = iter([extents[0][0]] if len(targets) == 1 and extents else [vbn for first, length in extents for vbn in range(first, first + length)])
+    vbns = iter(
+        [extents[0][0]] if len(targets) == 1 and extents else [vbn for first, length in extents for vbn in range(first, first + length)]
+    )
     used = 0
     job = image.job
     for fbn, crc in targets:

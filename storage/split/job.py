@@ -1,11 +1,11 @@
 """One split under way: counts the holes, replaces them level-1 block by level-1 block, and releases the association (design section 5).
 
 Invariants:
-- ``cursor`` and ``holes_remaining`` change in the same step as the fields, so every consistency point holds them consistently: after a crash
-  the split goes on at its cursor.
+- ``cursor`` and ``holes_remaining`` change in the same step as the fields, so they agree in every consistency point: after a crash the
+  split goes on at its cursor.
 - Below the cursor there are no holes left to replace. The cursor only grows; a recount does not move it.
-- ``holes_remaining`` is exact while SPLIT_FLAG_COUNTED is set: clients that fill a hole tell the job (``hole_filled``). Where that cannot be
-  said at once (a trim over a range of holes), the flag goes, and the holes are counted again.
+- ``holes_remaining`` is exact while SPLIT_FLAG_COUNTED is set: clients that fill a hole tell the job (``hole_filled``). Where that cannot
+  be said at once (a trim over a range of holes), the flag goes, and the holes are counted again.
 - When the last level-1 block is done no hole is left, whatever the count says: only then is the association released.
 """
 

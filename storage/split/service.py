@@ -33,7 +33,9 @@ COPY_BYTES_PER_SECOND = 1 << 30
 class SplitService:
     """Holds the jobs of all splits that are running or paused, by image number."""
 
-    def __init__(self, state: PoolState, catalogue: Catalogue, points: ConsistencyPoints, handler: BackdoorMessageHandler, lifecycle: Lifecycle) -> None:
+    def __init__(
+        self, state: PoolState, catalogue: Catalogue, points: ConsistencyPoints, handler: BackdoorMessageHandler, lifecycle: Lifecycle
+    ) -> None:
         self._state = state
         self._catalogue = catalogue
         self._points = points

@@ -30,7 +30,9 @@ class BufferTree:
 
     __slots__ = ("_loading", "image", "label", "levels", "nodes", "root_birth", "root_crc", "root_vbn", "shared_cp", "state")
 
-    def __init__(self, state: "PoolState", label: str, levels: int, root: tuple[int, int, int], shared_cp: int, image: "Image | None") -> None:
+    def __init__(
+        self, state: "PoolState", label: str, levels: int, root: tuple[int, int, int], shared_cp: int, image: "Image | None"
+    ) -> None:
         self.state = state
         self.label = label
         self.levels = levels
