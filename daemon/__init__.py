@@ -2,3 +2,5 @@
 
 It wires `storage` (the pool) to `protocol` (the wire), and is the only layer that knows sockets, clocks and the event loop.
 """
+
+VERSION = "0.1.0"

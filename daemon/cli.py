@@ -9,13 +9,14 @@ from typing import Any
 
 import click
 
+from daemon import VERSION
 from daemon.config import Config, ConfigError, build, load_file
 from protocol.control.errors import EXIT_CONFLICT, EXIT_FAILED, EXIT_USAGE
 from storage.errors import PoolLocked, StorageError
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
-@click.version_option(package_name="cleaved")
+@click.version_option(VERSION)
 def cleaved() -> None:
     """Block-storage daemon: live virtual disks over iSCSI, instant snapshots and clones, and online clone split."""
 

@@ -6,7 +6,7 @@ import os
 import socket
 import stat
 from collections.abc import Awaitable, Callable, Iterator
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from daemon.logs import get_log
 from protocol.control import methods
@@ -89,7 +89,7 @@ class ControlProtocol(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A client came."""
-        assert isinstance(transport, asyncio.Transport)
+        transport = cast("asyncio.Transport", transport)  # uvloop's is one by shape, not by class
         if len(self._server.connections) >= CONNECTIONS_MAX:
             get_log().warning("control.refused", reason=f"{CONNECTIONS_MAX} connections are open")
             transport.abort()

@@ -8,7 +8,7 @@ import secrets
 import socket
 from collections.abc import Callable
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Self, cast
 
 from protocol.iscsi.errors import IscsiError
 from protocol.iscsi.initiator import InitiatorConnection
@@ -37,7 +37,7 @@ class _Socket(asyncio.BufferedProtocol):
         self.connection: InitiatorConnection
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+        transport = cast("asyncio.Transport", transport)  # uvloop's is one by shape, not by class
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         transport.set_write_buffer_limits(WRITE_HIGH_BYTES)
         self.connection = InitiatorConnection(self._settings, transport.writelines, self._wake, transport.close, self._login_ended)

@@ -6,7 +6,7 @@ one ``writelines``. Nothing here makes a Task or a Future per command.
 
 import asyncio
 import socket
-from typing import Final
+from typing import Final, cast
 
 from daemon.config import Address
 from daemon.logs import get_log
@@ -111,7 +111,7 @@ class IscsiProtocol(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A client came."""
-        assert isinstance(transport, asyncio.Transport)
+        transport = cast("asyncio.Transport", transport)  # uvloop's is one by shape, not by class
         self._transport = transport
         peer = transport.get_extra_info("peername")
         if len(self._listener.connections) >= self._listener.connections_max:

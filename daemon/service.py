@@ -6,9 +6,9 @@ their class, in one place (``control_error``).
 
 import os
 from collections.abc import Awaitable, Callable, Mapping
-from importlib.metadata import version
 from typing import Any, Final
 
+from daemon import VERSION
 from daemon.pool_interface import PoolInterface, Row
 from daemon.targets import Targets
 from protocol.control import errors, methods
@@ -106,7 +106,7 @@ class ControlService:
             raise control_error(error) from error
 
     async def _hello(self, params: methods.Hello) -> Row:
-        who = {"server": "cleaved", "version": version("cleaved"), "protocol": PROTOCOL_VERSION}
+        who = {"server": "cleaved", "version": VERSION, "protocol": PROTOCOL_VERSION}
         return {**who, "pool": self._pool_path, "pid": os.getpid()}
 
     async def _vdisk_create(self, params: methods.VdiskCreate) -> Row:
