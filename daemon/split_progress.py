@@ -61,7 +61,8 @@ class SplitProgress:
         self._expected.clear()
 
     def _look_at(self, row: Row, now_seconds: float) -> None:
-        name, state, percent = row["name"], row["state"], row["percent"]
+        # Before the holes have been counted, all that is known of are replaced: no progress to speak of.
+        name, state, percent = row["name"], row["state"], row["percent"] if row["counted"] else 0.0
         seen = self._seen.get(name)
         if seen is None:
             seen = self._seen[name] = _Seen(now_seconds, percent)

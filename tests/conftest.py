@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 import hypothesis
 import pytest
 import pytest_asyncio
+import uvloop
 
 # The Debian package that brings each client program.
 CLIENT_PACKAGES = {
@@ -47,6 +48,13 @@ hypothesis.settings.register_profile("long", deadline=None, print_blob=True, max
 hypothesis.settings.load_profile("long" if os.environ.get("CLEAVED_LONG") else "quick")
 
 _missing: dict[str, str] = {}
+
+
+def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """The daemon runs on uvloop, and so do its tests; `storage` must work on any loop, and is tested on asyncio's own."""
+    if item.path.is_relative_to(item.config.rootpath / "tests" / "daemon"):
+        return {"uvloop": uvloop.new_event_loop}
+    return {"asyncio": asyncio.new_event_loop}
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

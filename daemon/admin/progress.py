@@ -65,6 +65,8 @@ class PlainView:
 
     def update(self, split: dict[str, Any]) -> None:
         """Write a line when it is time for one."""
+        if split["state"] == "running" and not split["counted"]:
+            return  # the holes are being counted: nothing to show yet
         rate = self._meter.rate_bytes(done_bytes(split))
         percent, state = split["percent"], split["state"]
         due = self._now() - self._last_seconds >= LINE_SECONDS or percent - self._last_percent >= LINE_PERCENT
@@ -107,6 +109,9 @@ class BarView:
 
     def update(self, split: dict[str, Any]) -> None:
         """Redraw the bar."""
+        if split["state"] == "running" and not split["counted"]:
+            self._progress.update(self._task, shown="counting")
+            return
         rate = self._meter.rate_bytes(done_bytes(split))
         eta = split.get("eta_seconds")
         shown = f"{format_size(rate)}/s, {format_size(split['holes_remaining'] * BLOCK_BYTES)} remaining"

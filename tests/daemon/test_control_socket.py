@@ -19,7 +19,7 @@ from protocol.control.errors import CONFLICT, INTERNAL, NOT_FOUND, ControlError
 from protocol.control.frames import Notification, Response
 from protocol.control.limits import ITEMS_PER_PART
 
-SPLIT = {"name": "web1", "state": "running", "mode": "copy", "percent": 40.0, "holes_total": 1000, "holes_remaining": 600}
+SPLIT = {"name": "web1", "state": "running", "mode": "copy", "percent": 40.0, "holes_total": 1000, "holes_remaining": 600, "counted": True}
 SPLIT |= {"blocks_copied": 400, "blocks_shared": 0, "eta_seconds": 12.0}
 DONE = {**SPLIT, "state": "done", "percent": 100.0, "holes_remaining": 0, "eta_seconds": None}
 
@@ -285,6 +285,7 @@ async def split_and_wait(server: ControlServer, script: Script, end: dict[str, A
     while not any(method == "split.show" for method, _ in script.calls):
         await asyncio.sleep(0.01)
     server.notify("split.progress", {**SPLIT, "name": "other"})
+    server.notify("split.progress", {**SPLIT, "percent": 100.0, "counted": False})
     server.notify("split.progress", {**SPLIT, "percent": 70.0})
     server.notify("split.progress", end)
     return await running

@@ -20,7 +20,7 @@ class Told:
 
 
 def row(state: str = "running", percent: float = 0.0, name: str = "a") -> Row:
-    return {"name": name, "state": state, "percent": percent, "holes_remaining": 7, "secret": 1}
+    return {"name": name, "state": state, "percent": percent, "holes_remaining": 7, "counted": True, "secret": 1}
 
 
 def test_a_running_split_is_notified_at_every_look_and_logged_every_few_seconds() -> None:
@@ -78,6 +78,13 @@ def test_an_event_repeats_the_state_to_those_that_wait() -> None:
     told.progress.expect("a")
     told.progress.look([row("paused")], 1)
     assert told.states == ["paused", "paused"]
+
+
+def test_a_split_that_counts_first_is_logged_from_nothing_on() -> None:
+    told = Told()
+    told.progress.look([{**row(percent=100.0), "counted": False}], 0)
+    told.progress.look([row(percent=20.0)], LOG_SECONDS)
+    assert [logged["percent"] for logged in told.logged] == [20.0]
 
 
 def test_the_log_holds_the_documented_fields_only() -> None:
