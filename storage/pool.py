@@ -158,6 +158,8 @@ class Pool:
             await volume.drain()
         await self._log.drain()
         await self._points.stop()
+        while self._state.discarding is not None:
+            await self._state.discarding
         if self._state.read_only_reason is None:
             await self._device.sync()
         self._state.on_event("pool.closed", cp_number=self._superblock.cp_number)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from storage.consistency.epoch import Epoch
 from storage.device import Device
-from storage.errors import PoolReadOnly
+from storage.errors import PoolReadOnly, StorageError
+from storage.layout import BLOCK_BYTES
 from storage.tree.node import NodeCache
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class PoolState:
         "allocator",
         "cache",
         "device",
+        "discarding",
         "epoch",
         "frozen",
         "on_event",
@@ -54,6 +56,8 @@ class PoolState:
         self.epoch = Epoch(cp_number + 1)
         self.frozen: Epoch | None = None
         self.retired: deque[Epoch] = deque()
+        # The task that gives freed runs back to the device, while there is one.
+        self.discarding: asyncio.Task[None] | None = None
         # Set whenever freed blocks came back to the allocator.
         self.released = asyncio.Event()
         self.cache = NodeCache(cache_bytes)
@@ -87,8 +91,28 @@ class PoolState:
             self.release_retired()
 
     def release_retired(self) -> None:
-        """Hand the freed blocks of durable epochs back to the allocator, oldest first, as far as no reader is left."""
+        """Hand the freed blocks of durable epochs back to the allocator, oldest first, as far as no reader is left.
+
+        Long runs are given back to the device first; while it is at that, nothing is released.
+        """
         retired = self.retired
-        while retired and not retired[0].readers:
-            self.allocator.release(retired.popleft().held)
+        while retired and not retired[0].readers and self.discarding is None:
+            epoch = retired[0]
+            if epoch.discards:
+                self.discarding = asyncio.get_running_loop().create_task(self._discard(epoch))
+                return
+            retired.popleft()
+            self.allocator.release(epoch.held)
             self.released.set()
+
+    async def _discard(self, epoch: Epoch) -> None:
+        discards, epoch.discards = epoch.discards, []
+        try:
+            for first, length in discards:
+                await self.device.discard(first * BLOCK_BYTES, length * BLOCK_BYTES)
+        except StorageError as error:
+            # Nothing is lost: that space only stays allocated on the device.
+            self.on_event("device.discard_failed", error=str(error))
+        finally:
+            self.discarding = None
+            self.release_retired()

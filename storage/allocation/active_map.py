@@ -20,6 +20,9 @@ from storage.tree.node import Node
 Bits = npt.NDArray[np.uint8]
 REGION_SHIFT = REGION_BLOCKS.bit_length() - 1
 SUMMARIES_SHIFT = SUMMARIES_PER_BLOCK.bit_length() - 1
+# Runs of at least 1 MiB are given back to the device: shorter holes cost the file system more than they give back. Blocks that clients
+# overwrite are not: they are about to be written again, and a file without holes is faster to write.
+DISCARD_BLOCKS_MIN = 256
 NO_BITS: Bits = np.zeros(BLOCK_BYTES, dtype=np.uint8)
 NO_BITS.flags.writeable = False
 
@@ -68,6 +71,7 @@ class ActiveMap:
         while epoch.allocated or epoch.freed or epoch.freed_arrays:
             extents = np.array(epoch.allocated, dtype=np.uint64).reshape(-1, 2)
             freed = [np.array(epoch.freed, dtype=np.uint64), *epoch.freed_arrays]
+            epoch.discards += await in_thread_if_large(sum(map(len, epoch.freed_arrays)), long_runs, epoch.freed_arrays)
             epoch.allocated, epoch.freed, epoch.freed_arrays = [], [], []
             size = int(extents[:, 1].sum()) + sum(map(len, freed))
             taken, returned = await in_thread_if_large(size, _sorted_vbns, extents, freed)
@@ -109,6 +113,19 @@ class ActiveMap:
             if node is not None:
                 return node
             await tree.prepare(index, epoch, 0)
+
+
+def long_runs(freed: list[VbnArray]) -> list[tuple[int, int]]:
+    """(first VBN, length) of what trims and deletions freed in runs of DISCARD_BLOCKS_MIN or more."""
+    vbns = concatenated(freed)
+    if len(vbns) < DISCARD_BLOCKS_MIN:
+        return []
+    vbns.sort()
+    breaks = np.flatnonzero(np.diff(vbns) != 1)
+    starts = vbns[np.concatenate(([0], breaks + 1))]
+    lengths = np.diff(np.concatenate(([-1], breaks, [len(vbns) - 1])))
+    long = lengths >= DISCARD_BLOCKS_MIN
+    return list(zip(starts[long].tolist(), lengths[long].tolist(), strict=True))
 
 
 def _sorted_vbns(extents: npt.NDArray[np.uint64], freed: list[VbnArray]) -> tuple[VbnArray, VbnArray]:

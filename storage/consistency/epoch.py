@@ -30,6 +30,7 @@ class Epoch:
         "added",
         "allocated",
         "dirty",
+        "discards",
         "dropped",
         "dropped_arrays",
         "freed",
@@ -60,6 +61,8 @@ class Epoch:
         self.pointer_delta: dict[int, int] = {}
         self.unlogged: list[LogEntry] = []
         self.readers = 0
+        # Long runs (first VBN, length) that trims and deletions freed: the device may have that space back before it is reused.
+        self.discards: list[tuple[int, int]] = []
         # After the maps were written: (region, bits) that stay unavailable until this epoch is released.
         self.held: list[tuple[int, npt.NDArray[np.uint8]]] = []
 

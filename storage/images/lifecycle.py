@@ -41,7 +41,7 @@ def check_name(name: str, what: str) -> None:
     """Raise RequestError for a name that a vdisk or a snapshot cannot have."""
     if not NAME.fullmatch(name) or len(name) > NAME_BYTES_MAX:
         raise RequestError(
-            f"{name!r} cannot be the name of a {what}: use 1 to {NAME_BYTES_MAX} letters, digits and . _ : -, begin with a letter or a digit"
+            f"{name!r} cannot be the name of a {what}: use 1-{NAME_BYTES_MAX} letters, digits and . _ : -, begin with a letter or a digit"
         )
 
 
@@ -305,7 +305,7 @@ class Lifecycle:
         return True
 
     async def clone(self, vdisk: str, snapshot: str, name: str) -> Image:
-        """A vdisk that reads as the snapshot: an empty tree and the number of its backing store. Raises NotFound, Conflict, RequestError."""
+        """A vdisk that reads as the snapshot: an empty tree, and its backing store's number. Raises NotFound, Conflict, RequestError."""
         check_name(name, "vdisk")
         self._catalogue.snapshot(vdisk, snapshot)
         made: list[Image] = []
