@@ -207,6 +207,8 @@ class FullFeature:
             if fault is not None:
                 raise CheckCondition(fault)
             plan = dispatch.prepare(self.nexus, lun, pdu.cdb)
+            if isinstance(plan, Operation) and plan.exact and plan.data_bytes != (pdu.expected_length if pdu.flags & WRITE else 0):
+                raise CheckCondition(sense.INVALID_FIELD_IN_CDB)
         except ScsiError as error:
             self._begin(task)
             task.end(cause=error.sense if isinstance(error, CheckCondition) else None, status=error.status, moved=0)

@@ -12,8 +12,9 @@ PHYSICAL_BLOCK_SECTORS: Final = 1 << PHYSICAL_BLOCK_EXPONENT
 TRANSFER_SECTORS_MAX: Final = 65536
 # 1 MiB: beyond it a larger transfer gains nothing, since the target moves data in pieces of this order.
 TRANSFER_SECTORS_OPTIMAL: Final = 2048
-# 4 GiB a descriptor list: deallocation is a walk over pointer blocks, and a command must not hold the loop for long.
-UNMAP_SECTORS_MAX: Final = 1 << 23
+# 512 MiB a descriptor list: deallocation is a walk over pointer blocks, and a command must not hold the loop for long.
+# libiscsi's suite calls more than this insane.
+UNMAP_SECTORS_MAX: Final = 1 << 20
 # The whole parameter list stays below one page.
 UNMAP_DESCRIPTORS_MAX: Final = 255
 # 32 MiB, as a transfer: a pattern that is not zeros is really written.

@@ -31,15 +31,16 @@ class ReadExtent:
 class Operation:
     """Fetch ``data_bytes`` from the client (fewer if it announces fewer), then call ``start(data, done)``.
 
-    ``whole_bytes`` is the unit in which a short transfer is still useful: a write that announces less data than its CDB
-    writes the sectors it has. ``data`` has the rule of `BlockVolume.write`: valid until the volume was settled, or
-    until ``done`` for data that the transport assembled in a buffer of the command's own (``owned``).
+    Where the client announces less, ``data`` is shorter, and a write writes the sectors it has; with ``exact`` any other
+    length is refused before data move. ``data`` has the rule of `BlockVolume.write`, valid until the volume was settled,
+    unless ``needs_owned_data`` asks for a copy that lives as long as the command.
     """
 
     data_bytes: int
     start: OperationStart
     writing: bool = True
     needs_owned_data: bool = False
+    exact: bool = False
 
 
 QueryDone = Callable[[bytes | None, Exception | None], None]

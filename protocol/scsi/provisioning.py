@@ -122,16 +122,14 @@ def write_same(request: Request) -> Plan:
 
     def start(data: Buffer, done: Completion) -> None:
         sector = _ZERO_SECTOR if flags & _NDOB else bytes(data[:SECTOR_BYTES])
-        if len(sector) < SECTOR_BYTES:
-            done(CheckCondition(sense.INCORRECT_AMOUNT_OF_DATA))
-        elif sector != _ZERO_SECTOR:
+        if sector != _ZERO_SECTOR:
             _PatternWrite(volume, offset, length, sector, done).step()
         elif flags & _UNMAP:
             volume.unmap(offset, length, done)
         else:
             volume.write_zeros(offset, length, False, done)
 
-    return Operation(0 if flags & _NDOB else SECTOR_BYTES, start)
+    return Operation(0 if flags & _NDOB else SECTOR_BYTES, start, exact=True)
 
 
 def _encode_runs(lba: int, runs: list[tuple[int, bool]]) -> bytes:

@@ -73,6 +73,7 @@ def invalid_field_in_parameter_list(byte: int, bit: int | None = None) -> Sense:
 
 NOTHING: Final = Sense(NO_SENSE, 0x00, 0x00)
 INVALID_OPCODE: Final = Sense(ILLEGAL_REQUEST, 0x20, 0x00)
+INVALID_FIELD_IN_CDB: Final = Sense(ILLEGAL_REQUEST, 0x24, 0x00)
 LBA_OUT_OF_RANGE: Final = Sense(ILLEGAL_REQUEST, 0x21, 0x00)
 LOGICAL_UNIT_NOT_SUPPORTED: Final = Sense(ILLEGAL_REQUEST, 0x25, 0x00)
 PARAMETER_LIST_LENGTH_ERROR: Final = Sense(ILLEGAL_REQUEST, 0x1A, 0x00)
