@@ -1,0 +1,433 @@
+"""The pool against the model: any sequence of what clients and administrators do, with power losses, and a check after every reopen.
+
+The seed is printed first; CLEAVED_SEED=<seed> repeats a run, CLEAVED_LONG=1 makes it long. Design section 6, invariants 1 to 5 and 7.
+"""
+
+import asyncio
+import os
+import random
+from collections.abc import Coroutine
+from typing import Any
+
+import hypothesis
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+
+from storage.errors import Conflict, StorageError
+from tests.storage.crash_device import Loss
+from tests.storage.model import BLOCK_BYTES, SECTOR_BYTES, SECTORS_PER_BLOCK, Image, PoolModel
+from tests.storage.running_pool import RunningPool
+
+POOL_BYTES = 64 << 20
+# Few enough names that the same ones come again: over deleted ones, and in conflicts.
+NAMES = ("a", "b", "c", "d", "e")
+SNAPSHOTS = ("s", "t", "u")
+# One block, both sides of what one, two and three levels of pointer blocks cover, and four levels.
+SIZES_BLOCKS = (1, 7, 255, 256, 257, 600, 65536, 65537, 70000, (1 << 24) + 3)
+# Where writes go: the begin, the borders of level-1, level-2 and level-3 pointer blocks.
+ANCHORS = (0, 1, 128, 250, 255, 256, 257, 511, 512, 65534, 65535, 65536, 65791, 69999, 1 << 24)
+LOSSES = st.sampled_from(Loss)
+DATA = st.data()
+# Rate at which the background may be met in the middle: mostly few turns, sometimes many.
+TURNS = st.one_of(st.integers(0, 10), st.integers(0, 300))
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """Rules are what may happen; each changes the pool and the model, and reads compare them."""
+
+    pool: RunningPool
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = PoolModel()
+        # Clones in mid-split: running, or paused.
+        self.splits: dict[str, str] = {}
+
+    @initialize(
+        deferred=st.booleans(), miss_rate=st.sampled_from([0.0, 0.3, 1.0]), seed=st.integers(0, 99), cache_bytes=st.sampled_from([1 << 18, 64 << 20])
+    )
+    def begin(self, deferred: bool, miss_rate: float, seed: int, cache_bytes: int) -> None:
+        self.pool = RunningPool(POOL_BYTES, cache_bytes, deferred=deferred, miss_rate=miss_rate, seed=seed)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "pool"):
+            return
+        try:
+            if self.pool.is_open:
+                self.compare_all()
+                self.pool.check_live()
+                self.pool.close()
+                self.pool.check_offline()
+        finally:
+            self.pool.stop()
+
+    # --- Drawing ---
+
+    def draw_vdisk(self, data: st.DataObject) -> str:
+        return data.draw(st.sampled_from(self.model.vdisks()), "vdisk")
+
+    def draw_range(self, data: st.DataObject, image: Image, sectors_max: int = 40) -> tuple[int, int]:
+        """(LBA, count) of a short range, near a border of the tree."""
+        anchors = [fbn for fbn in (*ANCHORS, image.size_blocks - 1, image.size_blocks - 3) if 0 <= fbn < image.size_blocks]
+        fbn = data.draw(st.sampled_from(sorted(set(anchors))), "block")
+        lba = fbn * SECTORS_PER_BLOCK + data.draw(st.sampled_from([0, 0, 0, 1, 7]), "sector")
+        most = min(sectors_max, image.size_sectors - lba)
+        return lba, data.draw(st.one_of(st.sampled_from([n for n in (8, 16, 1, 9) if n <= most]), st.integers(1, most)), "count")
+
+    # --- Clients ---
+
+    @precondition(lambda self: self.model.vdisks())
+    @rule(data=DATA, fua=st.sampled_from([False, False, False, True]))
+    def write(self, data: st.DataObject, fua: bool) -> None:
+        name = self.draw_vdisk(data)
+        lba, count = self.draw_range(data, self.model.images[name])
+        content = self.model.data(name, lba, count)
+        self.pool.run(self.pool.write(name, lba * SECTOR_BYTES, content, fua))
+        self.wrote(name, lba, content, fua)
+
+    def wrote(self, name: str, lba: int, content: bytes, fua: bool = False) -> None:
+        image = self.model.images[name]
+        image.write(lba, content)
+        if fua:
+            image.durable_range(lba, len(content) // SECTOR_BYTES)
+
+    @precondition(lambda self: self.model.vdisks())
+    @rule(data=DATA, zeros=st.booleans())
+    def write_many_blocks(self, data: st.DataObject, zeros: bool) -> None:
+        """Over the border of a pointer block, or over a whole one; zeros in data become zero pointers."""
+        name = self.draw_vdisk(data)
+        image = self.model.images[name]
+        first = data.draw(st.sampled_from([fbn for fbn in (0, 200, 256, 65500) if fbn < image.size_blocks]), "first")
+        count = data.draw(st.integers(1, min(300, image.size_blocks - first)), "blocks")
+        content = self.model.data(name, first * SECTORS_PER_BLOCK, count * SECTORS_PER_BLOCK)
+        if zeros:
+            half = count // 2 * BLOCK_BYTES
+            content = bytes(half) + content[half:]
+        self.pool.run(self.pool.write(name, first * BLOCK_BYTES, content))
+        self.wrote(name, first * SECTORS_PER_BLOCK, content)
+
+    @precondition(lambda self: self.model.vdisks())
+    @rule(data=DATA, unmap=st.booleans(), fua=st.booleans(), huge=st.booleans())
+    def zero(self, data: st.DataObject, unmap: bool, fua: bool, huge: bool) -> None:
+        name = self.draw_vdisk(data)
+        image = self.model.images[name]
+        lba, count = self.draw_range(data, image)
+        if huge:
+            count = data.draw(st.integers(count, image.size_sectors - lba), "huge count")
+        self.pool.run(self.pool.zero(name, lba * SECTOR_BYTES, count * SECTOR_BYTES, unmap, fua))
+        image.zero(lba, count)
+        if fua and not unmap:
+            image.durable_range(lba, count)
+
+    @precondition(lambda self: self.model.vdisks())
+    @rule(data=DATA)
+    def flush(self, data: st.DataObject) -> None:
+        name = self.draw_vdisk(data)
+        self.pool.run(self.pool.flush(name))
+        self.model.images[name].durable()
+
+    @precondition(lambda self: self.model.images)
+    @rule(data=DATA)
+    def read(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.model.images)), "image")
+        image = self.model.images[name]
+        lba, count = self.draw_range(data, image, 3000)
+        found = self.pool.run(self.pool.read(name, lba * SECTOR_BYTES, count * SECTOR_BYTES))
+        assert found == image.read(lba, count), f"{name}: {count} sectors from {lba}"
+
+    @precondition(lambda self: self.model.vdisks())
+    @rule(data=DATA)
+    def at_once(self, data: st.DataObject) -> None:
+        """Commands that are under way together, on ranges that do not overlap, with a consistency point among them."""
+        name = self.draw_vdisk(data)
+        image = self.model.images[name]
+        taken: set[int] = set()
+        writes: list[tuple[int, bytes]] = []
+        for _ in range(data.draw(st.integers(2, 6), "commands")):
+            lba, count = self.draw_range(data, image)
+            # Commands on different sectors of one block are welcome: each must leave the other's alone.
+            sectors = set(range(lba, lba + count))
+            if sectors & taken:
+                continue
+            taken |= sectors
+            unmap = data.draw(st.sampled_from([False, False, True]), "unmap")
+            writes.append((lba, bytes(count * SECTOR_BYTES) if unmap else self.model.data(name, lba, count)))
+        self.pool.run(self.together(name, writes))
+        for lba, content in writes:
+            self.wrote(name, lba, content)
+
+    async def together(self, name: str, writes: list[tuple[int, bytes]]) -> None:
+        pool = self.pool
+        commands: list[Coroutine[Any, Any, None]] = [pool.pool.consistency_point()]
+        for lba, content in writes:
+            if any(content):
+                commands.append(pool.write(name, lba * SECTOR_BYTES, content))
+            else:
+                commands.append(pool.zero(name, lba * SECTOR_BYTES, len(content), unmap=True))
+        # The consistency point goes somewhere among them.
+        commands.insert(len(commands) // 2, commands.pop(0))
+        await asyncio.gather(*commands)
+
+    # --- The table ---
+
+    @rule(name=st.sampled_from(NAMES), size_blocks=st.sampled_from(SIZES_BLOCKS))
+    def create(self, name: str, size_blocks: int) -> None:
+        if self.expect(name in self.model.images, self.pool.pool.vdisk_create(name, size_blocks * BLOCK_BYTES)):
+            self.model.create(name, size_blocks)
+
+    def expect(self, conflict: bool, work: Coroutine[Any, Any, Any], either: bool = False) -> bool:
+        """Run a change of the table that should be refused with a Conflict, or not, or either. Returns whether it was made.
+
+        A change that was made is durable, and so is all that was written before.
+        """
+        try:
+            self.pool.run(work)
+        except Conflict:
+            assert conflict or either
+            return False
+        assert not conflict or either
+        self.model.all_durable()
+        return True
+
+    @precondition(lambda self: self.model.vdisks())
+    @rule(data=DATA, new=st.sampled_from(NAMES))
+    def rename(self, data: st.DataObject, new: str) -> None:
+        old = self.draw_vdisk(data)
+        if self.expect(new in self.model.images and new != old, self.pool.pool.vdisk_rename(old, new)) and old != new:
+            self.model.rename(old, new)
+            if old in self.splits:
+                self.splits[new] = self.splits.pop(old)
+
+    @precondition(lambda self: self.model.vdisks())
+    @rule(data=DATA, size_blocks=st.sampled_from(SIZES_BLOCKS))
+    def resize(self, data: st.DataObject, size_blocks: int) -> None:
+        name = self.draw_vdisk(data)
+        if self.expect(False, self.pool.pool.vdisk_resize(name, size_blocks * BLOCK_BYTES)):
+            self.model.images[name].resize(size_blocks)
+
+    @precondition(lambda self: self.model.vdisks())
+    @rule(data=DATA)
+    def delete(self, data: st.DataObject) -> None:
+        name = self.draw_vdisk(data)
+        conflict = bool(self.model.snapshots_of(name)) or self.model.images[name].sessions > 0
+        if self.expect(conflict, self.pool.pool.vdisk_delete(name)):
+            self.model.delete(name)
+            self.splits.pop(name, None)
+
+    @precondition(lambda self: self.model.vdisks())
+    @rule(data=DATA, attach=st.booleans())
+    def attach_or_detach(self, data: st.DataObject, attach: bool) -> None:
+        name = self.draw_vdisk(data)
+        image = self.model.images[name]
+        volume = self.pool.pool.volume(name)
+        self.pool.held[image.number] = volume
+        (volume.attach if attach else volume.detach)("session")
+        image.sessions = int(attach)
+
+    @precondition(lambda self: self.model.vdisks())
+    @rule(data=DATA, snapshot=st.sampled_from(SNAPSHOTS))
+    def snapshot(self, data: st.DataObject, snapshot: str) -> None:
+        vdisks = data.draw(st.lists(st.sampled_from(self.model.vdisks()), min_size=1, max_size=3, unique=True), "vdisks")
+        conflict = any(f"{vdisk}@{snapshot}" in self.model.images for vdisk in vdisks)
+        if self.expect(conflict, self.pool.pool.snapshot_create([(vdisk, snapshot) for vdisk in vdisks])):
+            self.refresh_splits()
+            for vdisk in vdisks:
+                self.model.snapshot(vdisk, snapshot)
+                self.refresh_backing(f"{vdisk}@{snapshot}")
+
+    @precondition(lambda self: self.model.snapshots())
+    @rule(data=DATA)
+    def delete_snapshot(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(self.model.snapshots()), "snapshot")
+        clones = self.model.clones_of(name)
+        # A split that runs may let go of it at any moment.
+        either = bool(clones) and all(self.splits.get(clone) == "running" for clone in clones)
+        if self.expect(bool(clones), self.pool.pool.snapshot_delete(*name.split("@")), either):
+            self.model.delete(name)
+
+    @precondition(lambda self: self.model.snapshots())
+    @rule(data=DATA, name=st.sampled_from(NAMES))
+    def clone(self, data: st.DataObject, name: str) -> None:
+        snapshot = data.draw(st.sampled_from(self.model.snapshots()), "snapshot")
+        if self.expect(name in self.model.images, self.pool.pool.clone_create(*snapshot.split("@"), name)):
+            self.model.clone(snapshot, name)
+
+    # --- Split ---
+
+    def clones(self) -> list[str]:
+        return [name for name in self.model.vdisks() if self.model.images[name].backing is not None]
+
+    @precondition(lambda self: [name for name in self.clones() if name not in self.splits])
+    @rule(data=DATA, mode=st.sampled_from(["copy", "share"]), turns=TURNS)
+    def split_start(self, data: st.DataObject, mode: str, turns: int) -> None:
+        name = data.draw(st.sampled_from([name for name in self.clones() if name not in self.splits]), "clone")
+        self.pool.run(self.pool.pool.split_start(name, mode))
+        self.splits[name] = "running"
+        self.model.all_durable()
+        self.turns(turns)
+
+    @precondition(lambda self: self.splits)
+    @rule(data=DATA)
+    def split_pause_or_resume(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.splits)), "clone")
+        pool = self.pool.pool
+        work = pool.split_pause(name) if self.splits[name] == "running" else pool.split_resume(name)
+        try:
+            self.pool.run(work)
+        except StorageError:
+            # It has ended before it could be paused.
+            assert self.splits[name] == "running"
+            self.refresh_splits()
+            assert name not in self.splits
+        else:
+            self.splits[name] = "paused" if self.splits[name] == "running" else "running"
+        self.refresh_splits()
+
+    @precondition(lambda self: self.splits)
+    @rule(data=DATA)
+    def split_cancel(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.splits)), "clone")
+        try:
+            self.pool.run(self.pool.pool.split_cancel(name))
+        except StorageError:
+            self.refresh_splits()
+            assert name not in self.splits
+        else:
+            self.refresh_backing(name)
+            self.splits.pop(name, None)
+
+    @precondition(lambda self: self.splits)
+    @rule(data=DATA)
+    def split_to_the_end(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.splits)), "clone")
+        if self.splits[name] == "paused":
+            self.pool.run(self.pool.pool.split_resume(name))
+            self.splits[name] = "running"
+        self.pool.run(self.ended(name))
+        self.refresh_splits()
+        assert name not in self.splits and self.model.images[name].backing is None
+
+    async def ended(self, name: str) -> None:
+        while self.pool.pool.split_show(name)["state"] == "running":
+            await asyncio.sleep(0.001)
+
+    @precondition(lambda self: self.splits)
+    @rule(count=TURNS)
+    def turns(self, count: int) -> None:
+        """The background goes on for a while."""
+        self.pool.turns(count)
+        self.refresh_splits()
+
+    def refresh_splits(self) -> None:
+        """A split ends by itself: take notice of those that did."""
+        for name in [name for name, state in self.splits.items() if state == "running"]:
+            self.refresh_backing(name)
+            if self.model.images[name].backing is None:
+                assert self.pool.pool.split_show(name)["state"] == "done"
+                del self.splits[name]
+
+    def refresh_backing(self, name: str) -> None:
+        if "@" in name:
+            vdisk, snapshot = name.split("@")
+            rows = self.pool.run(self.pool.pool.snapshot_list(vdisk))
+            found = next(row for row in rows if row["name"].removeprefix(f"{vdisk}@") == snapshot)["backing"]
+        else:
+            found = self.pool.run(self.pool.pool.vdisk_show(name))["backing"]
+        if found is None:
+            self.model.images[name].backing = None
+        assert found == self.model.images[name].backing
+
+    # --- Time, and its end ---
+
+    @rule()
+    def consistency_point(self) -> None:
+        self.pool.run(self.pool.pool.consistency_point())
+        self.model.all_durable()
+
+    @rule()
+    def restart(self) -> None:
+        self.compare_all()
+        self.pool.reopen()
+        self.model.all_durable()
+        self.after_open()
+
+    @rule(loss=LOSSES, seed=st.integers(0, 1 << 32))
+    def crash(self, loss: Loss, seed: int) -> None:
+        self.pool.lose_power(loss, seed)
+        self.after_open()
+
+    @precondition(lambda self: self.model.vdisks())
+    @rule(data=DATA, loss=LOSSES, seed=st.integers(0, 1 << 32), turns=st.integers(0, 12))
+    def crash_in_the_middle(self, data: st.DataObject, loss: Loss, seed: int, turns: int) -> None:
+        """Power fails while a write, a flush and a consistency point are under way: none of them is acknowledged."""
+        name = self.draw_vdisk(data)
+        image = self.model.images[name]
+        lba, count = self.draw_range(data, image)
+        content = self.model.data(name, lba, count)
+        pool = self.pool
+
+        async def begin() -> None:
+            pool.background = [
+                asyncio.create_task(work) for work in (pool.write(name, lba * SECTOR_BYTES, content, fua=True), pool.pool.consistency_point())
+            ]
+            for _ in range(turns):
+                await asyncio.sleep(0)
+
+        pool.run(begin())
+        image.write(lba, content)
+        pool.lose_power(loss, seed)
+        self.after_open()
+
+    def after_open(self) -> None:
+        """The pool holds what the model allows, the model takes that over, and the maps are right."""
+        for image in self.model.images.values():
+            image.sessions = 0
+        assert self.pool.pool.names() == self.model.vdisks()
+        self.pool.run(self.take_over_all())
+        self.refresh_after_open()
+        self.pool.check_live()
+
+    async def take_over_all(self) -> None:
+        for name, image in self.model.images.items():
+            for fbn in image.blocks_to_read():
+                image.take_over(fbn, await self.pool.read(name, fbn * BLOCK_BYTES, BLOCK_BYTES))
+            image.durable()
+
+    def refresh_after_open(self) -> None:
+        """Splits that ran go on, and those that were paused stay paused."""
+        for name, state in list(self.splits.items()):
+            found = self.pool.pool.split_show(name)["state"]
+            assert found == state or (state == "running" and found == "done"), (name, state, found)
+        self.refresh_splits()
+        for name in self.model.images:
+            if name not in self.splits:
+                self.refresh_backing(name)
+
+    def compare_all(self) -> None:
+        """Every touched block of every image reads as the model says."""
+        self.pool.run(self._compare_all())
+
+    async def _compare_all(self) -> None:
+        for name, image in self.model.images.items():
+            for fbn in image.blocks_to_read():
+                found = await self.pool.read(name, fbn * BLOCK_BYTES, BLOCK_BYTES)
+                assert found == image.read(fbn * SECTORS_PER_BLOCK, SECTORS_PER_BLOCK), f"{name}: block {fbn}"
+
+    @invariant()
+    def nothing_is_reported_damaged(self) -> None:
+        if hasattr(self, "pool"):
+            assert not [event for event in self.pool.events if "damage" in event[0] or "failed" in event[0]]
+            assert not self.pool.surprises
+
+
+def test_pool_against_the_model(capsys: pytest.CaptureFixture[str]) -> None:
+    seed = int(os.environ.get("CLEAVED_SEED", random.SystemRandom().randrange(1 << 32)))
+    with capsys.disabled():
+        print(f"\n[CLEAVED_SEED={seed}] ", end="", flush=True)
+    steps, examples = (60, settings().max_examples) if os.environ.get("CLEAVED_LONG") else (30, 150)
+    run_state_machine_as_test(
+        hypothesis.seed(seed)(PoolMachine),
+        settings=settings(max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=list(hypothesis.HealthCheck)),
+    )
