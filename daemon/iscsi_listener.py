@@ -145,9 +145,12 @@ class IscsiProtocol(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection has ended, by either side."""
-        if self._connection is not None:
-            self._connection.connection_lost()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.connection_lost()
             self._listener.removed(self)
+            # What refers to each other in a ring would keep its buffers until a garbage collection, and those are rare here.
+            del self.get_buffer, self.buffer_updated
 
     def pause_writing(self) -> None:
         """The client does not drain: take no more commands of it."""
