@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from asyncio import Future
 from collections.abc import Sequence
 
+from storage.device.dirty_limit import dirty_inline_bytes_max
 from storage.device.failures import device_error
 from storage.device.interface import Buffer, WritableBuffer
 from storage.device.io_threads import IoThreads
@@ -25,9 +26,6 @@ from storage.device.transfer import IOV_MAX, read_fully, write_fully
 DATA_THREADS = 3
 # Copying 256 KiB into the page cache takes about 50 us: a hundredth of the longest stall that the event loop may have.
 INLINE_WRITE_BYTES_MAX = 256 * 1024
-# Beyond its background limit the kernel makes writers wait (balance_dirty_pages). That limit is a tenth of the memory
-# by default and shared by all processes; 64 MiB stays below it on a host with 1 GiB.
-DIRTY_INLINE_BYTES_MAX = 64 * 1024 * 1024
 
 
 class DescriptorDevice(ABC):
@@ -37,6 +35,8 @@ class DescriptorDevice(ABC):
         "_background_sync",
         "_data_threads",
         "_descriptor",
+        "_dirty_bytes_max",
+        "_dirty_bytes_wanted",
         "_in_memory",
         "_path",
         "_read_flags",
@@ -59,6 +59,8 @@ class DescriptorDevice(ABC):
         self._data_threads = IoThreads(path, DATA_THREADS)
         # A thread of its own, so that a sync never waits behind long reads, nor they behind it.
         self._sync_thread = IoThreads(path, 1)
+        self._dirty_bytes_max = dirty_inline_bytes_max()
+        self._dirty_bytes_wanted = self._dirty_bytes_max // 2
         self._written_bytes = 0
         self._synced_bytes = 0
         self._tickets_issued = 0
@@ -106,9 +108,11 @@ class DescriptorDevice(ABC):
         """See Device. Inline when it is short and the kernel has no reason to make the writer wait."""
         if length_bytes > INLINE_WRITE_BYTES_MAX:
             return False
-        if self._written_bytes - self._synced_bytes > DIRTY_INLINE_BYTES_MAX:
+        dirty_bytes = self._written_bytes - self._synced_bytes
+        if dirty_bytes > self._dirty_bytes_wanted:
             self._start_background_sync()
-            return False
+            if dirty_bytes > self._dirty_bytes_max:
+                return False
         try:
             written_bytes = os.pwritev(self._descriptor, buffers, offset_bytes)
         except OSError as error:
@@ -119,7 +123,7 @@ class DescriptorDevice(ABC):
         return written_bytes == length_bytes
 
     def _start_background_sync(self) -> None:
-        """Let the dirty pages go to disk, and inline writes begin again when they are there."""
+        """Let the dirty pages go to disk; begun at half the limit, so that on a disk that keeps up the limit is never reached."""
         if self._background_sync is None:
             self._background_sync = self.sync()
             self._background_sync.add_done_callback(self._background_sync_ended)
@@ -139,7 +143,7 @@ class DescriptorDevice(ABC):
     def writev(self, buffers: Sequence[Buffer], offset_bytes: int) -> "Future[None]":
         """See Device."""
         self._written_bytes += sum(map(len, buffers))
-        if self._written_bytes - self._synced_bytes > DIRTY_INLINE_BYTES_MAX:
+        if self._written_bytes - self._synced_bytes > self._dirty_bytes_wanted:
             self._start_background_sync()
         return self._data_threads.submit(self._write, buffers, offset_bytes)
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from storage.device import create_file, file, open_device
-from storage.device.descriptor import DIRTY_INLINE_BYTES_MAX, INLINE_WRITE_BYTES_MAX, DescriptorDevice
+from storage.device.descriptor import INLINE_WRITE_BYTES_MAX, DescriptorDevice
 from storage.device.raw import BlockDevice
 from storage.errors import Conflict, DeviceFailed, DeviceFull, OutOfRange, PoolLocked, PoolRefused
 from tests.storage.device_makers import LARGER_BYTES, SIZE_BYTES, enlarge_loop_device, loop_device, new_file
@@ -115,7 +115,8 @@ async def test_with_much_dirty_writes_go_by_the_threads_until_a_sync(device: Des
     gate = Gate()
     monkeypatch.setattr(os, "fdatasync", gate)
     data = bytes(INLINE_WRITE_BYTES_MAX)
-    for _ in range(DIRTY_INLINE_BYTES_MAX // len(data) + 1):
+    device._dirty_bytes_max = device._dirty_bytes_wanted = 4 * len(data)
+    for _ in range(5):
         assert device.try_writev([data], 0, len(data))
     assert not device.try_writev([data], 0, len(data))
     gate.wait_for(1)
@@ -210,7 +211,7 @@ async def test_after_a_failed_sync_none_succeeds(device: DescriptorDevice, monke
 async def test_a_failed_background_sync_shows_in_the_next(device: DescriptorDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(os, "fdatasync", failing(errno.ENOSPC))
-        device._written_bytes += DIRTY_INLINE_BYTES_MAX + 1
+        device._written_bytes += device._dirty_bytes_max + 1
         assert not device.try_writev([bytes(BLOCK)], 0, BLOCK)
         assert device._background_sync is not None
         await asyncio.wait([device._background_sync])
