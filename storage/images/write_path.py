@@ -23,11 +23,16 @@ Target = tuple[int, int]
 ZERO_CRC = -1
 
 
+def is_zeros(block: Buffer) -> bool:
+    """Whether a block with the CRC32C of zeros is one. A memoryview compares item by item (30 us); its copy compares in 0.3 us."""
+    return bytes(block) == ZERO_BLOCK
+
+
 def split_blocks(fbn: int, data: Buffer, targets: list[Target], buffers: list[Buffer]) -> None:
     """Take whole blocks of data apart: a target for each block, and the buffers that have to be written, zeros left out."""
     if len(data) == BLOCK_BYTES:
         crc = crc32c(data)
-        if crc == ZERO_BLOCK_CRC and data == ZERO_BLOCK:
+        if crc == ZERO_BLOCK_CRC and is_zeros(data):
             targets.append((fbn, ZERO_CRC))
         else:
             targets.append((fbn, crc))
@@ -38,7 +43,7 @@ def split_blocks(fbn: int, data: Buffer, targets: list[Target], buffers: list[Bu
     for at in range(0, len(view), BLOCK_BYTES):
         block = view[at : at + BLOCK_BYTES]
         crc = crc32c(block)
-        if crc == ZERO_BLOCK_CRC and block == ZERO_BLOCK:
+        if crc == ZERO_BLOCK_CRC and is_zeros(block):
             crc = ZERO_CRC
             if start < at:
                 buffers.append(view[start:at])
