@@ -103,7 +103,7 @@ def run(phase: "FullFeature", receive: ReceiveBuffer) -> None:
     units, tasks, sender, free_writes = phase.units, phase.tasks, phase.sender, phase.free_writes
     read_max, write_max = phase.fast_read_max, phase.fast_write_max
     unpack, pack = _COMMAND_10.unpack_from, _PACK
-    commands = read_bytes = write_bytes = 0
+    first_cmd_sn, read_bytes, write_bytes = phase.exp_cmd_sn, 0, 0
     touched = None
     while position <= last_header:
         (
@@ -138,7 +138,6 @@ def run(phase: "FullFeature", receive: ReceiveBuffer) -> None:
             pending = sender.pending
             pending.append(pack(DATA_IN, _DATA_IN_FLAGS, 0, 0, length, 0, itt, RESERVED_TAG, stat_sn, exp_cmd_sn, max_cmd_sn, 0, 0, 0))
             pending.append(data)
-            commands += 1
             read_bytes += length
             if read_bytes >= limits.OUTPUT_BYTES_HIGH:
                 break
@@ -161,10 +160,9 @@ def run(phase: "FullFeature", receive: ReceiveBuffer) -> None:
             phase.touch(mapped)
             touched = mapped
         unit.volume.write(offset, receive.view[data_at:position], cdb_flags & _FUA != 0, task.done)
-        commands += 1
         write_bytes += length
     receive.start = position
     sender.pending_bytes += read_bytes
-    phase.commands += commands
+    phase.commands += (phase.exp_cmd_sn - first_cmd_sn) & SERIAL_MASK
     phase.read_bytes += read_bytes
     phase.write_bytes += write_bytes

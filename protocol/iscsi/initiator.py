@@ -22,11 +22,13 @@ from protocol.iscsi.pdu import (
     DATA_OUT,
     FINAL,
     HEADER,
+    HEADER_BYTES,
     IMMEDIATE,
     LOGOUT_REQUEST,
     LOGOUT_RESPONSE,
     NOP_IN,
     NOP_OUT,
+    OPCODE_MASK,
     OVERFLOW,
     R2T,
     READ,
@@ -417,9 +419,11 @@ class InitiatorConnection:
             self.logout_requested = True
 
     def _reject(self, pdu: Pdu) -> None:
-        """The command whose header was sent back has ended without a status."""
+        """A command whose header was sent back has ended without a status; one of whose data were rejected gets its status yet."""
         self.rejects += 1
-        command = self._commands.pop(int.from_bytes(pdu.data[16:20], "big"), None) if len(pdu.data) >= 20 else None
+        if len(pdu.data) < HEADER_BYTES or pdu.data[0] & OPCODE_MASK != SCSI_COMMAND:
+            return
+        command = self._commands.pop(int.from_bytes(pdu.data[16:20], "big"), None)
         if command is not None:
             command.done(None, ConnectionEnded(f"rejected, reason {pdu.byte2:#x}"))
 

@@ -9,12 +9,11 @@ from collections.abc import Callable
 from struct import Struct
 
 from protocol.iscsi.connection import TargetConnection
-from protocol.iscsi.node import TargetNode
 from protocol.iscsi.pdu import HEADER, SCSI_COMMAND
 from protocol.scsi import opcodes
 from protocol.volume import Buffer, Completion
 from tests.protocol.coupling import Coupling, settings
-from tests.protocol.directory import MemoryDirectory
+from tests.protocol.directory import recorded
 from tests.protocol.memory_volume import MemoryVolume
 
 DEPTH = 32
@@ -72,7 +71,7 @@ def main() -> None:
     parser.add_argument("--commands", type=int, default=200_000)
     commands = parser.parse_args().commands
     volume = NoVolume(1 << 20)
-    pair = Coupling(TargetNode(MemoryDirectory({0: volume})), settings()).login()
+    pair = Coupling(recorded({0: volume}), settings()).login()
     for mapped in pair.node.unit_for(volume).nexuses:
         mapped.take_attention()
     target = pair.target

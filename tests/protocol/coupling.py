@@ -6,9 +6,8 @@ from protocol.iscsi.connection import TargetConnection
 from protocol.iscsi.errors import IscsiError
 from protocol.iscsi.initiator import InitiatorConnection
 from protocol.iscsi.initiator_login import InitiatorSettings
-from protocol.iscsi.node import TargetNode
 from protocol.volume import Buffer
-from tests.protocol.directory import INITIATOR, TARGET, MemoryDirectory
+from tests.protocol.directory import INITIATOR, TARGET, RecordedNode, recorded
 from tests.protocol.memory_volume import MemoryVolume
 
 
@@ -27,7 +26,7 @@ def feed(receiver: TargetConnection | InitiatorConnection, data: bytes, chunk: i
 class Peer:
     """A target connection with its output as bytes. ``paused`` connections keep what they have."""
 
-    def __init__(self, node: TargetNode) -> None:
+    def __init__(self, node: RecordedNode) -> None:
         self.sent = bytearray()
         self.flushes = 0
         self.closed = False
@@ -56,7 +55,7 @@ class Peer:
 class Coupling:
     """One initiator logged in to one target. ``chunk`` is how many bytes travel at a time."""
 
-    def __init__(self, node: TargetNode, settings: InitiatorSettings, chunk: int = 1 << 30) -> None:
+    def __init__(self, node: RecordedNode, settings: InitiatorSettings, chunk: int = 1 << 30) -> None:
         self.node = node
         self.chunk = chunk
         self.to_target: deque[bytes] = deque()
@@ -119,7 +118,7 @@ def settings(**changes: object) -> InitiatorSettings:
 
 def coupled(volume: MemoryVolume, chunk: int = 1 << 30, clear_attention: bool = True, **changes: object) -> Coupling:
     """An initiator logged in to a target with ``volume`` as LUN 0, its power-on attention taken."""
-    node = TargetNode(MemoryDirectory({0: volume}))
+    node = recorded({0: volume})
     pair = Coupling(node, settings(**changes), chunk).login()
     if clear_attention:
         for mapped in node.unit_for(volume).nexuses:

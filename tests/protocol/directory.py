@@ -1,7 +1,7 @@
 """A target directory for tests: a dict of targets, and a record of the sessions."""
 
 from protocol.iscsi.chap import ChapSecrets
-from protocol.iscsi.node import SessionView, TargetDefinition
+from protocol.iscsi.node import SessionView, TargetDefinition, TargetNode
 from protocol.volume import BlockVolume
 
 TARGET = "iqn.2026-01.io.cleaved:disk"
@@ -33,3 +33,14 @@ class MemoryDirectory:
 
     def session_closed(self, session: SessionView) -> None:
         self.closed.append(session)
+
+
+class RecordedNode(TargetNode):
+    """A node whose directory is known to be this one."""
+
+    directory: MemoryDirectory
+
+
+def recorded(volumes: dict[int, BlockVolume], chap: ChapSecrets | None = None, discovery: ChapSecrets | None = None) -> RecordedNode:
+    """A node over a `MemoryDirectory`."""
+    return RecordedNode(MemoryDirectory(volumes, chap, discovery))

@@ -7,6 +7,7 @@ import pytest
 from protocol.iscsi import chap
 from protocol.iscsi.chap import Challenges, ChapSecrets, InitiatorExchange, TargetExchange
 from protocol.iscsi.errors import AuthenticationFailed
+from protocol.iscsi.limits import CHALLENGES_REMEMBERED
 
 ONE_WAY = ChapSecrets("user", b"secret-of-12+")
 MUTUAL = ChapSecrets("user", b"secret-of-12+", "target", b"another-secret")
@@ -145,7 +146,7 @@ def test_the_exchange_begins_with_the_algorithm_alone(keys):
 def test_challenges_are_forgotten_when_many_have_followed():
     challenges = Challenges()
     first = challenges.new()
-    for _ in range(chap.CHALLENGES_REMEMBERED):
+    for _ in range(CHALLENGES_REMEMBERED):
         challenges.new()
     challenges.refuse_own(first)  # long past: no exchange of it can still be open
 

@@ -7,18 +7,17 @@ import pytest
 from protocol.iscsi import keys, limits, login, text
 from protocol.iscsi.chap import ChapSecrets
 from protocol.iscsi.errors import IscsiError, LoginRefused
-from protocol.iscsi.node import TargetNode
 from protocol.iscsi.pdu import CONTINUE, IMMEDIATE, LOGIN_REQUEST, LOGIN_RESPONSE, TRANSIT, Pdu, pack
 from tests.protocol.coupling import Coupling, Peer, coupled, feed, settings
-from tests.protocol.directory import INITIATOR, TARGET, MemoryDirectory
+from tests.protocol.directory import INITIATOR, TARGET, RecordedNode, recorded
 from tests.protocol.memory_volume import MemoryVolume
 
 SECRETS = ChapSecrets("user", b"secret-of-12+", "target", b"another-secret")
 NAMES = [("InitiatorName", INITIATOR), ("TargetName", TARGET), ("SessionType", "Normal")]
 
 
-def node(chap: ChapSecrets | None = None, discovery: ChapSecrets | None = None) -> TargetNode:
-    return TargetNode(MemoryDirectory({0: MemoryVolume(1 << 20)}, chap, discovery))
+def node(chap: ChapSecrets | None = None, discovery: ChapSecrets | None = None) -> RecordedNode:
+    return recorded({0: MemoryVolume(1 << 20)}, chap, discovery)
 
 
 def request(
@@ -121,7 +120,7 @@ def test_refusals_carry_their_status_and_close(data, status):
     pdu, _ = exchange(peer, data)
     assert pdu.word36 >> 16 == status
     assert peer.closed and peer.connection.failure
-    assert not peer.connection.node.directory.opened
+    assert peer.connection.tsih == 0
 
 
 @pytest.mark.parametrize("data", [request(NAMES, login.OPERATIONAL), request(NAMES, login.SECURITY, login.OPERATIONAL)])
@@ -137,7 +136,7 @@ def test_operational_keys_do_not_open_a_chap_target():
     assert answers["AuthMethod"] == "CHAP" and not pdu.flags & TRANSIT
     pdu, _ = exchange(peer, request([], login.SECURITY, login.FULL_FEATURE))
     assert not pdu.flags & TRANSIT
-    assert not peer.closed and not peer.connection.node.directory.opened
+    assert not peer.closed and peer.connection.tsih == 0
 
 
 @pytest.mark.parametrize("changed", [{"lun": 2 << 16}, {"cid": 9}, {"stage": login.SECURITY}])
