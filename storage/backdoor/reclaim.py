@@ -13,7 +13,7 @@ from storage.errors import PoolFull, StorageError
 from storage.images.image import KIND_FREE, Image
 from storage.images.trim import trim_blocks
 from storage.layout import BLOCK_BYTES, FIELDS_MASK, FIELDS_PER_BLOCK, FIELDS_SHIFT, HOLE, ZERO_POINTER
-from storage.split.loading import first_block
+from storage.tree.search import first_block
 
 if TYPE_CHECKING:
     from storage.state import PoolState

@@ -17,7 +17,6 @@ from time import perf_counter
 from crc32c import crc32c
 
 from storage.allocation.active_map import ActiveMap
-from storage.allocation.slices import Slicer
 from storage.consistency.epoch import Epoch
 from storage.consistency.intent_log import IntentLog
 from storage.consistency.node_writer import NodeWriter
@@ -27,6 +26,7 @@ from storage.images.catalogue import Catalogue
 from storage.images.image import KIND_FREE, Image
 from storage.images.record import KIND_OFFSET, ROOT_FIELD_OFFSET
 from storage.layout import BLOCK_BYTES, FIELD, FIELDS_MASK, FIELDS_SHIFT, HOLE, VDISK_TABLE, ZERO_POINTER, tree_levels
+from storage.slices import Slicer
 from storage.state import PoolState
 from storage.tree.buffer_tree import BufferTree
 

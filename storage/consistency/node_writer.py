@@ -8,9 +8,9 @@ import asyncio
 
 from crc32c import crc32c
 
-from storage.allocation.slices import Slicer
 from storage.consistency.epoch import Epoch
 from storage.layout import BLOCK_BYTES, FIELDS_MASK, FIELDS_SHIFT, TREE_LEVELS_MAX
+from storage.slices import Slicer
 from storage.state import PoolState
 from storage.tree.buffer_tree import BufferTree
 from storage.tree.node import Node

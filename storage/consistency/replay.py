@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from crc32c import crc32c
 
-from storage.allocation.slices import Slicer
 from storage.consistency.superblock import Superblock
 from storage.errors import BlockDamaged
 from storage.images.catalogue import Catalogue
@@ -30,6 +29,7 @@ from storage.layout import (
     RECORD_MAGIC,
     ZERO_POINTER,
 )
+from storage.slices import Slicer
 from storage.state import PoolState
 
 Entry = tuple[int, int, int, int, int]

@@ -3,13 +3,13 @@
 from typing import Any
 from uuid import UUID
 
-from storage.allocation.slices import Slicer
 from storage.consistency.consistency_point import ConsistencyPoints
 from storage.images.catalogue import Catalogue
 from storage.images.image import Image
 from storage.images.record import ImageRecord
 from storage.images.usage import exclusive_blocks
 from storage.layout import BLOCK_BYTES, KIND_SNAPSHOT, SPLIT_STATES
+from storage.slices import Slicer
 from storage.state import PoolState
 
 

@@ -2,13 +2,13 @@
 
 from crc32c import crc32c
 
-from storage.allocation.slices import Slicer
 from storage.errors import StorageError
 from storage.images.catalogue import Catalogue
 from storage.layout import BLOCK_BYTES, FIELDS_SHIFT, ZERO_POINTER
-from storage.split.loading import first_block
+from storage.slices import Slicer
 from storage.state import PoolState
 from storage.tree.buffer_tree import BufferTree
+from storage.tree.search import first_block
 
 # VBN, CRC32C and number of one entry.
 EntryField = tuple[int, int, int]

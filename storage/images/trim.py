@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from storage.allocation.slices import Slicer
 from storage.layout import FIELDS_MASK, FIELDS_PER_BLOCK, FIELDS_SHIFT, HOLE, ZERO_POINTER
+from storage.slices import Slicer
 from storage.tree.node import Node
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from storage.allocation.slices import Slicer
 from storage.layout import FIELDS_PER_BLOCK, SHARES_PER_BLOCK, ZERO_POINTER
+from storage.slices import Slicer
 
 if TYPE_CHECKING:
     from storage.images.image import Image

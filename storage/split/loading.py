@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from storage.layout import FIELDS_MASK, FIELDS_PER_BLOCK, FIELDS_SHIFT, HOLE, ZERO_POINTER
 from storage.tree.buffer_tree import BufferTree
+from storage.tree.search import first_block
 
 if TYPE_CHECKING:
     from storage.images.image import Image
@@ -85,23 +86,6 @@ async def next_index(clone: "Image", index: int) -> int | None:
         limit = min(limit, image.backing_blocks)
         image = image.backing
     return found
-
-
-async def first_block(tree: BufferTree, level: int, at: int, index: int) -> int | None:
-    """The first level-1 index from ``index`` on that exists below the block ``at`` of ``level``."""
-    if index >> FIELDS_SHIFT * (level - 1) > at:
-        return None
-    node = await tree.load(at, level)
-    if node.tree is None:
-        return None
-    if level == 1:
-        return at
-    low = max(0, (index >> FIELDS_SHIFT * (level - 2)) - (at << FIELDS_SHIFT))
-    for slot in (np.flatnonzero(node.vbns()[low:] > ZERO_POINTER) + low).tolist():
-        found = await first_block(tree, level - 1, at << FIELDS_SHIFT | slot, index)
-        if found is not None:
-            return found
-    return None
 
 
 def shared_block(clone: "Image", index: int, level: int) -> tuple[int, int, int] | None:

@@ -3,7 +3,6 @@
 import time
 from typing import Any
 
-from storage.allocation.slices import Slicer
 from storage.backdoor.handler import BackdoorMessageHandler
 from storage.consistency.consistency_point import ConsistencyPoints
 from storage.errors import Conflict, NotFound, PoolFull, RequestError, StorageError
@@ -21,6 +20,7 @@ from storage.layout import (
     SPLIT_RUNNING,
     SPLIT_STATES,
 )
+from storage.slices import Slicer
 from storage.split import states
 from storage.split.job import SplitJob
 from storage.split.loading import holes_at, next_index

@@ -6,10 +6,10 @@ from time import perf_counter
 from typing import TypeVar
 
 import numpy as np
-
-from storage.consistency.epoch import VbnArray
+import numpy.typing as npt
 
 T = TypeVar("T")
+VbnArray = npt.NDArray[np.uint64]
 
 # The limit is 5 ms for everything; a slice of 1 ms leaves room for the step that oversteps it and for client I/O in between.
 SLICE_SECONDS = 0.001
