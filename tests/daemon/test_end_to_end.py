@@ -11,7 +11,7 @@ import pytest
 from daemon.initiator import Initiator
 from daemon.targets import TARGET_PREFIX
 from protocol.iscsi.initiator_task import CommandFailed
-from tests.daemon.programs import Daemon, cleaved, run, succeed
+from tests.daemon.programs import Daemon, cleaved, succeed
 
 MIB = 1 << 20
 
