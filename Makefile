@@ -13,8 +13,8 @@ help:
 	@echo "make demo         the main job from nothing: daemon, vdisk over iSCSI, snapshot, clone, online split, verification"
 	@echo "make test         all tests (PYTEST_ARGS='-k name' to choose)"
 	@echo "make lint         ruff and mypy --strict"
-	@echo "make bench        benches, with the real clients where they are installed"
-	@echo "make conformance  protocol conformance suites"
+	@echo "make bench        benches; against tgt they need root, tgt, libiscsi-bin and qemu-utils"
+	@echo "make conformance  protocol conformance suites; needs libiscsi-bin"
 	@echo "make crash        crash and power-loss tests, long form"
 	@echo "make setup        only the virtual environment"
 	@echo "make clean        remove .venv and caches"
@@ -43,12 +43,14 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The three folders below hold programs and long tests of their own; what is there is what runs.
+# The folders below hold programs of their own, each with --help; what is there is what runs.
 bench: $(READY)
-	@for script in tests/load/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for module in $(basename $(wildcard tests/load/bench_*.py)); do \
+	    echo "== $$module"; $(BIN)/python -m $$(echo $$module | tr / .) || exit 1; done
 
 conformance: $(READY)
-	$(BIN)/python -m pytest tests/conformance $(PYTEST_ARGS)
+	@for module in $(basename $(wildcard tests/conformance/*_suite.py)); do \
+	    echo "== $$module"; $(BIN)/python -m $$(echo $$module | tr / .) || exit 1; done
 
 crash: $(READY)
 	CLEAVED_LONG=1 $(BIN)/python -m pytest tests/crash tests/storage/test_model.py $(PYTEST_ARGS)
