@@ -40,7 +40,7 @@ WORKERS: Final = 8
 SPLIT_RATE_BYTES: Final = 48 * MIB
 STOP_SECONDS_MAX: Final = 30.0
 
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 
 
 class DemoFailed(Exception):
