@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from storage.slices import VbnArray
+
 if TYPE_CHECKING:
     from storage.images.image import Image
     from storage.tree.node import Node
 
-VbnArray = npt.NDArray[np.uint64]
 # image number, CRC32C, FBN, VBN, run length: what the intent log says of one change (layout.RECORD_ENTRY).
 LogEntry = tuple[int, int, int, int, int]
 
