@@ -83,7 +83,9 @@ NAMES = [
 ]
 VALUES = [INITIATOR, TARGET, "Normal", "Discovery", "None", "CHAP", "5", "0x12", "0bAA==", "Yes", ""]
 values = st.one_of(st.sampled_from(VALUES), st.text(max_size=20))
-texts = st.lists(st.tuples(st.sampled_from(NAMES), values), max_size=8).map(lambda pairs: "".join(f"{key}={value}\0" for key, value in pairs).encode("utf-8", "surrogatepass"))
+texts = st.lists(st.tuples(st.sampled_from(NAMES), values), max_size=8).map(
+    lambda pairs: "".join(f"{key}={value}\0" for key, value in pairs).encode("utf-8", "surrogatepass")
+)
 
 
 @given(bodies=st.lists(st.tuples(texts, st.integers(0, 255)), max_size=5))
