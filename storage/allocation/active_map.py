@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from storage.consistency.epoch import Epoch, VbnArray
+from storage.consistency.epoch import Epoch
 from storage.layout import BLOCK_BYTES, REGION_BLOCKS, SUMMARIES_PER_BLOCK
-from storage.slices import Slicer, concatenated, in_thread_if_large
+from storage.slices import Slicer, VbnArray, concatenated, in_thread_if_large
 from storage.state import PoolState
 from storage.tree.buffer_tree import BufferTree
 from storage.tree.node import Node

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from storage.consistency.epoch import Epoch, VbnArray
+from storage.consistency.epoch import Epoch
 from storage.layout import SHARES_PER_BLOCK
-from storage.slices import Slicer, concatenated, in_thread_if_large
+from storage.slices import Slicer, VbnArray, concatenated, in_thread_if_large
 from storage.tree.buffer_tree import BufferTree
 from storage.tree.node import HOLES, Node
 
