@@ -146,7 +146,10 @@ class ControlProtocol(asyncio.Protocol):
             parts = self.state.refuse(call.request_id, failure)
         else:
             parts = self.state.answer(call.request_id, result)
-        self._write(b"".join(await _gather(parts)))
+        # All parts at once, so that no other answer comes between; not joined, as copying a long list would stall the event loop.
+        encoded = await _gather(parts)
+        if self._transport is not None:
+            self._transport.writelines(encoded)
 
     def _write(self, data: bytes) -> None:
         if data and self._transport is not None:
