@@ -85,3 +85,12 @@ class PoolLocked(PoolRefused):
     """Another process has the pool open."""
 
     errno = errno.EBUSY
+
+
+def as_storage_error(error: Exception) -> StorageError:
+    """``error`` itself, or for a mistake of ours (a KeyError, say) a StorageError that names it: what a completion can be given."""
+    if isinstance(error, StorageError):
+        return error
+    wrapped = StorageError(f"internal error ({type(error).__name__}: {error}): please report it, with the log")
+    wrapped.__cause__ = error
+    return wrapped

@@ -9,7 +9,7 @@ from uuid import UUID
 from storage.allocation.active_map import ActiveMap
 from storage.allocation.share_map import ShareMap
 from storage.allocation.write_allocator import WriteAllocator
-from storage.backdoor.handler import BackdoorMessageHandler
+from storage.backdoor.handler import BackdoorMessageHandler, in_background
 from storage.backdoor.reclaim import Reclaim
 from storage.check import check_live
 from storage.consistency.consistency_point import ConsistencyPoints
@@ -126,7 +126,11 @@ class Pool:
         pool = cls(device, newest(blocks, device.path, device.size_bytes), cache_bytes)
         if on_event is not None:
             pool._state.on_event = on_event
-        await pool._start()
+        try:
+            await pool._start()
+        except BaseException:
+            await pool._points.stop()
+            raise
         return pool
 
     async def _start(self) -> None:
@@ -136,7 +140,8 @@ class Pool:
         self._splits.take_up()
         replayed = await self._replay()
         self._points.start()
-        if replayed.records:
+        if replayed.moved and self._state.read_only_reason is None:
+            self._points.log_moved = True
             await self._points.request()
         self._handler.start()
         self._splits.go_on()
@@ -153,9 +158,7 @@ class Pool:
     async def close(self) -> None:
         """Finish what is under way, take a consistency point, release the device."""
         await self._handler.stop()
-        for volume in self._lifecycle.volumes():
-            volume.close()
-            await volume.drain()
+        await self._lifecycle.close_volumes()
         await self._log.drain()
         await self._points.stop()
         while self._state.discarding is not None:
@@ -166,10 +169,13 @@ class Pool:
         self._device.close()
 
     async def _reclaim(self) -> bool:
-        """Make freed blocks available, those that background reclaim is still collecting included. False: there are none."""
+        """Make freed blocks available, those that background reclaim is still collecting included. False: there are none.
+
+        The background itself does not wait for reclaim: that is a message in the same queue, and would wait for it in turn.
+        """
         if await self._points.reclaim():
             return True
-        if not self._catalogue.deleted or self._state.read_only_reason is not None:
+        if in_background.get() or not self._handler.holds(Reclaim) or self._state.read_only_reason is not None:
             return False
         await asyncio.sleep(RECLAIM_POLL_SECONDS)
         return True
@@ -254,13 +260,11 @@ class Pool:
 
     async def vdisk_resize(self, name: str, size_bytes: int) -> dict[str, Any]:
         """Grow or shrink. Raises NotFound, RequestError, Conflict, PoolFull."""
-        await self._lifecycle.resize(name, size_bytes)
-        return self._listing.brief(self._catalogue.vdisk(name))
+        return self._listing.brief(await self._lifecycle.resize(name, size_bytes))
 
     async def vdisk_rename(self, old: str, new: str) -> dict[str, Any]:
         """Another name; sessions go on. Raises NotFound, RequestError, Conflict."""
-        await self._lifecycle.rename(old, new)
-        return self._listing.brief(self._catalogue.vdisk(new))
+        return self._listing.brief(await self._lifecycle.rename(old, new))
 
     async def vdisk_delete(self, name: str) -> None:
         """Delete; blocks come free in the background. Raises NotFound, Conflict."""

@@ -7,12 +7,16 @@ several works share the handler fairly. What a message raises ends its work, and
 import asyncio
 from collections import deque
 from contextlib import suppress
+from contextvars import ContextVar
 from time import perf_counter
 from typing import Protocol
 
 from storage.backdoor.pace import Pace
-from storage.errors import StorageError
+from storage.errors import StorageError, as_storage_error
 from storage.state import PoolState
+
+# True within a message, and in the tasks that it starts.
+in_background: ContextVar[bool] = ContextVar("in_background", default=False)
 
 
 class Work(Protocol):
@@ -52,10 +56,15 @@ class BackdoorMessageHandler:
 
     async def stop(self) -> None:
         """End; a message that is under way is abandoned where it waits, which leaves only what the next start goes on from."""
+        self._queue.clear()
         if self._task is not None:
             self._task.cancel()
             with suppress(asyncio.CancelledError):
                 await self._task
+
+    def holds(self, kind: type[object]) -> bool:
+        """Whether a work of that kind is in the queue, or has a message under way."""
+        return any(isinstance(work, kind) for work in self._queue)
 
     def post(self, work: Work) -> None:
         """Put a work into the queue, if it is not there."""
@@ -69,6 +78,7 @@ class BackdoorMessageHandler:
             self._queue.remove(work)
 
     async def _run(self) -> None:
+        in_background.set(True)
         while True:
             while not self._queue or self._state.read_only_reason is not None:
                 self._wake.clear()
@@ -81,9 +91,10 @@ class BackdoorMessageHandler:
         moved: int | None = None
         try:
             moved = await work.message(self._pace.idle)
-        except StorageError as error:
+        except Exception as error:  # noqa: BLE001
+            # Whatever it was: one work must not end all the others.
             self.withdraw(work)
-            await work.failed(error)
+            await work.failed(as_storage_error(error))
         else:
             if self._queue and self._queue[0] is work:
                 self._queue.popleft()

@@ -21,7 +21,7 @@ from storage.consistency.epoch import Epoch
 from storage.consistency.intent_log import IntentLog
 from storage.consistency.node_writer import NodeWriter
 from storage.consistency.superblock import MetafileRoot, Superblock
-from storage.errors import PoolReadOnly, StorageError
+from storage.errors import PoolReadOnly, StorageError, VolumeClosed
 from storage.images.catalogue import Catalogue
 from storage.images.image import KIND_FREE, Image
 from storage.images.record import KIND_OFFSET, ROOT_FIELD_OFFSET
@@ -64,7 +64,10 @@ class ConsistencyPoints:
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
+        self._ended = False
         self._due_at = 0.0
+        # Set when the log goes on elsewhere than the superblock says: then one has to be written although nothing else changed.
+        self.log_moved = False
         self.seconds_last = 0.0
         state.wanted = self._wake.set
         log.durable_by_cp = self.request
@@ -87,6 +90,9 @@ class ConsistencyPoints:
         places; what it raises is raised to the caller, and its consistency point goes on without it.
         """
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if self._ended:
+            future.set_exception(VolumeClosed("the pool is closing: nothing is taken any more"))
+            return future
         self._waiting.append((at_freeze, future))
         self._wake.set()
         return future
@@ -116,6 +122,10 @@ class ConsistencyPoints:
             self._wake.clear()
             await self._take()
         await self._take()
+        self._ended = True
+        for _, future in self._waiting:  # who came during the last one
+            if not future.done():
+                future.set_exception(VolumeClosed("the pool is closing: nothing is taken any more"))
 
     def _due(self) -> bool:
         epoch = self._state.epoch
@@ -127,10 +137,11 @@ class ConsistencyPoints:
         """One consistency point, and the answers to all who wait for it."""
         waiting, self._waiting = self._waiting, []
         error: Exception | None = None
-        waiting = self._run_at_freeze(waiting)
         try:
+            # First of all: on a pool that takes no changes, no change must be made in memory either.
             self._state.check_writable()
-            if self._state.epoch.changed:
+            waiting = self._run_at_freeze(waiting)
+            if self._state.epoch.changed or self.log_moved:
                 started = perf_counter()
                 await self._consistency_point()
                 self.seconds_last = perf_counter() - started
@@ -141,8 +152,8 @@ class ConsistencyPoints:
             self._state.fail(f"a consistency point failed: {str(failure) or type(failure).__name__}")
             error = failure
         for _, future in waiting:
-            if future.cancelled():
-                continue
+            if future.done():
+                continue  # whoever asked has gone
             if error is None:
                 future.set_result(None)
             else:
@@ -157,7 +168,8 @@ class ConsistencyPoints:
             try:
                 if at_freeze is not None and not future.cancelled():
                     at_freeze()
-            except StorageError as error:
+            except Exception as error:  # noqa: BLE001
+                # Also what is no StorageError: a mistake in one change must not end the consistency points of all.
                 future.set_exception(error)
                 continue
             left.append((at_freeze, future))
@@ -179,6 +191,7 @@ class ConsistencyPoints:
         await writer.write_dirty()
         state.check_writable()  # a map that contradicts itself has failed the pool: then this state must not become the pool's
         await self._write_superblock(epoch, head_block, head_sequence)
+        self.log_moved = False
         self._log.trim(used_at_mark)
         for number, entry in entries:
             self._catalogue.entry_written(number, entry)

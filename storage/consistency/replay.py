@@ -53,10 +53,11 @@ class Record:
 
 @dataclass
 class Replayed:
-    """Outcome: where the log goes on, and what was done."""
+    """Outcome: where the log goes on, and what was done. ``moved``: not where the superblock says, so a new one must be written first."""
 
     head_block: int
     next_sequence: int
+    moved: bool
     records: int
     entries: int
 
@@ -131,7 +132,8 @@ class Replay:
         await self._apply(entries)
         head_block = records[-1].block + records[-1].blocks if records else superblock.log_head_block
         # A jump in the sequence: no leftover of a torn tail can ever be taken for a successor.
-        return Replayed(head_block % ring.blocks, next_sequence + (ring.blocks if records else 0), len(applied), len(entries))
+        jump = ring.blocks if records else 0
+        return Replayed(head_block % ring.blocks, next_sequence + jump, bool(records), len(applied), len(entries))
 
     async def _read_ring(self) -> bytearray:
         data = bytearray(self._superblock.log_blocks * BLOCK_BYTES)

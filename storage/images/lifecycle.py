@@ -84,6 +84,7 @@ class Lifecycle:
         # Told of every image that was deleted, so that its blocks are reclaimed.
         self.deleted: Callable[[Image], None]
         self._volumes: WeakValueDictionary[int, Volume] = WeakValueDictionary()
+        self._closing = False
 
     # --- Volumes -------------------------------------------------------------------------------------------------
 
@@ -91,18 +92,25 @@ class Lifecycle:
         """The volume of ``NAME`` or ``NAME@SNAP``; everybody gets the same one. Raises NotFound."""
         vdisk, _, snapshot = name.partition("@")
         image = self._catalogue.snapshot(vdisk, snapshot) if snapshot else self._catalogue.vdisk(vdisk)
-        volume = self._volumes.get(image.number)
+        volume = self._volume_of(image)
         if volume is None:
             volume = Volume(image, name, self._log)
             self._volumes[image.number] = volume
+        if self._closing:
+            volume.close()
         return volume
 
-    def volumes(self) -> list[Volume]:
-        """The volumes that anybody refers to."""
-        return list(self._volumes.values())
+    async def close_volumes(self) -> None:
+        """The pool is closing: end what is under way on every volume, and refuse whatever comes, on those of later, too."""
+        self._closing = True
+        for volume in list(self._volumes.values()):
+            volume.close()
+            await volume.drain()
 
     def _volume_of(self, image: Image) -> Volume | None:
-        return self._volumes.get(image.number)
+        """Its volume, if anybody refers to it. One of that number may also be left of an image that is no more."""
+        volume = self._volumes.get(image.number)
+        return volume if volume is not None and volume.image is image else None
 
     # --- Vdisks ----------------------------------------------------------------------------------------------------
 
@@ -120,24 +128,31 @@ class Lifecycle:
         await self._points.request(at_freeze)
         return made[0]
 
-    async def rename(self, old: str, new: str) -> None:
+    async def rename(self, old: str, new: str) -> Image:
         """Another name for a vdisk; sessions go on. Raises NotFound, Conflict, RequestError."""
         check_name(new, "vdisk")
         image = self._catalogue.vdisk(old)
         if old == new:
-            return
+            return image
         self._catalogue.check_free(new)
+        renamed: list[Image] = []
 
         def at_freeze() -> None:
-            self._catalogue.vdisk(old)
+            image = self._catalogue.vdisk(old)  # it may be another one by now
             self._catalogue.rename(image, new)
-            volume = self._volume_of(image)
-            if volume is not None:
-                volume.name = new
+            self._rename_volumes(image)
+            renamed.append(image)
 
         await self._points.request(at_freeze)
+        return renamed[0]
 
-    async def resize(self, name: str, size_bytes: int) -> None:
+    def _rename_volumes(self, image: Image) -> None:
+        for number in (image.number, *self._catalogue.snapshots.get(image.number, {}).values()):
+            volume = self._volumes.get(number)
+            if volume is not None:
+                volume.name = self._catalogue.full_name_of(number)
+
+    async def resize(self, name: str, size_bytes: int) -> Image:
         """Grow or shrink a vdisk; what lies beyond a smaller end is gone for good. Raises NotFound, Conflict, RequestError, PoolFull."""
         check_size(size_bytes)
         image = self._catalogue.vdisk(name)
@@ -149,6 +164,7 @@ class Lifecycle:
                 await self._shrink(image, size_bytes)
         finally:
             image.busy = None
+        return image
 
     async def _grow(self, image: Image, size_bytes: int) -> None:
         levels = tree_levels(size_bytes // BLOCK_BYTES)
@@ -184,12 +200,16 @@ class Lifecycle:
         image = self._catalogue.vdisk(name)
         self._check_deletable(image)
         self._claim(image, "delete")
-        volume = self._volume_of(image)
+        # Held from here on, so that whoever asks for the volume meanwhile gets this closed one.
+        volume = self.volume(name)
+        volume.close()
         try:
-            if volume is not None:
-                volume.close()
-                await volume.drain()
+            await volume.drain()
             await self._points.request(lambda: self._delete_now(image))
+        except BaseException:
+            if not self._closing:
+                volume.reopen()
+            raise
         finally:
             image.busy = None
 
@@ -271,11 +291,11 @@ class Lifecycle:
 
         Raises NotFound, Conflict (clones stand on it).
         """
-        image = self._catalogue.snapshot(vdisk, name)
+        self._catalogue.snapshot(vdisk, name)
         gone: list[bool] = []
 
         def at_freeze() -> None:
-            self._catalogue.snapshot(vdisk, name)
+            image = self._catalogue.snapshot(vdisk, name)
             clones = self._catalogue.names_of_clones(image)
             if clones and not after_split:
                 raise Conflict(f"snapshot {vdisk}@{name} is the backing store of {', '.join(clones)}: split or delete those first")

@@ -80,6 +80,10 @@ class Volume:
         """The image was deleted, or the pool is closing: refuse whatever comes."""
         self._closed = True
 
+    def reopen(self) -> None:
+        """The image stays after all."""
+        self._closed = False
+
     async def drain(self) -> None:
         """Wait for everything that is under way."""
         while self._tasks:
