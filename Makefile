@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST_ARGS ?=
 
+.DEFAULT_GOAL := help
+
 .PHONY: help setup demo test lint format bench conformance crash clean
 
 help:
