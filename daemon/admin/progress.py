@@ -87,6 +87,7 @@ class BarView:
     def __init__(self, name: str) -> None:
         from rich.console import Console  # noqa: PLC0415 -- costs 60 ms: only where a bar is drawn
         from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn  # noqa: PLC0415
+        from rich.table import Column  # noqa: PLC0415
         from rich.text import Text  # noqa: PLC0415
 
         class Fields(ProgressColumn):
@@ -96,8 +97,11 @@ class BarView:
                 return Text(str(task.fields.get("shown", "")))
 
         self._meter = RateMeter()
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>5.1f} %"), Fields())
-        self._progress: Progress = Progress(*columns, console=Console(stderr=True))
+        # The bar takes what the figures leave, so that the line fits a terminal of 80 columns.
+        bar = BarColumn(bar_width=None, table_column=Column(ratio=1))
+        fixed = Column(no_wrap=True)
+        columns = (TextColumn("{task.description}"), bar, TextColumn("{task.percentage:>5.1f} %"), Fields(table_column=fixed))
+        self._progress: Progress = Progress(*columns, console=Console(stderr=True), expand=True)
         self._task = self._progress.add_task(f"split {name}", total=100.0)
 
     def __enter__(self) -> Self:

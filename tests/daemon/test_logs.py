@@ -1,0 +1,44 @@
+"""The log's two forms, in a process of their own: the configuration is the process's."""
+
+import json
+import sys
+
+import pytest
+
+from tests.daemon.programs import run
+
+PROGRAM = """
+import logging, sys
+from daemon import logs
+logs.set_up(*sys.argv[1:])
+logs.get_log().debug("test.debug")
+logs.get_log().info("test.info", size_bytes=5)
+logging.getLogger("asyncio").warning("slow %s", "callback")
+try:
+    1 / 0
+except ZeroDivisionError as error:
+    logs.get_log().error("test.error", exc_info=error)
+"""
+
+
+async def test_json_lines() -> None:
+    result = await run(sys.executable, "-c", PROGRAM, "info", "json")
+    assert (result.status, result.output) == (0, "")
+    info, python, error = map(json.loads, result.messages.splitlines())
+    assert (info["event"], info["level"], info["size_bytes"]) == ("test.info", "info", 5)
+    assert info["timestamp"].endswith("Z")
+    assert (python["event"], python["level"], python["logger"], python["message"]) == ("python.log", "warning", "asyncio", "slow callback")
+    assert "ZeroDivisionError" in error["exception"]
+
+
+@pytest.mark.parametrize(("level", "lines"), [("debug", 4), ("info", 3), ("warning", 2), ("error", 1)])
+async def test_levels(level: str, lines: int) -> None:
+    result = await run(sys.executable, "-c", PROGRAM, level, "json")
+    assert len(result.messages.splitlines()) == lines
+
+
+async def test_text() -> None:
+    result = await run(sys.executable, "-c", PROGRAM, "info", "text")
+    assert "test.info" in result.messages
+    assert "size_bytes=5" in result.messages
+    assert "{" not in result.messages.splitlines()[0]
