@@ -21,7 +21,7 @@ from storage.consistency.epoch import Epoch
 from storage.consistency.intent_log import IntentLog
 from storage.consistency.node_writer import NodeWriter
 from storage.consistency.superblock import MetafileRoot, Superblock
-from storage.errors import PoolReadOnly, StorageError, VolumeClosed
+from storage.errors import PoolReadOnly, VolumeClosed
 from storage.images.catalogue import Catalogue
 from storage.images.image import KIND_FREE, Image
 from storage.images.record import KIND_OFFSET, ROOT_FIELD_OFFSET

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from crc32c import crc32c
 
 from storage.consistency.epoch import Epoch, LogEntry
-from storage.errors import StorageError
+from storage.errors import DeviceFailed, as_storage_error
 from storage.layout import BLOCK_BYTES, LOG_FIRST_VBN, RECORD_CRC_OFFSET, RECORD_ENTRY, RECORD_HEAD, RECORD_MAGIC
 from storage.state import PoolState
 
@@ -103,8 +103,9 @@ class IntentLog:
                 error: Exception | None = None
                 try:
                     await self._commit()
-                except StorageError as failure:
-                    error = failure
+                except Exception as failure:  # noqa: BLE001
+                    # Whatever it was: each flush is answered, and the next ones are taken.
+                    error = as_storage_error(failure)
                 for done in waiting:
                     done(error)
         finally:
@@ -115,24 +116,29 @@ class IntentLog:
         state = self._state
         state.check_writable()
         epochs = [epoch for epoch in (state.frozen, state.epoch) if epoch is not None and epoch.unlogged]
-        blocks = sum(record_blocks(len(epoch.unlogged)) for epoch in epochs)
-        too_many = any(len(epoch.unlogged) > RECORD_ENTRIES_MAX for epoch in epochs)
-        if too_many or blocks > self._blocks - self._used_blocks:
-            await asyncio.shield(self.durable_by_cp())
-            return
         try:
             for epoch in epochs[:-1]:
-                await self._append(epoch)
-                await state.device.sync()  # a record may say of those before it that they are durable
+                if self._fits(epoch):
+                    await self._append(epoch)
+                    await state.device.sync()  # a record may say of those before it that they are durable
+            # Looked at only now: while the record before was written, more changes may have come.
+            if not all(map(self._fits, epochs)):
+                await asyncio.shield(self.durable_by_cp())
+                return
             for epoch in epochs[-1:]:
                 await self._append(epoch)
             await state.device.sync()
-        except StorageError as failure:
+        except DeviceFailed as failure:
             state.fail(f"the device failed to make data durable: {failure}")
             raise
         self.commits += 1
         if self._used_blocks > self._blocks * FILL_WANTED:
             state.wanted()
+
+    def _fits(self, epoch: Epoch) -> bool:
+        """Whether what the epoch has not logged yet is one record for which the ring has room now (nothing always fits)."""
+        entries = len(epoch.unlogged)
+        return entries <= RECORD_ENTRIES_MAX and (not entries or record_blocks(entries) <= self._blocks - self._used_blocks)
 
     async def _append(self, epoch: Epoch) -> None:
         entries, epoch.unlogged = epoch.unlogged, []

@@ -15,12 +15,13 @@ from uuid import UUID
 from crc32c import crc32c
 
 from storage.consistency.intent_log import IntentLog
-from storage.errors import OutOfRange, PoolReadOnly, StorageError, VolumeClosed
+from storage.errors import OutOfRange, PoolReadOnly, VolumeClosed, as_storage_error
 from storage.images import read_path, write_path
 from storage.images.block_locks import BlockLocks
 from storage.images.image import Image
+from storage.images.long_write import LONG_BYTES_MIN, PIECE_BYTES, write_long
 from storage.images.trim import trim_blocks
-from storage.layout import BLOCK_BYTES, FIELDS_MASK, FIELDS_SHIFT, KIND_VDISK, ZERO_POINTER
+from storage.layout import BLOCK_BYTES, FIELDS_MASK, FIELDS_SHIFT, KIND_DELETED, KIND_VDISK, ZERO_POINTER
 
 Buffer = bytes | bytearray | memoryview
 Completion = Callable[[Exception | None], None]
@@ -151,8 +152,10 @@ class Volume:
             first = offset_bytes >> 12
             count = (offset_bytes + length_bytes + BLOCK_MASK >> 12) - first
             blocks = await read_path.read_blocks(self.image, first, count)
-        except StorageError as error:
-            done(None, error)
+            if self._closed and self.image.kind == KIND_DELETED:
+                self._refuse(offset_bytes, length_bytes)  # what was read may be what reclaim has left
+        except Exception as error:  # noqa: BLE001
+            done(None, as_storage_error(error))
             return
         self._count_read(length_bytes)
         done(self._cut(blocks, offset_bytes, length_bytes), None)
@@ -174,14 +177,41 @@ class Volume:
             self._spawn(self._write_later([(offset, bytes(data), fua, done) for offset, data, fua, done in batch]))
             return
         whole: list[Write] = []
+        whole_bytes = 0
         for write in batch:
-            if (write[0] | len(write[1])) & BLOCK_MASK:
-                self._write_whole(whole)
-                whole = []
-                self._write_partial(write)
-            else:
+            length = len(write[1])
+            alone = (write[0] | length) & BLOCK_MASK or length >= LONG_BYTES_MIN
+            if not alone:
                 whole.append(write)
+                whole_bytes += length
+            if alone or whole_bytes > PIECE_BYTES - LONG_BYTES_MIN:
+                self._write_whole(whole)
+                whole, whole_bytes = [], 0
+            if alone:
+                self._write_alone(write)
         self._write_whole(whole)
+
+    def _write_alone(self, write: Write) -> None:
+        """A write that is long, or covers parts of blocks."""
+        if (write[0] | len(write[1])) & BLOCK_MASK:
+            self._write_partial(write)
+        else:
+            self._write_long(write)
+
+    def _write_long(self, write: Write) -> None:
+        """A write of many whole blocks, piece by piece; what cannot be done now, later."""
+        offset, data, fua, done = write
+        try:
+            self._check([write])
+            written = write_long(self.image, offset, data)
+        except Exception as error:  # noqa: BLE001
+            done(as_storage_error(error))
+            return
+        if written == len(data):
+            self._written([write])
+            return
+        self.written_bytes += written
+        self._spawn(self._write_later([(offset + written, bytes(memoryview(data)[written:]), fua, done)]))
 
     def _write_whole(self, batch: list[Write]) -> None:
         """Writes of whole blocks, as one allocation and one call to the device."""
@@ -194,9 +224,12 @@ class Volume:
             for offset, data, _, _ in batch:
                 write_path.split_blocks(offset >> 12, data, targets, buffers)
             finished = write_path.write_now(self.image, targets, buffers)
-        except StorageError as error:
-            for _, _, _, done in batch:
-                done(error)
+        except Exception as error:  # noqa: BLE001
+            if len(batch) == 1:
+                batch[0][3](as_storage_error(error))
+                return
+            for write in batch:  # what one of them meets is no matter of the others
+                self._write_whole([write])
             return
         if finished:
             self._written(batch)
@@ -208,29 +241,36 @@ class Volume:
         offset, data, fua, done = write
         try:
             self._check([write])
-            first = offset >> 12
-            old = read_path.try_read_blocks(self.image, first, (offset + len(data) + BLOCK_MASK >> 12) - first)
-            if old is not None:
-                old[offset & BLOCK_MASK : (offset & BLOCK_MASK) + len(data)] = data
-                targets: list[write_path.Target] = []
-                buffers: list[Buffer] = []
-                write_path.split_blocks(first, old, targets, buffers)
-                if write_path.write_now(self.image, targets, buffers):
-                    self._written([write])
-                    return
-        except StorageError as error:
-            done(error)
+            finished = self._merge_now(offset, data)
+        except Exception as error:  # noqa: BLE001
+            done(as_storage_error(error))
             return
-        self._spawn(self._write_later([(offset, bytes(data), fua, done)]))
+        if finished:
+            self._written([write])
+        else:
+            self._spawn(self._write_later([(offset, bytes(data), fua, done)]))
+
+    def _merge_now(self, offset: int, data: Buffer) -> bool:
+        first = offset >> 12
+        old = read_path.try_read_blocks(self.image, first, (offset + len(data) + BLOCK_MASK >> 12) - first)
+        if old is None:
+            return False
+        old[offset & BLOCK_MASK : (offset & BLOCK_MASK) + len(data)] = data
+        targets: list[write_path.Target] = []
+        buffers: list[Buffer] = []
+        write_path.split_blocks(first, old, targets, buffers)
+        return write_path.write_now(self.image, targets, buffers)
 
     def _check(self, batch: list[Write]) -> None:
         """Raise for a batch that cannot be written: PoolReadOnly, VolumeClosed, OutOfRange."""
         image = self.image
+        if self._closed:
+            self._refuse(0, 0)
         if image.kind != KIND_VDISK:
             raise PoolReadOnly(f"{self.name} is a snapshot, which never changes: clone it, and write to the clone")
         self.state.check_writable()
         for offset, data, _, _ in batch:
-            if offset + len(data) > image.limit_bytes or self._closed:
+            if offset + len(data) > image.limit_bytes:
                 self._refuse(offset, len(data))
 
     def _written(self, batch: list[Write]) -> None:
@@ -250,8 +290,8 @@ class Volume:
             try:
                 self._check([write])
                 await self._write_one(offset, data)
-            except StorageError as error:
-                done(error)
+            except Exception as error:  # noqa: BLE001
+                done(as_storage_error(error))
             else:
                 self._written([write])
 
@@ -286,8 +326,8 @@ class Volume:
             if offset + length > self.image.limit_bytes:
                 self._refuse(offset, length)
             await self._zero_range(offset, offset + length)
-        except StorageError as error:
-            done(error)
+        except Exception as error:  # noqa: BLE001
+            done(as_storage_error(error))
             return
         self.trims += 1
         self.state.operations += 1
@@ -314,6 +354,9 @@ class Volume:
     def flush(self, done: Completion) -> None:
         """Make every write that was completed before this call durable."""
         self.flushes += 1
+        if self._closed:
+            done(VolumeClosed(f"{self.name} is no longer there"))
+            return
         if self.image.kind != KIND_VDISK:
             done(None)
             return

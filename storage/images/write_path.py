@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from crc32c import crc32c
 
-from storage.errors import OutOfRange, StorageError
-from storage.layout import BLOCK_BYTES, FIELDS_MASK, FIELDS_SHIFT, HOLE, ZERO_BLOCK, ZERO_BLOCK_CRC, ZERO_POINTER
+from storage.errors import OutOfRange, StorageError, VolumeClosed
+from storage.layout import BLOCK_BYTES, FIELDS_MASK, FIELDS_SHIFT, HOLE, KIND_VDISK, ZERO_BLOCK, ZERO_BLOCK_CRC, ZERO_POINTER
 from storage.tree.node import Node
 
 if TYPE_CHECKING:
@@ -136,23 +136,30 @@ def write_now(image: "Image", targets: list[Target], buffers: list[Buffer]) -> b
     nodes = writable_now(image, epoch, targets)
     if nodes is None:
         return False
-    count = sum(map(len, buffers)) // BLOCK_BYTES
-    extents: Extents = []
-    if count:
-        taken = state.allocator.take(count)
-        if taken is None:
-            return False
-        extents = taken
-        try:
-            for part, offset, length in slices_by_extent(buffers, extents):
-                if not state.device.try_writev(part, offset, length):
-                    state.allocator.give_back(extents)
-                    return False
-        except StorageError:
-            state.allocator.give_back(extents)
-            raise
+    extents = write_extents(image, buffers, sum(map(len, buffers)) // BLOCK_BYTES)
+    if extents is None:
+        return False
     install(image, epoch, nodes, targets, extents)
     return True
+
+
+def write_extents(image: "Image", buffers: list[Buffer], count: int) -> Extents | None:
+    """Allocate ``count`` blocks and write the buffers to them, at once. None: nothing was changed. Raises DeviceFailed."""
+    if not count:
+        return []
+    state = image.state
+    extents = state.allocator.take(count)
+    if extents is None:
+        return None
+    try:
+        for part, offset, length in slices_by_extent(buffers, extents):
+            if not state.device.try_writev(part, offset, length):
+                state.allocator.give_back(extents)
+                return None
+    except StorageError:
+        state.allocator.give_back(extents)
+        raise
+    return extents
 
 
 async def write_blocks(image: "Image", targets: list[Target], buffers: list[Buffer]) -> None:
@@ -171,9 +178,11 @@ async def write_blocks(image: "Image", targets: list[Target], buffers: list[Buff
             for index in dict.fromkeys(fbn >> FIELDS_SHIFT for fbn, _ in targets):
                 await image.tree.prepare(index, state.epoch)
         state.check_writable()
+        if image.kind != KIND_VDISK:
+            raise VolumeClosed(f"{image.label} was deleted while this write was under way")
         if targets[-1][0] * BLOCK_BYTES >= image.limit_bytes:
             raise OutOfRange(f"{image.label} shrank to {image.limit_bytes} bytes while this write was under way")
-    except StorageError:
+    except Exception:
         # Not after a cancellation: the device may still be writing there, so those blocks stay claimed until the pool is closed.
         state.allocator.give_back(extents)
         raise

@@ -34,7 +34,9 @@ async def read_behind(clone: "Image", holes: Holes) -> bytearray:
                 await state.device.readv((part,), vbn * BLOCK_BYTES)
     finally:
         state.end_read(epoch)
-    verify(clone, holes.index << FIELDS_SHIFT, locations, view)
+    for position, slot in enumerate(holes.slots.tolist()):
+        block = view[position * BLOCK_BYTES : (position + 1) * BLOCK_BYTES]
+        verify(clone, (holes.index << FIELDS_SHIFT) + slot, locations[position : position + 1], block)
     return data
 
 

@@ -55,6 +55,8 @@ class SplitJob:
         self._count_at = 0
         self._counting = not self.counted
         self._recounted_at = 0.0
+        # Whether something happened during the count that makes it worthless.
+        self._spoiled = False
         # Set fields below each level-2 block of the backing store, as counted: a whole one can be shared without walking it again.
         self._level2_holes: dict[int, int] = {}
         image.job = self
@@ -75,9 +77,10 @@ class SplitJob:
         return bool(self.record.flags & SPLIT_FLAG_COUNTED)
 
     def abandon(self) -> None:
-        """The clone is being deleted, or the split was cancelled: the next message ends the work."""
+        """The clone is being deleted, or the split has ended: the next message ends the work."""
         self.gone = True
-        self.image.job = None
+        if self.image.job is self:
+            self.image.job = None
 
     # --- What clients do meanwhile ---------------------------------------------------------------------------------
 
@@ -86,16 +89,20 @@ class SplitJob:
         image = self.image
         if fbn >= image.backing_blocks or (self._counting and fbn >> FIELDS_SHIFT >= self._count_at) or image.backing is None:
             return
-        behind = locate(image.backing, fbn)
+        try:
+            behind = locate(image.backing, fbn)
+        except StorageError:
+            behind = None  # damage behind the clone is no matter of a write that hides it; it must not be stopped half-way
         if behind is None:
             self.holes_hidden()
         elif behind[0]:
-            self.record.holes_remaining -= 1
+            self.record.holes_remaining = max(0, self.record.holes_remaining - 1)
 
     def holes_hidden(self) -> None:
         """A client trimmed holes: how many of them counted is not known at once."""
         self.image.touch()
         self.record.flags &= ~SPLIT_FLAG_COUNTED
+        self._spoiled = True
 
     # --- Messages ----------------------------------------------------------------------------------------------------
 
@@ -140,13 +147,15 @@ class SplitJob:
         self._level2_holes = {}
         self.image.touch()
         self.record.holes_remaining = 0
-        self.record.flags |= SPLIT_FLAG_COUNTED  # taken away again by whatever spoils the count
+        self._spoiled = False
 
     def _end_count(self) -> None:
         self.image.touch()
         self._counting = False
         self._recounted_at = perf_counter()
         record = self.record
+        if not self._spoiled:
+            record.flags |= SPLIT_FLAG_COUNTED  # only now: a consistency point may have come in the middle, and a crash after it
         done = record.blocks_copied + record.blocks_shared
         record.holes_total = record.holes_remaining + done
 
@@ -158,8 +167,14 @@ class SplitJob:
         try:
             following = await self._start_copies(blocks, started)
             moved = await self._install_all(started)
-        except StorageError:
+        except Exception:
             await self._discard(started)
+            raise
+        except asyncio.CancelledError:
+            # What they took stays claimed until the pool is closed, which is what cancels: the device may still be writing there.
+            for _, writing in started:
+                writing.cancel()
+            await asyncio.gather(*(writing for _, writing in started), return_exceptions=True)
             raise
         if self.gone or self.record.state != SPLIT_RUNNING:
             return None

@@ -68,41 +68,44 @@ class SplitService:
         if image.backing is None:
             raise Conflict(f"{name} has no backing store: it is not a clone, or was split already")
         following = states.after(image.split.state, "start", name)
+        self._state.check_writable()
         image.touch()
         image.split = SplitRecord(
             state=following, mode=SPLIT_MODES.index(mode), rate_min_bytes=low, rate_max_bytes=high, started_ns=time.time_ns()
         )
+        self._jobs = {number: job for number, job in self._jobs.items() if not job.gone}  # those whose clones were deleted
         job = self._jobs[image.number] = SplitJob(image, self._release, self._stopped)
         await self._points.request()
-        self._state.on_event("split.started", vdisk=name, mode=mode)
+        self._state.on_event("split.started", vdisk=image.name, mode=mode)
         self._handler.post(job)
-        return self.show(name)
+        return self._describe(image)
 
     async def pause(self, name: str) -> dict[str, Any]:
         """Stop until ``resume``; over restarts, too. Raises NotFound, Conflict."""
-        return await self._change(name, "pause")
+        return await self._change(self._catalogue.vdisk(name), "pause")
 
     async def resume(self, name: str) -> dict[str, Any]:
         """Go on after a pause. Raises NotFound, Conflict."""
-        shown = await self._change(name, "resume")
-        self._handler.post(self._jobs[self._catalogue.vdisk(name).number])
+        image = self._catalogue.vdisk(name)
+        shown = await self._change(image, "resume")
+        if image.job is not None:  # unless it was cancelled, or the clone deleted, meanwhile
+            self._handler.post(image.job)
         return shown
 
     async def cancel(self, name: str) -> dict[str, Any]:
         """End the split; what was separated stays so, and the clone stays a clone. Raises NotFound, Conflict."""
-        image = self._catalogue.vdisk(name)
-        shown = await self._change(name, "cancel")
-        self._end(image)
-        return shown
+        return await self._change(self._catalogue.vdisk(name), "cancel")
 
-    async def _change(self, name: str, command: str) -> dict[str, Any]:
-        image = self._catalogue.vdisk(name)
-        following = states.after(image.split.state, command, name)
+    async def _change(self, image: Image, command: str) -> dict[str, Any]:
+        following = states.after(image.split.state, command, image.name)
+        self._state.check_writable()
         image.touch()
         image.split.state, image.split.reason = following, ""
-        self._state.on_event(f"split.{SPLIT_STATES[following]}", vdisk=name)
+        if command == "cancel":
+            self._end(image)  # before anybody can start the next one
+        self._state.on_event(f"split.{SPLIT_STATES[following]}", vdisk=image.name)
         await self._points.request()
-        return self.show(name)
+        return self._describe(image)
 
     def _end(self, image: Image) -> None:
         job = self._jobs.pop(image.number, None)
@@ -115,10 +118,12 @@ class SplitService:
     async def _release(self, job: SplitJob) -> None:
         """No hole is left: the association ends, and with it the snapshot if it is marked for that."""
         image = job.image
+        released: list[bool] = []
 
         def at_freeze() -> None:
             if job.gone or image.split.state != SPLIT_RUNNING:
-                return
+                return  # paused, cancelled or deleted in the last moment
+            released.append(True)
             image.touch()
             image.split.state = states.after(SPLIT_RUNNING, "finish", image.name)
             image.split.holes_remaining = 0
@@ -129,6 +134,8 @@ class SplitService:
             self._end(image)
 
         await self._points.request(at_freeze)
+        if not released:
+            return
         self._state.on_event(
             "split.done", vdisk=image.name, mode=SPLIT_MODES[image.split.mode], blocks_copied=image.split.blocks_copied,
             blocks_shared=image.split.blocks_shared,
@@ -137,6 +144,8 @@ class SplitService:
     async def _stopped(self, job: SplitJob, error: StorageError) -> None:
         """A message failed: a full pool pauses the split, anything else ends it; both keep the reason."""
         image = job.image
+        if image.split.state != SPLIT_RUNNING:
+            return  # paused meanwhile: whatever it was shows again after the resume
         image.touch()
         command = "pause" if isinstance(error, PoolFull) else "fail"
         image.split.state = states.after(image.split.state, command, image.name)
@@ -156,7 +165,7 @@ class SplitService:
         return self._describe(image)
 
     def _describe(self, image: Image) -> dict[str, Any]:
-        split, job = image.split, self._jobs.get(image.number)
+        split, job = image.split, image.job
         done = split.blocks_copied + split.blocks_shared
         total = max(split.holes_total, split.holes_remaining + done)
         finished = split.state == states.TRANSITIONS[SPLIT_RUNNING, "finish"]
@@ -183,7 +192,7 @@ class SplitService:
 
     def list(self) -> list[dict[str, Any]]:
         """All splits that are running or paused."""
-        return [self._describe(job.image) for _, job in sorted(self._jobs.items())]
+        return [self._describe(job.image) for _, job in sorted(self._jobs.items()) if not job.gone]
 
     async def estimate(self, name: str) -> dict[str, Any]:
         """What a copy split of this clone would move now, and how long that takes on an idle daemon. Raises NotFound, Conflict."""
