@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from crc32c import crc32c
 
 from storage.errors import BlockDamaged
-from storage.layout import BLOCK_BYTES, FIELDS_MASK, FIELDS_SHIFT, HOLE, ZERO_POINTER
+from storage.layout import BLOCK_BYTES, FIELDS_MASK, FIELDS_PER_BLOCK, FIELDS_SHIFT, HOLE, ZERO_POINTER
 
 if TYPE_CHECKING:
     from storage.images.image import Image
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 # VBN and CRC32C of one block; VBN 0 stands for zeros, whatever the reason.
 Location = tuple[int, int]
 NOTHING: Location = (HOLE, 0)
+# The CRC32C within the second u64 of a field; the birth stands above it.
+CRC_MASK = 0xFFFFFFFF
 
 
 def locate(image: "Image", fbn: int) -> Location | None:
@@ -25,7 +27,7 @@ def locate(image: "Image", fbn: int) -> Location | None:
         slot = (fbn & FIELDS_MASK) * 2
         vbn = node.q[slot]
         if vbn > ZERO_POINTER:
-            return vbn, node.q[slot + 1] & 0xFFFFFFFF
+            return vbn, node.q[slot + 1] & CRC_MASK
         if vbn == ZERO_POINTER or fbn >= at.backing_blocks:
             return NOTHING
         at = at.backing
@@ -46,7 +48,7 @@ def locate_range(image: "Image", fbn: int, count: int) -> list[Location] | None:
             slot = (here & FIELDS_MASK) * 2
             vbn = q[slot]
             if vbn > ZERO_POINTER:
-                found.append((vbn, q[slot + 1] & 0xFFFFFFFF))
+                found.append((vbn, q[slot + 1] & CRC_MASK))
             elif vbn == ZERO_POINTER or here >= image.backing_blocks or image.backing is None:
                 found.append(NOTHING)
             else:
@@ -89,8 +91,43 @@ def damaged(image: "Image", fbn: int, vbn: int) -> BlockDamaged:
     )
 
 
+def locate_run(image: "Image", fbn: int, count: int) -> tuple[int, list[int]] | None:
+    """First VBN of ``count`` blocks of the image's own that lie one after the other, and what stands behind each VBN in its field.
+
+    That is how most of what is read was written. None for everything else: ``locate_range`` tells then.
+    """
+    slot = fbn & FIELDS_MASK
+    if slot + count > FIELDS_PER_BLOCK:
+        return None
+    node = image.tree.peek(fbn >> FIELDS_SHIFT)
+    if node is None:
+        return None
+    fields = node.q[slot * 2 : (slot + count) * 2].tolist()
+    first: int = fields[0]
+    if first <= ZERO_POINTER or fields[::2] != list(range(first, first + count)):
+        return None
+    return first, fields[1::2]
+
+
+def try_read_run(image: "Image", fbn: int, first: int, tails: list[int]) -> bytearray | None:
+    """The blocks that ``locate_run`` found if the page cache has them; None otherwise. Raises BlockDamaged, DeviceFailed."""
+    data = bytearray(len(tails) * BLOCK_BYTES)
+    if not image.state.device.try_readv((data,), first * BLOCK_BYTES):
+        return None
+    view = memoryview(data)
+    at = 0
+    for tail in tails:
+        if crc32c(view[at : at + BLOCK_BYTES]) != tail & CRC_MASK:
+            raise damaged(image, fbn + at // BLOCK_BYTES, first + at // BLOCK_BYTES)
+        at += BLOCK_BYTES
+    return data
+
+
 def try_read_blocks(image: "Image", fbn: int, count: int) -> bytearray | None:
     """``count`` whole blocks if everything is in memory or the page cache; None otherwise. Raises BlockDamaged, DeviceFailed."""
+    run = locate_run(image, fbn, count)
+    if run is not None:
+        return try_read_run(image, fbn, *run)
     locations = locate_range(image, fbn, count)
     if locations is None:
         return None
