@@ -226,10 +226,11 @@ class WriteAllocator:
         if window.next < window.end:
             window.runs.append((window.next, window.end))
         for first, end in window.runs:
-            region = first >> REGION_SHIFT
-            mask = np.zeros(REGION_BLOCKS, dtype=np.uint8)
-            mask[first - region * REGION_BLOCKS : end - region * REGION_BLOCKS] = 1
-            self.settle(region, np.packbits(mask, bitorder="little"))
+            for region in range(first >> REGION_SHIFT, (end - 1 >> REGION_SHIFT) + 1):
+                base = region * REGION_BLOCKS  # blocks that were given back may have joined runs of two regions
+                mask = np.zeros(REGION_BLOCKS, dtype=np.uint8)
+                mask[max(0, first - base) : end - base] = 1
+                self.settle(region, np.packbits(mask, bitorder="little"))
         window.runs = []
         window.next = window.end = 0
 

@@ -40,12 +40,14 @@ class Work(Protocol):
 class BackdoorMessageHandler:
     """Holds the queue of works. ``messages`` counts what was carried out."""
 
-    __slots__ = ("_pace", "_queue", "_state", "_task", "_wake", "messages")
+    __slots__ = ("_not_before", "_pace", "_queue", "_state", "_task", "_wake", "messages")
 
     def __init__(self, state: PoolState) -> None:
         self._state = state
         self._pace = Pace(state)
         self._queue: deque[Work] = deque()
+        # When a work with a ceiling may have its next message (perf_counter); it keeps no other work waiting.
+        self._not_before: dict[Work, float] = {}
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self.messages = 0
@@ -74,31 +76,51 @@ class BackdoorMessageHandler:
 
     def withdraw(self, work: Work) -> None:
         """Take a work out of the queue, if it is there."""
+        self._not_before.pop(work, None)
         with suppress(ValueError):
             self._queue.remove(work)
 
     async def _run(self) -> None:
         in_background.set(True)
         while True:
-            while not self._queue or self._state.read_only_reason is not None:
+            work = self._next()
+            if work is not None:
+                await self._carry_out(work)
+            else:
                 self._wake.clear()
-                await self._wake.wait()
-            await self._carry_out(self._queue[0])
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._wake.wait(), self._seconds_to_next())
+
+    def _next(self) -> Work | None:
+        """The first work that may have a message now; none on a pool that takes no changes."""
+        if self._state.read_only_reason is not None:
+            return None
+        now = perf_counter()
+        return next((work for work in self._queue if self._not_before.get(work, now) <= now), None)
+
+    def _seconds_to_next(self) -> float | None:
+        """How long until a ceiling lets a work go on; None while only a new work can change anything."""
+        if not self._queue or self._state.read_only_reason is not None:
+            return None
+        return max(0.0, min(self._not_before.get(work, 0.0) for work in self._queue) - perf_counter())
 
     async def _carry_out(self, work: Work) -> None:
         """One message. The work stays listed while it runs, so that posting it again has no effect."""
         started = perf_counter()
         moved: int | None = None
         try:
-            moved = await work.message(self._pace.idle)
+            # A ceiling is kept in small steps, not in bursts.
+            moved = await work.message(self._pace.idle and not work.rate_max_bytes)
         except Exception as error:  # noqa: BLE001
             # Whatever it was: one work must not end all the others.
             self.withdraw(work)
             await work.failed(as_storage_error(error))
         else:
-            if self._queue and self._queue[0] is work:
-                self._queue.popleft()
-                if moved is not None:
-                    self._queue.append(work)
+            listed = work in self._queue
+            self.withdraw(work)
+            if moved is not None and listed:
+                self._queue.append(work)
+                if moved and work.rate_max_bytes:
+                    self._not_before[work] = started + moved / work.rate_max_bytes
         self.messages += 1
-        await self._pace.rest(perf_counter() - started, moved or 0, work.rate_min_bytes, work.rate_max_bytes)
+        await self._pace.rest(perf_counter() - started, moved or 0, work.rate_min_bytes)

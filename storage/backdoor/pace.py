@@ -3,7 +3,7 @@
 Idle (no client I/O for IDLE_SECONDS): full speed. Under load: after each message the handler rests for a multiple of the time that the
 message took, so that clients meet it seldom; the multiple grows when the event loop, and so every client, is kept waiting, and shrinks
 again when it is not. Two bounds: work under load never falls below ``rate_min_bytes`` a second, so that it always ends, and never goes
-above ``rate_max_bytes`` if that is set.
+above ``rate_max_bytes`` if that is set (the handler sees to the latter: a ceiling for one work must not keep others waiting).
 """
 
 import asyncio
@@ -21,8 +21,8 @@ BACK_OFF = 2.0
 RECOVER = 0.95
 # Small enough to be met seldom: at 1 MiB a message that is one message in 42 ms.
 RATE_MIN_BYTES_DEFAULT = 24 << 20
-# Debt and credit are counted over at most this long, so that an idle hour buys no burst.
-WINDOW_SECONDS = 0.5
+# Clients may be gone long before a longer rest is over.
+REST_SECONDS_MAX = 0.5
 
 
 class Pace:
@@ -45,7 +45,7 @@ class Pace:
             self._busy_at = now
         return now - self._busy_at > IDLE_SECONDS
 
-    async def rest(self, worked_seconds: float, work_bytes: int, rate_min_bytes: int, rate_max_bytes: int) -> None:
+    async def rest(self, worked_seconds: float, work_bytes: int, rate_min_bytes: int) -> None:
         """Wait as long as a message of ``work_bytes`` that took ``worked_seconds`` asks for; at least one turn of the event loop."""
         started = perf_counter()
         await asyncio.sleep(0)
@@ -56,7 +56,5 @@ class Pace:
             seconds = worked_seconds * self._rest
             if work_bytes:
                 seconds = min(seconds, max(0.0, work_bytes / (rate_min_bytes or RATE_MIN_BYTES_DEFAULT) - worked_seconds))
-        if rate_max_bytes:
-            seconds = max(seconds, work_bytes / rate_max_bytes - worked_seconds)
         if seconds > turn:
-            await asyncio.sleep(min(seconds - turn, WINDOW_SECONDS))
+            await asyncio.sleep(min(seconds - turn, REST_SECONDS_MAX))

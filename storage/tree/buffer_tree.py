@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from storage.state import PoolState
 
 
+# How often a reader of a snapshot that is just being made looks whether it is there. Rare, and over within one consistency point.
+UNWRITTEN_POLL_SECONDS = 0.001
+
+
 class BufferTree:
     """``nodes[level][index]`` lists the nodes in memory; the root field (``root_vbn``, ``root_crc``, ``root_birth``) names the top one."""
 
@@ -75,7 +79,14 @@ class BufferTree:
             return node
         if self.root_vbn <= ZERO_POINTER:
             return ZEROS if self.root_vbn else HOLES
+        if self._root_unwritten():
+            return None
         return self._load_now(self.levels, 0, self.root_vbn, self.root_crc, self.root_birth)
+
+    def _root_unwritten(self) -> bool:
+        """Whether this is a snapshot that is just being made: the consistency point under way will write its root, and say its CRC32C."""
+        frozen = self.state.frozen
+        return not self.root_crc and frozen is not None and self.root_birth == frozen.number
 
     def _enter(self, parent: Node, index: int) -> Node | None:
         """The child of ``parent`` at ``index`` of the level below."""
@@ -110,7 +121,11 @@ class BufferTree:
             node = self.peek(index, level)
             if node is not None:
                 return node
-            await self._load_missing(index, level)
+            if self._root_unwritten() and 0 not in self.nodes[self.levels]:
+                self.state.check_writable()  # if its consistency point failed, this snapshot was never made
+                await asyncio.sleep(UNWRITTEN_POLL_SECONDS)
+            else:
+                await self._load_missing(index, level)
 
     async def _load_missing(self, index: int, level: int) -> None:
         """Load the highest node on the path that is not in memory; one load at a time for each."""

@@ -91,16 +91,20 @@ class NodeCache:
             self._evict()
 
     def _evict(self) -> None:
-        """Look at a few of the oldest nodes: bounded work a call, so that a cache full of dirty nodes costs no stall."""
+        """Look at a few of the oldest nodes: bounded work a call, so that a cache full of dirty nodes costs no stall.
+
+        More than one may go, so that a cache that grew while all was dirty comes back to its limit.
+        """
         queue = self._queue
         for _ in range(8):
+            if len(queue) <= self.nodes_max:
+                return
             node = queue.popleft()
             tree = node.tree
             if tree is None or tree.nodes[node.level].get(node.index) is not node:
-                return  # cut off from its tree meanwhile
+                continue  # cut off from its tree meanwhile
             if node.referenced or node.epoch is not None:
                 node.referenced = False
                 queue.append(node)
                 continue
             del tree.nodes[node.level][node.index]
-            return
