@@ -67,7 +67,6 @@ class Pool:
         self._catalogue = Catalogue(state)
         self._log = IntentLog(state, superblock.uuid, superblock.log_blocks, superblock.log_head_block, superblock.log_head_sequence)
         self._points = ConsistencyPoints(state, superblock, self._catalogue, self._log, self._active_map, metafiles)
-        state.allocator.reclaim = self._reclaim
         self._handler = BackdoorMessageHandler(state)
         self._lifecycle = Lifecycle(state, self._catalogue, self._points, self._log)
         self._lifecycle.deleted = self._post_reclaim
@@ -139,6 +138,7 @@ class Pool:
         await read_table(self._state, self._table, self._catalogue)
         self._splits.take_up()
         replayed = await self._replay()
+        self._state.allocator.reclaim = self._reclaim
         self._points.start()
         if replayed.moved and self._state.read_only_reason is None:
             self._points.log_moved = True
@@ -151,7 +151,8 @@ class Pool:
                              records_replayed=replayed.records, changes_replayed=replayed.entries)  # fmt: skip
 
     async def _replay(self) -> Replayed:
-        replayed = await Replay(self._state, self._superblock, self._catalogue).run()
+        with self._state.allocator.replaying():
+            replayed = await Replay(self._state, self._superblock, self._catalogue).run()
         self._log.head_block, self._log.next_sequence = replayed.head_block, replayed.next_sequence
         return replayed
 
@@ -247,7 +248,7 @@ class Pool:
         return self._lifecycle.volume(name)
 
     async def vdisk_create(self, name: str, size_bytes: int) -> dict[str, Any]:
-        """A new, empty, thin vdisk. Raises RequestError, Conflict."""
+        """A new, empty, thin vdisk. Raises RequestError, Conflict, PoolFull."""
         return self._listing.brief(await self._lifecycle.create(name, size_bytes))
 
     async def vdisk_list(self) -> list[dict[str, Any]]:
@@ -271,7 +272,7 @@ class Pool:
         await self._lifecycle.delete(name)
 
     async def snapshot_create(self, pairs: list[tuple[str, str]]) -> list[dict[str, Any]]:
-        """Snapshots (vdisk, name) of one moment, all or none. Raises NotFound, RequestError, Conflict."""
+        """Snapshots (vdisk, name) of one moment, all or none. Raises NotFound, RequestError, Conflict, PoolFull."""
         return [self._listing.brief(image) for image in await self._lifecycle.snapshot(pairs)]
 
     async def snapshot_list(self, vdisk: str | None = None) -> list[dict[str, Any]]:
@@ -283,7 +284,7 @@ class Pool:
         return await self._lifecycle.delete_snapshot(vdisk, name, after_split)
 
     async def clone_create(self, vdisk: str, snapshot: str, name: str) -> dict[str, Any]:
-        """A writable clone of a snapshot. Raises NotFound, RequestError, Conflict."""
+        """A writable clone of a snapshot. Raises NotFound, RequestError, Conflict, PoolFull."""
         return self._listing.brief(await self._lifecycle.clone(vdisk, snapshot, name))
 
     # --- Splits ------------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ The cursor sweeps the pool in circles; full regions are skipped by the region su
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 from storage.allocation.active_map import NO_BITS, REGION_SHIFT, ActiveMap, Bits, count_bits
 from storage.consistency.epoch import Epoch
 from storage.errors import PoolFull
-from storage.layout import REGION_BLOCKS, region_count
+from storage.layout import FIELDS_PER_BLOCK, REGION_BLOCKS, SHARES_PER_BLOCK, SUMMARIES_PER_BLOCK, region_count, tree_levels
 
 if TYPE_CHECKING:
     from storage.state import PoolState
@@ -27,10 +28,17 @@ DATA_WINDOW_BLOCKS = 16384
 NODE_WINDOW_BLOCKS = 1024
 # Regions looked into by one synchronous fill: about 0.5 ms. What lies further is found by the asynchronous path.
 REGIONS_PER_FILL = 8
-# Blocks that data never takes, so that a full pool can still delete and take consistency points: 1/64 of the pool,
-# at least what the maps of a small pool need, at most what they need in one consistency point of a large one.
-RESERVE_BLOCKS_MIN = 128
-RESERVE_BLOCKS_MAX = 8192
+# The reserve has three parts, so that a full pool can still do what must be possible on it (design section 6, invariant 6):
+# - for consistency points alone: every block of the maps once (a consistency point may have to rewrite them all), and the upper part
+#   of the vdisk table. Table entries are not in it: whoever touches an image has promised the blocks that its entry takes.
+# - for taking deleted images apart; and
+# - for the pointer blocks of clients, who may go on for a while where they need no new data blocks.
+POINT_BLOCKS_EXTRA = 48
+# Of each of the other two parts: 1/256 of the pool; a few paths to the leaves on a small pool, 16 MiB on a large one.
+PART_BLOCKS_MIN = 32
+PART_BLOCKS_MAX = 4096
+# What a touched image's entry may take: itself, and the level-1 block of the table above it.
+ENTRY_BLOCKS = 2
 
 
 class Window:
@@ -53,8 +61,28 @@ class Window:
         return True
 
 
+def tree_blocks(size_blocks: int) -> int:
+    """Blocks of a metafile of that size, its pointer blocks included."""
+    total = blocks = size_blocks
+    for _ in range(tree_levels(size_blocks)):
+        blocks = -(-blocks // FIELDS_PER_BLOCK)
+        total += blocks
+    return total
+
+
+def map_blocks(size_blocks: int) -> int:
+    """Blocks of all the maps of a pool of ``size_blocks`` blocks."""
+    regions = region_count(size_blocks)
+    return tree_blocks(regions) + tree_blocks(-(-regions // SUMMARIES_PER_BLOCK)) + tree_blocks(-(-size_blocks // SHARES_PER_BLOCK))
+
+
+async def nothing_on_its_way() -> bool:
+    """The answer to who waits for freed blocks while there are no consistency points yet."""
+    return False
+
+
 class WriteAllocator:
-    """``free_now`` is the number of blocks that are available or in a window; ``reserve_blocks`` of them are not for data."""
+    """``free_now`` is the number of blocks that are available or in a window, less those promised; ``reserve_blocks`` are not for data."""
 
     __slots__ = (
         "_active_map",
@@ -66,8 +94,11 @@ class WriteAllocator:
         "_size_blocks",
         "_state",
         "_wait_for",
+        "client_floor",
         "free_now",
+        "promised_blocks",
         "reclaim",
+        "reclaim_floor",
         "reserve_blocks",
     )
 
@@ -83,9 +114,13 @@ class WriteAllocator:
         self._cursor = 0
         self._wait_for = 0
         self.free_now = size_blocks - active_map.used_blocks
-        self.reserve_blocks = max(RESERVE_BLOCKS_MIN, min(RESERVE_BLOCKS_MAX, size_blocks // 64))
-        # Waits until the freed blocks of now can be used again; False when there are none (set by the consistency point).
-        self.reclaim: Callable[[], Awaitable[bool]]
+        self.promised_blocks = 0
+        part = max(PART_BLOCKS_MIN, min(PART_BLOCKS_MAX, size_blocks // 256))
+        self.reclaim_floor = map_blocks(size_blocks) + POINT_BLOCKS_EXTRA
+        self.client_floor = self.reclaim_floor + part
+        self.reserve_blocks = self.client_floor + part
+        # Waits until the freed blocks of now can be used again; False when there are none.
+        self.reclaim: Callable[[], Awaitable[bool]] = nothing_on_its_way
 
     # --- Handing out -------------------------------------------------------------------------------------------
 
@@ -129,9 +164,9 @@ class WriteAllocator:
             else:
                 self._data.runs.append((first, first + length))
 
-    def take_node(self, epoch: Epoch) -> int:
+    def take_node(self, epoch: Epoch, for_reclaim: bool = False) -> int:
         """A VBN for a node, or 0: wait with ``prepare_nodes``, and try again. A consistency point may use the whole reserve."""
-        if self.free_now <= self._floor(epoch):
+        if self.free_now <= self._floor(epoch, for_reclaim):
             return 0
         window = self._nodes
         if window.next == window.end and not window.advance() and not (self._fill(window) and window.advance()):
@@ -142,8 +177,34 @@ class WriteAllocator:
         epoch.allocated.append((vbn, 1))
         return vbn
 
-    def _floor(self, epoch: Epoch) -> int:
-        return 0 if epoch is self._state.frozen else self.reserve_blocks // 2
+    def _floor(self, epoch: Epoch, for_reclaim: bool) -> int:
+        if epoch is self._state.frozen:
+            return -self.promised_blocks
+        return self.reclaim_floor if for_reclaim else self.client_floor
+
+    def promise_entry(self) -> None:
+        """An image was touched: the consistency point will write its entry, and nobody may take the last blocks before that."""
+        self.free_now -= ENTRY_BLOCKS
+        self.promised_blocks += ENTRY_BLOCKS
+
+    def redeem_entry(self) -> None:
+        """The consistency point has taken what the entry needs."""
+        self.free_now += ENTRY_BLOCKS
+        self.promised_blocks -= ENTRY_BLOCKS
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Replay must succeed: it may take what clients may not, since it repeats what was possible before."""
+        floor, self.client_floor = self.client_floor, self.reclaim_floor
+        try:
+            yield
+        finally:
+            self.client_floor = floor
+
+    def check_room(self, images: int) -> None:
+        """Raise PoolFull when there is no room for so many more table entries."""
+        if self.free_now - images * ENTRY_BLOCKS <= self.client_floor:
+            raise PoolFull("the pool is full: delete snapshots or vdisks, or grow the pool")
 
     # --- Waiting -----------------------------------------------------------------------------------------------
 
@@ -154,9 +215,9 @@ class WriteAllocator:
                 raise PoolFull("the pool is full: delete snapshots or vdisks, or grow the pool")
         await self._refill(self._data)
 
-    async def prepare_nodes(self, epoch: Epoch) -> None:
-        """Wait until ``take_node(epoch)`` has a chance. Raises PoolFull when no freed block is on its way."""
-        while self.free_now <= self._floor(epoch):
+    async def prepare_nodes(self, epoch: Epoch, for_reclaim: bool = False) -> None:
+        """Wait until ``take_node`` has a chance. Raises PoolFull when no freed block is on its way."""
+        while self.free_now <= self._floor(epoch, for_reclaim):
             if epoch is self._state.frozen or not await self.reclaim():
                 raise PoolFull("the pool is full, its reserve included: delete snapshots or vdisks, or grow the pool")
         await self._refill(self._nodes)

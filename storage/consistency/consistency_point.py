@@ -208,6 +208,7 @@ class ConsistencyPoints:
             settle_root_crc(image, entry, writer.root_crcs)
             gone = entry[KIND_OFFSET] == KIND_FREE
             vbn = await self._point_at_entry(epoch, image, None if gone else entry)
+            self._state.allocator.redeem_entry()
             if not gone:
                 blocks.append((vbn, entry))
             written.append((image.number, None if gone else entry))

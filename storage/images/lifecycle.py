@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 
 from storage.consistency.consistency_point import ConsistencyPoints
 from storage.consistency.intent_log import IntentLog
-from storage.errors import Conflict, RequestError
+from storage.errors import Conflict, PoolFull, RequestError
 from storage.images.catalogue import Catalogue
 from storage.images.image import Image
 from storage.images.record import ImageRecord
@@ -115,7 +115,7 @@ class Lifecycle:
     # --- Vdisks ----------------------------------------------------------------------------------------------------
 
     async def create(self, name: str, size_bytes: int) -> Image:
-        """A new, empty vdisk. Raises RequestError, Conflict."""
+        """A new, empty vdisk. Raises RequestError, Conflict, PoolFull."""
         check_name(name, "vdisk")
         check_size(size_bytes)
         self._catalogue.check_free(name)
@@ -123,10 +123,22 @@ class Lifecycle:
 
         def at_freeze() -> None:
             self._catalogue.check_free(name)
+            self._state.allocator.check_room(1)
             made.append(self._catalogue.add(new_record(KIND_VDISK, name, size_bytes, self._state.epoch.number)))
 
-        await self._points.request(at_freeze)
+        await self._request_with_room(at_freeze)
         return made[0]
+
+    async def _request_with_room(self, at_freeze: Callable[[], None]) -> None:
+        """Carry out a change that needs new table entries; wait for freed blocks where there is no room yet. Raises PoolFull."""
+        while True:
+            try:
+                await self._points.request(at_freeze)
+            except PoolFull:
+                if not await self._state.allocator.reclaim():
+                    raise
+            else:
+                return
 
     async def rename(self, old: str, new: str) -> Image:
         """Another name for a vdisk; sessions go on. Raises NotFound, Conflict, RequestError."""
@@ -246,7 +258,7 @@ class Lifecycle:
     # --- Snapshots and clones ----------------------------------------------------------------------------------------
 
     async def snapshot(self, pairs: list[tuple[str, str]]) -> list[Image]:
-        """Snapshots (vdisk, name) of one moment. All or none are made. Raises NotFound, Conflict, RequestError."""
+        """Snapshots (vdisk, name) of one moment. All or none are made. Raises NotFound, Conflict, RequestError, PoolFull."""
         if len(set(pairs)) != len(pairs) or not pairs:
             raise RequestError("name at least one snapshot, and each only once")
         for _, name in pairs:
@@ -255,9 +267,10 @@ class Lifecycle:
 
         def at_freeze() -> None:
             images = [self._snapshot_origin(vdisk, name) for vdisk, name in pairs]
+            self._state.allocator.check_room(2 * len(images))  # the vdisks' own entries change, too
             made.extend(self._snapshot_now(image, name) for image, (_, name) in zip(images, pairs, strict=True))
 
-        await self._points.request(at_freeze)
+        await self._request_with_room(at_freeze)
         return made
 
     def _snapshot_origin(self, vdisk: str, name: str) -> Image:
@@ -325,7 +338,10 @@ class Lifecycle:
         return True
 
     async def clone(self, vdisk: str, snapshot: str, name: str) -> Image:
-        """A vdisk that reads as the snapshot: an empty tree, and its backing store's number. Raises NotFound, Conflict, RequestError."""
+        """A vdisk that reads as the snapshot: an empty tree, and its backing store's number.
+
+        Raises NotFound, Conflict, RequestError, PoolFull.
+        """
         check_name(name, "vdisk")
         self._catalogue.snapshot(vdisk, snapshot)
         made: list[Image] = []
@@ -333,10 +349,11 @@ class Lifecycle:
         def at_freeze() -> None:
             backing = self._catalogue.snapshot(vdisk, snapshot)
             self._catalogue.check_free(name)
+            self._state.allocator.check_room(1)
             record = new_record(KIND_VDISK, name, backing.size_bytes, self._state.epoch.number)
             record.backing = backing.number
             record.backing_blocks = backing.size_blocks
             made.append(self._catalogue.add(record))
 
-        await self._points.request(at_freeze)
+        await self._request_with_room(at_freeze)
         return made[0]

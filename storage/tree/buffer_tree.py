@@ -17,7 +17,7 @@ from crc32c import crc32c
 
 from storage.consistency.epoch import Epoch
 from storage.errors import BlockDamaged
-from storage.layout import BLOCK_BYTES, FIELDS_MASK, FIELDS_SHIFT, HOLE, TREE_LEVELS_MAX, ZERO_POINTER
+from storage.layout import BLOCK_BYTES, FIELDS_MASK, FIELDS_SHIFT, HOLE, KIND_DELETED, TREE_LEVELS_MAX, ZERO_POINTER
 from storage.tree.node import HOLES, ZEROS, Node, filled_buffer
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ class BufferTree:
 
     def _create(self, filler: Node, level: int, index: int, epoch: Epoch, parent: Node | None) -> Node | None:
         """A pointer block where a hole or a zero pointer was: its fields all say what the one above them said."""
-        vbn = self.state.allocator.take_node(epoch)
+        vbn = self.state.allocator.take_node(epoch, self._for_reclaim())
         if not vbn:
             return None
         fill = ZERO_POINTER if filler is ZEROS and level else HOLE
@@ -222,7 +222,7 @@ class BufferTree:
             if count is None:
                 return False
             extra_references = count
-        vbn = self.state.allocator.take_node(epoch)
+        vbn = self.state.allocator.take_node(epoch, self._for_reclaim())
         if not vbn:
             return False
         if extra_references:
@@ -269,7 +269,11 @@ class BufferTree:
             node = self.nodes[at].get(index >> FIELDS_SHIFT * (at - level))
             if node is not None and node.birth <= self.shared_cp:
                 await self.state.share_map.load(node.vbn)
-        await self.state.allocator.prepare_nodes(epoch)
+        await self.state.allocator.prepare_nodes(epoch, self._for_reclaim())
+
+    def _for_reclaim(self) -> bool:
+        """Whether this is what is left of a deleted image: taking that apart must go on where clients have to wait."""
+        return self.image is not None and self.image.kind == KIND_DELETED
 
     async def make_writable(self, index: int, level: int = 1) -> Node:
         """``writable`` in the current epoch, waiting where it must."""

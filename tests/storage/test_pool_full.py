@@ -1,0 +1,134 @@
+"""Out of space: writes fail with PoolFull; reads, deletes and consistency points still work (design section 6, invariant 6)."""
+
+import asyncio
+from contextlib import suppress
+
+import pytest
+
+from storage.errors import PoolFull
+from storage.layout import BLOCK_BYTES
+from tests.storage.pools import LEAF_BYTES, SMALL_POOL_BYTES, OpenPool, backed_clone, data, new_pool, within
+
+MANY_BYTES = 1 << 30
+
+
+async def fill(running: OpenPool, name: str) -> int:
+    """Write until nothing more fits; returns how many blocks were taken."""
+    written = 0
+    for size in (64, 1):
+        while True:
+            try:
+                await running.write(name, written * BLOCK_BYTES, data(written, size))
+            except PoolFull:
+                break
+            written += size
+    return written
+
+
+async def test_invariant_6_out_of_space_writes_fail_and_the_rest_works() -> None:
+    async with new_pool(SMALL_POOL_BYTES) as running:
+        await running.pool.vdisk_create("a", MANY_BYTES)
+        await running.pool.vdisk_create("b", MANY_BYTES)
+        written = await fill(running, "a")
+        assert written > 1024
+        with pytest.raises(PoolFull, match="delete snapshots or vdisks"):
+            await running.write("b", 0, data(7))
+        assert await running.read("a", 0, BLOCK_BYTES) == data(0, 64)[:BLOCK_BYTES]
+        await running.checkpoint()
+        await running.flush("a")
+        await running.check()
+        await running.pool.vdisk_delete("a")
+        await running.write("b", 0, data(7, 64))  # waits for the reclaim
+        assert await running.read("b", 0, 64 * BLOCK_BYTES) == data(7, 64)
+
+
+async def test_a_nearly_full_pool_takes_overwrites_for_ever_as_their_old_blocks_come_free() -> None:
+    async with new_pool(SMALL_POOL_BYTES) as running:
+        await running.pool.vdisk_create("a", MANY_BYTES)
+        await fill(running, "a")
+        await running.zero("a", 1024 * BLOCK_BYTES, 16 * BLOCK_BYTES)
+        for round_ in range(20):
+            await running.write("a", 0, data(round_, 8))
+            assert await running.read("a", 0, 8 * BLOCK_BYTES) == data(round_, 8)
+
+
+async def test_a_vdisk_can_be_deleted_when_clients_have_used_up_their_part_of_the_reserve() -> None:
+    """Zeros need no data blocks but pointer blocks: they go on where data must stop, down to what is kept for reclaim."""
+    async with new_pool(SMALL_POOL_BYTES) as running:
+        await running.pool.vdisk_create("a", MANY_BYTES)
+        await running.pool.vdisk_create("b", MANY_BYTES)
+        await fill(running, "a")
+        with pytest.raises(PoolFull):
+            for index in range(MANY_BYTES // LEAF_BYTES):
+                await running.write("b", index * LEAF_BYTES, bytes(BLOCK_BYTES))
+        await running.pool.vdisk_delete("a")
+        await running.reclaimed()
+        await running.write("b", 0, data(1, 64))
+
+
+async def test_creating_many_images_on_a_full_pool_fails_without_harm_to_the_pool() -> None:
+    async with new_pool(SMALL_POOL_BYTES) as running:
+        await running.pool.vdisk_create("a", MANY_BYTES)
+        await fill(running, "a")
+        made = 0
+        outcomes = await within(asyncio.gather(*(running.pool.vdisk_create(f"v{n}", 1 << 20) for n in range(400)), return_exceptions=True))
+        made = sum(isinstance(outcome, dict) for outcome in outcomes)
+        assert all(isinstance(outcome, dict | PoolFull) for outcome in outcomes)
+        assert made < 400
+        assert not running.pool.show()["read_only"]
+        with pytest.raises(PoolFull):
+            await running.pool.snapshot_create([("a", f"s{n}") for n in range(200)])
+        await running.pool.vdisk_delete("a")
+        await running.reclaimed()
+        await running.pool.vdisk_create("more", 1 << 20)
+
+
+async def test_every_consistency_point_fits_into_the_reserve_of_a_full_pool_with_everything_shared() -> None:
+    """Snapshots of all, then trims: the share map is rewritten whole while nothing is free."""
+    async with new_pool(SMALL_POOL_BYTES) as running:
+        await running.pool.vdisk_create("a", MANY_BYTES)
+        await running.write("a", 0, data(1, 900))
+        await running.pool.snapshot_create([("a", "s")])
+        await running.pool.vdisk_create("b", MANY_BYTES)
+        await fill(running, "b")
+        with suppress(PoolFull):
+            for index in range(4):
+                await running.zero("a", index * LEAF_BYTES, BLOCK_BYTES)
+        await running.checkpoint()
+        assert not running.pool.show()["read_only"]
+
+
+async def test_a_copy_split_pauses_with_the_reason_while_a_deleted_image_waits_in_the_same_queue() -> None:
+    """The split must not wait for a reclaim that comes only after it."""
+    async with new_pool(SMALL_POOL_BYTES) as running:
+        await backed_clone(running, 300)
+        await running.pool.vdisk_create("filler", MANY_BYTES)
+        await running.pool.vdisk_create("victim", MANY_BYTES)
+        await running.write("victim", 0, data(3, 400))
+        await fill(running, "filler")
+        await running.pool.split_start("clone", "copy")
+        deletion = asyncio.create_task(running.pool.vdisk_delete("victim"))
+        shown = await running.split_ended("clone")
+        await within(deletion)
+        if shown["state"] == "paused":
+            assert "the pool is full" in shown["reason"]
+            await running.reclaimed()
+            await running.pool.split_resume("clone")
+            shown = await running.split_ended("clone")
+        assert shown["state"] == "done"
+
+
+async def test_blocks_that_are_not_in_use_are_all_available_again() -> None:
+    async with new_pool() as running:
+        show = running.pool.show()
+        size, allocator = show["size_bytes"] // BLOCK_BYTES, running.pool._state.allocator
+        await running.pool.vdisk_create("a", MANY_BYTES)
+        for seed in range(20):
+            await running.write("a", seed * 300 * BLOCK_BYTES, data(seed, 200))
+        await running.pool.snapshot_create([("a", "s")])
+        await running.zero("a", 0, MANY_BYTES)
+        await running.pool.snapshot_delete("a", "s")
+        await running.reclaimed()
+        await running.until(lambda: running.pool._state.discarding is None)
+        assert not allocator.promised_blocks
+        assert allocator.free_now == size - running.pool.show()["used_bytes"] // BLOCK_BYTES
