@@ -33,6 +33,7 @@ EVENT_LEVELS: Final = {
     "reclaim.failed": "error",
     "split.failed": "error",
     "log.unknown_image": "warning",
+    "device.discard_failed": "warning",
 }
 
 

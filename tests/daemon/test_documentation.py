@@ -1,0 +1,61 @@
+"""docs/operations.md is complete: every event, option, command and error code that the code has stands in it."""
+
+import re
+
+import click
+import pytest
+
+from daemon.admin.cli import cleavectl
+from daemon.config import ChapSection, ControlSection, IscsiSection, LogSection, PoolSection
+from daemon.server import EVENT_LEVELS
+from protocol.control.errors import EXIT_CODES
+from storage.layout import SPLIT_STATES
+from tests.daemon.programs import ROOT
+
+OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
+EMITTERS = re.compile(r'(?:on_event|log_event|log(?:\(\))?\.(?:info|warning|error))\(\s*f?"([a-z_]+\.[a-z_{]+)')
+
+
+def events() -> list[str]:
+    found = {
+        name for layer in ("storage", "daemon") for path in (ROOT / layer).rglob("*.py") for name in EMITTERS.findall(path.read_text())
+    }
+    # Names made of a split's state.
+    return sorted((found - {"split.{"}) | {f"split.{state}" for state in SPLIT_STATES if state != "none"} | EVENT_LEVELS.keys())
+
+
+def test_the_search_finds_events_of_both_layers() -> None:
+    assert {"pool.opened", "daemon.ready", "session.opened", "split.paused"} <= set(events())
+
+
+@pytest.mark.parametrize("event", events())
+def test_every_event_is_documented(event: str) -> None:
+    assert f"`{event}`" in OPERATIONS
+
+
+@pytest.mark.parametrize("code", sorted(EXIT_CODES))
+def test_every_error_code_is_documented(code: str) -> None:
+    assert re.search(rf"\b{code}\b", OPERATIONS)
+
+
+@pytest.mark.parametrize(
+    ("section", "fields"),
+    [
+        ("pool", PoolSection.__struct_fields__),
+        ("iscsi", IscsiSection.__struct_fields__),
+        ("iscsi.chap", ChapSection.__struct_fields__),
+        ("control", ControlSection.__struct_fields__),
+        ("log", LogSection.__struct_fields__),
+    ],
+)
+def test_every_option_is_documented(section: str, fields: tuple[str, ...]) -> None:
+    for field in fields:
+        assert f"`{section}.{field}" in OPERATIONS or f"`.{field}`" in OPERATIONS, field
+
+
+def test_every_command_is_documented() -> None:
+    for name, command in cleavectl.commands.items():
+        subcommands = list(command.commands) if isinstance(command, click.Group) else []
+        assert re.search(rf"`{name}\b", OPERATIONS), name
+        for subcommand in subcommands:
+            assert re.search(rf"\b{subcommand}\b", OPERATIONS), f"{name} {subcommand}"
