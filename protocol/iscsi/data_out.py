@@ -10,12 +10,46 @@ from protocol.iscsi.errors import ProtocolError
 from protocol.iscsi.pdu import FINAL, HEADER, R2T, RESERVED_TAG, Pdu
 from protocol.iscsi.task import Task
 from protocol.scsi import sense
-from protocol.scsi.logical_unit import UnitNexus
+from protocol.scsi.logical_unit import LogicalUnit, UnitNexus
 from protocol.scsi.plan import Operation
 from protocol.volume import Buffer
 
 if TYPE_CHECKING:
     from protocol.iscsi.full_feature import FullFeature
+
+
+class GatedStart:
+    """The start of a task that its logical unit's gate decides on, and the watcher of those that it waits for."""
+
+    __slots__ = ("_data", "_task", "_unit")
+
+    def __init__(self, task: "WriteTask", unit: LogicalUnit, data: Buffer) -> None:
+        self._task = task
+        self._unit = unit
+        self._data = data
+
+    def enter(self, exclusive: bool) -> None:
+        """Queue at the gate. Where it was open, the changes under way, of all sessions, are counted and watched."""
+        gate, under_way = self._unit.gate, []
+        if not gate.closed:
+            under_way = [task for mapped in self._unit.nexuses for task in mapped.nexus.tasks() if task.mapped is mapped]
+            under_way = [task for task in under_way if task.busy and task.changes]
+        for task in under_way:
+            task.watchers = (*task.watchers, self)
+        gate.enter(self._begin, exclusive, len(under_way))
+
+    def task_ended(self, task: Task) -> None:
+        """A change that the gate counts has ended."""
+        self._unit.gate.leave()
+
+    def _begin(self) -> None:
+        task = self._task
+        if task.aborted:
+            self._unit.gate.leave()
+            return
+        task.watchers = (*task.watchers, self)
+        task.start(self._data)
+        self._unit.volume.settle()  # the turn may have come in another session's wake-up
 
 
 class WriteTask(Task):
@@ -30,6 +64,7 @@ class WriteTask(Task):
         self.buffer = bytearray()
         self.r2t_count = 0
         self._operation = operation
+        self.changes = operation.writing
         self._total = min(announced, operation.data_bytes)
         self._received = 0
         self._burst_end = 0
@@ -111,9 +146,18 @@ class WriteTask(Task):
         self.end(self.r2t_count, sense.PROTOCOL_SERVICE_CRC_ERROR, moved=self._received)
 
     def _run(self, data: Buffer) -> None:
-        self.busy = True
+        """Start the operation, or let the gate of the logical unit start it."""
         self._received = len(data)
-        self.phase.touch(self.mapped)
+        mapped = self.mapped
+        if mapped is not None and self.changes and (self._operation.exclusive or mapped.unit.gate.closed):
+            GatedStart(self, mapped.unit, bytearray(data) if isinstance(data, memoryview) else data).enter(self._operation.exclusive)
+        else:
+            self.start(data)
+            self.phase.touch(mapped)
+
+    def start(self, data: Buffer) -> None:
+        """Hand over to the operation; `_done` follows, perhaps before this returns."""
+        self.busy = True
         self._operation.start(data, self._done)
 
     def _done(self, error: Exception | None) -> None:

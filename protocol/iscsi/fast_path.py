@@ -63,6 +63,7 @@ class FastWrite(Task):
     def __init__(self, phase: "FullFeature") -> None:
         super().__init__(phase, RESERVED_TAG, None, 0, False)
         self.done = self._done
+        self.changes = True
 
     def _done(self, error: Exception | None) -> None:
         phase = self.phase

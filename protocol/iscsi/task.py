@@ -5,7 +5,7 @@ table, silent, until the volume lets go of it: only then is the abort answered, 
 the disk.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from protocol.scsi.errors import STATUS_CHECK_CONDITION, STATUS_GOOD, sense_of
 from protocol.scsi.logical_unit import UnitNexus
@@ -13,13 +13,21 @@ from protocol.scsi.sense import Sense
 
 if TYPE_CHECKING:
     from protocol.iscsi.full_feature import FullFeature
-    from protocol.iscsi.task_management import TaskManagement
+
+
+class Watcher(Protocol):
+    """Who wants to know when a task has ended."""
+
+    def task_ended(self, task: "Task") -> None:
+        """No volume holds anything of ``task`` any more."""
 
 
 class Task:
     """What the session's table holds for every command: who it is, and how it ends."""
 
-    __slots__ = ("aborted", "busy", "expected_bytes", "immediate", "itt", "mapped", "phase", "reserved_bytes", "wanted_bytes", "watchers")
+    __slots__ = (
+        "aborted", "busy", "changes", "expected_bytes", "immediate", "itt", "mapped", "phase", "reserved_bytes", "wanted_bytes", "watchers",
+    )
 
     def __init__(self, phase: "FullFeature", itt: int, mapped: UnitNexus | None, expected_bytes: int, immediate: bool) -> None:
         self.phase = phase
@@ -29,8 +37,9 @@ class Task:
         self.wanted_bytes = 0  # what the CDB asks for; the two make the residual
         self.immediate = immediate
         self.busy = False
+        self.changes = False  # True for what alters sectors: exclusive commands wait for it
         self.aborted = False
-        self.watchers: tuple[TaskManagement, ...] = ()  # functions that wait for the end of this task, of this or another session
+        self.watchers: tuple[Watcher, ...] = ()  # of this session or of another
         self.reserved_bytes = 0  # taken from the session's write buffer allowance
 
     def abort(self) -> None:

@@ -3,7 +3,7 @@
 from struct import Struct
 from typing import Final
 
-from protocol.scsi import block_commands, inquiry, mode, opcodes, provisioning, sense, unit_commands
+from protocol.scsi import atomic, block_commands, inquiry, mode, opcodes, provisioning, sense, unit_commands
 from protocol.scsi.command import Command, Request, cut, usage
 from protocol.scsi.errors import CheckCondition
 from protocol.scsi.logical_unit import Nexus
@@ -85,7 +85,7 @@ _OWN: Final = (
 )
 
 COMMANDS: Final[tuple[Command, ...]] = (
-    unit_commands.COMMANDS + inquiry.COMMANDS + mode.COMMANDS + block_commands.COMMANDS + provisioning.COMMANDS + _OWN
+    unit_commands.COMMANDS + inquiry.COMMANDS + mode.COMMANDS + block_commands.COMMANDS + provisioning.COMMANDS + atomic.COMMANDS + _OWN
 )
 _BY_OPCODE: Final = {command.opcode: command for command in COMMANDS if command.service_action is None}
 _BY_SERVICE_ACTION: Final[dict[int, dict[int, Command]]] = {}

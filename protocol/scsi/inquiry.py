@@ -28,6 +28,8 @@ _ASSOCIATION_PORT: Final = 0x90  # PIV set, association: target port
 _RELATIVE_PORT: Final = 1
 _PORT_GROUP: Final = 1
 _BLOCK_LIMITS: Final = Struct(">BBHIIIIIIIQ20x")
+# WSNZ: a WRITE SAME of length zero, which would reach to the end, is refused. libiscsi's suite expects of the other choice that
+# UNMAP with a pattern of ones reads as zeros; SBC-3 4.7.3.4.4 wants the pattern written, and so it is here.
 _WRITE_SAME_NON_ZERO: Final = 0x01
 _NON_ROTATING: Final = 1
 # LBPU, LBPWS, LBPWS10, LBPRZ = 001b: deallocated blocks read as zeros.
@@ -90,7 +92,7 @@ def _extended_inquiry(_request: Request) -> bytes:
 def _block_limits(_request: Request) -> bytes:
     return _BLOCK_LIMITS.pack(
         _WRITE_SAME_NON_ZERO,
-        0,
+        limits.COMPARE_AND_WRITE_SECTORS_MAX,
         limits.PHYSICAL_BLOCK_SECTORS,
         limits.TRANSFER_SECTORS_MAX,
         limits.TRANSFER_SECTORS_OPTIMAL,

@@ -17,6 +17,8 @@ TRANSFER_SECTORS_OPTIMAL: Final = 2048
 UNMAP_SECTORS_MAX: Final = 1 << 20
 # The whole parameter list stays below one page.
 UNMAP_DESCRIPTORS_MAX: Final = 255
+# The largest that the one-byte field can say.
+COMPARE_AND_WRITE_SECTORS_MAX: Final = 255
 # 32 MiB, as a transfer: a pattern that is not zeros is really written.
 WRITE_SAME_SECTORS_MAX: Final = 65536
 # GET LBA STATUS looks at this much at a time; a client goes on from where the answer ends.

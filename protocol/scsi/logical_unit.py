@@ -12,6 +12,7 @@ from typing import Any
 from uuid import UUID
 
 from protocol.scsi import sense
+from protocol.scsi.gate import Gate
 from protocol.scsi.limits import SECTOR_BYTES, UNIT_ATTENTIONS_MAX
 from protocol.scsi.sense import Sense
 from protocol.volume import BlockVolume
@@ -20,7 +21,7 @@ from protocol.volume import BlockVolume
 class LogicalUnit:
     """One disk as SCSI sees it: a volume, its state, and everyone who uses it."""
 
-    __slots__ = ("capacity_bytes", "descriptor_sense", "nexuses", "software_write_protect", "started", "volume", "write_cache")
+    __slots__ = ("capacity_bytes", "descriptor_sense", "gate", "nexuses", "software_write_protect", "started", "volume", "write_cache")
 
     def __init__(self, volume: BlockVolume) -> None:
         self.volume = volume
@@ -30,6 +31,7 @@ class LogicalUnit:
         self.software_write_protect = False
         self.descriptor_sense = False
         self.write_cache = True
+        self.gate = Gate(self.state_changed)
 
     @property
     def uuid(self) -> UUID:
@@ -107,7 +109,7 @@ class UnitNexus:
         """Recompute ``plain_read`` and ``plain_write`` from what they depend on."""
         unit = self.unit
         self.plain_read = not self.attentions and unit.started
-        self.plain_write = self.plain_read and unit.write_cache and not unit.write_protected
+        self.plain_write = self.plain_read and unit.write_cache and not unit.write_protected and not unit.gate.closed
 
     def detach(self) -> None:
         """End of the nexus."""

@@ -33,7 +33,8 @@ class Operation:
 
     Where the client announces less, ``data`` is shorter, and a write writes the sectors it has; with ``exact`` any other
     length is refused before data move. ``data`` has the rule of `BlockVolume.write`, valid until the volume was settled,
-    unless ``needs_owned_data`` asks for a copy that lives as long as the command.
+    unless ``needs_owned_data`` asks for a copy that lives as long as the command. An ``exclusive`` one runs alone among the
+    operations that are ``writing`` (`protocol.scsi.gate`).
     """
 
     data_bytes: int
@@ -41,6 +42,7 @@ class Operation:
     writing: bool = True
     needs_owned_data: bool = False
     exact: bool = False
+    exclusive: bool = False
 
 
 QueryDone = Callable[[bytes | None, Exception | None], None]

@@ -1,0 +1,73 @@
+"""COMPARE AND WRITE and ORWRITE (SBC-3 5.2, 5.17): a read and a write that depends on it, as one operation."""
+
+from typing import Final
+
+from protocol.scsi import limits, sense
+from protocol.scsi.command import NO_DATA, Command, Request, check_range, usage
+from protocol.scsi.errors import CheckCondition
+from protocol.scsi.limits import SECTOR_SHIFT
+from protocol.scsi.plan import Operation, Plan
+from protocol.scsi.scan import Comparison, Scan
+from protocol.volume import Buffer, Completion
+
+_FUA: Final = 0x08
+
+
+def compare_and_write(request: Request) -> Plan:
+    """COMPARE AND WRITE: the first half of the data is compared, the second half is written where the comparison holds."""
+    cdb, unit = request.cdb, request.unit
+    offset, length = check_range(unit, int.from_bytes(cdb[2:10], "big"), cdb[13])
+    if length == 0:
+        return Operation(0, lambda _, done: done(None), exact=True)
+    fua = bool(cdb[1] & _FUA) or not unit.write_cache
+
+    def start(data: Buffer, done: Completion) -> None:
+        view = memoryview(data)
+
+        def compared(error: Exception | None) -> None:
+            if error is not None:
+                done(error)
+                return
+            unit.volume.write(offset, view[length:], fua, done)
+            unit.volume.settle()
+
+        Scan(unit.volume, offset, length, Comparison(view[:length], repeated=False).check, compared).start()
+
+    return Operation(2 * length, start, needs_owned_data=True, exact=True, exclusive=True)
+
+
+def or_write(request: Request) -> Plan:
+    """ORWRITE(16): the bits of the data are set in the sectors."""
+    cdb, unit = request.cdb, request.unit
+    sectors = int.from_bytes(cdb[10:14], "big")
+    if sectors > limits.TRANSFER_SECTORS_MAX:
+        raise CheckCondition(sense.invalid_field_in_cdb(10))
+    offset, length = check_range(unit, int.from_bytes(cdb[2:10], "big"), sectors)
+    if length == 0:
+        return NO_DATA
+
+    def start(data: Buffer, done: Completion) -> None:
+        usable = len(data) >> SECTOR_SHIFT << SECTOR_SHIFT
+        merged = bytearray(memoryview(data)[:usable])
+
+        def merge(position: int, piece: Buffer) -> None:
+            end = position + len(piece)
+            both = int.from_bytes(merged[position:end], "big") | int.from_bytes(piece, "big")
+            merged[position:end] = both.to_bytes(len(piece), "big")
+
+        def read_through(error: Exception | None) -> None:
+            if error is not None:
+                done(error)
+                return
+            unit.volume.write(offset, merged, bool(cdb[1] & _FUA) or not unit.write_cache, done)
+            unit.volume.settle()
+
+        Scan(unit.volume, offset, usable, merge, read_through).start()
+
+    return Operation(length, start, needs_owned_data=True, exclusive=True)
+
+
+COMMANDS: Final = (
+    Command("COMPARE AND WRITE", usage("8918ffffffffffffffff000000ff3f00"), compare_and_write, needs_medium=True, writes=True),
+    Command("ORWRITE(16)", usage("8b18ffffffffffffffffffffffff3f00"), or_write, needs_medium=True, writes=True),
+)
