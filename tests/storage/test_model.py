@@ -28,6 +28,8 @@ SNAPSHOTS = ("s", "t", "u")
 SIZES_BLOCKS = (1, 7, 255, 256, 257, 600, 65536, 65537, 70000, (1 << 24) + 3)
 # Where writes go: the begin, the borders of level-1, level-2 and level-3 pointer blocks.
 ANCHORS = (0, 1, 128, 250, 255, 256, 257, 511, 512, 65534, 65535, 65536, 65791, 69999, 1 << 24)
+# Where the first vdisk and its clones have data: a dozen level-1 pointer blocks, in two level-2 ones, so that a split has some work.
+POPULATED = (0, 254, 300, 511, 1000, 1300, 2000, 30000, 65530, 65600, 65800, 69996)
 LOSSES = st.sampled_from(Loss)
 DATA = st.data()
 # Rate at which the background may be met in the middle: mostly few turns, sometimes many.
@@ -46,10 +48,27 @@ class PoolMachine(RuleBasedStateMachine):
         self.splits: dict[str, str] = {}
 
     @initialize(
-        deferred=st.booleans(), miss_rate=st.sampled_from([0.0, 0.3, 1.0]), seed=st.integers(0, 99), cache_bytes=st.sampled_from([1 << 18, 64 << 20])
+        deferred=st.booleans(),
+        miss_rate=st.sampled_from([0.0, 0.3, 1.0]),
+        seed=st.integers(0, 99),
+        cache_bytes=st.sampled_from([1 << 18, 64 << 20]),
+        clones=st.sampled_from([2, 1, 0]),
     )
-    def begin(self, deferred: bool, miss_rate: float, seed: int, cache_bytes: int) -> None:
+    def begin(self, deferred: bool, miss_rate: float, seed: int, cache_bytes: int, clones: int) -> None:
+        """A new pool; in it, mostly, a clone, or a clone of a clone: few sequences of rules would get there."""
         self.pool = RunningPool(POOL_BYTES, cache_bytes, deferred=deferred, miss_rate=miss_rate, seed=seed)
+        for vdisk, clone in (("a", "b"), ("b", "c"))[:clones]:
+            if vdisk not in self.model.images:
+                self.create(vdisk, 70000)
+            for fbn in POPULATED:
+                self.write_now(vdisk, fbn * SECTORS_PER_BLOCK, 3 * SECTORS_PER_BLOCK + 1)
+            self.snapshot_now([vdisk], "s")
+            self.clone_now(f"{vdisk}@s", clone)
+
+    def write_now(self, name: str, lba: int, count: int, fua: bool = False) -> None:
+        content = self.model.data(name, lba, count)
+        self.pool.run(self.pool.write(name, lba * SECTOR_BYTES, content, fua))
+        self.wrote(name, lba, content, fua)
 
     def teardown(self) -> None:
         if not hasattr(self, "pool"):
@@ -83,9 +102,7 @@ class PoolMachine(RuleBasedStateMachine):
     def write(self, data: st.DataObject, fua: bool) -> None:
         name = self.draw_vdisk(data)
         lba, count = self.draw_range(data, self.model.images[name])
-        content = self.model.data(name, lba, count)
-        self.pool.run(self.pool.write(name, lba * SECTOR_BYTES, content, fua))
-        self.wrote(name, lba, content, fua)
+        self.write_now(name, lba, count, fua)
 
     def wrote(self, name: str, lba: int, content: bytes, fua: bool = False) -> None:
         image = self.model.images[name]
@@ -195,7 +212,9 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(data=DATA, new=st.sampled_from(NAMES))
     def rename(self, data: st.DataObject, new: str) -> None:
         old = self.draw_vdisk(data)
-        if self.expect(new in self.model.images and new != old, self.pool.pool.vdisk_rename(old, new)) and old != new:
+        if old == new:
+            self.pool.run(self.pool.pool.vdisk_rename(old, new))  # changes nothing, so nothing becomes durable by it
+        elif self.expect(new in self.model.images, self.pool.pool.vdisk_rename(old, new)):
             self.model.rename(old, new)
             if old in self.splits:
                 self.splits[new] = self.splits.pop(old)
@@ -204,7 +223,9 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(data=DATA, size_blocks=st.sampled_from(SIZES_BLOCKS))
     def resize(self, data: st.DataObject, size_blocks: int) -> None:
         name = self.draw_vdisk(data)
-        if self.expect(False, self.pool.pool.vdisk_resize(name, size_blocks * BLOCK_BYTES)):
+        if size_blocks == self.model.images[name].size_blocks:
+            self.pool.run(self.pool.pool.vdisk_resize(name, size_blocks * BLOCK_BYTES))
+        elif self.expect(False, self.pool.pool.vdisk_resize(name, size_blocks * BLOCK_BYTES)):
             self.model.images[name].resize(size_blocks)
 
     @precondition(lambda self: self.model.vdisks())
@@ -230,12 +251,15 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(data=DATA, snapshot=st.sampled_from(SNAPSHOTS))
     def snapshot(self, data: st.DataObject, snapshot: str) -> None:
         vdisks = data.draw(st.lists(st.sampled_from(self.model.vdisks()), min_size=1, max_size=3, unique=True), "vdisks")
+        self.snapshot_now(vdisks, snapshot)
+
+    def snapshot_now(self, vdisks: list[str], snapshot: str) -> None:
         conflict = any(f"{vdisk}@{snapshot}" in self.model.images for vdisk in vdisks)
         if self.expect(conflict, self.pool.pool.snapshot_create([(vdisk, snapshot) for vdisk in vdisks])):
-            self.refresh_splits()
             for vdisk in vdisks:
                 self.model.snapshot(vdisk, snapshot)
                 self.refresh_backing(f"{vdisk}@{snapshot}")
+            self.refresh_splits()
 
     @precondition(lambda self: self.model.snapshots())
     @rule(data=DATA)
@@ -250,7 +274,9 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.model.snapshots())
     @rule(data=DATA, name=st.sampled_from(NAMES))
     def clone(self, data: st.DataObject, name: str) -> None:
-        snapshot = data.draw(st.sampled_from(self.model.snapshots()), "snapshot")
+        self.clone_now(data.draw(st.sampled_from(self.model.snapshots()), "snapshot"), name)
+
+    def clone_now(self, snapshot: str, name: str) -> None:
         if self.expect(name in self.model.images, self.pool.pool.clone_create(*snapshot.split("@"), name)):
             self.model.clone(snapshot, name)
 
@@ -359,9 +385,9 @@ class PoolMachine(RuleBasedStateMachine):
         self.after_open()
 
     @precondition(lambda self: self.model.vdisks())
-    @rule(data=DATA, loss=LOSSES, seed=st.integers(0, 1 << 32), turns=st.integers(0, 12))
-    def crash_in_the_middle(self, data: st.DataObject, loss: Loss, seed: int, turns: int) -> None:
-        """Power fails while a write, a flush and a consistency point are under way: none of them is acknowledged."""
+    @rule(data=DATA, loss=LOSSES, seed=st.integers(0, 1 << 32), turns=st.integers(0, 12), point=st.booleans())
+    def crash_in_the_middle(self, data: st.DataObject, loss: Loss, seed: int, turns: int, point: bool) -> None:
+        """Power fails while a write, its log record and perhaps a consistency point are under way: none of them is acknowledged."""
         name = self.draw_vdisk(data)
         image = self.model.images[name]
         lba, count = self.draw_range(data, image)
@@ -369,9 +395,9 @@ class PoolMachine(RuleBasedStateMachine):
         pool = self.pool
 
         async def begin() -> None:
-            pool.background = [
-                asyncio.create_task(work) for work in (pool.write(name, lba * SECTOR_BYTES, content, fua=True), pool.pool.consistency_point())
-            ]
+            pool.background = [asyncio.create_task(pool.write(name, lba * SECTOR_BYTES, content, fua=True))]
+            if point:
+                pool.background.append(asyncio.create_task(pool.pool.consistency_point()))
             for _ in range(turns):
                 await asyncio.sleep(0)
 
