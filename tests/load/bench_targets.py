@@ -8,13 +8,14 @@ cannot be compared; the two servers within one round can, so the ratio is taken 
 
 import argparse
 import asyncio
+import os
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tests.daemon.programs import succeed
 from tests.load.measuring import cpu_seconds, machine, median, table, warm_memory
@@ -22,6 +23,7 @@ from tests.load.servers import CleavedServer, TgtServer
 
 PROGRAMS = {"iscsi-perf": "libiscsi-bin", "qemu-img": "qemu-utils qemu-block-extra", "tgtd": "tgt"}
 Server = CleavedServer | TgtServer
+Run = Coroutine[Any, Any, tuple[float, float]]
 # What qemu-img bench writes: not zeros, which cleaved would store as zero pointers, without data.
 PATTERN = "165"
 # A step that is no divisor of the disk and leaps over four level-1 pointer blocks: neighbouring writes share nothing.
@@ -38,7 +40,7 @@ class Workload(NamedTuple):
     name: str
     unit: str
     bytes_each: int
-    run: Callable[[str, float], Awaitable[tuple[float, float]]]  # (url, seconds wanted) -> (operations, seconds)
+    run: Callable[[str, float], Run]  # (url, seconds wanted) -> (operations, seconds)
 
 
 async def iscsi_perf(url: str, seconds: float, depth: int, sectors: int) -> tuple[float, float]:
@@ -57,7 +59,7 @@ async def qemu_bench(url: str, count: int, *options: str) -> tuple[float, float]
     return float(count), float(found[1])
 
 
-def by_time(rate_guess: int, *options: str) -> Callable[[str, float], Awaitable[tuple[float, float]]]:
+def by_time(rate_guess: int, *options: str) -> Callable[[str, float], Run]:
     """qemu-img bench takes a number of requests, not a time: as many as ``rate_guess`` a second would take."""
     return lambda url, seconds: qemu_bench(url, round(rate_guess * seconds), *options)
 
@@ -91,11 +93,17 @@ async def fill(server: Server, source: Path) -> None:
     await succeed("qemu-img", "compare", "-f", "raw", "-F", "raw", str(source), server.url)
 
 
-async def compare(directory: Path, rounds: int, disk_bytes: int, seconds: float, names: str) -> None:
+def make_source(directory: Path, disk_bytes: int) -> Path:
+    """A file of random bytes, to fill disks from."""
     source = directory / "source.raw"
-    with source.open("wb") as file, open("/dev/urandom", "rb") as random:
+    with source.open("wb") as file:
         for _ in range(disk_bytes >> 20):
-            file.write(random.read(1 << 20))
+            file.write(os.urandom(1 << 20))
+    return source
+
+
+async def compare(directory: Path, rounds: int, disk_bytes: int, seconds: float, names: str) -> None:
+    source = make_source(directory, disk_bytes)
     warm_memory(directory, disk_bytes * WARM_FACTOR)
     chosen = [workload for workload in WORKLOADS if re.search(names, workload.name)]
     results: dict[tuple[str, str], list[Measured]] = {}
