@@ -138,6 +138,13 @@ RECORD_CRC_OFFSET: Final = 4
 # image number, CRC32C, FBN, VBN, run length in blocks (1 for data; any for zero pointers)
 RECORD_ENTRY: Final = struct.Struct("<IIQQQ")
 
+# --- Configuration --------------------------------------------------------------------------------------------------
+
+# Length of the msgpack map that follows, section name to bytes; it may go over any number of the metafile's blocks.
+CONFIGURATION_HEAD: Final = struct.Struct("<Q")
+# Targets, access lists and reservations of 100,000 vdisks fit, and it can still be replaced whole.
+CONFIGURATION_BYTES_MAX: Final = 64 << 20
+
 assert FIELD.size == FIELD_BYTES and FIELDS_PER_BLOCK == 1 << FIELDS_SHIFT
 assert SUPERBLOCK_HEAD.size <= METAFILE_ROOTS_OFFSET
 assert METAFILE_ROOTS_OFFSET + METAFILE_ROOT.size * len(METAFILES) <= SUPERBLOCK_CRC_OFFSET

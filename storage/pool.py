@@ -12,6 +12,7 @@ from storage.allocation.write_allocator import WriteAllocator
 from storage.backdoor.handler import BackdoorMessageHandler, in_background
 from storage.backdoor.reclaim import Reclaim
 from storage.check import check_live
+from storage.configuration import Configuration
 from storage.consistency.consistency_point import ConsistencyPoints
 from storage.consistency.intent_log import IntentLog
 from storage.consistency.replay import Replay, Replayed
@@ -27,6 +28,7 @@ from storage.images.volume import Volume
 from storage.layout import (
     ACTIVE_MAP,
     BLOCK_BYTES,
+    CONFIGURATION,
     KIND_SNAPSHOT,
     KIND_VDISK,
     LOG_FIRST_VBN,
@@ -66,7 +68,8 @@ class Pool:
         state.allocator = WriteAllocator(state, self._active_map, superblock.size_blocks)
         self._catalogue = Catalogue(state)
         self._log = IntentLog(state, superblock.uuid, superblock.log_blocks, superblock.log_head_block, superblock.log_head_sequence)
-        self._points = ConsistencyPoints(state, superblock, self._catalogue, self._log, self._active_map, metafiles)
+        self._configuration = Configuration(state, metafiles[CONFIGURATION])
+        self._points = ConsistencyPoints(state, superblock, self._catalogue, self._log, self._active_map, metafiles, self._configuration)
         self._handler = BackdoorMessageHandler(state)
         self._lifecycle = Lifecycle(state, self._catalogue, self._points, self._log)
         self._lifecycle.deleted = self._post_reclaim
@@ -136,6 +139,7 @@ class Pool:
         if self._superblock.unknown_ro_compat:
             self._state.fail("it has features that this version can only read past: use a newer cleaved to write")
         await read_table(self._state, self._table, self._catalogue)
+        await self._configuration.load()
         self._splits.take_up()
         replayed = await self._replay()
         self._state.allocator.reclaim = self._reclaim
@@ -198,6 +202,14 @@ class Pool:
     async def consistency_point(self) -> None:
         """Make everything durable and the log empty. Raises PoolReadOnly, DeviceFailed."""
         await self._points.request()
+
+    def configuration(self, section: str) -> bytes:
+        """What ``configure`` last stored under that name; empty if nothing was."""
+        return self._configuration.get(section)
+
+    async def configure(self, section: str, value: bytes) -> None:
+        """Store bytes under a name, durably (targets, access control, reservations). Raises RequestError, PoolFull, PoolReadOnly."""
+        await self._points.request(lambda: self._configuration.replace(section, value))
 
     def show(self) -> dict[str, Any]:
         """Size, use and state of the pool."""

@@ -182,15 +182,15 @@ class WriteAllocator:
             return -self.promised_blocks
         return self.reclaim_floor if for_reclaim else self.client_floor
 
-    def promise_entry(self) -> None:
-        """An image was touched: the consistency point will write its entry, and nobody may take the last blocks before that."""
-        self.free_now -= ENTRY_BLOCKS
-        self.promised_blocks += ENTRY_BLOCKS
+    def promise(self, blocks: int = ENTRY_BLOCKS) -> None:
+        """Something changed that the next consistency point will write (an image's entry): nobody may take the last blocks before."""
+        self.free_now -= blocks
+        self.promised_blocks += blocks
 
-    def redeem_entry(self) -> None:
-        """The consistency point has taken what the entry needs."""
-        self.free_now += ENTRY_BLOCKS
-        self.promised_blocks -= ENTRY_BLOCKS
+    def redeem(self, blocks: int = ENTRY_BLOCKS) -> None:
+        """The consistency point has taken what it was promised."""
+        self.free_now += blocks
+        self.promised_blocks -= blocks
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
@@ -201,9 +201,9 @@ class WriteAllocator:
         finally:
             self.client_floor = floor
 
-    def check_room(self, images: int) -> None:
-        """Raise PoolFull when there is no room for so many more table entries."""
-        if self.free_now - images * ENTRY_BLOCKS <= self.client_floor:
+    def check_room(self, images: int = 0, blocks: int = 0) -> None:
+        """Raise PoolFull when there is no room for so many more table entries, or blocks of the configuration."""
+        if self.free_now - images * ENTRY_BLOCKS - blocks <= self.client_floor:
             raise PoolFull("the pool is full: delete snapshots or vdisks, or grow the pool")
 
     # --- Waiting -----------------------------------------------------------------------------------------------

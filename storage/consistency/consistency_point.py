@@ -17,6 +17,7 @@ from time import perf_counter
 from crc32c import crc32c
 
 from storage.allocation.active_map import ActiveMap
+from storage.configuration import Configuration
 from storage.consistency.epoch import Epoch
 from storage.consistency.intent_log import IntentLog
 from storage.consistency.node_writer import NodeWriter
@@ -52,6 +53,7 @@ class ConsistencyPoints:
         log: IntentLog,
         active_map: ActiveMap,
         metafiles: list[BufferTree],
+        configuration: Configuration,
     ) -> None:
         self._state = state
         self._superblock = superblock
@@ -59,6 +61,7 @@ class ConsistencyPoints:
         self._log = log
         self._active_map = active_map
         self._metafiles = metafiles
+        self._configuration = configuration
         self._table = metafiles[VDISK_TABLE]
         self._waiting: list[tuple[AtFreeze | None, asyncio.Future[None]]] = []
         self._wake = asyncio.Event()
@@ -186,6 +189,7 @@ class ConsistencyPoints:
         writer = NodeWriter(state, epoch, slicer)
         await writer.write_dirty()
         entries = await self._write_entries(epoch, writer, slicer)
+        await self._configuration.write(epoch, slicer)
         await state.share_map.apply(epoch, slicer)
         await self._active_map.apply(epoch, slicer)
         await writer.write_dirty()
@@ -208,7 +212,7 @@ class ConsistencyPoints:
             settle_root_crc(image, entry, writer.root_crcs)
             gone = entry[KIND_OFFSET] == KIND_FREE
             vbn = await self._point_at_entry(epoch, image, None if gone else entry)
-            self._state.allocator.redeem_entry()
+            self._state.allocator.redeem()
             if not gone:
                 blocks.append((vbn, entry))
             written.append((image.number, None if gone else entry))

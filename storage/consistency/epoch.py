@@ -30,6 +30,7 @@ class Epoch:
     __slots__ = (
         "added",
         "allocated",
+        "configuration",
         "dirty",
         "discards",
         "dropped",
@@ -52,6 +53,8 @@ class Epoch:
         self.saved: dict[Node, tuple[bytearray, int, int]] = {}
         # Images whose table entry changes; the bytes are filled in if the image changes again before they are written.
         self.images: dict[Image, bytearray | None] = {}
+        # The configuration's new bytes, if it was replaced, and the blocks promised for them.
+        self.configuration: tuple[bytes, int] | None = None
         self.allocated: list[tuple[int, int]] = []
         self.freed: list[int] = []
         self.freed_arrays: list[VbnArray] = []
@@ -70,6 +73,8 @@ class Epoch:
     @property
     def changed(self) -> bool:
         """Whether a consistency point of this epoch would write anything but a superblock."""
+        if self.configuration is not None:
+            return True
         return bool(self.dirty or self.images or self.allocated or self.freed or self.freed_arrays or self.dropped or self.dropped_arrays)
 
     @property

@@ -72,7 +72,7 @@ class Image:
             frozen.images[self] = self.encode()
         self.epoch = state.epoch
         state.epoch.images[self] = None
-        state.allocator.promise_entry()
+        state.allocator.promise()
 
     def encode(self) -> bytearray:
         """The table entry as of now (the root's CRC32C may still be missing: the consistency point adds it)."""
