@@ -73,7 +73,8 @@ class NodeSession(SessionView, Protocol):
 class TargetNode:
     """Registry of sessions and logical units of one daemon.
 
-    Logical units live as long as a nexus uses them, so that all sessions of one volume share state and unit attentions.
+    Logical units live as long as a nexus uses them or is registered with them (SPC-4 5.13), so that all sessions of one volume
+    share state and unit attentions.
     """
 
     directory: TargetDirectory
@@ -100,8 +101,11 @@ class TargetNode:
     def unit_for(self, volume: BlockVolume) -> LogicalUnit:
         """The logical unit over ``volume``, shared by all who use it."""
         unit = self.units.get(volume.uuid)
-        if unit is None or not unit.nexuses:
+        if unit is None or not (unit.nexuses or unit.reservations.registrations):
             unit = self.units[volume.uuid] = LogicalUnit(volume)
+        elif not unit.nexuses:
+            unit.volume = volume  # only reservations kept the unit; the daemon may have opened its volume anew
+            unit.refresh_capacity()
         return unit
 
     def open_nexus(self, definition: TargetDefinition, initiator_port: str) -> Nexus:
@@ -116,7 +120,7 @@ class TargetNode:
         units = [mapped.unit for mapped in nexus.units.values()]
         nexus.close()
         for unit in units:
-            if not unit.nexuses and self.units.get(unit.uuid) is unit:
+            if not (unit.nexuses or unit.reservations.registrations) and self.units.get(unit.uuid) is unit:
                 del self.units[unit.uuid]
 
     def reinstate(self, key: SessionKey, ready: Callable[[], None]) -> None:

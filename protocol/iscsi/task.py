@@ -7,7 +7,7 @@ the disk.
 
 from typing import TYPE_CHECKING, Protocol
 
-from protocol.scsi.errors import STATUS_CHECK_CONDITION, STATUS_GOOD, sense_of
+from protocol.scsi.errors import STATUS_CHECK_CONDITION, STATUS_GOOD, ReservationConflict, sense_of
 from protocol.scsi.logical_unit import UnitNexus
 from protocol.scsi.sense import Sense
 
@@ -55,7 +55,10 @@ class Task:
         self.phase.respond(self, STATUS_CHECK_CONDITION if cause is not None else status, cause, sequence_count, moved)
 
     def fail(self, error: Exception, writing: bool, sequence_count: int = 0, moved: int | None = None) -> None:
-        """End with the sense data of what a volume reported."""
+        """End with the sense data of what a volume reported, or with the status of what the operation found."""
+        if isinstance(error, ReservationConflict):
+            self.end(sequence_count, status=error.status, moved=moved)
+            return
         self.end(sequence_count, sense_of(error, writing), moved=moved)
 
     def let_go(self) -> bool:

@@ -1,4 +1,4 @@
-"""Commands that move or check sectors: READ, WRITE, VERIFY, WRITE AND VERIFY, SYNCHRONIZE CACHE, READ CAPACITY (SBC-3 clause 5)."""
+"""Commands that move or check sectors: READ, WRITE, VERIFY, WRITE AND VERIFY, SYNCHRONIZE CACHE, PRE-FETCH, READ CAPACITY (SBC-3 clause 5)."""
 
 from struct import Struct
 from typing import Final
@@ -122,6 +122,22 @@ def synchronize_cache(request: Request) -> Plan:
     return Operation(0, lambda _, done: volume.flush(done))
 
 
+def prefetch(request: Request) -> Plan:
+    """PRE-FETCH(10, 16): the range is checked; what is worth keeping in memory is decided below. GOOD: nothing was promised."""
+    lba, sectors = _range(request)
+    check_range(request.unit, lba, sectors or max(1, request.unit.sectors - lba))
+    return NO_DATA
+
+
+def read_defect_data(request: Request) -> Plan:
+    """READ DEFECT DATA(10, 12): there are no defects to tell of, in any format."""
+    cdb = request.cdb
+    wide = cdb[0] == opcodes.READ_DEFECT_DATA_12
+    asked = cdb[1] if wide else cdb[2]
+    allocation = int.from_bytes(cdb[6:10] if wide else cdb[7:9], "big")
+    return cut(bytes((0, asked & 0x1F)) + bytes(6 if wide else 2), allocation)
+
+
 def read_capacity_10(request: Request) -> Plan:
     """READ CAPACITY(10); FFFFFFFFh tells the client to ask with the 16-byte form."""
     cdb = request.cdb
@@ -156,6 +172,10 @@ COMMANDS: Final = (
     Command("VERIFY(16)", usage("8f16ffffffffffffffffffffffff3f00"), verify, needs_medium=True),
     Command("SYNCHRONIZE CACHE(10)", usage("3506ffffffff3fffff00"), synchronize_cache, needs_medium=True),
     Command("SYNCHRONIZE CACHE(16)", usage("9106ffffffffffffffffffffffff3f00"), synchronize_cache, needs_medium=True),
+    Command("PRE-FETCH(10)", usage("3402ffffffff3fffff00"), prefetch, needs_medium=True),
+    Command("PRE-FETCH(16)", usage("9002ffffffffffffffffffffffff3f00"), prefetch, needs_medium=True),
+    Command("READ DEFECT DATA(10)", usage("37001f00000000ffff00"), read_defect_data, needs_medium=True),
+    Command("READ DEFECT DATA(12)", usage("b71fffffffffffffffff0000"), read_defect_data, needs_medium=True),
     Command("READ CAPACITY(10)", usage("2500ffffffff00000000"), read_capacity_10, needs_medium=True),
     Command(
         "READ CAPACITY(16)", usage("9e1fffffffffffffffffffffffff0000"), read_capacity_16,

@@ -35,7 +35,8 @@ class Command:
     """One row of the command table.
 
     ``usage`` has a set bit wherever the command evaluates one, operation code included (SPC-4 6.35.3, CDB USAGE DATA);
-    a set bit outside it is INVALID FIELD IN CDB, so the table is at once the report and the check.
+    a set bit outside it is INVALID FIELD IN CDB, so the table is at once the report and the check. Another's reservation
+    forbids ``writes``, and ``reserved`` commands like them; some kinds forbid every command that ``needs_medium``.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Command:
     service_action: int | None = None
     any_lun: bool = False
     despite_attention: bool = False
+    reserved: bool = False
     needs_medium: bool = False
     writes: bool = False
     mask: int = field(init=False)

@@ -3,10 +3,10 @@
 from struct import Struct
 from typing import Final
 
-from protocol.scsi import atomic, block_commands, inquiry, mode, opcodes, provisioning, sense, unit_commands
+from protocol.scsi import atomic, block_commands, inquiry, mode, opcodes, provisioning, reservation_commands, sense, unit_commands
 from protocol.scsi.command import Command, Request, cut, usage
-from protocol.scsi.errors import CheckCondition
-from protocol.scsi.logical_unit import Nexus
+from protocol.scsi.errors import CheckCondition, ReservationConflict
+from protocol.scsi.logical_unit import Nexus, UnitNexus
 from protocol.scsi.plan import Plan
 
 _SUPPORTED: Final = 0x03
@@ -85,7 +85,14 @@ _OWN: Final = (
 )
 
 COMMANDS: Final[tuple[Command, ...]] = (
-    unit_commands.COMMANDS + inquiry.COMMANDS + mode.COMMANDS + block_commands.COMMANDS + provisioning.COMMANDS + atomic.COMMANDS + _OWN
+    unit_commands.COMMANDS
+    + inquiry.COMMANDS
+    + mode.COMMANDS
+    + block_commands.COMMANDS
+    + provisioning.COMMANDS
+    + atomic.COMMANDS
+    + reservation_commands.COMMANDS
+    + _OWN
 )
 _BY_OPCODE: Final = {command.opcode: command for command in COMMANDS if command.service_action is None}
 _BY_SERVICE_ACTION: Final[dict[int, dict[int, Command]]] = {}
@@ -93,6 +100,10 @@ for _command in COMMANDS:
     if _command.service_action is not None:
         _BY_SERVICE_ACTION.setdefault(_command.opcode, {})[_command.service_action] = _command
 assert len(COMMANDS) == len(_BY_OPCODE) + sum(map(len, _BY_SERVICE_ACTION.values()))
+
+
+# These are allowed under every kind of reservation.
+_ALLOWED_DESPITE_RESERVATION: Final = frozenset((opcodes.TEST_UNIT_READY, opcodes.READ_CAPACITY_10, opcodes.SERVICE_ACTION_IN_16))
 
 
 def _find(cdb: bytes) -> Command:
@@ -106,6 +117,16 @@ def _find(cdb: bytes) -> Command:
     if command is None:
         raise CheckCondition(sense.invalid_field_in_cdb(1, 4))
     return command
+
+
+def _check_reservation(mapped: UnitNexus | None, command: Command) -> None:
+    """Raise ReservationConflict where another's reservation forbids the command (SPC-4 table 49, SBC-3 table 6)."""
+    if mapped is None or not (command.needs_medium or command.reserved):
+        return
+    if command.opcode in _ALLOWED_DESPITE_RESERVATION:
+        return
+    if mapped.unit.reservations.forbids(mapped.nexus.initiator_port, command.writes or command.reserved):
+        raise ReservationConflict
 
 
 def prepare(nexus: Nexus, lun: int, cdb: bytes) -> Plan:
@@ -126,6 +147,7 @@ def prepare(nexus: Nexus, lun: int, cdb: bytes) -> Plan:
     if mapped is None and not command.any_lun:
         raise CheckCondition(sense.LOGICAL_UNIT_NOT_SUPPORTED)
     command.check_reserved(cdb)
+    _check_reservation(mapped, command)
     request = Request(nexus, lun, mapped, cdb)
     if command.needs_medium and not request.unit.started:
         raise CheckCondition(sense.INITIALIZING_COMMAND_REQUIRED)

@@ -14,6 +14,7 @@ from uuid import UUID
 from protocol.scsi import sense
 from protocol.scsi.gate import Gate
 from protocol.scsi.limits import SECTOR_BYTES, UNIT_ATTENTIONS_MAX
+from protocol.scsi.reservations import Reservations
 from protocol.scsi.sense import Sense
 from protocol.volume import BlockVolume
 
@@ -21,7 +22,10 @@ from protocol.volume import BlockVolume
 class LogicalUnit:
     """One disk as SCSI sees it: a volume, its state, and everyone who uses it."""
 
-    __slots__ = ("capacity_bytes", "descriptor_sense", "gate", "nexuses", "software_write_protect", "started", "volume", "write_cache")
+    __slots__ = (
+        "capacity_bytes", "descriptor_sense", "gate", "nexuses", "reservations", "software_write_protect", "started", "volume",
+        "write_cache",
+    )
 
     def __init__(self, volume: BlockVolume) -> None:
         self.volume = volume
@@ -32,6 +36,7 @@ class LogicalUnit:
         self.descriptor_sense = False
         self.write_cache = True
         self.gate = Gate(self.state_changed)
+        self.reservations = Reservations(self.state_changed)
 
     @property
     def uuid(self) -> UUID:
@@ -108,8 +113,11 @@ class UnitNexus:
     def update(self) -> None:
         """Recompute ``plain_read`` and ``plain_write`` from what they depend on."""
         unit = self.unit
-        self.plain_read = not self.attentions and unit.started
-        self.plain_write = self.plain_read and unit.write_cache and not unit.write_protected and not unit.gate.closed
+        port, reserved = self.nexus.initiator_port, unit.reservations
+        ready = not self.attentions and unit.started
+        self.plain_read = ready and not reserved.forbids(port, writes=False)
+        writable = unit.write_cache and not unit.write_protected and not unit.gate.closed
+        self.plain_write = ready and writable and not reserved.forbids(port, writes=True)
 
     def detach(self) -> None:
         """End of the nexus."""

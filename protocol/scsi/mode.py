@@ -205,7 +205,7 @@ def mode_select_10(request: Request) -> Plan:
 COMMANDS: Final = (
     Command("MODE SENSE(6)", usage("1a08ffffff00"), mode_sense_6),
     Command("MODE SENSE(10)", usage("5a18ffff000000ffff00"), mode_sense_10),
-    Command("MODE SELECT(6)", usage("15110000ff00"), mode_select_6),
-    Command("MODE SELECT(10)", usage("551100000000" + "00ffff00"), mode_select_10),
+    Command("MODE SELECT(6)", usage("15110000ff00"), mode_select_6, reserved=True),
+    Command("MODE SELECT(10)", usage("551100000000" + "00ffff00"), mode_select_10, reserved=True),
 )
 assert COMMANDS[0].opcode == opcodes.MODE_SENSE_6

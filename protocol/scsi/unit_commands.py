@@ -48,6 +48,6 @@ def prevent_allow_medium_removal(_request: Request) -> Plan:
 COMMANDS: Final = (
     Command("TEST UNIT READY", usage("000000000000"), unit_ready, needs_medium=True),
     Command("REQUEST SENSE", usage("03010000ff00"), request_sense, any_lun=True, despite_attention=True),
-    Command("START STOP UNIT", usage("1b01000ff700"), start_stop_unit),
+    Command("START STOP UNIT", usage("1b01000ff700"), start_stop_unit, reserved=True),
     Command("PREVENT ALLOW MEDIUM REMOVAL", usage("1e0000000300"), prevent_allow_medium_removal),
 )

@@ -314,3 +314,17 @@ def test_a_volume_that_cannot_tell_counts_as_allocated():
         allocation = None  # type: ignore[assignment]  # which is how a class says that it lacks a protocol's method
 
     assert lba_status(coupled(Silent(SIZE)), 8) == [(8, SECTORS - 8, 0)]
+
+
+@pytest.mark.parametrize("opcodes", [{10: 0x34}, {16: 0x90}])
+def test_prefetch_checks_its_range(pair, opcodes):
+    (size,) = opcodes
+    pair.command(cdb(opcodes, size, 0, 0))
+    pair.command(cdb(opcodes, size, SECTORS - 8, 8, 0x02))
+    for lba, sectors in ((SECTORS, 1), (SECTORS, 0), (SECTORS - 1, 2)):
+        fails(pair, cdb(opcodes, size, lba, sectors), (5, 0x21, 0))
+
+
+def test_there_are_no_defects(pair):
+    assert pair.command(bytes((0x37, 0, 0x1D, 0, 0, 0, 0, 0, 255, 0)), read_bytes=255) == bytes((0, 0x1D, 0, 0))
+    assert pair.command(bytes((0xB7, 0x1D)) + bytes(4) + (255).to_bytes(4, "big") + bytes(2), read_bytes=255) == bytes((0, 0x1D)) + bytes(6)

@@ -1,0 +1,217 @@
+"""PERSISTENT RESERVE IN and OUT (SPC-4 6.15, 6.16) over `Reservations`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from struct import Struct
+from typing import Final
+
+from protocol.scsi import reservations, sense
+from protocol.scsi.command import Command, Request, cut, usage
+from protocol.scsi.errors import CheckCondition, ReservationConflict, ScsiError
+from protocol.scsi.logical_unit import LogicalUnit
+from protocol.scsi.plan import Operation, Plan
+from protocol.scsi.reservations import KINDS, Reservations
+from protocol.scsi.sense import Sense
+from protocol.volume import Buffer, Completion
+
+PERSISTENT_RESERVE_IN: Final = 0x5E
+PERSISTENT_RESERVE_OUT: Final = 0x5F
+READ_KEYS, READ_RESERVATION, REPORT_CAPABILITIES, READ_FULL_STATUS = range(4)
+REGISTER, RESERVE, RELEASE, CLEAR, PREEMPT, PREEMPT_AND_ABORT, REGISTER_AND_IGNORE = range(7)
+_PARAMETERS: Final = Struct(">QQ4xB3x")
+_APTPL: Final = 0x01
+_ALL_TARGET_PORTS: Final = 0x04
+_SPEC_INITIATOR_PORTS: Final = 0x08
+_HEAD: Final = Struct(">II")
+_RESERVATION: Final = Struct(">QIxBH")
+# CRH clear, ATP_C clear, PTPL_C set; TMV set; all six types (SPC-4 6.15.4).
+_CAPABILITIES: Final = bytes((0, 8, 0x01, 0x80, 0xEA, 0x01, 0, 0))
+_PTPL_ACTIVE: Final = 0x01
+_FULL_STATUS: Final = Struct(">Q4xBB4xHI")
+_TRANSPORT_ISCSI_PORT: Final = 0x45
+_RELATIVE_PORT: Final = 1
+
+
+def _keys(state: Reservations) -> bytes:
+    body = b"".join(key.to_bytes(8, "big") for key in state.registrations.values())
+    return _HEAD.pack(state.generation, len(body)) + body
+
+
+def _reservation(state: Reservations) -> bytes:
+    body = _RESERVATION.pack(state.holder_key, 0, state.kind, 0) if state.kind else b""
+    return _HEAD.pack(state.generation, len(body)) + body
+
+
+def _capabilities(state: Reservations) -> bytes:
+    return _CAPABILITIES[:3] + bytes((_CAPABILITIES[3] | (_PTPL_ACTIVE if state.survives_power_loss else 0),)) + _CAPABILITIES[4:]
+
+
+def _transport_id(port: str) -> bytes:
+    name = port.encode() + b"\0"
+    name += bytes(-len(name) % 4)
+    return bytes((_TRANSPORT_ISCSI_PORT, 0)) + len(name).to_bytes(2, "big") + name
+
+
+def _full_status(state: Reservations) -> bytes:
+    body = b""
+    for port, key in state.registrations.items():
+        holds, transport = state.holds(port), _transport_id(port)
+        body += _FULL_STATUS.pack(key, int(holds), state.kind if holds else 0, _RELATIVE_PORT, len(transport)) + transport
+    return _HEAD.pack(state.generation, len(body)) + body
+
+
+_REPORTS: Final = {
+    READ_KEYS: _keys, READ_RESERVATION: _reservation, REPORT_CAPABILITIES: _capabilities, READ_FULL_STATUS: _full_status,
+}
+
+
+def reserve_in(request: Request) -> Plan:
+    """One of the four reports, by service action."""
+    report = _REPORTS[request.cdb[1] & 0x1F]
+    return cut(report(request.unit.reservations), int.from_bytes(request.cdb[7:9], "big"))
+
+
+@dataclass(frozen=True, slots=True)
+class _Out:
+    """One PERSISTENT RESERVE OUT with its parameter list."""
+
+    request: Request
+    port: str
+    kind: int
+    key: int
+    action_key: int
+    survives_power_loss: bool
+
+    @property
+    def unit(self) -> LogicalUnit:
+        return self.request.unit
+
+    @property
+    def state(self) -> Reservations:
+        return self.request.unit.reservations
+
+    def check_registered(self) -> None:
+        """Raise ReservationConflict unless this nexus is registered with the key that it gives."""
+        if self.state.registrations.get(self.port) != self.key:
+            raise ReservationConflict
+
+    def tell(self, cause: Sense, ports: list[str] | None = None) -> None:
+        """Unit attention for other nexuses: those of ``ports``, or all that are registered."""
+        for mapped in self.unit.nexuses:
+            port = mapped.nexus.initiator_port
+            if port != self.port and port in (self.state.registrations if ports is None else ports):
+                mapped.attention(cause)
+
+
+def _register(out: _Out) -> None:
+    """REGISTER: the present key, if any, must be given (0 for a nexus that is not registered)."""
+    if out.state.registrations.get(out.port, 0) != out.key:
+        raise ReservationConflict
+    _register_any(out)
+
+
+def _register_any(out: _Out) -> None:
+    known = out.state.registrations
+    if out.port not in known and out.action_key and len(known) >= reservations.REGISTRATIONS_MAX:
+        raise CheckCondition(sense.INSUFFICIENT_REGISTRATION_RESOURCES)
+    if out.state.register(out.port, out.action_key, out.survives_power_loss):
+        out.tell(sense.RESERVATIONS_RELEASED)
+
+
+def _reserve(out: _Out) -> None:
+    out.check_registered()
+    if not out.state.reserve(out.port, out.kind):
+        raise ReservationConflict
+
+
+def _release(out: _Out) -> None:
+    out.check_registered()
+    if not out.state.holds(out.port):
+        return  # releasing what one does not hold is no error (SPC-4 5.13.11.2.2)
+    if out.state.kind != out.kind:
+        raise CheckCondition(sense.INVALID_RELEASE)
+    if out.state.release():
+        out.tell(sense.RESERVATIONS_RELEASED)
+
+
+def _clear(out: _Out) -> None:
+    out.check_registered()
+    out.tell(sense.RESERVATIONS_PREEMPTED, out.state.clear())
+
+
+def _preempt(out: _Out) -> None:
+    out.check_registered()
+    state = out.state
+    whole = state.kind in reservations.ALL_REGISTRANTS_KINDS
+    if out.action_key == 0 and not whole:
+        raise CheckCondition(sense.invalid_field_in_parameter_list(8))
+    if out.action_key and out.action_key not in state.registrations.values():
+        raise ReservationConflict
+    removed, changed = state.preempt(out.port, out.action_key, out.kind)
+    out.tell(sense.REGISTRATIONS_PREEMPTED, removed)
+    if changed:
+        out.tell(sense.RESERVATIONS_RELEASED)
+    if out.request.cdb[1] & 0x1F == PREEMPT_AND_ABORT:
+        for mapped in out.unit.nexuses:
+            if mapped.nexus.initiator_port in removed:
+                for task in mapped.nexus.tasks():
+                    if task.mapped is mapped:
+                        task.abort()
+
+
+_ACTIONS: Final[dict[int, Callable[[_Out], None]]] = {
+    REGISTER: _register, RESERVE: _reserve, RELEASE: _release, CLEAR: _clear, PREEMPT: _preempt, PREEMPT_AND_ABORT: _preempt,
+    REGISTER_AND_IGNORE: _register_any,
+}
+_WITH_KIND: Final = frozenset((RESERVE, RELEASE, PREEMPT, PREEMPT_AND_ABORT))
+
+
+def _parse(request: Request, data: bytes) -> _Out:
+    cdb = request.cdb
+    kind = cdb[2] & 0x0F
+    if cdb[1] & 0x1F in _WITH_KIND and (kind not in KINDS or cdb[2] >> 4):
+        raise CheckCondition(sense.invalid_field_in_cdb(2))
+    if len(data) != _PARAMETERS.size:
+        raise CheckCondition(sense.PARAMETER_LIST_LENGTH_ERROR)
+    key, action_key, flags = _PARAMETERS.unpack(data)
+    if flags & (_SPEC_INITIATOR_PORTS | _ALL_TARGET_PORTS):
+        raise CheckCondition(sense.invalid_field_in_parameter_list(20))
+    return _Out(request, request.nexus.initiator_port, kind, key, action_key, bool(flags & _APTPL))
+
+
+def reserve_out(request: Request) -> Plan:
+    """One of the service actions, by the table."""
+    action = _ACTIONS[request.cdb[1] & 0x1F]
+    length = int.from_bytes(request.cdb[5:9], "big")
+    if length != _PARAMETERS.size:
+        raise CheckCondition(sense.PARAMETER_LIST_LENGTH_ERROR)
+
+    def start(data: Buffer, done: Completion) -> None:
+        try:
+            action(_parse(request, bytes(data)))
+        except ScsiError as error:
+            done(error)
+            return
+        done(None)
+
+    return Operation(length, start, writing=False)
+
+
+_IN_NAMES: Final = {
+    READ_KEYS: "READ KEYS", READ_RESERVATION: "READ RESERVATION", REPORT_CAPABILITIES: "REPORT CAPABILITIES",
+    READ_FULL_STATUS: "READ FULL STATUS",
+}
+_OUT_NAMES: Final = {
+    REGISTER: "REGISTER", RESERVE: "RESERVE", RELEASE: "RELEASE", CLEAR: "CLEAR", PREEMPT: "PREEMPT",
+    PREEMPT_AND_ABORT: "PREEMPT AND ABORT", REGISTER_AND_IGNORE: "REGISTER AND IGNORE EXISTING KEY",
+}
+COMMANDS: Final = (
+    *(
+        Command(f"PERSISTENT RESERVE IN, {name}", usage("5e1f0000000000ffff00"), reserve_in, service_action=action)
+        for action, name in _IN_NAMES.items()
+    ),
+    *(
+        Command(f"PERSISTENT RESERVE OUT, {name}", usage("5f1fff0000ffffffff00"), reserve_out, service_action=action)
+        for action, name in _OUT_NAMES.items()
+    ),
+)
