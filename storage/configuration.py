@@ -17,12 +17,14 @@ from storage.tree.buffer_tree import BufferTree
 class Configuration:
     """Holds all sections in memory; they are small (CONFIGURATION_BYTES_MAX in all)."""
 
-    __slots__ = ("_sections", "_state", "_tree")
+    __slots__ = ("_sections", "_state", "_tree", "size_blocks")
 
     def __init__(self, state: PoolState, tree: BufferTree) -> None:
         self._state = state
         self._tree = tree
         self._sections: dict[str, bytes] = {}
+        # Length of the metafile: it grows, and what a shorter configuration leaves behind is not read.
+        self.size_blocks = 0
 
     async def load(self) -> None:
         """Read it at open. Raises BlockDamaged, DeviceFailed."""
@@ -62,6 +64,7 @@ class Configuration:
         data, promised = epoch.configuration
         epoch.configuration = None
         blocks = -(-len(data) // BLOCK_BYTES)
+        self.size_blocks = max(self.size_blocks, blocks)
         while not self._tree.grow(max(self._tree.levels, tree_levels(blocks)), epoch):
             await self._state.allocator.prepare_nodes(epoch)
         for index in range(blocks):

@@ -26,7 +26,7 @@ from storage.errors import PoolReadOnly, VolumeClosed
 from storage.images.catalogue import Catalogue
 from storage.images.image import KIND_FREE, Image
 from storage.images.record import KIND_OFFSET, ROOT_FIELD_OFFSET
-from storage.layout import BLOCK_BYTES, FIELD, FIELDS_MASK, FIELDS_SHIFT, HOLE, VDISK_TABLE, ZERO_POINTER, tree_levels
+from storage.layout import BLOCK_BYTES, CONFIGURATION, FIELD, FIELDS_MASK, FIELDS_SHIFT, HOLE, VDISK_TABLE, ZERO_POINTER, tree_levels
 from storage.slices import Slicer
 from storage.state import PoolState
 from storage.tree.buffer_tree import BufferTree
@@ -247,6 +247,8 @@ class ConsistencyPoints:
         superblock.log_head_block, superblock.log_head_sequence = head_block, head_sequence
         table_size = max(superblock.roots[VDISK_TABLE].size_blocks, 1 + max((image.number for image in epoch.images), default=0))
         superblock.roots[VDISK_TABLE].size_blocks = table_size
+        configuration = superblock.roots[CONFIGURATION]
+        configuration.size_blocks = max(configuration.size_blocks, self._configuration.size_blocks)
         for root, tree in zip(superblock.roots, self._metafiles, strict=True):
             write_root(root, tree)
         block = superblock.encode()
