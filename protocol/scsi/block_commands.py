@@ -1,4 +1,4 @@
-"""Commands that move or check sectors: READ, WRITE, VERIFY, WRITE AND VERIFY, SYNCHRONIZE CACHE, PRE-FETCH, READ CAPACITY (SBC-3 clause 5)."""
+"""Commands that move or check sectors: READ, WRITE, VERIFY, SYNCHRONIZE CACHE, and READ CAPACITY and their like (SBC-3 clause 5)."""
 
 from struct import Struct
 from typing import Final

@@ -36,7 +36,8 @@ class Command:
 
     ``usage`` has a set bit wherever the command evaluates one, operation code included (SPC-4 6.35.3, CDB USAGE DATA);
     a set bit outside it is INVALID FIELD IN CDB, so the table is at once the report and the check. Another's reservation
-    forbids ``writes``, and ``reserved`` commands like them; some kinds forbid every command that ``needs_medium``.
+    forbids ``writes``, and ``reserved`` commands like them; some kinds forbid every command that ``needs_medium``. RESERVE(6) by
+    another forbids all but ``any_lun`` and ``despite_exclusion`` ones.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Command:
     any_lun: bool = False
     despite_attention: bool = False
     reserved: bool = False
+    despite_exclusion: bool = False
     needs_medium: bool = False
     writes: bool = False
     mask: int = field(init=False)

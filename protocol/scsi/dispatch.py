@@ -121,7 +121,11 @@ def _find(cdb: bytes) -> Command:
 
 def _check_reservation(mapped: UnitNexus | None, command: Command) -> None:
     """Raise ReservationConflict where another's reservation forbids the command (SPC-4 table 49, SBC-3 table 6)."""
-    if mapped is None or not (command.needs_medium or command.reserved):
+    if mapped is None:
+        return
+    if not (command.any_lun or command.despite_exclusion) and mapped.unit.reservations.excludes(mapped.nexus.initiator_port):
+        raise ReservationConflict
+    if not (command.needs_medium or command.reserved):
         return
     if command.opcode in _ALLOWED_DESPITE_RESERVATION:
         return

@@ -73,6 +73,7 @@ class LogicalUnit:
         self.software_write_protect = False
         self.descriptor_sense = False
         self.write_cache = True
+        self.reservations.plain_holder = None
         self.attention(sense.BUS_DEVICE_RESET)
 
     def state_changed(self) -> None:
@@ -123,6 +124,7 @@ class UnitNexus:
         """End of the nexus."""
         self.plain_read = self.plain_write = False
         self.unit.nexuses.remove(self)
+        self.unit.reservations.release_plainly(self.nexus.initiator_port)
 
 
 class Nexus:

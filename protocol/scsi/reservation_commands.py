@@ -1,4 +1,4 @@
-"""PERSISTENT RESERVE IN and OUT (SPC-4 6.15, 6.16) over `Reservations`."""
+"""PERSISTENT RESERVE IN and OUT (SPC-4 6.15, 6.16), RESERVE(6) and RELEASE(6), over `Reservations`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from struct import Struct
 from typing import Final
 
 from protocol.scsi import reservations, sense
-from protocol.scsi.command import Command, Request, cut, usage
+from protocol.scsi.command import NO_DATA, Command, Request, cut, usage
 from protocol.scsi.errors import CheckCondition, ReservationConflict, ScsiError
 from protocol.scsi.logical_unit import LogicalUnit
 from protocol.scsi.plan import Operation, Plan
@@ -197,6 +197,19 @@ def reserve_out(request: Request) -> Plan:
     return Operation(length, start, writing=False)
 
 
+def reserve_6(request: Request) -> Plan:
+    """RESERVE(6) of the whole unit for this nexus."""
+    if not request.unit.reservations.reserve_plainly(request.nexus.initiator_port):
+        raise ReservationConflict
+    return NO_DATA
+
+
+def release_6(request: Request) -> Plan:
+    """RELEASE(6); GOOD also for whoever does not hold the reservation (SPC-2 7.20)."""
+    request.unit.reservations.release_plainly(request.nexus.initiator_port)
+    return NO_DATA
+
+
 _IN_NAMES: Final = {
     READ_KEYS: "READ KEYS", READ_RESERVATION: "READ RESERVATION", REPORT_CAPABILITIES: "REPORT CAPABILITIES",
     READ_FULL_STATUS: "READ FULL STATUS",
@@ -206,6 +219,8 @@ _OUT_NAMES: Final = {
     PREEMPT_AND_ABORT: "PREEMPT AND ABORT", REGISTER_AND_IGNORE: "REGISTER AND IGNORE EXISTING KEY",
 }
 COMMANDS: Final = (
+    Command("RESERVE(6)", usage("160000000000"), reserve_6),
+    Command("RELEASE(6)", usage("170000000000"), release_6, despite_exclusion=True),
     *(
         Command(f"PERSISTENT RESERVE IN, {name}", usage("5e1f0000000000ffff00"), reserve_in, service_action=action)
         for action, name in _IN_NAMES.items()

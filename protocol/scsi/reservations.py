@@ -1,7 +1,8 @@
-"""Persistent reservations of one logical unit (SPC-4 5.13): who is registered, who holds what, and what that forbids.
+"""Reservations of one logical unit (SPC-4 5.13; RESERVE(6) of SPC-2 8.1): who is registered, who holds what, what that forbids.
 
 Registrations belong to an I_T nexus, named by the initiator port (iSCSI name and ISID) and the target port; they outlive sessions.
-Invariants: ``generation`` never goes back; ``kind`` is 0 exactly when there is no holder; the holder is registered.
+Invariants: ``generation`` never goes back; ``kind`` is 0 exactly when there is no holder; the holder is registered; a holder by
+RESERVE(6) (``plain_holder``) and registrations are never there at once.
 """
 
 from collections.abc import Callable
@@ -33,6 +34,25 @@ class Reservations:
     kind: int = 0
     generation: int = 0
     survives_power_loss: bool = False
+    plain_holder: str | None = None
+
+    def reserve_plainly(self, port: str) -> bool:
+        """RESERVE(6); False where another holds it, or where anyone is registered."""
+        if self.registrations or self.plain_holder not in (None, port):
+            return False
+        self.plain_holder = port
+        self.changed()
+        return True
+
+    def release_plainly(self, port: str) -> None:
+        """RELEASE(6), or the end of the nexus: nothing happens where ``port`` is not the holder."""
+        if self.plain_holder == port:
+            self.plain_holder = None
+            self.changed()
+
+    def excludes(self, port: str) -> bool:
+        """Whether a RESERVE(6) of another port forbids this one everything but the few commands that are always allowed."""
+        return self.plain_holder is not None and self.plain_holder != port
 
     @property
     def holder_key(self) -> int:
@@ -45,6 +65,8 @@ class Reservations:
 
     def forbids(self, port: str, writes: bool) -> bool:
         """Whether the reservation conflicts with access to the medium by ``port`` (SPC-4 table 49, SBC-3 table 6)."""
+        if self.excludes(port):
+            return True
         if self.kind == 0 or self.holds(port) or (self.kind in REGISTRANTS_KINDS and port in self.registrations):
             return False
         return writes or self.kind in EXCLUSIVE_KINDS

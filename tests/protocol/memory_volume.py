@@ -100,7 +100,8 @@ class MemoryVolume:
         self._change(offset_bytes, bytes(length_bytes), done)
 
     def allocation(self, offset_bytes: int, length_bytes: int, done: AllocationCompletion) -> None:
-        """What is not zeros counts as allocated, in blocks of 4 KiB."""
+        """What is not zeros counts as allocated, in blocks of 4 KiB; no more than 4 MiB are looked at."""
+        length_bytes = min(length_bytes, 4 << 20)
         runs: list[tuple[int, bool]] = []
         for at in range(offset_bytes, offset_bytes + length_bytes, 4096):
             size = min(4096 - at % 4096, offset_bytes + length_bytes - at)

@@ -4,13 +4,14 @@ import itertools
 
 import pytest
 
+from protocol.iscsi import task_management
 from protocol.iscsi.initiator_task import CommandFailed
 from protocol.scsi import reservations as kinds
 from protocol.scsi.errors import STATUS_RESERVATION_CONFLICT
 from protocol.scsi.reservations import Reservations
 from tests.protocol.coupling import Coupling, settings
 from tests.protocol.directory import INITIATOR, RecordedNode, recorded
-from tests.protocol.exchanges import Results
+from tests.protocol.exchanges import Results, manage
 from tests.protocol.memory_volume import MemoryVolume
 
 SIZE = 1 << 20
@@ -287,3 +288,35 @@ def test_export_and_restore():
     second.restore(**first.export())  # type: ignore[arg-type]
     assert second.export() == first.export() and second.holds("a") and not second.forbids("b", writes=True)
     assert len(calls) == 3
+
+
+RESERVE_6, RELEASE_6 = bytes((0x16, 0, 0, 0, 0, 0)), bytes((0x17, 0, 0, 0, 0, 0))
+
+
+def test_reserve_6_excludes_others_until_it_is_released(three):
+    one, two, _ = three
+    assert may(one, RESERVE_6) and may(one, RESERVE_6)
+    forbidden = (READ, WRITE, bytes(6), bytes((0x1A, 8, 0x3F, 0, 255, 0)), RESERVE_6)
+    assert [may(two, cdb) for cdb in forbidden] == [False] * 5
+    assert may(two, bytes((0x12, 0, 0, 0, 96, 0))) and may(two, bytes((0x03, 0, 0, 0, 18, 0))) and may(one, WRITE)
+    conflicts(two, REGISTER, 0, 1)
+    assert may(two, RELEASE_6) and not may(two, READ)
+    assert may(one, RELEASE_6) and may(two, WRITE)
+
+
+@pytest.mark.parametrize("how", ["lost", "reset"])
+def test_reserve_6_ends_with_the_nexus_and_with_a_reset(three, how):
+    one, two, _ = three
+    assert may(one, RESERVE_6)
+    if how == "lost":
+        one.target.connection_lost()
+    else:
+        assert manage(two, task_management.LOGICAL_UNIT_RESET) == [0]
+        assert take(two) == (6, 0x29, 3)
+    assert may(two, WRITE)
+
+
+def test_reserve_6_gives_way_to_registrations(three):
+    one, two, _ = three
+    out(two, REGISTER, 0, 1)
+    assert not may(one, RESERVE_6)

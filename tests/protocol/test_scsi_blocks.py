@@ -303,7 +303,7 @@ def lba_status(pair: Coupling, lba: int, allocation: int = 4096) -> list[tuple[i
 
 def test_lba_status(pair, volume):
     volume.data[8192:12288] = b"\1" * 4096
-    assert lba_status(pair, 0)[:3] == [(0, 16, 1), (16, 8, 0), (24, SECTORS - 24, 1)]
+    assert lba_status(pair, 0) == [(0, 16, 1), (16, 8, 0), (24, 8192 - 24, 1)]
     assert lba_status(pair, 18)[0] == (18, 6, 0)
     assert lba_status(pair, 0, 24) == [(0, 16, 1)]
     fails(pair, bytes((0x9E, 0x12)) + SECTORS.to_bytes(8, "big") + (24).to_bytes(4, "big") + bytes(2), (5, 0x21, 0))
