@@ -35,11 +35,13 @@ class _Socket(asyncio.BufferedProtocol):
         self._logged_in = logged_in
         self.closed: asyncio.Future[None] = self._loop.create_future()
         self.connection: InitiatorConnection
+        self._transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         transport = cast("asyncio.Transport", transport)  # uvloop's is one by shape, not by class
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         transport.set_write_buffer_limits(WRITE_HIGH_BYTES)
+        self._transport = transport
         self.connection = InitiatorConnection(self._settings, transport.writelines, self._wake, transport.close, self._login_ended)
         self.connection.start()
 
@@ -59,6 +61,9 @@ class _Socket(asyncio.BufferedProtocol):
         self.connection.connection_lost()
         if not self.closed.done():
             self.closed.set_result(None)
+
+    def abort(self) -> None:
+        self._transport.abort()
 
     def _wake(self) -> None:
         self._loop.call_soon(self.connection.flush_output)
@@ -100,6 +105,10 @@ class Initiator:
             return
         self._connection.logout(lambda _: None)
         await asyncio.wait_for(self._socket.closed, LOGOUT_SECONDS_MAX)
+
+    def abort(self) -> None:
+        """Cut the connection, as a failing network does."""
+        self._socket.abort()
 
     async def read(self, offset_bytes: int, length_bytes: int) -> Buffer:
         """Read a range. Raises CommandFailed with the sense, ConnectionEnded."""

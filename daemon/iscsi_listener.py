@@ -6,8 +6,10 @@ one ``writelines``. Nothing here makes a Task or a Future per command.
 
 import asyncio
 import socket
+from collections.abc import Callable
 from typing import Final, cast
 
+from daemon import runtime
 from daemon.config import Address
 from daemon.logs import get_log
 from protocol.iscsi.connection import TargetConnection
@@ -21,6 +23,8 @@ TICK_SECONDS: Final = 1.0
 # waits for us, and a client that does not drain costs no more than this.
 WRITE_HIGH_BYTES: Final = 4 << 20
 WRITE_LOW_BYTES: Final = 1 << 20
+# Ended connections whose memory may wait for a quiet second: half a megabyte each.
+ENDED_MAX: Final = 200
 
 
 class ListenFailed(Exception):
@@ -30,7 +34,7 @@ class ListenFailed(Exception):
 class IscsiListener:
     """All iSCSI listeners and connections of the daemon."""
 
-    def __init__(self, node: TargetNode, connections_max: int) -> None:
+    def __init__(self, node: TargetNode, connections_max: int, collect: Callable[[], None] = runtime.collect_old) -> None:
         self.node = node
         self.connections_max = connections_max
         self.connections: set[IscsiProtocol] = set()
@@ -38,6 +42,9 @@ class IscsiListener:
         self._servers: list[asyncio.Server] = []
         self._ticker: asyncio.TimerHandle | None = None
         self._empty: asyncio.Event = asyncio.Event()
+        self._collect = collect
+        self._ended = 0
+        self._commands_seen = -1
 
     async def listen(self, address: Address) -> None:
         """Listen on every address that the host name stands for. Raises ListenFailed."""
@@ -84,6 +91,7 @@ class IscsiListener:
     def removed(self, connection: "IscsiProtocol") -> None:
         """A connection has ended."""
         self.connections.discard(connection)
+        self._ended += 1
         if not self.connections:
             self._empty.set()
 
@@ -98,6 +106,16 @@ class IscsiListener:
         now_seconds = loop.time()
         for connection in list(self.connections):
             connection.tick(now_seconds)
+        if self._ended:
+            self._collect_ended()
+
+    def _collect_ended(self) -> None:
+        """Sessions that have ended are rings of references, with their buffers: collect them once nobody is served for a tick."""
+        commands = sum(connection.commands for connection in self.connections)
+        if commands == self._commands_seen or self._ended >= ENDED_MAX:
+            self._ended, commands = 0, -1
+            self._collect()
+        self._commands_seen = commands
 
 
 class IscsiProtocol(asyncio.BufferedProtocol):
@@ -169,6 +187,13 @@ class IscsiProtocol(asyncio.BufferedProtocol):
         """Time passes."""
         if self._connection is not None:
             self._connection.tick(now_seconds)
+
+    @property
+    def commands(self) -> int:
+        """Commands carried out so far."""
+        found = self._connection.describe()["commands"] if self._connection is not None else 0
+        assert isinstance(found, int)
+        return found
 
     def shut_down(self) -> None:
         """Ask the initiator to log out, and close when it has or when nothing is in flight."""

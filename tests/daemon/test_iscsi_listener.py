@@ -1,6 +1,7 @@
 """The iSCSI listener with sockets, over volumes in memory."""
 
 import asyncio
+import itertools
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -8,9 +9,11 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from daemon import iscsi_listener
 from daemon.config import Address
+from daemon.initiator import Initiator
 from daemon.iscsi_listener import IscsiListener, ListenFailed
-from daemon.targets import Targets
+from daemon.targets import TARGET_PREFIX, Targets
 from protocol.iscsi.node import TargetNode
 from tests.daemon.fakes import MemoryPool
 from tests.daemon.programs import run, succeed
@@ -96,6 +99,44 @@ async def test_stopping_closes_connections_that_never_logged_in(pool: MemoryPool
     with pytest.raises(ConnectionRefusedError):
         await connect(listener)
     writer.close()
+
+
+async def test_ended_connections_are_collected_when_nobody_is_served(pool: MemoryPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(iscsi_listener, "TICK_SECONDS", 0.001)
+    collected = asyncio.Event()
+    listener = IscsiListener(TargetNode(Targets(pool, None)), 3, collected.set)
+    await listener.listen(Address("127.0.0.1", 0))
+    host, port = listener.addresses[0]
+    async with await Initiator.connect(host, port, f"{TARGET_PREFIX}disk") as busy:
+        (await Initiator.connect(host, port, f"{TARGET_PREFIX}other")).abort()
+        while not collected.is_set():
+            if len(listener.connections) == 1:
+                await asyncio.sleep(0.01)  # several ticks of silence
+            else:
+                await busy.read(0, 4096)
+        collected.clear()
+        await busy.read(0, 4096)
+        await asyncio.sleep(0.01)
+        assert not collected.is_set()  # once is enough
+    await listener.stop(1)
+
+
+async def test_many_ended_connections_are_collected_at_any_rate(pool: MemoryPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(iscsi_listener, "TICK_SECONDS", 0.001)
+    monkeypatch.setattr(iscsi_listener, "ENDED_MAX", 2)
+    monkeypatch.setattr(iscsi_listener.IscsiProtocol, "commands", property(lambda self: next(counter)))
+    counter = itertools.count()
+    collected = asyncio.Event()
+    listener = IscsiListener(TargetNode(Targets(pool, None)), 3, collected.set)
+    await listener.listen(Address("127.0.0.1", 0))
+    host, port = listener.addresses[0]
+    async with await Initiator.connect(host, port, f"{TARGET_PREFIX}disk"):
+        (await Initiator.connect(host, port, f"{TARGET_PREFIX}other")).abort()
+        await asyncio.sleep(0.02)
+        assert not collected.is_set()
+        (await Initiator.connect(host, port, f"{TARGET_PREFIX}other")).abort()
+        await collected.wait()
+    await listener.stop(1)
 
 
 @pytest.mark.client("iscsi-ls")
