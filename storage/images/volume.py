@@ -21,7 +21,7 @@ from storage.images.block_locks import BlockLocks
 from storage.images.image import Image
 from storage.images.long_write import LONG_BYTES_MIN, PIECE_BYTES, write_long
 from storage.images.trim import trim_blocks
-from storage.layout import BLOCK_BYTES, FIELDS_MASK, FIELDS_SHIFT, KIND_DELETED, KIND_VDISK, ZERO_POINTER
+from storage.layout import BLOCK_BYTES, FIELDS_MASK, FIELDS_SHIFT, KIND_SNAPSHOT, KIND_VDISK, ZERO_POINTER
 
 Buffer = bytes | bytearray | memoryview
 Completion = Callable[[Exception | None], None]
@@ -114,6 +114,8 @@ class Volume:
                 node.referenced = True
                 self._count_read(BLOCK_BYTES)
                 return data
+        if not length_bytes:
+            return b""
         first = offset_bytes >> 12
         count = (offset_bytes + length_bytes + BLOCK_MASK >> 12) - first
         blocks = read_path.try_read_blocks(image, first, count)
@@ -152,7 +154,7 @@ class Volume:
             first = offset_bytes >> 12
             count = (offset_bytes + length_bytes + BLOCK_MASK >> 12) - first
             blocks = await read_path.read_blocks(self.image, first, count)
-            if self._closed and self.image.kind == KIND_DELETED:
+            if self._closed and self.image.kind not in {KIND_VDISK, KIND_SNAPSHOT}:
                 self._refuse(offset_bytes, length_bytes)  # what was read may be what reclaim has left
         except Exception as error:  # noqa: BLE001
             done(None, as_storage_error(error))
@@ -289,7 +291,8 @@ class Volume:
             offset, data, _, done = write
             try:
                 self._check([write])
-                await self._write_one(offset, data)
+                if data:
+                    await self._write_one(offset, data)
             except Exception as error:  # noqa: BLE001
                 done(as_storage_error(error))
             else:

@@ -204,6 +204,23 @@ async def test_a_completion_that_raises_is_not_called_twice() -> None:
         assert calls == [None, None]
 
 
+async def test_commands_of_no_length_do_nothing_and_succeed() -> None:
+    delayed = Delayed()
+    async with new_pool(decorate=delayed) as running:
+        await running.pool.vdisk_create("a", LEAF_BYTES)
+        for offset in (0, SECTOR_BYTES, LEAF_BYTES):
+            await running.write("a", offset, b"")
+            await running.zero("a", offset, 0)
+            assert await running.read("a", offset, 0) == b""
+        delayed.device.hold(WRITE)
+        under_way = running.begin_write("a", SECTOR_BYTES, data(1)[:SECTOR_BYTES])
+        await running.until(lambda: delayed.device.held(WRITE) == 1)
+        await running.write("a", 0, b"")  # by way of the locks
+        delayed.device.release(WRITE)
+        await within(under_way)
+        assert running.image("a").used_blocks == 1
+
+
 async def test_a_large_write_waits_for_the_device_and_lands_whole() -> None:
     async with new_pool(deferred=True, miss_rate=1.0, seed=3) as running:
         await running.pool.vdisk_create("a", 16 * LEAF_BYTES)

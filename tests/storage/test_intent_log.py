@@ -1,0 +1,197 @@
+"""The intent log: group commit, room in the ring, and what a record says."""
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from storage.consistency.epoch import Epoch
+from storage.consistency.intent_log import RECORD_ENTRIES_MAX, IntentLog, encode_record, record_blocks
+from storage.consistency.replay import Ring
+from storage.errors import StorageError
+from storage.layout import BLOCK_BYTES, LOG_FIRST_VBN, RECORD_ENTRY, RECORD_HEAD
+from storage.state import PoolState
+from tests.storage.devices import SYNC, WRITE, DelayDevice, Fault, FaultyDevice, MemoryDevice
+from tests.storage.pools import LEAF_BYTES, data, new_pool, opened, within
+
+UUID_BYTES = bytes(range(16))
+RING_BLOCKS = 64
+ENTRIES_PER_BLOCK = (BLOCK_BYTES - RECORD_HEAD.size) // RECORD_ENTRY.size
+
+
+class Log:
+    """A log over a device in memory, with nothing else of a pool."""
+
+    def __init__(self, decorate: Callable[[MemoryDevice], DelayDevice | FaultyDevice | MemoryDevice] = lambda memory: memory) -> None:
+        self.memory = MemoryDevice(1 << 20)
+        self.device = decorate(self.memory)
+        self.state = PoolState(self.device, 0, 1 << 20)
+        self.log = IntentLog(self.state, UUID_BYTES, RING_BLOCKS, 0, 1)
+        self.points = 0
+        self.log.durable_by_cp = self._point
+
+    def _point(self) -> "asyncio.Future[None]":
+        """A consistency point in one step: everything is durable, the log empty."""
+        self.points += 1
+        _, _, used = self.log.mark()
+        self.state.frozen, self.state.epoch = None, Epoch(self.state.epoch.number + 1)
+        self.log.trim(used)
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        done.set_result(None)
+        return done
+
+    def change(self, count: int, fbn: int = 0) -> None:
+        self.state.epoch.unlogged.extend((1, 0, fbn + index, 1, 1) for index in range(count))
+
+    async def flush(self) -> None:
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.log.flush(lambda error: done.set_exception(error) if error is not None else done.set_result(None))
+        await within(done)
+
+    def ring(self) -> Ring:
+        content = bytearray(RING_BLOCKS * BLOCK_BYTES)
+        self.memory._read([content], LOG_FIRST_VBN * BLOCK_BYTES)
+        return Ring(content, UUID_BYTES)
+
+
+def test_a_record_says_what_was_put_in() -> None:
+    entries = [(7, 0xDEADBEEF, 1 << 38, 12345, 1), (8, 0, 5, 1, 1 << 38)]
+    record = encode_record(42, 9, 41, UUID_BYTES, entries)
+    assert len(record) == BLOCK_BYTES
+    found = Ring(record, UUID_BYTES).record_at(0)
+    assert found is not None
+    assert (found.sequence, found.cp_number, found.durable_sequence, found.blocks, found.entries) == (42, 9, 41, 1, entries)
+    assert Ring(record, bytes(16)).record_at(0) is None  # another pool's
+    for at in (0, 5, 20, 60, BLOCK_BYTES - 1):
+        spoilt = bytearray(record)
+        spoilt[at] ^= 1
+        assert Ring(spoilt, UUID_BYTES).record_at(0) is None
+
+
+@pytest.mark.parametrize("entries", [0, 1, ENTRIES_PER_BLOCK, ENTRIES_PER_BLOCK + 1, RECORD_ENTRIES_MAX])
+def test_the_length_of_a_record(entries: int) -> None:
+    record = encode_record(1, 1, 0, UUID_BYTES, [(1, 2, 3, 4, 1)] * entries)
+    assert len(record) == record_blocks(entries) * BLOCK_BYTES
+    assert len(record) - BLOCK_BYTES < RECORD_HEAD.size + entries * RECORD_ENTRY.size <= len(record)
+
+
+async def test_all_flushes_that_wait_share_the_next_record() -> None:
+    log = Log(DelayDevice)
+    assert isinstance(log.device, DelayDevice)
+    log.device.hold(SYNC)
+    log.change(1)
+    first = asyncio.create_task(log.flush())
+    while not log.device.held(SYNC):
+        await asyncio.sleep(0)
+    log.change(3)
+    others = [asyncio.create_task(log.flush()) for _ in range(20)]
+    await asyncio.sleep(0)
+    log.device.release(SYNC)
+    await asyncio.gather(first, *others)
+    assert log.log.commits == 2
+    assert [len(record.entries) for record in log.ring().records_from(0, 1)] == [1, 3]
+
+
+async def test_a_record_says_that_those_before_it_are_durable() -> None:
+    log = Log()
+    for _ in range(3):
+        log.change(1)
+        await log.flush()
+    assert [record.durable_sequence for record in log.ring().records_from(0, 1)] == [0, 1, 2]
+
+
+async def test_records_go_round_the_ring() -> None:
+    log = Log()
+    for round_ in range(200):
+        log.change(ENTRIES_PER_BLOCK * 2, round_)
+        await log.flush()
+        if round_ % 20 == 19:
+            head, sequence, _ = log.log.mark()
+            await log._point()
+    assert log.points == 10
+    log.change(ENTRIES_PER_BLOCK * 5)
+    await log.flush()
+    records = log.ring().records_from(head, sequence)
+    assert [len(record.entries) for record in records] == [ENTRIES_PER_BLOCK * 5]
+
+
+async def test_a_full_ring_is_emptied_by_a_consistency_point_and_never_written_over() -> None:
+    log = Log()
+    for _ in range(RING_BLOCKS):
+        log.change(1)
+        await log.flush()
+    assert log.points == 0 and len(log.ring().records_from(0, 1)) == RING_BLOCKS
+    log.change(1)
+    await log.flush()
+    assert log.points == 1 and len(log.ring().records_from(0, 1)) == RING_BLOCKS
+
+
+async def test_changes_that_come_while_the_frozen_epoch_is_logged_do_not_overrun_the_ring() -> None:
+    """Their record is measured when it is written, not when the commit began."""
+    log = Log(DelayDevice)
+    assert isinstance(log.device, DelayDevice)
+    for _ in range(RING_BLOCKS - 4):
+        log.change(1)
+        await log.flush()
+    log.change(1)
+    frozen = log.state.epoch
+    log.state.frozen, log.state.epoch = frozen, Epoch(frozen.number + 1)
+    log.change(1)
+    log.device.hold(SYNC)
+    flush = asyncio.create_task(log.flush())
+    while not log.device.held(SYNC):
+        await asyncio.sleep(0)
+    log.change(ENTRIES_PER_BLOCK * 8)  # eight blocks more, where three are left
+    log.device.release(SYNC)
+    await flush
+    assert log.points == 1
+    records = log.ring().records_from(0, 1)
+    assert len(records) == RING_BLOCKS - 3 and records[0].entries == [(1, 0, 0, 1, 1)]
+
+
+async def test_more_than_a_record_may_hold_is_a_consistency_point() -> None:
+    log = Log()
+    log.change(RECORD_ENTRIES_MAX + 1)
+    await log.flush()
+    assert (log.points, log.log.commits) == (1, 0)
+
+
+@pytest.mark.parametrize("operation", [WRITE, SYNC])
+async def test_after_a_failed_commit_nothing_is_acknowledged_as_durable(operation: str) -> None:
+    log = Log(lambda memory: FaultyDevice(memory, Fault(operation)))
+    log.change(1)
+    with pytest.raises(StorageError, match="planted fault"):
+        await log.flush()
+    assert log.state.read_only_reason is not None
+    with pytest.raises(StorageError, match="the pool is read-only: the device failed to make data durable"):
+        await log.flush()
+
+
+async def test_a_mistake_in_the_log_answers_the_flush_and_the_next_one() -> None:
+    log = Log()
+    log.state.epoch.unlogged.append((-1, 0, 0, 1, 1))  # no image has that number, and no record can say it
+    for _ in range(2):
+        with pytest.raises(StorageError, match="internal error"):
+            await log.flush()
+        log.state.epoch.unlogged.append((-1, 0, 0, 1, 1))
+
+
+async def test_invariant_1_what_was_flushed_or_written_with_fua_survives() -> None:
+    async with new_pool() as running:
+        await running.pool.vdisk_create("a", 4 * LEAF_BYTES)
+        await running.write("a", 0, data(1, 10), fua=True)
+        after_fua = running.memory.copy()
+        await running.write("a", 5 * BLOCK_BYTES, data(2, 10))
+        await running.zero("a", 0, 3 * BLOCK_BYTES)
+        await running.flush("a")
+        after_flush = running.memory.copy()
+        await running.zero("a", 3 * BLOCK_BYTES, BLOCK_BYTES, fua=True)
+        after_zeros = running.memory.copy()
+    first, second = data(1, 10), data(2, 10)
+    async with opened(after_fua) as running:
+        assert await running.read("a", 0, len(first)) == first
+    expected = bytes(3 * BLOCK_BYTES) + first[3 * BLOCK_BYTES : 5 * BLOCK_BYTES] + second
+    async with opened(after_flush) as running:
+        assert await running.read("a", 0, len(expected)) == expected
+    async with opened(after_zeros) as running:
+        assert await running.read("a", 0, len(expected)) == bytes(4 * BLOCK_BYTES) + expected[4 * BLOCK_BYTES :]
