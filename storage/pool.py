@@ -121,11 +121,7 @@ class Pool:
     @classmethod
     async def open_on(cls, device: Device, cache_bytes: int = CACHE_BYTES_DEFAULT, on_event: EventSink | None = None) -> "Pool":
         """``open`` on a device that is open already; the pool closes it."""
-        blocks = [bytearray(BLOCK_BYTES) for _ in SUPERBLOCK_VBNS]
-        if device.size_bytes >= len(blocks) * BLOCK_BYTES:
-            for vbn, block in zip(SUPERBLOCK_VBNS, blocks, strict=True):
-                await device.readv((block,), vbn * BLOCK_BYTES)
-        pool = cls(device, newest(blocks, device.path, device.size_bytes), cache_bytes)
+        pool = cls(device, newest(await _read_superblocks(device), device.path, device.size_bytes), cache_bytes)
         if on_event is not None:
             pool._state.on_event = on_event
         try:
@@ -169,7 +165,10 @@ class Pool:
         while self._state.discarding is not None:
             await self._state.discarding
         if self._state.read_only_reason is None:
-            await self._device.sync()
+            try:
+                await self._device.sync()
+            except StorageError as error:
+                self._state.fail(f"the last sync failed: {error}")  # the device is released all the same
         self._state.on_event("pool.closed", cp_number=self._superblock.cp_number)
         self._device.close()
 
@@ -238,16 +237,22 @@ class Pool:
 
     async def check(self, verify_data: bool = False) -> dict[str, Any]:
         """Check the state of the last consistency point while the pool goes on; its blocks are kept from reuse meanwhile."""
-        while True:
+        while self._state.read_only_reason is None:
             await self._points.request()
             if self._state.frozen is None:
                 break
         epoch = self._state.begin_read()
         try:
-            report = await check_live(self._device, self._superblock.encode(), verify_data)
+            report = await check_live(self._device, await self._durable_superblock(), verify_data)
         finally:
             self._state.end_read(epoch)
         return report.as_dict()
+
+    async def _durable_superblock(self) -> bytearray:
+        """The superblock in force. On a pool that went read-only the one in memory may be of a consistency point that failed."""
+        if self._state.read_only_reason is None:
+            return self._superblock.encode()
+        return newest(await _read_superblocks(self._device), self._device.path, self._device.size_bytes).encode()
 
     # --- Vdisks, snapshots, clones -----------------------------------------------------------------------------------
 
@@ -350,6 +355,14 @@ async def _format_path(path: str) -> None:
         await Pool.format(device)
     finally:
         device.close()
+
+
+async def _read_superblocks(device: Device) -> list[bytearray]:
+    blocks = [bytearray(BLOCK_BYTES) for _ in SUPERBLOCK_VBNS]
+    if device.size_bytes >= len(blocks) * BLOCK_BYTES:
+        for vbn, block in zip(SUPERBLOCK_VBNS, blocks, strict=True):
+            await device.readv((block,), vbn * BLOCK_BYTES)
+    return blocks
 
 
 async def _clear_log(device: Device, blocks: int) -> None:

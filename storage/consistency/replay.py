@@ -197,6 +197,10 @@ class Replay:
 
     async def _apply_step(self, entries: list[Entry]) -> None:
         number, _, fbn, vbn, count = entries[0]
+        if self._catalogue.is_damaged(number):
+            # Without changes there is no consistency point, so the log keeps what it has until the entry can be read.
+            self._state.fail(f"the intent log holds writes of image {number}, whose table entry cannot be read: restore a copy of the pool")
+            return
         image = self._catalogue.find(number)
         if image is None:
             self._state.on_event("log.unknown_image", image=number, entries=len(entries))

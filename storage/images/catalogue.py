@@ -8,7 +8,7 @@ import heapq
 from collections.abc import Iterator
 from weakref import WeakValueDictionary
 
-from storage.errors import Conflict, NotFound
+from storage.errors import BlockDamaged, Conflict, NotFound
 from storage.images.image import Image
 from storage.images.record import ImageRecord, decode
 from storage.layout import IMAGE_SPLIT_OFFSET, KIND_DELETED, KIND_SNAPSHOT, KIND_VDISK, SPLIT_NONE
@@ -131,14 +131,25 @@ class Catalogue:
     # --- Finding -----------------------------------------------------------------------------------------------
 
     def image(self, number: int) -> Image:
-        """The image of that number, made from its entry if nobody has it in hand."""
+        """The image of that number, made from its entry if nobody has it in hand. Raises BlockDamaged if its entry could not be read."""
         image = self._live.get(number)
         if image is None:
+            self._check_readable(number)
             record = decode(self._entries[number])
             assert record is not None, "an image without an entry is always in hand"
             image = Image(self._state, number, record, self.image(record.backing) if record.backing else None)
             self._live[number] = image
         return image
+
+    def _check_readable(self, number: int) -> None:
+        if number in self._damaged:
+            raise BlockDamaged(f"the table entry of image {number} is damaged: restore the pool from a copy to get at what stands on it")
+        if number not in self._entries:
+            raise NotFound(f"there is no image {number} any more: list again")
+
+    def is_damaged(self, number: int) -> bool:
+        """Whether there is an image of that number, but its entry could not be read."""
+        return number in self._damaged
 
     def find(self, number: int) -> Image | None:
         """The image of that number, or None where there is none."""
@@ -169,7 +180,11 @@ class Catalogue:
 
     def full_name_of(self, number: int, record: ImageRecord | None = None) -> str:
         """The same by number."""
+        if number in self._damaged:
+            return f"(damaged image {number})"
         record = record or self.record(number)
+        if record.kind == KIND_SNAPSHOT and record.origin in self._damaged:
+            return f"(damaged image {record.origin})@{record.name}"
         return f"{self.record(record.origin).name}@{record.name}" if record.kind == KIND_SNAPSHOT else record.name
 
     def find_record(self, number: int) -> ImageRecord | None:
@@ -177,8 +192,10 @@ class Catalogue:
         return self.record(number) if number in self._entries else None
 
     def record(self, number: int) -> ImageRecord:
-        """What the table says of an image, as of now, without making an Image of it."""
+        """What the table says of an image, as of now, without making an Image of it. Raises NotFound, BlockDamaged."""
         image = self._live.get(number)
+        if image is None:
+            self._check_readable(number)
         record = decode(image.encode() if image is not None else self._entries[number])
         assert record is not None
         return record

@@ -45,9 +45,12 @@ async def _read_run(state: PoolState, catalogue: Catalogue, fields: list[EntryFi
         if not state.device.try_readv((data,), offset):
             await state.device.readv((data,), offset)
     except StorageError as error:
-        for _, _, number in fields:
-            catalogue.read_damaged(number)
-            state.on_event("image.damaged", number=number, error=str(error))
+        if len(fields) > 1:  # one bad sector must not cost its neighbours
+            for field in fields:
+                await _read_run(state, catalogue, [field])
+            return
+        catalogue.read_damaged(fields[0][2])
+        state.on_event("image.damaged", number=fields[0][2], error=str(error))
         return
     view = memoryview(data)
     for position, (vbn, crc, number) in enumerate(fields):

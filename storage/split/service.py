@@ -47,7 +47,11 @@ class SplitService:
         """At open, before replay: a job for every split that was running or paused, so that replay keeps their counts."""
         for number in list(self._catalogue.numbers(KIND_VDISK)):
             if self._catalogue.split_state(number) in (SPLIT_RUNNING, SPLIT_PAUSED):
-                self._jobs[number] = SplitJob(self._catalogue.image(number), self._release, self._stopped)
+                try:
+                    self._jobs[number] = SplitJob(self._catalogue.image(number), self._release, self._stopped)
+                except StorageError as error:
+                    # Its backing store's entry is damaged: this clone cannot be used, all others can.
+                    self._state.on_event("split.lost", number=number, error=str(error))
 
     def go_on(self) -> None:
         """After replay: let the running ones run."""
