@@ -6,13 +6,14 @@ consistency point, and quickly, because what is allocated at one time lies toget
 """
 
 from collections.abc import Iterator
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
 
 from storage.consistency.epoch import Epoch
 from storage.layout import BLOCK_BYTES, REGION_BLOCKS, SUMMARIES_PER_BLOCK
-from storage.slices import Slicer, VbnArray, concatenated, in_thread_if_large
+from storage.slices import CHUNK, Slicer, VbnArray, as_array, concatenated, in_thread_if_large
 from storage.state import PoolState
 from storage.tree.buffer_tree import BufferTree
 from storage.tree.node import Node
@@ -69,10 +70,11 @@ class ActiveMap:
     async def apply(self, epoch: Epoch, slicer: Slicer) -> None:
         """Enter what the epoch allocated and freed into the maps, until writing the maps needs nothing more."""
         while epoch.allocated or epoch.freed or epoch.freed_arrays:
-            extents = np.array(epoch.allocated, dtype=np.uint64).reshape(-1, 2)
-            freed = [np.array(epoch.freed, dtype=np.uint64), *epoch.freed_arrays]
-            epoch.discards += await in_thread_if_large(sum(map(len, epoch.freed_arrays)), long_runs, epoch.freed_arrays)
+            allocated, freed_singly, freed_arrays = epoch.allocated, epoch.freed, epoch.freed_arrays
             epoch.allocated, epoch.freed, epoch.freed_arrays = [], [], []
+            epoch.discards += await in_thread_if_large(sum(map(len, freed_arrays)), long_runs, freed_arrays)
+            extents = await _extents_array(allocated, slicer)
+            freed = [await as_array(freed_singly, slicer), *freed_arrays]
             size = int(extents[:, 1].sum()) + sum(map(len, freed))
             taken, returned = await in_thread_if_large(size, _sorted_vbns, extents, freed)
             returned_by_region = dict(_by_region(returned))
@@ -113,6 +115,16 @@ class ActiveMap:
             if node is not None:
                 return node
             await tree.prepare(index, epoch, 0)
+
+
+async def _extents_array(extents: list[tuple[int, int]], slicer: Slicer) -> npt.NDArray[np.uint64]:
+    """(first VBN, length) rows."""
+    parts = [np.zeros(0, dtype=np.uint64)]
+    for start in range(0, len(extents), CHUNK):
+        flat = list(chain.from_iterable(extents[start : start + CHUNK]))
+        parts.append(np.array(flat, dtype=np.uint64))
+        await slicer.breathe()
+    return concatenated(parts).reshape(-1, 2)
 
 
 def long_runs(freed: list[VbnArray]) -> list[tuple[int, int]]:

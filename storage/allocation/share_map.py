@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from storage.consistency.epoch import Epoch
 from storage.layout import SHARES_PER_BLOCK
-from storage.slices import Slicer, VbnArray, concatenated, in_thread_if_large
+from storage.slices import Slicer, VbnArray, as_array, concatenated, in_thread_if_large
 from storage.tree.buffer_tree import BufferTree
 from storage.tree.node import HOLES, Node
 
@@ -56,7 +56,7 @@ class ShareMap:
 
     async def apply(self, epoch: Epoch, slicer: Slicer) -> None:
         """Enter the epoch's references into the map; what lost its last one joins ``epoch.freed_arrays``."""
-        vbns, net = await self._net_changes(epoch)
+        vbns, net = await self._net_changes(epoch, slicer)
         if not len(vbns):
             return
         blocks = vbns >> np.uint64(SHARES_SHIFT)
@@ -66,15 +66,15 @@ class ShareMap:
             await self._apply_block(epoch, int(blocks[start]), vbns[start:end], net[start:end])
             await slicer.breathe()
 
-    async def _net_changes(self, epoch: Epoch) -> tuple[VbnArray, npt.NDArray[np.int64]]:
+    async def _net_changes(self, epoch: Epoch, slicer: Slicer) -> tuple[VbnArray, npt.NDArray[np.int64]]:
         """The VBNs whose count changes, ascending, and by how much."""
         added = concatenated(epoch.added)
-        dropped = concatenated([np.array(epoch.dropped, dtype=np.uint64), *epoch.dropped_arrays])
-        pointers = np.array(list(epoch.pointer_delta), dtype=np.uint64)
-        weights = np.concatenate(
-            (np.ones(len(added)), -np.ones(len(dropped)), np.array(list(epoch.pointer_delta.values()), dtype=np.float64))
-        )
+        dropped_singly, dropped_arrays = epoch.dropped, epoch.dropped_arrays
+        pointer_vbns, pointer_changes = list(epoch.pointer_delta), list(epoch.pointer_delta.values())
         epoch.added, epoch.dropped, epoch.dropped_arrays = [], [], []
+        dropped = concatenated([await as_array(dropped_singly, slicer), *dropped_arrays])
+        pointers = await as_array(pointer_vbns, slicer)
+        weights = np.concatenate((np.ones(len(added)), -np.ones(len(dropped)), np.array(pointer_changes, dtype=np.float64)))
         everything = np.concatenate((added, dropped, pointers))
         return await in_thread_if_large(len(everything), _summed, everything, weights)
 

@@ -27,7 +27,7 @@ from storage.images.catalogue import Catalogue
 from storage.images.image import KIND_FREE, Image
 from storage.images.record import KIND_OFFSET, ROOT_FIELD_OFFSET
 from storage.layout import BLOCK_BYTES, CONFIGURATION, FIELD, FIELDS_MASK, FIELDS_SHIFT, HOLE, VDISK_TABLE, ZERO_POINTER, tree_levels
-from storage.slices import Slicer
+from storage.slices import Slicer, dispose
 from storage.state import PoolState
 from storage.tree.buffer_tree import BufferTree
 
@@ -199,7 +199,9 @@ class ConsistencyPoints:
         self._log.trim(used_at_mark)
         for number, entry in entries:
             self._catalogue.entry_written(number, entry)
+        unlogged = epoch.unlogged
         self._finish(epoch)
+        await dispose(unlogged, slicer)
 
     async def _write_entries(self, epoch: Epoch, writer: NodeWriter, slicer: Slicer) -> list[tuple[int, bytearray | None]]:
         """Write the table entries of the images that changed, and point the table at them."""

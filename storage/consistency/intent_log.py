@@ -19,6 +19,7 @@ from crc32c import crc32c
 from storage.consistency.epoch import Epoch, LogEntry
 from storage.errors import DeviceFailed, as_storage_error
 from storage.layout import BLOCK_BYTES, LOG_FIRST_VBN, RECORD_CRC_OFFSET, RECORD_ENTRY, RECORD_HEAD, RECORD_MAGIC
+from storage.slices import CHUNK, Slicer
 from storage.state import PoolState
 
 FlushCompletion = Callable[[Exception | None], None]
@@ -34,18 +35,37 @@ def record_blocks(entries: int) -> int:
     return -(-(RECORD_HEAD.size + entries * RECORD_ENTRY.size) // BLOCK_BYTES)
 
 
-def encode_record(sequence: int, cp_number: int, durable_sequence: int, pool_uuid: bytes, entries: list[LogEntry]) -> bytearray:
-    """One record, padded to whole blocks (layout.RECORD_HEAD, RECORD_ENTRY)."""
-    blocks = record_blocks(len(entries))
+async def encode_record(sequence: int, cp_number: int, durable_sequence: int, pool_uuid: bytes, entries: list[LogEntry]) -> bytearray:
+    """One record, padded to whole blocks (layout.RECORD_HEAD, RECORD_ENTRY), made in slices; ``entries`` is empty afterwards."""
+    slicer = Slicer()
+    record = _unsealed_record(sequence, cp_number, durable_sequence, pool_uuid, len(entries))
+    while entries:
+        start = (len(entries) - 1) // CHUNK * CHUNK
+        _encode_entries(record, start, entries[start:])
+        del entries[start:]
+        await slicer.breathe()
+    _seal(record)
+    return record
+
+
+def _unsealed_record(sequence: int, cp_number: int, durable_sequence: int, pool_uuid: bytes, entry_count: int) -> bytearray:
+    blocks = record_blocks(entry_count)
     record = bytearray(blocks * BLOCK_BYTES)
-    RECORD_HEAD.pack_into(record, 0, RECORD_MAGIC, 0, sequence, cp_number, durable_sequence, pool_uuid[:8], len(entries), blocks)
-    at = RECORD_HEAD.size
+    RECORD_HEAD.pack_into(record, 0, RECORD_MAGIC, 0, sequence, cp_number, durable_sequence, pool_uuid[:8], entry_count, blocks)
+    return record
+
+
+def _encode_entries(record: bytearray, position: int, entries: list[LogEntry]) -> None:
+    """Entries from number ``position`` on."""
+    at = RECORD_HEAD.size + position * RECORD_ENTRY.size
     pack_into = RECORD_ENTRY.pack_into
     for entry in entries:
         pack_into(record, at, *entry)
         at += RECORD_ENTRY.size
+
+
+def _seal(record: bytearray) -> None:
     record[RECORD_CRC_OFFSET : RECORD_CRC_OFFSET + 4] = crc32c(record).to_bytes(4, "little")
-    return record
 
 
 class IntentLog:
@@ -142,7 +162,8 @@ class IntentLog:
 
     async def _append(self, epoch: Epoch) -> None:
         entries, epoch.unlogged = epoch.unlogged, []
-        record = encode_record(self.next_sequence, epoch.number, self.next_sequence - 1, self._pool_uuid, entries)
+        # A freeze may come while this waits: then the record lies behind its mark and is skipped by its number (see the invariants).
+        record = await encode_record(self.next_sequence, epoch.number, self.next_sequence - 1, self._pool_uuid, entries)
         blocks = len(record) // BLOCK_BYTES
         at = self.head_block
         self.head_block = (at + blocks) % self._blocks

@@ -9,23 +9,27 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+from crc32c import crc32c
 
 from storage.errors import StorageError
-from storage.images.read_path import Location, runs, verify
+from storage.images.read_path import Location, damaged, runs
 from storage.images.write_path import Extents, take_extents
-from storage.layout import BLOCK_BYTES, FIELDS_MASK, FIELDS_SHIFT, HOLE
+from storage.layout import BLOCK_BYTES, FIELDS_MASK, FIELDS_PER_BLOCK, FIELDS_SHIFT, HOLE
 from storage.split.loading import Holes, find_holes, load_chain, visible_slots
 
 if TYPE_CHECKING:
     from storage.images.image import Image
 
 
-async def read_behind(clone: "Image", holes: Holes) -> bytearray:
-    """The data behind the holes, verified. Raises BlockDamaged, DeviceFailed."""
+# What lies behind one level-1 block.
+COPY_BYTES_MAX = FIELDS_PER_BLOCK * BLOCK_BYTES
+
+
+async def read_behind(clone: "Image", holes: Holes, buffer: bytearray) -> memoryview:
+    """The data behind the holes, verified, as the first part of ``buffer`` (COPY_BYTES_MAX). Raises BlockDamaged, DeviceFailed."""
     state = clone.state
     locations: list[Location] = list(zip(holes.fields["vbn"].tolist(), holes.fields["crc"].tolist(), strict=True))
-    data = bytearray(len(locations) * BLOCK_BYTES)
-    view = memoryview(data)
+    view = memoryview(buffer)[: len(locations) * BLOCK_BYTES]
     epoch = state.begin_read()
     try:
         for start, vbn, length in runs(locations):
@@ -34,20 +38,22 @@ async def read_behind(clone: "Image", holes: Holes) -> bytearray:
                 await state.device.readv((part,), vbn * BLOCK_BYTES)
     finally:
         state.end_read(epoch)
-    for position, slot in enumerate(holes.slots.tolist()):
-        block = view[position * BLOCK_BYTES : (position + 1) * BLOCK_BYTES]
-        verify(clone, (holes.index << FIELDS_SHIFT) + slot, locations[position : position + 1], block)
-    return data
+    at = 0
+    for slot, (vbn, crc) in zip(holes.slots.tolist(), locations, strict=True):
+        if crc32c(view[at : at + BLOCK_BYTES]) != crc:
+            raise damaged(clone, (holes.index << FIELDS_SHIFT) + slot, vbn)
+        at += BLOCK_BYTES
+    return view
 
 
-async def write_copy(clone: "Image", data: bytearray) -> Extents:
+async def write_copy(clone: "Image", data: memoryview) -> Extents:
     """Write the data to newly allocated blocks. Raises PoolFull, DeviceFailed."""
     device = clone.state.device
     extents = await take_extents(clone, len(data) // BLOCK_BYTES)
-    view, at = memoryview(data), 0
+    at = 0
     try:
         for first, length in extents:
-            part = view[at : at + length * BLOCK_BYTES]
+            part = data[at : at + length * BLOCK_BYTES]
             if not device.try_writev((part,), first * BLOCK_BYTES, len(part)):
                 await device.writev((part,), first * BLOCK_BYTES)
             at += len(part)

@@ -26,6 +26,7 @@ from storage.layout import (
     SPLIT_PAUSED,
     SPLIT_RUNNING,
 )
+from storage.slices import Slicer
 from storage.split import copying
 from storage.split.loading import Holes, holes_at, next_index, shared_block
 from storage.split.progress import Progress
@@ -39,7 +40,7 @@ MESSAGE_SECONDS = 0.002
 RECOUNT_SECONDS = 5.0
 
 
-Copy = tuple[Holes, "asyncio.Task[Extents]"]
+Copy = tuple[Holes, "asyncio.Task[Extents]", bytearray]
 
 
 class SplitJob:
@@ -59,6 +60,8 @@ class SplitJob:
         self._spoiled = False
         # Set fields below each level-2 block of the backing store, as counted: a whole one can be shared without walking it again.
         self._level2_holes: dict[int, int] = {}
+        # Those that no write uses now; at most BLOCKS_IDLE.
+        self._buffers: list[bytearray] = []
         image.job = self
 
     @property
@@ -172,9 +175,9 @@ class SplitJob:
             raise
         except asyncio.CancelledError:
             # What they took stays claimed until the pool is closed, which is what cancels: the device may still be writing there.
-            for _, writing in started:
+            for _, writing, _ in started:
                 writing.cancel()
-            await asyncio.gather(*(writing for _, writing in started), return_exceptions=True)
+            await asyncio.gather(*(writing for _, writing, _ in started), return_exceptions=True)
             raise
         if self.gone or self.record.state != SPLIT_RUNNING:
             return None
@@ -188,22 +191,27 @@ class SplitJob:
     async def _start_copies(self, blocks: int, started: list[Copy]) -> int | None:
         """Read up to ``blocks`` level-1 blocks' worth, and begin to write it. Returns the index to go on from, None at the end."""
         index: int | None = self.record.cursor
+        slicer = Slicer()
         while index is not None and len(started) < blocks:
             index = await next_index(self.image, index)
             if index is not None:
                 holes = await holes_at(self.image, index)
                 index += 1
                 if len(holes):
-                    data = await copying.read_behind(self.image, holes)
-                    started.append((holes, asyncio.create_task(copying.write_copy(self.image, data))))
+                    # A new MiB each time would cost as much to map and clear as to copy.
+                    buffer = self._buffers.pop() if self._buffers else bytearray(copying.COPY_BYTES_MAX)
+                    data = await copying.read_behind(self.image, holes, buffer)
+                    started.append((holes, asyncio.create_task(copying.write_copy(self.image, data)), buffer))
+                await slicer.breathe()
         return index
 
     async def _install_all(self, started: list[Copy]) -> int:
         """Install the copies in the order of their level-1 blocks; returns how many blocks were written."""
         moved = 0
         while started and not self.gone:
-            holes, writing = started[0]
+            holes, writing, buffer = started[0]
             extents = await writing
+            self._buffers.append(buffer)
             installed = await copying.install_copy(self.image, holes, extents)
             del started[0]
             self._replaced(installed)
@@ -215,7 +223,7 @@ class SplitJob:
 
     async def _discard(self, started: list[Copy]) -> None:
         """Give back what copies took that will not be installed."""
-        for extents in await asyncio.gather(*(writing for _, writing in started), return_exceptions=True):
+        for extents in await asyncio.gather(*(writing for _, writing, _ in started), return_exceptions=True):
             if not isinstance(extents, BaseException):
                 self.image.state.allocator.give_back(extents)
 

@@ -10,6 +10,7 @@ from storage.consistency.intent_log import RECORD_ENTRIES_MAX, IntentLog, encode
 from storage.consistency.replay import Ring
 from storage.errors import StorageError
 from storage.layout import BLOCK_BYTES, LOG_FIRST_VBN, RECORD_ENTRY, RECORD_HEAD
+from storage.slices import CHUNK
 from storage.state import PoolState
 from tests.storage.devices import SYNC, WRITE, DelayDevice, Fault, FaultyDevice, MemoryDevice
 from tests.storage.pools import LEAF_BYTES, data, new_pool, opened, within
@@ -54,9 +55,9 @@ class Log:
         return Ring(content, UUID_BYTES)
 
 
-def test_a_record_says_what_was_put_in() -> None:
+async def test_a_record_says_what_was_put_in() -> None:
     entries = [(7, 0xDEADBEEF, 1 << 38, 12345, 1), (8, 0, 5, 1, 1 << 38)]
-    record = encode_record(42, 9, 41, UUID_BYTES, entries)
+    record = await encode_record(42, 9, 41, UUID_BYTES, list(entries))
     assert len(record) == BLOCK_BYTES
     found = Ring(record, UUID_BYTES).record_at(0)
     assert found is not None
@@ -68,9 +69,16 @@ def test_a_record_says_what_was_put_in() -> None:
         assert Ring(spoilt, UUID_BYTES).record_at(0) is None
 
 
+async def test_entries_of_several_slices_keep_their_order() -> None:
+    entries = [(1, number, number + 5, number + 9, 1) for number in range(2 * CHUNK + 3)]
+    found = Ring(await encode_record(1, 1, 0, UUID_BYTES, list(entries)), UUID_BYTES).record_at(0)
+    assert found is not None
+    assert found.entries == entries
+
+
 @pytest.mark.parametrize("entries", [0, 1, ENTRIES_PER_BLOCK, ENTRIES_PER_BLOCK + 1, RECORD_ENTRIES_MAX])
-def test_the_length_of_a_record(entries: int) -> None:
-    record = encode_record(1, 1, 0, UUID_BYTES, [(1, 2, 3, 4, 1)] * entries)
+async def test_the_length_of_a_record(entries: int) -> None:
+    record = await encode_record(1, 1, 0, UUID_BYTES, [(1, 2, 3, 4, 1)] * entries)
     assert len(record) == record_blocks(entries) * BLOCK_BYTES
     assert len(record) - BLOCK_BYTES < RECORD_HEAD.size + entries * RECORD_ENTRY.size <= len(record)
 
