@@ -18,7 +18,7 @@ from protocol.iscsi.login import LoginPhase, LoginResult, refusal
 from protocol.iscsi.node import SessionKey, TargetNode
 from protocol.iscsi.pdu import LOGIN_REQUEST, Pdu
 from protocol.iscsi.text_exchange import TextExchange
-from protocol.scsi.logical_unit import Nexus
+from protocol.scsi.logical_unit import LogicalUnit, Nexus
 from protocol.volume import Buffer
 
 
@@ -168,12 +168,19 @@ class TargetConnection:
         self.node.reinstate(self._key, lambda: self._open_session(result, login.stat_sn))
 
     def _open_session(self, result: LoginResult, stat_sn: int) -> None:
-        """No older session is in the way: make the nexus and answer the login."""
+        """No older session is in the way: make the nexus and answer the login.
+
+        The target is looked up again: its LUNs and whom it is for may have changed since the login began.
+        """
         assert result.target is not None and self._key is not None
         if self._closed or self._lost:
             return
+        target = self.node.directory.open_target(result.target.name, result.initiator_name)
+        if target is None:
+            self._fail(f"the target {result.target.name} went, or was taken from this initiator, during its login")
+            return
         port = f"{result.initiator_name},i,0x{result.isid:012x}"
-        self._enter(result, stat_sn, self.node.open_nexus(result.target, port))
+        self._enter(result, stat_sn, self.node.open_nexus(target, port))
         self.node.register(self._key, self)
         self._request_flush()
 
@@ -181,7 +188,8 @@ class TargetConnection:
         self.tsih = self.node.take_tsih()
         window_end = (result.cmd_sn + limits.COMMAND_WINDOW - 1) & 0xFFFFFFFF
         self._sender.put(result.final_header(self.tsih, result.cmd_sn, window_end), result.final_text)
-        text = TextExchange(lambda: self.node.directory.names_for(self.initiator_name, self.portal_address), self.portal_address)
+        portal = self.portal_address
+        text = TextExchange(lambda: self.node.directory.names_for(self.initiator_name, portal), lambda: self.node.portals(portal))
         self._phase = FullFeature(
             result, nexus, self._sender, stat_sn + 1, text, self._request_flush, self._flush_now, lambda: self._paused or self._closed,
         )
@@ -243,6 +251,16 @@ class TargetConnection:
         else:
             drained()
 
+    def lun_mapped(self, lun: int, unit: LogicalUnit) -> None:
+        """The session's target has one logical unit more."""
+        if self._phase is not None:
+            self._phase.map_lun(lun, unit)
+
+    def lun_unmapped(self, lun: int) -> None:
+        """The session's target has that logical unit no more."""
+        if self._phase is not None:
+            self._phase.unmap_lun(lun)
+
     def shutdown(self) -> None:
         """Ask the initiator to log out; the daemon closes after LOGOUT_SECONDS. Before the full feature phase: close now."""
         if self._phase is None:
@@ -277,6 +295,11 @@ class TargetConnection:
         self.flush_output()
 
     # --- Reports --------------------------------------------------------------------------------------------------
+
+    @property
+    def logged_in(self) -> bool:
+        """The login has ended well."""
+        return self._phase is not None
 
     @property
     def commands_in_flight(self) -> int:

@@ -57,7 +57,7 @@ from protocol.iscsi.text_exchange import TextExchange
 from protocol.scsi import dispatch, opcodes, sense
 from protocol.scsi.errors import CheckCondition, ScsiError
 from protocol.scsi.inquiry import encode_lun
-from protocol.scsi.logical_unit import Nexus, UnitNexus
+from protocol.scsi.logical_unit import LogicalUnit, Nexus, UnitNexus
 from protocol.scsi.plan import Operation, Query, ReadExtent, Reply
 from protocol.scsi.sense import Sense
 from protocol.volume import BlockVolume
@@ -402,6 +402,18 @@ class FullFeature:
         event = ASYNC_LOGOUT_REQUESTED << 24
         words = (0, stat_sn, self.exp_cmd_sn, self.max_cmd_sn, event, limits.LOGOUT_SECONDS, 0)
         self.sender.put(pack(ASYNC_MESSAGE, FINAL, RESERVED_TAG, words=words))
+
+    def map_lun(self, lun: int, unit: LogicalUnit) -> None:
+        """One logical unit more; the initiator learns of it by a unit attention on those it has (SPC-4 6.33)."""
+        self.nexus.unmap(lun)
+        self.units[encode_lun(lun)] = self.nexus.map(lun, unit)
+        self.nexus.attention(sense.REPORTED_LUNS_CHANGED, except_for=lun)
+
+    def unmap_lun(self, lun: int) -> None:
+        """That logical unit no more. What was given to its volume ends as it would have."""
+        if self.nexus.unmap(lun):
+            del self.units[encode_lun(lun)]
+            self.nexus.attention(sense.REPORTED_LUNS_CHANGED)
 
     def abandon(self, drained: Callable[[], None]) -> None:
         """The session is over: abort everything, and call ``drained`` once no volume holds a command of it."""

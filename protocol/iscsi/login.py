@@ -113,7 +113,7 @@ class LoginPhase:
         wanted = pairs.get("TargetName", "")
         if not wanted:
             raise errors.MissingParameter("TargetName is missing")
-        self.target = self.node.directory.open_target(wanted.lower(), name)
+        self.target = self.node.directory.open_target(wanted, name)
         if self.target is None:
             raise errors.TargetNotFound(f"no target {wanted[:80]}")
         return [("TargetPortalGroupTag", str(PORTAL_GROUP))]

@@ -5,13 +5,13 @@ A daemon implements `TargetDirectory` and makes one `TargetNode` over it.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 from uuid import UUID
 
 from protocol.iscsi.chap import Challenges, ChapSecrets
 from protocol.iscsi.errors import OutOfResources
 from protocol.scsi.logical_unit import LogicalUnit, Nexus
-from protocol.volume import BlockVolume
+from protocol.volume import BlockVolume, Completion
 
 _TSIH_MAX = 0xFFFF
 
@@ -47,7 +47,11 @@ class TargetDirectory(Protocol):
         """Names of the targets that this initiator may discover through this portal."""
 
     def open_target(self, target_name: str, initiator_name: str) -> TargetDefinition | None:
-        """The target for this initiator; None where it does not exist or must not be seen."""
+        """The target for this initiator; None where it does not exist or must not be seen.
+
+        ``target_name`` is as the initiator wrote it: iSCSI names are compared in lower case (RFC 7143 4.2.7.1). The definition holds
+        the name as it is.
+        """
 
     def discovery_chap(self, initiator_name: str) -> ChapSecrets | None:
         """What a discovery session of this initiator must prove; None for nothing."""
@@ -59,6 +63,16 @@ class TargetDirectory(Protocol):
         """The session has ended, and none of its commands can touch a volume any more."""
 
 
+class ReservationKeeper(Protocol):
+    """Keeps persistent reservations over restarts (APTPL, SPC-4 5.13.5)."""
+
+    def kept(self, uuid: UUID) -> dict[str, Any] | None:
+        """What `Reservations.restore` takes, of an earlier run; None for nothing."""
+
+    def keep(self, uuid: UUID, state: dict[str, Any] | None, done: Completion) -> None:
+        """Make durable what `Reservations.export` gave (None: nothing is to be kept), then call ``done``."""
+
+
 SessionKey = tuple[str, int, str]
 
 
@@ -67,6 +81,12 @@ class NodeSession(SessionView, Protocol):
 
     def reinstated(self, drained: Callable[[], None]) -> None:
         """End at once, and call ``drained`` when no command of this session can touch a volume any more."""
+
+    def lun_mapped(self, lun: int, unit: LogicalUnit) -> None:
+        """The session's target has one logical unit more."""
+
+    def lun_unmapped(self, lun: int) -> None:
+        """The session's target has that logical unit no more; commands under way end as they would have."""
 
 
 @dataclass(slots=True)
@@ -78,6 +98,9 @@ class TargetNode:
     """
 
     directory: TargetDirectory
+    # Addresses to tell an initiator that asks through one of them (SendTargets); that one comes first.
+    portals: Callable[[str], list[str]] = lambda portal: [portal]
+    reservations: ReservationKeeper | None = None
     challenges: Challenges = field(default_factory=Challenges)
     sessions: dict[SessionKey, NodeSession] = field(default_factory=dict)
     units: dict[UUID, LogicalUnit] = field(default_factory=dict)
@@ -102,10 +125,20 @@ class TargetNode:
         """The logical unit over ``volume``, shared by all who use it."""
         unit = self.units.get(volume.uuid)
         if unit is None or not (unit.nexuses or unit.reservations.registrations):
-            unit = self.units[volume.uuid] = LogicalUnit(volume)
+            unit = self.units[volume.uuid] = self._new_unit(volume)
         elif not unit.nexuses:
             unit.volume = volume  # only reservations kept the unit; the daemon may have opened its volume anew
             unit.refresh_capacity()
+        return unit
+
+    def _new_unit(self, volume: BlockVolume) -> LogicalUnit:
+        unit = LogicalUnit(volume)
+        keeper = self.reservations
+        if keeper is not None:
+            kept = keeper.kept(volume.uuid)
+            if kept is not None:
+                unit.reservations.restore(**kept)
+            unit.keep_reservations = lambda done: keeper.keep(volume.uuid, _to_keep(unit), done)
         return unit
 
     def open_nexus(self, definition: TargetDefinition, initiator_port: str) -> Nexus:
@@ -120,8 +153,27 @@ class TargetNode:
         units = [mapped.unit for mapped in nexus.units.values()]
         nexus.close()
         for unit in units:
-            if not (unit.nexuses or unit.reservations.registrations) and self.units.get(unit.uuid) is unit:
-                del self.units[unit.uuid]
+            self._forget_unused(unit)
+
+    def _forget_unused(self, unit: LogicalUnit) -> None:
+        if not (unit.nexuses or unit.reservations.registrations) and self.units.get(unit.uuid) is unit:
+            del self.units[unit.uuid]
+
+    def lun_mapped(self, target_name: str, lun: int, volume: BlockVolume) -> None:
+        """A target has one LUN more: its open sessions get it, and are told that their list of LUNs has changed."""
+        for session in self._sessions_of(target_name):
+            session.lun_mapped(lun, self.unit_for(volume))
+
+    def lun_unmapped(self, target_name: str, lun: int, volume: BlockVolume) -> None:
+        """A target has a LUN less: its open sessions lose it, and are told on those that they keep."""
+        for session in self._sessions_of(target_name):
+            session.lun_unmapped(lun)
+        unit = self.units.get(volume.uuid)
+        if unit is not None:
+            self._forget_unused(unit)
+
+    def _sessions_of(self, target_name: str) -> list[NodeSession]:
+        return [session for session in self.sessions.values() if session.target_name == target_name]
 
     def reinstate(self, key: SessionKey, ready: Callable[[], None]) -> None:
         """Call ``ready`` once no older session of the same initiator port and target exists (RFC 7143 6.3.5)."""
@@ -148,3 +200,8 @@ class TargetNode:
         unit = self.units.get(volume.uuid)
         if unit is not None:
             unit.refresh_capacity()
+
+
+def _to_keep(unit: LogicalUnit) -> dict[str, Any] | None:
+    reservations = unit.reservations
+    return reservations.export() if reservations.survives_power_loss and reservations.registrations else None

@@ -24,11 +24,11 @@ _EXCHANGE_TAG: Final = 1
 class TextExchange:
     """One exchange at a time, as the standard allows no more on a connection."""
 
-    __slots__ = ("_answer", "_collected", "_names", "_portal")
+    __slots__ = ("_answer", "_collected", "_names", "_portals")
 
-    def __init__(self, names: Callable[[], list[str]], portal: str) -> None:
+    def __init__(self, names: Callable[[], list[str]], portals: Callable[[], list[str]]) -> None:
         self._names = names
-        self._portal = portal
+        self._portals = portals
         self._collected = bytearray()
         self._answer = b""
 
@@ -89,10 +89,11 @@ class TextExchange:
                 return [("SendTargets", keys.REJECT)]
             names = self._names()
         elif phase.discovery:
-            names = [name for name in self._names() if name == wanted]
+            names = [name for name in self._names() if name.lower() == wanted.lower()]
         else:
             names = [phase.target_name] if wanted in ("", phase.target_name) else []
         answers: list[tuple[str, str]] = []
+        addresses = [("TargetAddress", f"{portal},{PORTAL_GROUP}") for portal in self._portals()]
         for name in names:
-            answers += [("TargetName", name), ("TargetAddress", f"{self._portal},{PORTAL_GROUP}")]
+            answers += [("TargetName", name), *addresses]
         return answers

@@ -16,15 +16,20 @@ from protocol.scsi.gate import Gate
 from protocol.scsi.limits import SECTOR_BYTES, UNIT_ATTENTIONS_MAX
 from protocol.scsi.reservations import Reservations
 from protocol.scsi.sense import Sense
-from protocol.volume import BlockVolume
+from protocol.volume import BlockVolume, Completion
+
+
+def _keep_nothing(done: Completion) -> None:
+    """Where nobody keeps reservations, they last as long as the process."""
+    done(None)
 
 
 class LogicalUnit:
     """One disk as SCSI sees it: a volume, its state, and everyone who uses it."""
 
     __slots__ = (
-        "capacity_bytes", "descriptor_sense", "gate", "nexuses", "reservations", "software_write_protect", "started", "volume",
-        "write_cache",
+        "capacity_bytes", "descriptor_sense", "gate", "keep_reservations", "nexuses", "reservations", "software_write_protect", "started",
+        "volume", "write_cache",
     )
 
     def __init__(self, volume: BlockVolume) -> None:
@@ -37,6 +42,8 @@ class LogicalUnit:
         self.write_cache = True
         self.gate = Gate(self.state_changed)
         self.reservations = Reservations(self.state_changed)
+        # Called with the completion of each change of the reservations: makes durable what has to outlive a restart (APTPL).
+        self.keep_reservations: Callable[[Completion], None] = _keep_nothing
 
     @property
     def uuid(self) -> UUID:
@@ -144,6 +151,19 @@ class Nexus:
         mapped = UnitNexus(self, lun, unit)
         self.units[lun] = mapped
         return mapped
+
+    def unmap(self, lun: int) -> bool:
+        """``lun`` is reachable no more; False where it was not."""
+        mapped = self.units.pop(lun, None)
+        if mapped is not None:
+            mapped.detach()
+        return mapped is not None
+
+    def attention(self, cause: Sense, except_for: int | None = None) -> None:
+        """Queue a unit attention on every unit of this nexus, or on those other than one."""
+        for lun, mapped in self.units.items():
+            if lun != except_for:
+                mapped.attention(cause)
 
     def close(self) -> None:
         """Let go of all units."""

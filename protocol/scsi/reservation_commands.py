@@ -192,7 +192,7 @@ def reserve_out(request: Request) -> Plan:
         except ScsiError as error:
             done(error)
             return
-        done(None)
+        request.unit.keep_reservations(done)
 
     return Operation(length, start, writing=False)
 

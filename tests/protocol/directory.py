@@ -22,8 +22,9 @@ class MemoryDirectory:
         return sorted(self.targets)
 
     def open_target(self, target_name: str, initiator_name: str) -> TargetDefinition | None:
-        volumes = self.targets.get(target_name)
-        return None if volumes is None else TargetDefinition(target_name, volumes, self.chap)
+        name = target_name.lower()
+        volumes = self.targets.get(name)
+        return None if volumes is None else TargetDefinition(name, volumes, self.chap)
 
     def discovery_chap(self, initiator_name: str) -> ChapSecrets | None:
         return self.discovery
