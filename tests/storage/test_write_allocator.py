@@ -1,0 +1,203 @@
+"""The write allocator: contiguous where it can, never twice, never what is in use, never early; and nothing is lost."""
+
+import numpy as np
+import pytest
+
+from storage.allocation.active_map import count_bits, packed
+from storage.allocation.write_allocator import WriteAllocator, map_blocks, tree_blocks
+from storage.consistency.epoch import Epoch
+from storage.errors import PoolFull
+from storage.layout import LOG_FIRST_VBN, REGION_BLOCKS, log_blocks
+from storage.pool import Pool
+from tests.storage.devices import MemoryDevice
+from tests.storage.pools import new_pool
+
+SMALL_BLOCKS = 2048
+TWO_REGIONS = 2 * REGION_BLOCKS
+
+
+async def fresh(blocks: int) -> Pool:
+    """A pool that was formatted and is not running: nothing but the test allocates."""
+    memory = MemoryDevice(blocks * 4096)
+    await Pool.format(memory)
+    pool = await Pool.open_on(memory)
+    await pool._points.stop()
+    await pool._handler.stop()
+    return pool
+
+
+def vbns(extents: list[tuple[int, int]] | None) -> list[int]:
+    assert extents is not None
+    return [vbn for first, length in extents for vbn in range(first, first + length)]
+
+
+async def take_all(allocator: WriteAllocator, count: int) -> list[int]:
+    """Take ``count`` blocks at a time until the allocator says that the pool is full."""
+    taken: list[int] = []
+    while True:
+        extents = allocator.take(count)
+        if extents is not None:
+            taken += vbns(extents)
+            continue
+        try:
+            await allocator.prepare_data(count)
+        except PoolFull:
+            return taken
+
+
+async def test_a_batch_is_one_run() -> None:
+    pool = await fresh(SMALL_BLOCKS)
+    allocator = pool._state.allocator
+    first = allocator.take(20)
+    second = allocator.take(5)
+    assert first is not None and second is not None
+    assert (len(first), len(second)) == (1, 1)
+    assert second[0][0] == first[0][0] + 20
+
+
+@pytest.mark.parametrize(("blocks", "count"), [(SMALL_BLOCKS, 1), (SMALL_BLOCKS, 7), (TWO_REGIONS, 100), (TWO_REGIONS, 5000)], ids=str)
+async def test_every_free_block_but_the_reserve_is_handed_out_and_none_twice(blocks: int, count: int) -> None:
+    pool = await fresh(blocks)
+    allocator = pool._state.allocator
+    used = pool.show()["used_bytes"] // 4096
+    taken = await take_all(allocator, count)
+    assert len(set(taken)) == len(taken)
+    assert allocator.reserve_blocks <= allocator.free_now < allocator.reserve_blocks + count
+    assert len(taken) == blocks - used - allocator.free_now
+    assert min(taken) >= LOG_FIRST_VBN + log_blocks(blocks) and max(taken) < blocks
+    for vbn in taken:
+        region, offset = divmod(vbn, REGION_BLOCKS)
+        bits = pool._active_map.peek_bits(region)
+        assert bits is not None and not bits[offset >> 3] >> (offset & 7) & 1
+
+
+async def test_what_is_given_back_is_handed_out_again() -> None:
+    pool = await fresh(SMALL_BLOCKS)
+    allocator = pool._state.allocator
+    free = allocator.free_now
+    one, two = allocator.take(10), allocator.take(10)
+    assert one is not None and two is not None
+    allocator.give_back(one)
+    allocator.give_back(two)
+    assert allocator.free_now == free
+    taken = await take_all(allocator, 1)
+    assert set(vbns(one) + vbns(two)) <= set(taken) and len(set(taken)) == len(taken)
+
+
+async def test_nodes_may_take_what_data_may_not_and_consistency_points_the_rest() -> None:
+    pool = await fresh(SMALL_BLOCKS)
+    state, allocator = pool._state, pool._state.allocator
+    await take_all(allocator, 1)
+
+    async def nodes(epoch: Epoch, for_reclaim: bool) -> int:
+        count = 0
+        while True:
+            if allocator.take_node(epoch, for_reclaim):
+                count += 1
+                continue
+            try:
+                await allocator.prepare_nodes(epoch, for_reclaim)
+            except PoolFull:
+                return count
+
+    epoch = state.epoch
+    assert await nodes(epoch, for_reclaim=False) == allocator.reserve_blocks - allocator.client_floor >= 32
+    assert await nodes(epoch, for_reclaim=True) == allocator.client_floor - allocator.reclaim_floor >= 32
+    allocator.promise()
+    state.frozen, state.epoch = epoch, Epoch(epoch.number + 1)
+    assert await nodes(epoch, for_reclaim=False) == allocator.reclaim_floor
+    assert allocator.free_now + allocator.promised_blocks == 0
+    extents = [vbn for vbn, _ in epoch.allocated]
+    assert len(set(extents)) == len(extents)
+
+
+async def test_a_window_that_holds_the_last_blocks_gives_them_to_who_needs_them() -> None:
+    """Data has claimed a window and stops at its floor; nodes find the rest of it."""
+    pool = await fresh(SMALL_BLOCKS)
+    allocator = pool._state.allocator
+    while allocator.free_now - 1 > allocator.reserve_blocks:
+        if allocator.take(1) is None:
+            await allocator.prepare_data(1)
+    assert allocator._data.next < allocator._data.end or allocator._data.runs
+    epoch = pool._state.epoch
+    for _ in range(allocator.reserve_blocks - allocator.client_floor):
+        while not allocator.take_node(epoch):
+            await allocator.prepare_nodes(epoch)
+    assert allocator.free_now == allocator.client_floor + 1
+
+
+async def test_a_run_over_the_border_of_two_regions_is_given_back_whole() -> None:
+    pool = await fresh(TWO_REGIONS)
+    allocator = pool._state.allocator
+    taken: list[tuple[int, int]] = []
+    while not taken or taken[-1][0] + taken[-1][1] <= REGION_BLOCKS + 16:
+        extents = allocator.take(16)
+        if extents is None:
+            await allocator.prepare_data(16)
+        else:
+            taken += extents
+    before = [extent for extent in taken if extent[0] >= REGION_BLOCKS - 64]
+    claimed = sum(map(count_bits, allocator._claimed.values()))
+    allocator.give_back(before)
+    assert allocator._data.next < REGION_BLOCKS < allocator._data.end
+    left = allocator._data.end - allocator._data.next + sum(end - first for first, end in allocator._data.runs)
+    allocator._release_window(allocator._data)
+    assert sum(map(count_bits, allocator._claimed.values())) == claimed - left
+
+
+async def test_what_an_epoch_holds_is_not_handed_out_before_its_release() -> None:
+    pool = await fresh(SMALL_BLOCKS)
+    allocator = pool._state.allocator
+    held = packed(np.arange(1000, 1100))
+    free = allocator.free_now
+    allocator.hold(0, held)
+    allocator.free_now -= 100  # as if they had been in use until now
+    assert allocator.held_blocks == 100
+    taken = await take_all(allocator, 1)
+    assert not set(taken) & set(range(1000, 1100))
+    allocator.release([(0, held)])
+    assert allocator.held_blocks == 0
+    more = await take_all(allocator, 1)
+    assert not set(taken) & set(more) and len(more) == 100
+    assert len(taken) + len(more) == free - allocator.reserve_blocks
+
+
+async def test_room_for_new_images_is_asked_for() -> None:
+    pool = await fresh(SMALL_BLOCKS)
+    allocator = pool._state.allocator
+    allocator.check_room(100)
+    with pytest.raises(PoolFull, match="delete snapshots or vdisks"):
+        allocator.check_room(SMALL_BLOCKS)
+
+
+@pytest.mark.parametrize("size_blocks", [2048, 1 << 18, 1 << 24, 1 << 28, 1 << 32])
+def test_the_reserve_covers_all_maps_and_is_a_small_part_of_the_pool(size_blocks: int) -> None:
+    shares, regions = -(-size_blocks // 1024), -(-size_blocks // REGION_BLOCKS)
+    assert shares + regions < map_blocks(size_blocks) < 1.01 * (shares + regions) + 16
+    assert map_blocks(size_blocks) < size_blocks * 0.02
+
+
+def test_blocks_of_a_tree() -> None:
+    assert [tree_blocks(size) for size in (1, 256, 257, 65536, 65537)] == [2, 257, 257 + 2 + 1, 65536 + 256 + 1, 65537 + 257 + 2 + 1]
+
+
+async def test_a_pool_that_is_nearly_full_is_filled_without_a_pause_for_ever() -> None:
+    """Free blocks in many small holes: each write gathers several, and nobody goes round in circles."""
+    async with new_pool(8 << 20) as running:
+        await running.pool.vdisk_create("a", 1 << 30)
+        written = 0
+        try:
+            while True:
+                await running.write("a", written * 4096, bytes([written % 250 + 1]) * 4096)
+                written += 1
+        except PoolFull:
+            pass
+        for fbn in range(0, written, 3):
+            await running.zero("a", fbn * 4096, 4096)
+        await running.checkpoint()
+        await running.checkpoint()
+        free = running.pool.show()["available_bytes"] // 4096
+        assert free > 300
+        await running.write("a", 1 << 29, b"x" * 4096 * (free - 20))
+        found = await running.read("a", 1 << 29, 4096 * (free - 20))
+        assert found == b"x" * 4096 * (free - 20)
