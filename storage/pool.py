@@ -104,8 +104,10 @@ class Pool:
             pool._state.allocator.adopt(vbn)
         pool._state.epoch.allocated.append((0, fixed))
         pool._points.start()
-        await pool._points.request()
-        await pool._points.stop()
+        try:
+            await pool._points.request()
+        finally:
+            await pool._points.stop()
         await device.sync()
 
     @classmethod
