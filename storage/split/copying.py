@@ -12,10 +12,11 @@ import numpy.typing as npt
 from crc32c import crc32c
 
 from storage.errors import StorageError
+from storage.images.backing import load_chain, visible_slots
 from storage.images.read_path import Location, damaged, runs
 from storage.images.write_path import Extents, take_extents
 from storage.layout import BLOCK_BYTES, FIELDS_MASK, FIELDS_PER_BLOCK, FIELDS_SHIFT, HOLE
-from storage.split.loading import Holes, find_holes, load_chain, visible_slots
+from storage.split.loading import Holes, find_holes
 
 if TYPE_CHECKING:
     from storage.images.image import Image

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from time import perf_counter
 
 from storage.errors import StorageError
+from storage.images.backing import next_index
 from storage.images.image import Image
 from storage.images.read_path import locate
 from storage.images.write_path import Extents
@@ -28,7 +29,7 @@ from storage.layout import (
 )
 from storage.slices import Slicer
 from storage.split import copying
-from storage.split.loading import Holes, holes_at, next_index, shared_block
+from storage.split.loading import Holes, holes_at, shared_block
 from storage.split.progress import Progress
 
 # Level-1 blocks that one message copies: several when idle, so that reads and writes overlap; one under load, to be met seldom.

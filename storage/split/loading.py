@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from storage.layout import FIELDS_MASK, FIELDS_PER_BLOCK, FIELDS_SHIFT, HOLE, ZERO_POINTER
+from storage.images.backing import fields_behind, load_chain, visible_slots
+from storage.layout import FIELDS_MASK, FIELDS_SHIFT, HOLE, ZERO_POINTER
 from storage.tree.buffer_tree import BufferTree
-from storage.tree.search import first_block
 
 if TYPE_CHECKING:
     from storage.images.image import Image
-
-SLOTS = np.arange(FIELDS_PER_BLOCK)
 
 
 @dataclass(slots=True)
@@ -39,32 +37,11 @@ def find_holes(clone: "Image", index: int) -> Holes | None:
     if own is None:
         return None
     open_slots = (own.vbns() == HOLE) & visible_slots(clone, index)
-    behind, image = clone.backing, clone
-    fields = np.zeros(FIELDS_PER_BLOCK, dtype=own.fields().dtype)
-    missing = open_slots.copy()
-    while behind is not None and missing.any():
-        node = behind.tree.peek(index)
-        if node is None:
-            return None
-        there = node.fields()
-        fields[missing] = there[missing]
-        image, behind = behind, behind.backing
-        missing &= (fields["vbn"] == HOLE) & visible_slots(image, index)
+    fields = fields_behind(clone, index, open_slots)
+    if fields is None:
+        return None
     slots = np.flatnonzero(open_slots & (fields["vbn"] > ZERO_POINTER))
     return Holes(index, slots, fields[slots])
-
-
-def visible_slots(image: "Image", index: int) -> npt.NDArray[np.bool_]:
-    """Which slots of level-1 block ``index`` lie below ``backing_blocks``."""
-    return image.backing_blocks - (index << FIELDS_SHIFT) > SLOTS
-
-
-async def load_chain(clone: "Image", index: int) -> None:
-    """Load the pointer blocks that ``find_holes`` needs. Raises BlockDamaged, DeviceFailed."""
-    image: Image | None = clone
-    while image is not None:
-        await image.tree.load(index)
-        image = image.backing
 
 
 async def holes_at(clone: "Image", index: int) -> Holes:
@@ -72,20 +49,6 @@ async def holes_at(clone: "Image", index: int) -> Holes:
     while (holes := find_holes(clone, index)) is None:
         await load_chain(clone, index)
     return holes
-
-
-async def next_index(clone: "Image", index: int) -> int | None:
-    """The first level-1 index from ``index`` on where anything behind the clone has a pointer block; None when there is none."""
-    limit = clone.backing_blocks
-    found: int | None = None
-    image = clone.backing
-    while image is not None and limit:
-        here = await first_block(image.tree, image.tree.levels, 0, index)
-        if here is not None and here << FIELDS_SHIFT < limit and (found is None or here < found):
-            found = here
-        limit = min(limit, image.backing_blocks)
-        image = image.backing
-    return found
 
 
 def shared_block(clone: "Image", index: int, level: int) -> tuple[int, int, int] | None:

@@ -6,6 +6,7 @@ from typing import Any
 from storage.backdoor.handler import BackdoorMessageHandler
 from storage.consistency.consistency_point import ConsistencyPoints
 from storage.errors import Conflict, NotFound, PoolFull, RequestError, StorageError
+from storage.images.backing import next_index
 from storage.images.catalogue import Catalogue
 from storage.images.image import Image
 from storage.images.lifecycle import Lifecycle
@@ -23,7 +24,7 @@ from storage.layout import (
 from storage.slices import Slicer
 from storage.split import states
 from storage.split.job import SplitJob
-from storage.split.loading import holes_at, next_index
+from storage.split.loading import holes_at
 from storage.state import PoolState
 
 # What a split copies a second on an idle daemon, for estimates before one has run (measured on the test machine: docs/performance.md).

@@ -8,11 +8,12 @@ from typing import Any
 from storage.check import CheckReport, check_device
 from storage.check.steps import Block
 from storage.device import Device
+from storage.images.backing import next_index
 from storage.images.image import Image
 from storage.images.volume import Volume
 from storage.layout import BLOCK_BYTES
 from storage.pool import Pool
-from storage.split.loading import holes_at, next_index
+from storage.split.loading import holes_at
 from tests.storage.devices import MemoryDevice
 
 POOL_BYTES = 32 << 20
