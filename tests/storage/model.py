@@ -95,7 +95,9 @@ class Image:
             lba = fbn * SECTORS_PER_BLOCK + step
             sector = found[step * SECTOR_BYTES : (step + 1) * SECTOR_BYTES]
             allowed = {self.sectors.get(lba, ZEROS), *self.at_risk.get(lba, ())}
-            assert sector in allowed, f"sector {lba} of image {self.number} holds {sector[:32]!r}, allowed were {[one[:32] for one in allowed]}"
+            assert sector in allowed, (
+                f"sector {lba} of image {self.number} holds {sector[:32]!r}, allowed were {[one[:32] for one in allowed]}"
+            )
             self._set(lba, sector)
 
 

@@ -1,4 +1,7 @@
-"""A pool on a device in memory, driven step by step from code that is not asynchronous, and that can lose power at any step."""
+"""A pool on a device in memory, driven step by step from code that is not asynchronous, and that can lose power at any step.
+
+Its time is virtual and its identities are counted (tests.crash.determinism), so that the same steps have the same outcome every time.
+"""
 
 import asyncio
 from collections.abc import Coroutine, Sequence
@@ -9,13 +12,14 @@ from storage.check import CheckReport, check_device
 from storage.check.steps import Block
 from storage.images.volume import Volume
 from storage.pool import Pool
+from tests.crash.determinism import VirtualLoop, end_all_tasks, repeatable
 from tests.storage.crash_device import CrashDevice, Loss
 from tests.storage.model import BLOCK_BYTES
 
 T = TypeVar("T")
 
-# Longer than anything here takes: what waits longer hangs, and the test says so instead of hanging with it.
-PATIENCE_SECONDS = 20
+# Virtual seconds, longer than anything here takes: what waits longer hangs, and the test says so instead of hanging with it.
+PATIENCE_SECONDS = 60
 
 
 class DeviceReader:
@@ -33,7 +37,9 @@ class RunningPool:
     """One pool over its life: opened, closed, crashed and opened again. ``events`` are those since the last open."""
 
     def __init__(self, size_bytes: int, cache_bytes: int, **device_options: Any) -> None:
-        self._loop = asyncio.new_event_loop()
+        self._repeatable = repeatable()
+        self._repeatable.__enter__()
+        self._loop = VirtualLoop()
         self._loop.set_exception_handler(self._unexpected)
         self._options = device_options
         self._cache_bytes = cache_bytes
@@ -97,10 +103,10 @@ class RunningPool:
 
     async def _abandon(self) -> None:
         """Whatever the old pool was doing ends where it stands."""
-        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_all_tasks()
+        for task in self.background:
+            if not task.cancelled():
+                task.exception()  # it may have ended with the device's error, which nobody asks for any more
         self.background.clear()
 
     def turns(self, count: int) -> None:
@@ -129,6 +135,7 @@ class RunningPool:
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         finally:
             self._loop.close()
+            self._repeatable.__exit__(None, None, None)
         assert not self.surprises, self.surprises
 
     # --- A volume's commands, as coroutines ---
@@ -164,7 +171,8 @@ class RunningPool:
 
 def waits_where(task: "asyncio.Task[Any]") -> str:
     """The lines at which a task and what it awaits stand."""
-    lines, inner = [], task.get_coro()
+    lines: list[str] = []
+    inner: Any = task.get_coro()
     while isinstance(inner, Coroutine) and (frame := getattr(inner, "cr_frame", None)) is not None:
         lines.append(f"{frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_name}")
         inner = getattr(inner, "cr_await", None)

@@ -31,6 +31,7 @@ ANCHORS = (0, 1, 128, 250, 255, 256, 257, 511, 512, 65534, 65535, 65536, 65791, 
 # Where the first vdisk and its clones have data: a dozen level-1 pointer blocks, in two level-2 ones, so that a split has some work.
 POPULATED = (0, 254, 300, 511, 1000, 1300, 2000, 30000, 65530, 65600, 65800, 69996)
 LOSSES = st.sampled_from(Loss)
+SEEDS = st.integers(0, 1 << 32)
 DATA = st.data()
 # Rate at which the background may be met in the middle: mostly few turns, sometimes many.
 TURNS = st.one_of(st.integers(0, 10), st.integers(0, 300))
@@ -60,10 +61,13 @@ class PoolMachine(RuleBasedStateMachine):
         for vdisk, clone in (("a", "b"), ("b", "c"))[:clones]:
             if vdisk not in self.model.images:
                 self.create(vdisk, 70000)
-            for fbn in POPULATED:
-                self.write_now(vdisk, fbn * SECTORS_PER_BLOCK, 3 * SECTORS_PER_BLOCK + 1)
-            self.snapshot_now([vdisk], "s")
+            self.populate(vdisk)
             self.clone_now(f"{vdisk}@s", clone)
+
+    def populate(self, vdisk: str) -> None:
+        for fbn in POPULATED:
+            self.write_now(vdisk, fbn * SECTORS_PER_BLOCK, 3 * SECTORS_PER_BLOCK + 1)
+        self.snapshot_now([vdisk], "s")
 
     def write_now(self, name: str, lba: int, count: int, fua: bool = False) -> None:
         content = self.model.data(name, lba, count)
@@ -265,10 +269,11 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(data=DATA)
     def delete_snapshot(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(self.model.snapshots()), "snapshot")
+        vdisk, snapshot = name.split("@")
         clones = self.model.clones_of(name)
         # A split that runs may let go of it at any moment.
         either = bool(clones) and all(self.splits.get(clone) == "running" for clone in clones)
-        if self.expect(bool(clones), self.pool.pool.snapshot_delete(*name.split("@")), either):
+        if self.expect(bool(clones), self.pool.pool.snapshot_delete(vdisk, snapshot), either):
             self.model.delete(name)
 
     @precondition(lambda self: self.model.snapshots())
@@ -277,7 +282,8 @@ class PoolMachine(RuleBasedStateMachine):
         self.clone_now(data.draw(st.sampled_from(self.model.snapshots()), "snapshot"), name)
 
     def clone_now(self, snapshot: str, name: str) -> None:
-        if self.expect(name in self.model.images, self.pool.pool.clone_create(*snapshot.split("@"), name)):
+        vdisk, short = snapshot.split("@")
+        if self.expect(name in self.model.images, self.pool.pool.clone_create(vdisk, short, name)):
             self.model.clone(snapshot, name)
 
     # --- Split ---
@@ -285,52 +291,80 @@ class PoolMachine(RuleBasedStateMachine):
     def clones(self) -> list[str]:
         return [name for name in self.model.vdisks() if self.model.images[name].backing is not None]
 
-    @precondition(lambda self: [name for name in self.clones() if name not in self.splits])
-    @rule(data=DATA, mode=st.sampled_from(["copy", "share"]), turns=TURNS)
-    def split_start(self, data: st.DataObject, mode: str, turns: int) -> None:
-        name = data.draw(st.sampled_from([name for name in self.clones() if name not in self.splits]), "clone")
+    def running_split(self, data: st.DataObject, mode: str) -> str:
+        """A clone whose split runs; begins one where there is none, on a clone that is made for it if need be."""
+        running = [name for name, state in self.splits.items() if state == "running"]
+        if running and data.draw(st.booleans(), "the one that runs"):
+            return data.draw(st.sampled_from(sorted(running)), "running clone")
+        waiting = [name for name in self.clones() if name not in self.splits]
+        if waiting:
+            name = data.draw(st.sampled_from(waiting), "clone")
+        else:
+            name = self.make_clone()
         self.pool.run(self.pool.pool.split_start(name, mode))
         self.splits[name] = "running"
         self.model.all_durable()
-        self.turns(turns)
+        return name
 
-    @precondition(lambda self: self.splits)
-    @rule(data=DATA)
-    def split_pause_or_resume(self, data: st.DataObject) -> None:
-        name = data.draw(st.sampled_from(sorted(self.splits)), "clone")
-        pool = self.pool.pool
-        work = pool.split_pause(name) if self.splits[name] == "running" else pool.split_resume(name)
-        try:
-            self.pool.run(work)
-        except StorageError:
-            # It has ended before it could be paused.
-            assert self.splits[name] == "running"
-            self.refresh_splits()
-            assert name not in self.splits
+    def make_clone(self) -> str:
+        """A clone of a populated vdisk, both new."""
+        self.model.next_number += 1
+        vdisk, clone = f"v{self.model.next_number}", f"w{self.model.next_number}"
+        self.create(vdisk, 70000)
+        self.populate(vdisk)
+        self.clone_now(f"{vdisk}@s", clone)
+        return clone
+
+    @rule(data=DATA, mode=st.sampled_from(["copy", "share"]), turns=TURNS, loss=st.none() | LOSSES, seed=SEEDS)
+    def split(self, data: st.DataObject, mode: str, turns: int, loss: Loss | None, seed: int) -> None:
+        """A split goes on, while its clone is written where it has yet to come; often power fails right then."""
+        name = self.running_split(data, mode)
+        for fbn in data.draw(st.lists(st.sampled_from(POPULATED), max_size=3), "blocks"):
+            self.pool.turns(turns)
+            if fbn + 2 <= self.model.images[name].size_blocks:
+                self.write_now(name, fbn * SECTORS_PER_BLOCK + 3, 9)
+        self.pool.turns(turns)
+        self.refresh_splits()
+        if loss is not None:
+            self.crash(loss, seed)
+
+    @rule(data=DATA, mode=st.sampled_from(["copy", "share"]), turns=TURNS)
+    def pause_and_perhaps_resume(self, data: st.DataObject, mode: str, turns: int) -> None:
+        paused = [name for name, state in self.splits.items() if state == "paused"]
+        if paused and data.draw(st.booleans(), "resume"):
+            name = data.draw(st.sampled_from(sorted(paused)), "clone")
+            self.pool.run(self.pool.pool.split_resume(name))
+            self.splits[name] = "running"
         else:
-            self.splits[name] = "paused" if self.splits[name] == "running" else "running"
+            name = self.running_split(data, mode)
+            self.pool.turns(turns)
+            if self.steer(name, self.pool.pool.split_pause(name)):
+                self.splits[name] = "paused"
         self.refresh_splits()
 
-    @precondition(lambda self: self.splits)
-    @rule(data=DATA)
-    def split_cancel(self, data: st.DataObject) -> None:
-        name = data.draw(st.sampled_from(sorted(self.splits)), "clone")
+    def steer(self, name: str, command: Coroutine[Any, Any, Any]) -> bool:
+        """A command for a split that runs. Returns whether it came in time."""
         try:
-            self.pool.run(self.pool.pool.split_cancel(name))
+            self.pool.run(command)
         except StorageError:
+            # The split has ended by itself.
             self.refresh_splits()
             assert name not in self.splits
-        else:
+            return False
+        self.model.all_durable()
+        return True
+
+    @rule(data=DATA, mode=st.sampled_from(["copy", "share"]), turns=TURNS)
+    def split_cancel(self, data: st.DataObject, mode: str, turns: int) -> None:
+        name = self.running_split(data, mode)
+        self.pool.turns(turns)
+        if self.steer(name, self.pool.pool.split_cancel(name)):
             self.refresh_backing(name)
             self.splits.pop(name, None)
 
-    @precondition(lambda self: self.splits)
-    @rule(data=DATA)
-    def split_to_the_end(self, data: st.DataObject) -> None:
-        name = data.draw(st.sampled_from(sorted(self.splits)), "clone")
-        if self.splits[name] == "paused":
-            self.pool.run(self.pool.pool.split_resume(name))
-            self.splits[name] = "running"
+    @rule(data=DATA, mode=st.sampled_from(["copy", "share"]))
+    def split_to_the_end(self, data: st.DataObject, mode: str) -> None:
+        name = self.running_split(data, mode)
         self.pool.run(self.ended(name))
         self.refresh_splits()
         assert name not in self.splits and self.model.images[name].backing is None
@@ -338,13 +372,6 @@ class PoolMachine(RuleBasedStateMachine):
     async def ended(self, name: str) -> None:
         while self.pool.pool.split_show(name)["state"] == "running":
             await asyncio.sleep(0.001)
-
-    @precondition(lambda self: self.splits)
-    @rule(count=TURNS)
-    def turns(self, count: int) -> None:
-        """The background goes on for a while."""
-        self.pool.turns(count)
-        self.refresh_splits()
 
     def refresh_splits(self) -> None:
         """A split ends by itself: take notice of those that did."""
@@ -379,13 +406,13 @@ class PoolMachine(RuleBasedStateMachine):
         self.model.all_durable()
         self.after_open()
 
-    @rule(loss=LOSSES, seed=st.integers(0, 1 << 32))
+    @rule(loss=LOSSES, seed=SEEDS)
     def crash(self, loss: Loss, seed: int) -> None:
         self.pool.lose_power(loss, seed)
         self.after_open()
 
     @precondition(lambda self: self.model.vdisks())
-    @rule(data=DATA, loss=LOSSES, seed=st.integers(0, 1 << 32), turns=st.integers(0, 12), point=st.booleans())
+    @rule(data=DATA, loss=LOSSES, seed=SEEDS, turns=st.integers(0, 12), point=st.booleans())
     def crash_in_the_middle(self, data: st.DataObject, loss: Loss, seed: int, turns: int, point: bool) -> None:
         """Power fails while a write, its log record and perhaps a consistency point are under way: none of them is acknowledged."""
         name = self.draw_vdisk(data)
@@ -455,5 +482,7 @@ def test_pool_against_the_model(capsys: pytest.CaptureFixture[str]) -> None:
     steps, examples = (60, settings().max_examples) if os.environ.get("CLEAVED_LONG") else (30, 150)
     run_state_machine_as_test(
         hypothesis.seed(seed)(PoolMachine),
-        settings=settings(max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=list(hypothesis.HealthCheck)),
+        settings=settings(
+            max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=list(hypothesis.HealthCheck)
+        ),
     )
