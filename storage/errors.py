@@ -37,6 +37,12 @@ class OutOfRange(RequestError):
     errno = errno.EINVAL
 
 
+class NotByReference(RequestError):
+    """A copy by reference was asked for between volumes of different pools: the data has to be copied."""
+
+    errno = errno.EOPNOTSUPP
+
+
 class PoolFull(StorageError):
     """No free block is left for this write; reads, deletes and consistency points still work."""
 

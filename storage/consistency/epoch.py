@@ -30,6 +30,7 @@ class Epoch:
     __slots__ = (
         "added",
         "allocated",
+        "by_reference",
         "configuration",
         "dirty",
         "discards",
@@ -64,6 +65,8 @@ class Epoch:
         # Changes of the reference counts of pointer blocks, which must be known at once (share_map.try_count).
         self.pointer_delta: dict[int, int] = {}
         self.unlogged: list[LogEntry] = []
+        # Blocks were copied by reference, which the log cannot say: a flush takes a consistency point.
+        self.by_reference = False
         self.readers = 0
         # Long runs (first VBN, length) that trims and deletions freed: the device may have that space back before it is reused.
         self.discards: list[tuple[int, int]] = []

@@ -135,7 +135,7 @@ class IntentLog:
         """Write what is not logged yet, then sync. Raises DeviceFailed, PoolReadOnly."""
         state = self._state
         state.check_writable()
-        epochs = [epoch for epoch in (state.frozen, state.epoch) if epoch is not None and epoch.unlogged]
+        epochs = [epoch for epoch in (state.frozen, state.epoch) if epoch is not None and (epoch.unlogged or epoch.by_reference)]
         try:
             for epoch in epochs[:-1]:
                 if self._fits(epoch):
@@ -158,6 +158,8 @@ class IntentLog:
     def _fits(self, epoch: Epoch) -> bool:
         """Whether what the epoch has not logged yet is one record for which the ring has room now (nothing always fits)."""
         entries = len(epoch.unlogged)
+        if epoch.by_reference:
+            return False
         return entries <= RECORD_ENTRIES_MAX and (not entries or record_blocks(entries) <= self._blocks - self._used_blocks)
 
     async def _append(self, epoch: Epoch) -> None:

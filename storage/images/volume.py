@@ -15,9 +15,11 @@ from uuid import UUID
 from crc32c import crc32c
 
 from storage.consistency.intent_log import IntentLog
-from storage.errors import OutOfRange, PoolReadOnly, VolumeClosed, as_storage_error
+from storage.errors import NotByReference, OutOfRange, PoolReadOnly, VolumeClosed, as_storage_error
 from storage.images import read_path, write_path
+from storage.images.allocation_report import allocated_runs
 from storage.images.block_locks import BlockLocks
+from storage.images.copy import copy_blocks
 from storage.images.image import Image
 from storage.images.long_write import LONG_BYTES_MIN, PIECE_BYTES, write_long
 from storage.images.trim import trim_blocks
@@ -26,6 +28,7 @@ from storage.layout import BLOCK_BYTES, FIELDS_MASK, FIELDS_SHIFT, KIND_SNAPSHOT
 Buffer = bytes | bytearray | memoryview
 Completion = Callable[[Exception | None], None]
 ReadCompletion = Callable[[Buffer | None, Exception | None], None]
+AllocationCompletion = Callable[[list[tuple[int, bool]] | None, Exception | None], None]
 Write = tuple[int, Buffer, bool, Completion]
 
 BLOCK_MASK = BLOCK_BYTES - 1
@@ -135,6 +138,11 @@ class Volume:
         if len(blocks) == length_bytes:
             return blocks
         return memoryview(blocks)[start : start + length_bytes]
+
+    def check_range(self, offset_bytes: int, length_bytes: int) -> None:
+        """Raise OutOfRange for a range that is not within the volume, VolumeClosed when the volume is gone."""
+        if offset_bytes + length_bytes > self.image.limit_bytes or self._closed:
+            self._refuse(offset_bytes, length_bytes)
 
     def _refuse(self, offset_bytes: int, length_bytes: int) -> None:
         if self._closed:
@@ -353,6 +361,48 @@ class Volume:
                 await trim_blocks(self.image, first, count)
         if end_whole < end:
             await self._write_one(end_whole, bytes(end - end_whole))
+
+    def allocation(self, offset_bytes: int, length_bytes: int, done: AllocationCompletion) -> None:
+        """Which runs from the offset on are allocated, in order; it may end early. What shows through a clone's holes counts as allocated."""
+        self._spawn(self._allocation(offset_bytes, length_bytes, done))
+
+    async def _allocation(self, offset: int, length: int, done: AllocationCompletion) -> None:
+        try:
+            self.check_range(offset, length)
+            first = offset >> 12
+            blocks = await allocated_runs(self.image, first, (offset + length + BLOCK_MASK >> 12) - first)
+        except Exception as error:  # noqa: BLE001
+            done(None, as_storage_error(error))
+            return
+        runs, at = [], first << 12
+        for count, allocated in blocks:
+            following = at + (count << 12)
+            runs.append((min(following, offset + length) - max(at, offset), allocated))
+            at = following
+        done(runs, None)
+
+    def copy_from(self, source: object, source_offset_bytes: int, offset_bytes: int, length_bytes: int, done: Completion) -> None:
+        """Make whole blocks read as those of another volume, by reference. An error with EOPNOTSUPP: not a volume of this pool."""
+        if isinstance(source, Volume) and source.state is self.state:
+            self._spawn(self._copy_from(source, source_offset_bytes, offset_bytes, length_bytes, done))
+        else:
+            done(NotByReference(f"{self.name} can take references only from a volume of its own pool: copy the data"))
+
+    async def _copy_from(self, source: "Volume", source_offset: int, offset: int, length: int, done: Completion) -> None:
+        try:
+            self._check([(offset, b"", False, done)])
+            if (source_offset | offset | length) & BLOCK_MASK:
+                self._refuse(offset, length)
+            source.check_range(source_offset, length)
+            self.check_range(offset, length)
+            async with self._locks.holding(offset >> 12, length >> 12):
+                await copy_blocks(source.image, source_offset >> 12, self.image, offset >> 12, length >> 12)
+        except Exception as error:  # noqa: BLE001
+            done(as_storage_error(error))
+            return
+        self.writes += 1
+        self.state.operations += 1
+        done(None)
 
     def flush(self, done: Completion) -> None:
         """Make every write that was completed before this call durable."""

@@ -14,6 +14,7 @@ from storage.images.record import SplitRecord
 from storage.layout import (
     BLOCK_BYTES,
     KIND_VDISK,
+    SPLIT_DONE,
     SPLIT_FLAG_COUNTED,
     SPLIT_MODES,
     SPLIT_NONE,
@@ -173,7 +174,6 @@ class SplitService:
         split, job = image.split, image.job
         done = split.blocks_copied + split.blocks_shared
         total = max(split.holes_total, split.holes_remaining + done)
-        finished = split.state == states.TRANSITIONS[SPLIT_RUNNING, "finish"]
         running = job is not None and split.state == SPLIT_RUNNING
         return {
             "name": image.name,
@@ -187,7 +187,7 @@ class SplitService:
             "counted": bool(split.flags & SPLIT_FLAG_COUNTED),
             "blocks_copied": split.blocks_copied,
             "blocks_shared": split.blocks_shared,
-            "percent": 100.0 if finished or not total else round(100.0 * (total - split.holes_remaining) / total, 2),
+            "percent": percent_done(split, total, counting=job is not None and job.phase == "counting"),
             "rate_bytes_per_second": round(job.progress.holes_per_second * BLOCK_BYTES) if running and job is not None else 0,
             "eta_seconds": job.progress.eta_seconds(split.holes_remaining) if running and job is not None else None,
             "rate_min_bytes": split.rate_min_bytes or None,
@@ -216,3 +216,12 @@ class SplitService:
             "bytes_to_copy": blocks * BLOCK_BYTES,
             "seconds_estimated": round(blocks * BLOCK_BYTES / COPY_BYTES_PER_SECOND, 3),
         }
+
+
+def percent_done(split: SplitRecord, total: int, counting: bool) -> float:
+    """How much of the holes is replaced; 0 while it is not known how many there are."""
+    if split.state == SPLIT_DONE:
+        return 100.0
+    if counting and not split.holes_total:
+        return 0.0
+    return round(100.0 * (total - split.holes_remaining) / total, 2) if total else 100.0

@@ -1,0 +1,96 @@
+"""Copying whole blocks from one image to another by reference: the destination's fields take the source's pointers, and the share map
+counts them. No data moves; either side that is written afterwards gets blocks of its own.
+
+Such a change is not in the intent log, whose records name blocks that are new: a flush that finds one takes a consistency point instead
+(``Epoch.by_reference``).
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from storage.images.read_path import load_path
+from storage.layout import FIELDS_MASK, FIELDS_SHIFT, HOLE, KIND_VDISK, ZERO_POINTER
+from storage.slices import Slicer
+
+if TYPE_CHECKING:
+    from storage.consistency.epoch import Epoch
+    from storage.images.image import Image
+    from storage.tree.node import Node
+
+# VBN, and CRC32C with birth as the field has them.
+Pointer = tuple[int, int]
+
+
+async def copy_blocks(source: "Image", source_fbn: int, image: "Image", fbn: int, count: int) -> None:
+    """Make blocks [fbn, fbn + count) of ``image`` read as those of ``source``. Raises BlockDamaged, DeviceFailed, PoolFull."""
+    slicer, end = Slicer(), fbn + count
+    while fbn < end:
+        stop = min(end, (fbn | FIELDS_MASK) + 1)
+        await _copy_within_block(source, source_fbn, image, fbn, stop - fbn)
+        source_fbn += stop - fbn
+        fbn = stop
+        await slicer.breathe()
+
+
+async def _copy_within_block(source: "Image", source_fbn: int, image: "Image", fbn: int, count: int) -> None:
+    """The part that lies in one level-1 block of the destination. From finding the pointers to the end nothing waits."""
+    while True:
+        epoch = image.state.epoch
+        node = image.tree.writable(fbn >> FIELDS_SHIFT, epoch)
+        if node is None:
+            await image.tree.prepare(fbn >> FIELDS_SHIFT, epoch)
+            continue
+        pointers = _pointers(source, source_fbn, count)
+        if pointers is not None:
+            break
+        await load_path(source, source_fbn, count)
+    _mark_shared(source, epoch)
+    _mark_shared(image, epoch)
+    _let_go(image, epoch, node, fbn, count)
+    _install(image, epoch, node, fbn, pointers)
+
+
+def _pointers(source: "Image", fbn: int, count: int) -> list[Pointer] | None:
+    """What the source's blocks point at, through its backing stores; None when a pointer block must be loaded first."""
+    found: list[Pointer] = []
+    for here in range(fbn, fbn + count):
+        at: Image | None = source
+        pointer: Pointer = (HOLE, 0)
+        while at is not None:
+            node = at.tree.peek(here >> FIELDS_SHIFT)
+            if node is None:
+                return None
+            slot = (here & FIELDS_MASK) * 2
+            pointer = (node.q[slot], node.q[slot + 1])
+            at = at.backing if pointer[0] == HOLE and here < at.backing_blocks else None
+        found.append(pointer)
+    return found
+
+
+def _mark_shared(image: "Image", epoch: "Epoch") -> None:
+    """Blocks as old as now may have other references from now on. A snapshot's are counted as shared anyway."""
+    if image.kind == KIND_VDISK:
+        image.touch()
+        image.tree.shared_cp = epoch.number
+
+
+def _let_go(image: "Image", epoch: "Epoch", node: "Node", fbn: int, count: int) -> None:
+    low = fbn & FIELDS_MASK
+    fields = node.fields()[low : low + count]
+    old = fields["vbn"][fields["vbn"] > ZERO_POINTER]
+    epoch.dropped_arrays.append(old.copy())
+    image.used_blocks -= len(old)
+    if image.job is not None and (fields["vbn"] == HOLE).any():
+        image.job.holes_hidden()
+
+
+def _install(image: "Image", epoch: "Epoch", node: "Node", fbn: int, pointers: list[Pointer]) -> None:
+    """Point at the source's blocks; what reads as zeros there becomes a zero pointer, which hides whatever is behind."""
+    for here, (vbn, tail) in enumerate(pointers, fbn):
+        slot = (here & FIELDS_MASK) * 2
+        node.q[slot], node.q[slot + 1] = (vbn, tail) if vbn > ZERO_POINTER else (ZERO_POINTER, 0)
+    vbns = np.array([vbn for vbn, _ in pointers if vbn > ZERO_POINTER], dtype=np.uint64)
+    epoch.added.append(vbns)
+    epoch.by_reference = True
+    image.used_blocks += len(vbns)
