@@ -363,7 +363,7 @@ class Volume:
             await self._write_one(end_whole, bytes(end - end_whole))
 
     def allocation(self, offset_bytes: int, length_bytes: int, done: AllocationCompletion) -> None:
-        """Which runs from the offset on are allocated, in order; it may end early. What shows through a clone's holes counts as allocated."""
+        """Which runs from the offset on are allocated, in order; it may end early. What shows through holes counts as allocated."""
         self._spawn(self._allocation(offset_bytes, length_bytes, done))
 
     async def _allocation(self, offset: int, length: int, done: AllocationCompletion) -> None:
