@@ -38,7 +38,7 @@ def superblock_before_data_sync(stack: ExitStack) -> None:
     async def planted(self: ConsistencyPoints, *arguments: Any) -> None:
         state = self._state
         real = state.device
-        state.device = _SkipsFirstSync(real)  # type: ignore[assignment]
+        state.device = _SkipsFirstSync(real)
         try:
             await original(self, *arguments)
         finally:
@@ -49,13 +49,18 @@ def superblock_before_data_sync(stack: ExitStack) -> None:
 
 def early_reuse_of_freed_block(stack: ExitStack) -> None:
     """A block that a write lets go of is handed to the next write, before any consistency point without it is durable."""
-    pocket: list[int] = []
+    pockets: dict[int, list[int]] = {}
     reused: set[int] = set()
-    original_install, original_take = write_path.install, WriteAllocator.take
+    original_install, original_take, original_init = write_path.install, WriteAllocator.take, WriteAllocator.__init__
+
+    def init(self: WriteAllocator, *arguments: Any) -> None:
+        original_init(self, *arguments)
+        pockets[id(self)] = []
+        reused.clear()
 
     def take(self: WriteAllocator, count: int) -> list[tuple[int, int]] | None:
-        if count == 1 and pocket:
-            vbn = pocket.pop()
+        if count == 1 and pockets[id(self)]:
+            vbn = pockets[id(self)].pop()
             reused.add(vbn)
             return [(vbn, 1)]
         return original_take(self, count)
@@ -67,8 +72,9 @@ def early_reuse_of_freed_block(stack: ExitStack) -> None:
             reused.discard(extent[0])
             epoch.allocated.remove(extent)
         if epoch.freed and len(targets) == 1 and targets[0][1] != write_path.ZERO_CRC and (epoch.freed[-1], 1) not in epoch.allocated:
-            pocket.append(epoch.freed.pop())
+            pockets[id(image.state.allocator)].append(epoch.freed.pop())
 
+    stack.enter_context(mock.patch.object(WriteAllocator, "__init__", init))
     stack.enter_context(mock.patch.object(WriteAllocator, "take", take))
     stack.enter_context(mock.patch.object(write_path, "install", install))
 
@@ -119,4 +125,3 @@ def planted(canary: Canary) -> Iterator[None]:
     with ExitStack() as stack:
         canary(stack)
         yield
-

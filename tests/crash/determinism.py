@@ -1,4 +1,4 @@
-"""Makes a pool's life repeatable to the byte: time that only moves when somebody waits, identities from a counter, a clock that counts calls.
+"""Makes a pool's life repeatable to the byte: time that moves only when somebody waits, identities from a counter, clocks that count.
 
 Two runs of one workload then leave the same bytes on the device. That is what lets crash states of different workloads be told apart by
 their hash, and a failure be replayed by its name alone. It also makes waiting free: a sleep of the pool costs a turn of the loop.
@@ -79,13 +79,23 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 @contextmanager
 def repeatable(first: int = 1) -> Iterator[None]:
-    """Identities, timestamps and durations come from counters within, beginning with ``first``: no two parts of one pool's life share one."""
+    """Identities, timestamps and durations come from counters within, beginning with ``first``: no two parts of a pool's life share one."""
     identities, nanoseconds, ticks = itertools.count(first), itertools.count(first), itertools.count(1)
+
+    def identity() -> UUID:
+        return UUID(int=next(identities))
+
+    def timestamp() -> int:
+        return next(nanoseconds)
+
+    def clock() -> float:
+        return next(ticks) * TICK_SECONDS
+
     with ExitStack() as stack:
-        stack.enter_context(mock.patch("uuid.uuid4", lambda: UUID(int=next(identities))))
-        stack.enter_context(mock.patch("time.time_ns", lambda: next(nanoseconds)))
+        stack.enter_context(mock.patch("uuid.uuid4", identity))
+        stack.enter_context(mock.patch("time.time_ns", timestamp))
         for module in CLOCKED:
-            stack.enter_context(mock.patch(f"{module}.perf_counter", lambda: next(ticks) * TICK_SECONDS))
+            stack.enter_context(mock.patch(f"{module}.perf_counter", clock))
         yield
 
 

@@ -48,14 +48,17 @@ class Tally:
     states: set[int] = field(default_factory=set)
     examined: set[tuple[int, int]] = field(default_factory=set)
     recoveries: int = 0
+    used: int = 0
     failures: list[str] = field(default_factory=list)
 
 
 class Enumerator:
-    """Holds the loop, the base pool and the tally. ``use_every``: of how many states one is not only examined but used and emptied."""
+    """Holds the loop, the base pool and the tally. ``use_every``: of how many states one is not only examined but used and
+    emptied; ``failures_max``: after how many failures it is enough."""
 
-    def __init__(self, seed: int, use_every: int = 1) -> None:
+    def __init__(self, seed: int, use_every: int = 1, failures_max: int = 1 << 30) -> None:
         self.seed = seed
+        self.failures_max = failures_max
         self.use_every = use_every
         self.tally = Tally()
         self._loop = VirtualLoop()
@@ -134,6 +137,8 @@ class Enumerator:
                 state = f"{label} / epoch {number} / {name}"
                 if only is not None and state != only:
                     continue
+                if len(self.tally.failures) >= self.failures_max:
+                    return
                 key = base_hash
                 for page, content in overlay.items():
                     key ^= self._page_hash(page, content) ^ self._page_hash(page, point.base.get(page, ZERO_PAGE))
@@ -158,9 +163,11 @@ class Enumerator:
         tally.examined.add(examined)
         tally.states.add(key)
         count = len(tally.examined)
+        use = count % self.use_every == 0
+        tally.used += use
         verification = Verification(point.base | overlay, POOL_BYTES, point.expectation)
         try:
-            self._run(verification.run(use=count % self.use_every == 0))
+            self._run(verification.run(use=use))
         except Exception:
             self._failed(state, traceback.format_exc(limit=-3))
         if count % RECOVERY_EVERY == 0:

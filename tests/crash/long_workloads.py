@@ -1,4 +1,4 @@
-"""Seeded long workloads: commands that are under way together, splits in both modes among client writes, a log that wraps, many consistency points.
+"""Seeded long workloads: commands under way together, splits in both modes among client writes, a log that wraps, many consistency points.
 
 The device carries out its jobs late and out of order, so that writes are in flight whenever a sync is. Of the states of each epoch a seeded
 few are examined; there are hundreds of epochs.
@@ -31,8 +31,9 @@ class LongWorkload:
 
     async def run(self) -> None:
         choices = [
-            (self.together, 30), (self.flush, 25), (self.write_fua, 12), (self.background, 20), (self.consistency_point, 5), (self.unmap, 6),
-            (self.snapshot, 4), (self.clone, 4), (self.split, 8), (self.delete_snapshot, 4), (self.delete_vdisk, 2), (self.resize, 2),
+            (self.together, 30), (self.flush, 25), (self.write_fua, 12), (self.background, 20), (self.consistency_point, 5),
+            (self.unmap, 6), (self.snapshot, 4), (self.clone, 4), (self.split, 8), (self.delete_snapshot, 4), (self.delete_vdisk, 2),
+            (self.resize, 2),
         ]  # fmt: skip
         operations, weights = zip(*choices, strict=True)
         for _ in range(OPERATIONS):
@@ -49,9 +50,9 @@ class LongWorkload:
     def some_lba(self, name: str) -> int:
         return self.random.choice([fbn for fbn in BLOCKS if fbn < self.session.model.disks[name].size_blocks]) * SECTORS_PER_BLOCK
 
-    def some_write(self, taken: set[tuple[str, int]], fua: bool = False) -> list[Coroutine[Any, Any, Any]]:
+    def some_write(self, taken: set[tuple[str, int]], fua: bool = False, name: str = "") -> list[Coroutine[Any, Any, Any]]:
         """A write to a block that no other of those that are under way with it touches."""
-        name = self.random.choice(self.vdisks())
+        name = name or self.random.choice(self.vdisks())
         lba = self.some_lba(name)
         if (name, lba) in taken:
             return []
@@ -102,7 +103,8 @@ class LongWorkload:
 
     async def clone(self) -> None:
         if self.snapshots() and len(self.session.model.disks) < IMAGES_MAX:
-            await self.session.clone_create(*self.random.choice(self.snapshots()).split("@"), self.name())
+            vdisk, snapshot = self.random.choice(self.snapshots()).split("@")
+            await self.session.clone_create(vdisk, snapshot, self.name())
 
     async def split(self) -> None:
         """Begin a split of some clone, in either mode; steps of it follow among everything else."""
@@ -111,11 +113,20 @@ class LongWorkload:
         clones = [image.name for image in images if image.backing is not None and not session.splitting(image.name)]
         if clones:
             session.split_mode = self.random.choice(("copy", "share"))
-            await session.split_start(self.random.choice(clones))
+            clone = self.random.choice(clones)
+            await session.split_start(clone)
+            for _ in range(self.random.randint(0, 3)):
+                await self.race(clone)
+
+    async def race(self, clone: str) -> None:
+        """A message of the split against writes to the very blocks that it may be copying: the writes must win."""
+        taken: set[tuple[str, int]] = set()
+        await asyncio.gather(self.session.step(), *(one for _ in range(3) for one in self.some_write(taken, name=clone)))
 
     async def delete_snapshot(self) -> None:
         if self.snapshots():
-            await self.session.snapshot_delete(*self.random.choice(self.snapshots()).split("@"))
+            vdisk, snapshot = self.random.choice(self.snapshots()).split("@")
+            await self.session.snapshot_delete(vdisk, snapshot)
 
     async def delete_vdisk(self) -> None:
         free = [name for name in self.vdisks() if not any(snapshot.startswith(f"{name}@") for snapshot in self.snapshots())]

@@ -76,7 +76,7 @@ class Model:
             disk.durable()
 
     def begin(self) -> Disks:
-        """Begin a change of the table: returns the world after it, to be changed. It rests on a consistency point, so all in it is durable."""
+        """Begin a change of the table: returns the world after it, to be changed. It is a consistency point, so all in it is durable."""
         assert self.after is None
         self.after = {name: disk.copy() for name, disk in self.disks.items()}
         for disk in self.after.values():
@@ -155,4 +155,8 @@ def differs(expected: Block, found: bytes) -> str | None:
 
 
 def brief(content: bytes) -> str:
-    return "zeros" if content == ZEROS else content[:64].split(b"  ")[0].rstrip(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ\0").decode(errors="replace").strip()
+    return (
+        "zeros"
+        if content == ZEROS
+        else content[:64].split(b"  ")[0].rstrip(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ\0").decode(errors="replace").strip()
+    )

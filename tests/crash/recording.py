@@ -85,7 +85,7 @@ class PageDevice:
         self.closed = True
 
     def _write(self, request: Request) -> None:
-        assert 0 <= request.first and (request.first + len(request.pages)) * PAGE_BYTES <= self.size_bytes
+        assert request.first >= 0 and (request.first + len(request.pages)) * PAGE_BYTES <= self.size_bytes
         self.pages.update(enumerate(request.pages, request.first))
 
     def _raise_when_closed(self) -> None:

@@ -63,7 +63,14 @@ async def read_block(volume: Volume, fbn: int) -> bytes:
     found = volume.try_read(fbn << 12, 4096)
     if found is None:
         future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        volume.read(fbn << 12, 4096, lambda content, error: future.set_exception(error) if error else future.set_result(bytes(content or b"")))
+
+        def done(content: Any, error: Exception | None) -> None:
+            if error is None:
+                future.set_result(bytes(content))
+            else:
+                future.set_exception(error)
+
+        volume.read(fbn << 12, 4096, done)
         return await future
     return bytes(found)
 
@@ -150,6 +157,10 @@ class Session:
         self.model.acknowledged()
 
     async def resize(self, name: str, size_blocks: int) -> None:
+        if size_blocks == self.model.disks[name].size_blocks:
+            # Nothing to do is no reason for a consistency point, so it makes nothing durable.
+            await self.pool.vdisk_resize(name, size_blocks * 4096)
+            return
         after = self.model.begin()
         disk = self.model.disks[name]
         after[name] = after[name].resized(size_blocks)

@@ -192,7 +192,8 @@ def image_names(pool: Pool) -> set[str]:
 async def deleted(pool: Pool, name: str) -> bool:
     """Delete a vdisk or a snapshot, unless something stands on it."""
     try:
-        await (pool.snapshot_delete(*name.split("@")) if "@" in name else pool.vdisk_delete(name))
+        vdisk, _, snapshot = name.partition("@")
+        await (pool.snapshot_delete(vdisk, snapshot) if snapshot else pool.vdisk_delete(vdisk))
     except Conflict:
         return False
     return True

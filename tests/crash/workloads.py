@@ -88,7 +88,8 @@ async def snapshot_delete(session: Session, turn: int) -> None:
 async def clone_create(session: Session, turn: int) -> None:
     snapshots = sorted(name for name in session.model.disks if name.startswith("a@"))
     if snapshots:
-        await session.clone_create(*snapshots[-1 if turn & 1 else 0].split("@"), f"k{turn}")
+        vdisk, snapshot = snapshots[-1 if turn & 1 else 0].split("@")
+        await session.clone_create(vdisk, snapshot, f"k{turn}")
 
 
 async def split_step(session: Session, turn: int) -> None:

@@ -1,0 +1,36 @@
+"""Every pool that a test of the store opens or formats is held to the order of its writes (tests/storage/ordering.py)."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from storage.consistency.intent_log import IntentLog
+from storage.pool import Pool
+from tests.storage.ordering import OrderingChecker
+
+
+@pytest.fixture(autouse=True)
+def order_is_held(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    original_init, original_flush = Pool.__init__, IntentLog.flush
+
+    def init(self: Pool, device: Any, *arguments: Any, **options: Any) -> None:
+        original_init(self, OrderingChecker(device), *arguments, **options)
+
+    def flush(self: IntentLog, done: Any) -> None:
+        device = self._state.device
+        assert isinstance(device, OrderingChecker)
+        complete = device.complete_unsynced()
+
+        def checked(error: Exception | None) -> None:
+            if error is None:
+                device.acknowledged(complete)
+            done(error)
+
+        original_flush(self, checked)
+
+    monkeypatch.setattr(Pool, "__init__", init)
+    monkeypatch.setattr(IntentLog, "flush", flush)
+    OrderingChecker.violations.clear()
+    yield
+    assert not OrderingChecker.violations, OrderingChecker.violations[:5]
