@@ -23,6 +23,9 @@ import pytest
 import pytest_asyncio
 import uvloop
 
+from tests.guest.image import image
+from tests.guest.packages import PackagesMissing
+
 # The Debian package that brings each client program.
 CLIENT_PACKAGES = {
     "iscsi-ls": "libiscsi-bin",
@@ -33,15 +36,16 @@ CLIENT_PACKAGES = {
     "qemu-io": "qemu-utils qemu-block-extra",
     "fio": "fio",
     "tgtd": "tgt",
+    "qemu-system-x86_64": "qemu-system-x86",
 }
 
 
 @functools.cache
 def _works(program: str) -> bool:
-    """It is installed, and for QEMU's programs, so is their iSCSI driver (a package of its own on Debian)."""
+    """It is installed, and for QEMU's disk programs, so is their iSCSI driver (a package of its own on Debian)."""
     if shutil.which(program) is None:
         return False
-    if not program.startswith("qemu-"):
+    if program not in {"qemu-img", "qemu-io"}:
         return True
     # Nothing listens on port 1: what matters is which complaint comes.
     tried = subprocess.run(["qemu-img", "info", "iscsi://127.0.0.1:1/none/0"], capture_output=True, text=True, check=False)
@@ -52,9 +56,20 @@ def _loop_device_works() -> bool:
     return os.geteuid() == 0 and os.path.exists("/dev/loop-control") and shutil.which("losetup") is not None
 
 
+@functools.cache
+def _guest_builds() -> bool:
+    """The Linux guest is made of Debian's packages, which a mirror must give once."""
+    try:
+        image()
+    except PackagesMissing:
+        return False
+    return True
+
+
 # Abilities of a machine that no package brings, by the name that ``needs`` takes: how to tell, and what to do about it.
 ABILITIES: dict[str, tuple[Callable[[], bool], str]] = {
     "loop device": (_loop_device_works, "run as root on a machine with /dev/loop-control"),
+    "Linux guest": (_guest_builds, "use Debian on x86-64, after apt-get update; python -m tests.guest.image says what is wrong"),
 }
 
 hypothesis.settings.register_profile("quick", deadline=None, print_blob=True)

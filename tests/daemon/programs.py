@@ -56,7 +56,7 @@ class Daemon:
         self.directory = directory
         self.pool_path = directory / "pool"
         self.control_path = directory / "control.sock"
-        self._options = ("--pool", str(self.pool_path), "--pool-size", pool_size, "--iscsi", "127.0.0.1:0", *options)
+        self._options = ("--pool", str(self.pool_path), "--pool-size", pool_size, *options)
         self._process: asyncio.subprocess.Process
         self.portal = ""
 
@@ -69,9 +69,10 @@ class Daemon:
             status = await self.stop()
             assert status == 0 or kind is not None, f"the daemon exited with {status}:\n{self.log()}"
 
-    async def start(self) -> None:
-        """Start, and wait for the ready line."""
-        command = (sys.executable, "-c", CLEAVED, "serve", *self._options, "--control", str(self.control_path), "--log-format", "json")
+    async def start(self, portal: str = "127.0.0.1:0") -> None:
+        """Start, and wait for the ready line. Initiators that shall find it again after a restart need the same portal."""
+        listeners = ("--iscsi", portal, "--control", str(self.control_path))
+        command = (sys.executable, "-c", CLEAVED, "serve", *self._options, *listeners, "--log-format", "json")
         with (self.directory / "log").open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=log, cwd=ROOT)
         assert self._process.stdout is not None
