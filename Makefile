@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST_ARGS ?=
+ARGS ?=
 
 .DEFAULT_GOAL := help
 
@@ -17,7 +18,7 @@ help:
 	@echo "make lint         ruff and mypy --strict"
 	@echo "make bench        benches; against tgt they need root, tgt, libiscsi-bin and qemu-utils"
 	@echo "make conformance  protocol conformance suites; needs libiscsi-bin"
-	@echo "make crash        crash and power-loss tests, long form"
+	@echo "make crash        crash and power-loss tests, long form (ARGS=\"--replay 'STATE'\" for one state)"
 	@echo "make setup        only the virtual environment"
 	@echo "make clean        remove .venv and caches"
 
@@ -55,7 +56,8 @@ conformance: $(READY)
 	    echo "== $$module"; $(BIN)/python -m $$(echo $$module | tr / .) || exit 1; done
 
 crash: $(READY)
-	CLEAVED_LONG=1 $(BIN)/python -m pytest tests/crash tests/storage/test_model.py $(PYTEST_ARGS)
+	$(BIN)/python -m tests.crash.run $(ARGS)
+	@test -n "$(ARGS)" || CLEAVED_LONG=1 $(BIN)/python -m pytest tests/crash tests/storage/test_model.py $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

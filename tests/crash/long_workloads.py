@@ -16,7 +16,7 @@ WORKLOADS = 40
 OPERATIONS = 120
 # At most this many vdisks and snapshots, so that a small pool holds them.
 IMAGES_MAX = 7
-STATES_AN_EPOCH = 5
+STATES_AN_EPOCH = 8
 # Where writes go: few blocks, met again and again, on both sides of a level-1 border.
 BLOCKS = (0, 1, 2, 3, 4, 5, 128, 254, 255, 256, 257, 258)
 

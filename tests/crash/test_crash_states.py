@@ -10,8 +10,8 @@ from tests.crash.enumerator import Enumerator
 from tests.crash.run import enumerate_all, jobs, main, part_of, replay
 from tests.crash.workloads import sequences
 
-# One workload in so many: about 4,000 states, a minute of one core.
-SLICE = 64
+# One workload in so many: about 6,000 states, half a minute of one core.
+SLICE = 40
 # Fewer would mean that the slice has lost its sense.
 SLICE_STATES_MIN = 1000
 

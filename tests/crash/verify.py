@@ -34,20 +34,38 @@ class Finding(AssertionError):
 
 
 class PagesReader:
-    """What the offline check reads from."""
+    """What the offline check reads from; ``seen`` is what it looked at."""
 
     def __init__(self, pages: Mapping[int, bytes], size_bytes: int) -> None:
         self._pages = pages
         self.size_bytes = size_bytes
+        self.seen: dict[int, bytes] = {}
 
     def read(self, vbns: Sequence[int]) -> list[memoryview | None]:
-        return [memoryview(self._pages.get(vbn, ZERO_PAGE)) for vbn in vbns]
+        found = {vbn: self._pages.get(vbn, ZERO_PAGE) for vbn in vbns}
+        self.seen |= found
+        return [memoryview(content) for content in found.values()]
+
+
+# Pages that a check looked at, and what it found, by the superblocks. A check is a function of what it reads: where the same pages hold the
+# same, it finds the same, and most states of one epoch differ only in blocks that nothing reaches yet. (Measured: two checks of three.)
+_checks: dict[tuple[bytes, bytes], list[tuple[dict[int, bytes], CheckReport]]] = {}
+CHECKS_KEPT_MAX = 20_000
 
 
 def checked(pages: Pages, size_bytes: int, when: str) -> CheckReport:
-    report = check_device(PagesReader(pages, size_bytes), verify_data=True)
+    """The outcome of the check. Raises Finding for any difference."""
+    known = _checks.setdefault((pages.get(0, ZERO_PAGE), pages.get(1, ZERO_PAGE)), [])
+    for seen, report in known:
+        if all(pages.get(vbn, ZERO_PAGE) == content for vbn, content in seen.items()):
+            return report
+    if len(_checks) > CHECKS_KEPT_MAX:
+        _checks.clear()
+    reader = PagesReader(pages, size_bytes)
+    report = check_device(reader, verify_data=True)
     if not report.ok:
         raise Finding(f"check {when}: {'; '.join(report.errors[:3])}")
+    known.append((reader.seen, report))
     return report
 
 
