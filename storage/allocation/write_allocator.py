@@ -37,6 +37,9 @@ POINT_BLOCKS_EXTRA = 48
 # Of each of the other two parts: 1/256 of the pool; a few paths to the leaves on a small pool, 16 MiB on a large one.
 PART_BLOCKS_MIN = 32
 PART_BLOCKS_MAX = 4096
+# Who found no block for a node waits for at least this many: every path to the leaves that a large write changes, and an entry. With less it
+# would dirty the upper part of its path, wait for a consistency point, and have to dirty it again in the next epoch, for ever.
+NODES_ROOM = 32
 # What a touched image's entry may take: itself, and the level-1 block of the table above it.
 ENTRY_BLOCKS = 2
 
@@ -217,8 +220,12 @@ class WriteAllocator:
 
     async def prepare_nodes(self, epoch: Epoch, for_reclaim: bool = False) -> None:
         """Wait until ``take_node`` has a chance. Raises PoolFull when no freed block is on its way."""
-        while self.free_now <= self._floor(epoch, for_reclaim):
-            if epoch is self._state.frozen or not await self.reclaim():
+        within_point = epoch is self._state.frozen  # as of now: it may become so while this waits
+        wanted = self._floor(epoch, for_reclaim)
+        if self.free_now <= wanted:
+            wanted += NODES_ROOM
+        while self.free_now <= wanted:
+            if within_point or not await self.reclaim():
                 raise PoolFull("the pool is full, its reserve included: delete snapshots or vdisks, or grow the pool")
         await self._refill(self._nodes)
 

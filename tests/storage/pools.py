@@ -46,11 +46,12 @@ class Reader:
 
 
 class OpenPool:
-    """One open pool on ``memory``, reached through ``device`` (which may be a decorator of it)."""
+    """One open pool on ``memory``, reached through ``device``, which may be a decorator of it."""
 
-    def __init__(self, pool: Pool, memory: MemoryDevice, events: list[tuple[str, dict[str, Any]]]) -> None:
+    def __init__(self, pool: Pool, memory: MemoryDevice, device: Any, events: list[tuple[str, dict[str, Any]]]) -> None:
         self.pool = pool
         self.memory = memory
+        self.device = device
         self.events = events
         self.closed = False
 
@@ -178,8 +179,9 @@ def checked_offline(memory: MemoryDevice) -> CheckReport:
 
 async def open_on(memory: MemoryDevice, device: Device | None = None, cache_bytes: int = 64 << 20) -> OpenPool:
     events: list[tuple[str, dict[str, Any]]] = []
-    pool = await Pool.open_on(device if device is not None else memory, cache_bytes, lambda name, **fields: events.append((name, fields)))
-    return OpenPool(pool, memory, events)
+    device = device if device is not None else memory
+    pool = await Pool.open_on(device, cache_bytes, lambda name, **fields: events.append((name, fields)))
+    return OpenPool(pool, memory, device, events)
 
 
 @asynccontextmanager

@@ -106,7 +106,7 @@ async def test_a_consistency_point_that_fails_makes_the_pool_read_only_and_reads
         await running.checkpoint()
         durable = running.memory.copy()
         await running.write("a", 0, data(2))
-        device = running.pool._device
+        device = running.device
         device.faults.append(Fault(operation, nth=device.calls[operation] + 1))
         with pytest.raises(StorageError, match="planted fault"):
             await running.checkpoint()

@@ -255,7 +255,7 @@ async def test_a_snapshot_marked_for_it_goes_with_its_last_clone() -> None:
 async def test_a_pool_that_takes_no_changes_makes_none_in_memory_either() -> None:
     async with new_pool(decorate=lambda memory: FaultyDevice(memory)) as running:
         await running.pool.vdisk_create("a", 1 << 20)
-        running.pool._device.faults.append(Fault(SYNC, nth=running.pool._device.calls[SYNC] + 1, forever=True))
+        running.device.faults.append(Fault(SYNC, nth=running.device.calls[SYNC] + 1, forever=True))
         with pytest.raises(Exception, match="planted fault"):
             await running.write("a", 0, data(1), fua=True)
         for change in (

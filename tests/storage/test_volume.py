@@ -62,11 +62,11 @@ async def test_writes_of_one_batch_are_one_write_to_the_device() -> None:
         await running.pool.vdisk_create("a", LEAF_BYTES)
         await running.write("a", 0, data(0))
         volume, answers = running.volume("a"), Answers()
-        before = running.pool._device.calls[WRITE]
+        before = running.device.calls[WRITE]
         for index in range(32):
             volume.write((index * 7 % 256) * BLOCK_BYTES, data(index), False, answers(str(index)))
         volume.settle()
-        assert running.pool._device.calls[WRITE] == before + 1
+        assert running.device.calls[WRITE] == before + 1
         assert set(answers.once().values()) == {None}
         assert await running.read("a", 7 * BLOCK_BYTES, BLOCK_BYTES) == data(1)
 
@@ -147,7 +147,7 @@ async def test_what_the_device_refuses_fails_with_its_reason_and_gives_the_block
     async with new_pool(decorate=FaultyDevice) as running:
         await running.pool.vdisk_create("a", LEAF_BYTES)
         await running.write("a", 0, data(1))
-        device, allocator = running.pool._device, running.pool._state.allocator
+        device, allocator = running.device, running.pool._state.allocator
         free = allocator.free_now
         device.faults.append(Fault(WRITE, nth=device.calls[WRITE] + 1, errno=errno.ENOSPC))
         with pytest.raises(StorageError, match="planted fault") as caught:
