@@ -26,6 +26,7 @@ def cleaved() -> None:
 @click.option("--pool", metavar="PATH", help="the pool: an ordinary file or a block device")
 @click.option("--pool-size", metavar="SIZE", help="create the pool with this size when it does not exist yet, as in 64GiB")
 @click.option("--iscsi", metavar="HOST:PORT", multiple=True, help="listen here; port 0 for any free one  [default: 127.0.0.1:3260]")
+@click.option("--open-access/--no-open-access", default=None, help="whether targets without a list of initiators are for everybody")
 @click.option("--control", metavar="PATH", help="control socket  [default: /run/cleaved/control.sock]")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]))
 @click.option("--log-format", type=click.Choice(["auto", "json", "text"]))
@@ -83,6 +84,7 @@ def read_config(path: str | None, options: dict[str, Any]) -> Config:
         "pool": ("pool", "path"),
         "pool_size": ("pool", "size"),
         "iscsi": ("iscsi", "listen"),
+        "open_access": ("iscsi", "open_access"),
         "control": ("control", "path"),
         "log_level": ("log", "level"),
         "log_format": ("log", "format"),
@@ -91,7 +93,7 @@ def read_config(path: str | None, options: dict[str, Any]) -> Config:
         raise ConfigError("--pool is missing; give --pool PATH, or --config FILE")
     for option, (section, key) in places.items():
         value = options.get(option)
-        if value:
+        if value is not None and value != ():
             table = tables.setdefault(section, {})
             if isinstance(table, dict):  # what is no table is refused by build, which says so
                 table[key] = list(value) if isinstance(value, tuple) else value

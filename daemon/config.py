@@ -4,6 +4,7 @@ Every mistake is a ConfigError, one sentence that names the option, the value an
 the options; deploy/cleaved.toml is a sample.
 """
 
+import ipaddress
 import re
 import tomllib
 from collections.abc import Callable
@@ -12,14 +13,12 @@ from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar
 import msgspec
 
 from daemon.units import parse_size
+from protocol.control.limits import CHAP_CHARACTERS_MAX, CHAP_SECRET_CHARACTERS_MIN
 
 CONTROL_PATH_DEFAULT: Final = "/run/cleaved/control.sock"
 CACHE_BYTES_MIN: Final = 8 << 20  # below this a single consistency point would push the working set out
 # A Unix socket's address holds 108 bytes with the final zero (unix(7)).
 CONTROL_PATH_BYTES_MAX: Final = 107
-# RFC 7143 9.2.1: a CHAP secret has at least 96 bits; 12 characters are the least that can hold them.
-CHAP_SECRET_CHARACTERS_MIN: Final = 12
-CHAP_SECRET_CHARACTERS_MAX: Final = 255
 
 Value = TypeVar("Value")
 
@@ -64,6 +63,7 @@ class IscsiSection(_Section, kw_only=True):
 
     listen: tuple[str, ...] = ("127.0.0.1:3260",)
     connections_max: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 256
+    open_access: bool | None = None
     chap: ChapSection | None = None
 
 
@@ -106,6 +106,7 @@ class Config(NamedTuple):
     cache_bytes: int
     iscsi_listen: tuple[Address, ...]
     connections_max: int
+    open_access: bool
     chap: Chap | None
     control_path: str
     log_level: str
@@ -130,12 +131,14 @@ def build(tables: dict[str, Any]) -> Config:
     except msgspec.ValidationError as error:
         raise ConfigError(_explain(str(error), tables)) from None
     size = found.pool.size
+    listen = tuple(option_value("iscsi.listen", text, parse_address) for text in found.iscsi.listen)
     return Config(
         pool_path=_not_empty("pool.path", found.pool.path),
         pool_size_bytes=None if size is None else option_value("pool.size", size, parse_size),
         cache_bytes=_cache_bytes(found.pool.cache),
-        iscsi_listen=tuple(option_value("iscsi.listen", text, parse_address) for text in found.iscsi.listen),
+        iscsi_listen=listen,
         connections_max=found.iscsi.connections_max,
+        open_access=_open_access(found.iscsi.open_access, listen),
         chap=None if found.iscsi.chap is None else _chap(found.iscsi.chap),
         control_path=_control_path(found.control.path),
         log_level=found.log.level,
@@ -157,6 +160,26 @@ def parse_address(text: str) -> Address:
     if matched is None or int(matched[3]) > 65535:
         raise ValueError(f"{text!r} is not HOST:PORT; write 127.0.0.1:3260 or [::1]:3260, port 0 for any free one")
     return Address(matched[1] or matched[2], int(matched[3]))
+
+
+def is_loopback(host: str) -> bool:
+    """Only this machine can reach it. Of names, only ``localhost`` (RFC 6761 6.3): what others stand for is the resolver's to say."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def _open_access(wanted: bool | None, listen: tuple[Address, ...]) -> bool:
+    """Open where only this machine can come; elsewhere somebody must have said what is meant."""
+    exposed = next((address for address in listen if not is_loopback(address.host)), None)
+    if wanted is None and exposed is not None:
+        raise ConfigError(
+            f"iscsi.listen: {exposed} can be reached by other machines, and iscsi.open_access is not set; set it to false"
+            " (--no-open-access) to let in only the initiators that `cleavectl acl add` names, or to true (--open-access) to let anybody"
+            " use targets that have no such list"
+        )
+    return wanted is not False
 
 
 def _not_empty(option: str, text: str) -> str:
@@ -187,10 +210,10 @@ def _chap(section: ChapSection) -> Chap:
             raise ConfigError(f"iscsi.chap.{option}: '' is not a name; give at least one character")
     for option in ("secret", "mutual_secret"):
         secret = getattr(section, option)
-        if secret is not None and not CHAP_SECRET_CHARACTERS_MIN <= len(secret) <= CHAP_SECRET_CHARACTERS_MAX:
+        if secret is not None and not CHAP_SECRET_CHARACTERS_MIN <= len(secret) <= CHAP_CHARACTERS_MAX:
             # The secret itself is kept out of the message: messages are logged.
             raise ConfigError(
-                f"iscsi.chap.{option}: {len(secret)} characters; a secret has {CHAP_SECRET_CHARACTERS_MIN} to {CHAP_SECRET_CHARACTERS_MAX}"
+                f"iscsi.chap.{option}: {len(secret)} characters; a secret has {CHAP_SECRET_CHARACTERS_MIN} to {CHAP_CHARACTERS_MAX}"
             )
     if section.secret == section.mutual_secret:
         # RFC 7143 9.2.1: the same secret must not be used in both directions, or an answer could be reflected.

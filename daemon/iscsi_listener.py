@@ -10,11 +10,13 @@ from collections.abc import Callable
 from typing import Final, cast
 
 from daemon import runtime
-from daemon.config import Address
+from daemon.admission import Admission
+from daemon.config import Address, is_loopback
 from daemon.logs import get_log
+from protocol.iscsi import limits
 from protocol.iscsi.connection import TargetConnection
-from protocol.iscsi.node import TargetNode
-from protocol.volume import Buffer
+from protocol.iscsi.node import SessionView, TargetNode
+from protocol.volume import BlockVolume, Buffer
 
 BACKLOG: Final = 128
 # Time comes to the connections in ticks: login and keep-alive timeouts are whole seconds.
@@ -23,6 +25,9 @@ TICK_SECONDS: Final = 1.0
 # waits for us, and a client that does not drain costs no more than this.
 WRITE_HIGH_BYTES: Final = 4 << 20
 WRITE_LOW_BYTES: Final = 1 << 20
+# What was sent at the end of a connection has this long to go out; a peer that is dead or does not read never takes it.
+CLOSE_SECONDS: Final = 5.0
+_WILDCARDS: Final = frozenset(("0.0.0.0", "::"))
 # Ended connections whose memory may wait for a quiet second: half a megabyte each.
 ENDED_MAX: Final = 200
 
@@ -36,13 +41,14 @@ class IscsiListener:
 
     def __init__(self, node: TargetNode, connections_max: int, collect: Callable[[], None] = runtime.collect_old) -> None:
         self.node = node
-        self.connections_max = connections_max
+        self.admission = Admission(connections_max)
         self.connections: set[IscsiProtocol] = set()
         self.addresses: list[Address] = []
         self._servers: list[asyncio.Server] = []
         self._ticker: asyncio.TimerHandle | None = None
         self._empty: asyncio.Event = asyncio.Event()
         self._collect = collect
+        node.portals = self.portals_beside
         self._ended = 0
         self._commands_seen = -1
 
@@ -65,7 +71,38 @@ class IscsiListener:
 
     def portals(self) -> list[str]:
         """Addresses as clients should name them; for a wildcard that is this machine's name."""
-        return [str(Address(socket.gethostname(), at.port) if at.host in {"0.0.0.0", "::"} else at) for at in self.addresses]
+        return [str(Address(socket.gethostname(), at.port) if at.host in _WILDCARDS else at) for at in self.addresses]
+
+    def portals_beside(self, portal: str) -> list[str]:
+        """What to tell an initiator that came by ``portal``: that one first, then the others that it can be expected to reach.
+
+        Wildcards are no addresses, and who came from outside cannot reach loopback.
+        """
+        local = portal.startswith(("127.", "[::1]"))
+        others = [at for at in self.addresses if at.host not in _WILDCARDS and (local or not is_loopback(at.host))]
+        return list(dict.fromkeys([portal, *map(str, others)]))
+
+    # --- What the control service asks -----------------------------------------------------------------------------
+
+    def volume_resized(self, volume: BlockVolume) -> None:
+        """Tell every session of it."""
+        self.node.volume_resized(volume)
+
+    def lun_mapped(self, target_name: str, lun: int, volume: BlockVolume) -> None:
+        """Tell every session of the target."""
+        self.node.lun_mapped(target_name, lun, volume)
+
+    def lun_unmapped(self, target_name: str, lun: int, volume: BlockVolume) -> None:
+        """Tell every session of the target."""
+        self.node.lun_unmapped(target_name, lun, volume)
+
+    def end_sessions(self, sessions: list[SessionView]) -> None:
+        """Ask their initiators to log out, and close those that have not after `limits.LOGOUT_SECONDS`."""
+        for connection in list(self.connections):
+            if connection.session in sessions:
+                connection.shut_down(limits.LOGOUT_SECONDS)
+
+    # --- Life ------------------------------------------------------------------------------------------------------
 
     def stop_accepting(self) -> None:
         """Close the listeners; connections go on."""
@@ -91,6 +128,7 @@ class IscsiListener:
     def removed(self, connection: "IscsiProtocol") -> None:
         """A connection has ended."""
         self.connections.discard(connection)
+        self.admission.removed(connection, connection.host)
         self._ended += 1
         if not self.connections:
             self._empty.set()
@@ -106,6 +144,7 @@ class IscsiListener:
         now_seconds = loop.time()
         for connection in list(self.connections):
             connection.tick(now_seconds)
+        self.admission.tick()
         if self._ended:
             self._collect_ended()
 
@@ -126,16 +165,19 @@ class IscsiProtocol(asyncio.BufferedProtocol):
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport
         self._connection: TargetConnection | None = None
+        self._abort_at_seconds: float | None = None
+        self.host = ""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A client came."""
         transport = cast("asyncio.Transport", transport)  # uvloop's is one by shape, not by class
         self._transport = transport
-        peer = transport.get_extra_info("peername")
-        if len(self._listener.connections) >= self._listener.connections_max:
-            get_log().warning(
-                "iscsi.refused", peer=str(Address(*peer[:2])), reason=f"iscsi.connections_max {self._listener.connections_max}"
-            )
+        peer = Address(*transport.get_extra_info("peername")[:2])
+        self.host = peer.host
+        admission = self._listener.admission
+        reason = admission.refusal(peer.host)
+        if reason is not None:
+            admission.refused(str(peer), reason)
             transport.abort()
             return
         # Replies are small and whole: waiting to join them with later ones would only cost latency. The sizes of the kernel's
@@ -143,11 +185,10 @@ class IscsiProtocol(asyncio.BufferedProtocol):
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         transport.set_write_buffer_limits(WRITE_HIGH_BYTES, WRITE_LOW_BYTES)
         portal = transport.get_extra_info("sockname")
-        connection = TargetConnection(
-            self._listener.node, self._send, self._wake, transport.close, str(Address(*portal[:2])), str(Address(*peer[:2]))
-        )
+        connection = TargetConnection(self._listener.node, self._send, self._wake, self._close, str(Address(*portal[:2])), str(peer))
         self._connection = connection
         self._listener.connections.add(self)
+        admission.added(self, peer.host)
         # From now on the event loop calls the connection itself, one layer less for each wake-up: it looks both methods up once,
         # when a protocol is set.
         self.get_buffer = connection.get_buffer  # type: ignore[method-assign]
@@ -183,10 +224,22 @@ class IscsiProtocol(asyncio.BufferedProtocol):
         if not self._transport.is_closing():
             self._transport.resume_reading()
 
+    @property
+    def session(self) -> SessionView | None:
+        """What the directory of targets knows it by."""
+        return self._connection
+
+    @property
+    def logging_in(self) -> bool:
+        """The connection lives, and its login has not ended."""
+        return self._connection is not None and not self._connection.logged_in
+
     def tick(self, now_seconds: float) -> None:
         """Time passes."""
         if self._connection is not None:
             self._connection.tick(now_seconds)
+        if self._abort_at_seconds is not None and now_seconds >= self._abort_at_seconds:
+            self.abort()
 
     @property
     def commands(self) -> int:
@@ -195,14 +248,24 @@ class IscsiProtocol(asyncio.BufferedProtocol):
         assert isinstance(found, int)
         return found
 
-    def shut_down(self) -> None:
-        """Ask the initiator to log out, and close when it has or when nothing is in flight."""
+    def shut_down(self, timeout_seconds: float | None = None) -> None:
+        """Ask the initiator to log out, and close when it has; at the latest after ``timeout_seconds``, if given."""
+        if timeout_seconds is not None:
+            self._abort_in(timeout_seconds)
         if self._connection is not None:
             self._connection.shutdown()
 
     def abort(self) -> None:
         """Close at once."""
         self._transport.abort()
+
+    def _abort_in(self, seconds: float) -> None:
+        if self._abort_at_seconds is None:
+            self._abort_at_seconds = self._loop.time() + seconds
+
+    def _close(self) -> None:
+        self._abort_in(CLOSE_SECONDS)
+        self._transport.close()
 
     def _send(self, output: list[Buffer]) -> None:
         self._transport.writelines(output)

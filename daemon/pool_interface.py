@@ -6,6 +6,7 @@ The types of `storage` and `protocol` meet here: a pool's volume is a BlockVolum
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from daemon.sections import Configurable
 from protocol.volume import BlockVolume
 
 Row = dict[str, Any]
@@ -31,7 +32,7 @@ class AttachableVolume(BlockVolume, Protocol):
         """One session less."""
 
 
-class Volumes(Protocol):
+class Volumes(Configurable, Protocol):
     """What the iSCSI side asks of a pool."""
 
     def volume(self, name: str) -> AttachableVolume:
@@ -39,6 +40,9 @@ class Volumes(Protocol):
 
     def names(self) -> list[str]:
         """Names of the vdisks, sorted."""
+
+    async def vdisk_list(self) -> list[Row]:
+        """All vdisks, sorted by name."""
 
 
 class PoolInterface(Volumes, Protocol):
@@ -51,9 +55,6 @@ class PoolInterface(Volumes, Protocol):
 
     async def vdisk_create(self, name: str, size_bytes: int) -> Row:
         """Raises Conflict, RequestError."""
-
-    async def vdisk_list(self) -> list[Row]:
-        """All vdisks, sorted by name."""
 
     async def vdisk_show(self, name: str) -> Row:
         """Raises NotFound."""

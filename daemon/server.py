@@ -13,6 +13,7 @@ from daemon.control import ControlServer
 from daemon.iscsi_listener import IscsiListener
 from daemon.logs import get_log
 from daemon.notify import notify
+from daemon.reservation_store import ReservationStore
 from daemon.service import ControlService
 from daemon.split_progress import TICK_SECONDS, SplitProgress, log_fields
 from daemon.targets import Targets
@@ -43,6 +44,7 @@ class Daemon:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._pool: Pool | None = None
+        self._reservations: ReservationStore | None = None
         self._iscsi: IscsiListener | None = None
         self._control: ControlServer | None = None
         self._ticker: asyncio.TimerHandle | None = None
@@ -52,9 +54,11 @@ class Daemon:
         """Raises StorageError (PoolRefused, PoolLocked), ListenFailed, ControlPathBusy; then `stop` undoes what was done."""
         config = self._config
         self._pool = await Pool.open(config.pool_path, config.cache_bytes, self._on_event)
-        targets = Targets(self._pool, config.chap)
-        self._iscsi = IscsiListener(TargetNode(targets), config.connections_max)
-        service = ControlService(self._pool, config.pool_path, targets, self._iscsi.portals, self._iscsi.node.volume_resized)
+        targets = Targets(self._pool, config.chap, config.open_access)
+        self._reservations = ReservationStore(self._pool)
+        await targets.load()
+        self._iscsi = IscsiListener(TargetNode(targets, reservations=self._reservations), config.connections_max)
+        service = ControlService(self._pool, config.pool_path, targets, self._reservations, self._iscsi)
         self._control = ControlServer(config.control_path, service.call)
         await self._control.start()
         for address in config.iscsi_listen:
@@ -76,6 +80,8 @@ class Daemon:
             await self._iscsi.stop(ISCSI_STOP_SECONDS)
         if self._control is not None:
             await self._control.stop(CONTROL_STOP_SECONDS)
+        if self._reservations is not None:
+            await self._reservations.drain()
         if self._pool is not None:
             await self._pool.close()
 

@@ -5,16 +5,17 @@ their class, in one place (``control_error``).
 """
 
 import os
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 from daemon import VERSION
 from daemon.pool_interface import PoolInterface, Row
-from daemon.targets import Targets
+from daemon.reservation_store import ReservationStore
+from daemon.target_service import Handler, TargetService, Wire
+from daemon.targets import VDISK, Targets
 from protocol.control import errors, methods
 from protocol.control.errors import ControlError
 from protocol.control.limits import PROTOCOL_VERSION
-from protocol.volume import BlockVolume
 from storage.errors import (
     BlockDamaged,
     Conflict,
@@ -27,8 +28,6 @@ from storage.errors import (
     StorageError,
     VolumeClosed,
 )
-
-Handler = Callable[[Any], Awaitable[Any]]
 
 # Most specific first: the first class that fits gives the code.
 ERROR_CODES: Final[Mapping[type[StorageError], str]] = {
@@ -52,21 +51,14 @@ def control_error(error: StorageError) -> ControlError:
 
 
 class ControlService:
-    """Carries out calls. ``portals`` are the iSCSI listeners' addresses as clients should name them; ``on_resize`` tells sessions."""
+    """Carries out calls. ``wire`` is told what open sessions must learn."""
 
-    def __init__(
-        self,
-        pool: PoolInterface,
-        pool_path: str,
-        targets: Targets,
-        portals: Callable[[], list[str]],
-        on_resize: Callable[[BlockVolume], None],
-    ) -> None:
+    def __init__(self, pool: PoolInterface, pool_path: str, targets: Targets, reservations: ReservationStore, wire: Wire) -> None:
         self._pool = pool
         self._pool_path = pool_path
         self._targets = targets
-        self._portals = portals
-        self._on_resize = on_resize
+        self._reservations = reservations
+        self._wire = wire
         self._handlers: dict[str, Handler] = {
             "hello": self._hello,
             "vdisk.create": self._vdisk_create,
@@ -91,6 +83,7 @@ class ControlService:
             "session.ls": self._session_list,
             "stats": self._stats,
             "connect": self._connect,
+            **TargetService(pool, targets, wire).handlers,
         }
 
     @property
@@ -110,7 +103,8 @@ class ControlService:
         return {**who, "pool": self._pool_path, "pid": os.getpid()}
 
     async def _vdisk_create(self, params: methods.VdiskCreate) -> Row:
-        return await self._pool.vdisk_create(params.name, params.size_bytes)
+        with self._targets.claim(VDISK, params.name):
+            return await self._pool.vdisk_create(params.name, params.size_bytes)
 
     async def _vdisk_list(self, params: methods.Params) -> list[Row]:
         return await self._pool.vdisk_list()
@@ -120,15 +114,20 @@ class ControlService:
 
     async def _vdisk_resize(self, params: methods.VdiskResize) -> Row:
         await self._pool.vdisk_resize(params.name, params.size_bytes)
-        self._on_resize(self._pool.volume(params.name))
+        self._wire.volume_resized(self._pool.volume(params.name))
         return await self._pool.vdisk_show(params.name)
 
     async def _vdisk_rename(self, params: methods.VdiskRename) -> Row:
-        await self._pool.vdisk_rename(params.name, params.new_name)
+        with self._targets.claim(VDISK, params.new_name):
+            await self._pool.vdisk_rename(params.name, params.new_name)
         return await self._pool.vdisk_show(params.new_name)
 
     async def _vdisk_delete(self, params: methods.Named) -> Row:
+        volume = self._pool.volume(params.name)
+        self._targets.check_unmapped(volume)
         await self._pool.vdisk_delete(params.name)
+        await self._targets.forget(volume)
+        await self._reservations.forget(volume.uuid)
         return {"name": params.name, "deleted": True}
 
     async def _snapshot_create(self, params: methods.SnapshotCreate) -> list[Row]:
@@ -142,7 +141,8 @@ class ControlService:
         return {"name": params.snapshot, "deleted": deleted}
 
     async def _clone_create(self, params: methods.CloneCreate) -> Row:
-        created = await self._pool.clone_create(*_two_names(params.snapshot), params.name)
+        with self._targets.claim(VDISK, params.name):
+            created = await self._pool.clone_create(*_two_names(params.snapshot), params.name)
         if params.split:
             await self._pool.split_start(params.name)
         return created
@@ -184,13 +184,13 @@ class ControlService:
         return self._targets.stats(params.name)
 
     async def _connect(self, params: methods.Named) -> Row:
-        self._pool.volume(params.name)
+        volume = self._pool.volume(params.name)
         return {
             "name": params.name,
             "target": self._targets.target_name(params.name),
             "lun": 0,
-            "portals": self._portals(),
-            "chap": self._targets.chap_required,
+            "portals": self._wire.portals(),
+            "chap": self._targets.chap_needed(volume),
         }
 
 

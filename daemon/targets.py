@@ -1,75 +1,274 @@
-"""Which iSCSI targets there are, and who uses them: every vdisk is the target TARGET_PREFIX + NAME, with the vdisk as LUN 0.
+"""Which iSCSI targets there are, who may use them, and who does. Satisfies `protocol.iscsi.node.TargetDirectory`.
 
-Satisfies `protocol.iscsi.node.TargetDirectory`. Nothing is kept for a vdisk that nobody uses: the pool's names are the targets.
+Every vdisk is the target TARGET_PREFIX + NAME, with the vdisk as LUN 0; beside those there are the targets that were created,
+with LUNs mapped into them. Nothing is kept for a vdisk that nobody uses or configured: the pool's names are its targets.
+
+A vdisk without a list of initiators of its own, mapped into targets that have one, is for those initiators alone: its own
+target is no way around the lists.
 """
 
 import itertools
-from typing import Any, Final
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
 
+from daemon.access import AccessControl
 from daemon.config import Chap
 from daemon.logs import get_log
 from daemon.pool_interface import AttachableVolume, Row, Volumes
+from daemon.target_table import TargetTable
+from protocol.control.methods import ISCSI_NAME
 from protocol.iscsi.chap import ChapSecrets
 from protocol.iscsi.node import SessionView, TargetDefinition
-from storage.errors import NotFound
+from storage.errors import Conflict, NotFound
 
 TARGET_PREFIX: Final = "iqn.2026-01.io.cleaved:"
+VDISK, TARGET = "vdisk", "target"
+
+
+class Found(NamedTuple):
+    """A target as it is now. ``key`` is what `AccessControl` and this module know it by."""
+
+    key: str
+    name: str
+    luns: dict[int, AttachableVolume]
+
+
+@dataclass(frozen=True, slots=True)
+class _Session:
+    """What an open session holds: its label, its target's key, and the volumes that it attached, by LUN."""
+
+    label: str
+    key: str | None
+    volumes: dict[int, AttachableVolume]
 
 
 class Targets:
-    """The directory that the wire asks, and the record of its sessions. Sessions attach the volumes that they use."""
+    """The directory that the wire asks, and the record of its sessions. Sessions attach the volumes that they use; so do mappings."""
 
-    def __init__(self, pool: Volumes, chap: Chap | None) -> None:
+    def __init__(self, pool: Volumes, chap: Chap | None, open_access: bool = True) -> None:
         self._pool = pool
-        self._chap = None if chap is None else _secrets(chap)
-        self._sessions: dict[SessionView, tuple[str, AttachableVolume | None]] = {}
+        self.access = AccessControl(pool, chap, open_access)
+        self.table = TargetTable(pool)
+        # Volumes of the vdisks that the configuration names, by UUID: who holds a volume sees its vdisk renamed.
+        self._held: dict[str, AttachableVolume] = {}
+        self._sessions: dict[SessionView, _Session] = {}
         self._numbers = itertools.count(1)
+        self._in_making: Counter[tuple[str, str]] = Counter()
 
-    @property
-    def chap_required(self) -> bool:
-        """Initiators must authenticate."""
-        return self._chap is not None
+    async def load(self) -> None:
+        """Find the vdisks that the configuration names, at start. One that is no more (damaged) is logged, and its LUN absent."""
+        wanted = {uuid for target in self.table.targets.values() for uuid in target.luns.values()} | set(self.access.acls)
+        wanted -= self.table.targets.keys()
+        if not wanted:
+            return
+        for row in await self._pool.vdisk_list():
+            if row["uuid"].replace("-", "") in wanted:
+                self._hold(self._pool.volume(row["name"]))
+        for name, target in self.table.targets.items():
+            for lun, uuid in target.luns.items():
+                if uuid in self._held:
+                    self._held[uuid].attach(_mapping_label(name))
+                else:
+                    get_log().warning("target.lun_missing", target=name, lun=lun, vdisk_uuid=uuid)
+
+    def _hold(self, volume: AttachableVolume) -> str:
+        uuid = volume.uuid.hex
+        self._held[uuid] = volume
+        return uuid
 
     # --- What the wire asks (TargetDirectory) ----------------------------------------------------------------------
 
     def names_for(self, initiator_name: str, portal: str) -> list[str]:
-        """Every initiator may discover every vdisk, through every portal."""
-        return [TARGET_PREFIX + name for name in self._pool.names()]
+        """What this initiator may use, through every portal."""
+        restricted = {volume.name: keys for uuid, volume in self._held.items() if (keys := self._lists_of_vdisk(uuid))}
+        names = [name for name, keys in restricted.items() if self.access.allows(keys, initiator_name)]
+        if self.access.open_access:
+            names += [name for name in self._pool.names() if name not in restricted]
+        created = [name for name in self.table.targets if self.access.allows([name], initiator_name)]
+        return sorted([TARGET_PREFIX + name for name in names] + created)
 
     def open_target(self, target_name: str, initiator_name: str) -> TargetDefinition | None:
-        """The target of a vdisk that exists; snapshots are no targets."""
-        volume = self._volume_of(target_name)
-        return None if volume is None else TargetDefinition(target_name, {0: volume}, self._chap)
+        """The target, if this initiator may use it; snapshots are no targets."""
+        found = self.find(target_name)
+        if found is None or not self._allows(found.key, initiator_name):
+            return None
+        return TargetDefinition(found.name, dict(found.luns), self.access.secrets_for(initiator_name))
 
-    def _volume_of(self, target_name: str) -> AttachableVolume | None:
+    def discovery_chap(self, initiator_name: str) -> ChapSecrets | None:
+        """Names are shown to those only who prove who they are, where that is asked of them."""
+        return self.access.secrets_for(initiator_name)
+
+    def session_opened(self, session: SessionView) -> None:
+        """Attach the vdisks of the target for as long as the session lives."""
+        found = self.find(session.target_name) if session.target_name else None
+        label = f"{session.initiator_name} (session {next(self._numbers)})"
+        opened = _Session(label, None, {}) if found is None else _Session(label, found.key, found.luns)
+        for volume in opened.volumes.values():
+            volume.attach(opened.label)
+        self._sessions[session] = opened
+        get_log().info("session.opened", initiator=session.initiator_name, target=session.target_name)
+
+    def session_closed(self, session: SessionView) -> None:
+        """Detach. No command of the session can touch its vdisks any more."""
+        opened = self._sessions.pop(session)
+        for volume in opened.volumes.values():
+            volume.detach(opened.label)
+        get_log().info("session.closed", initiator=session.initiator_name, target=session.target_name)
+
+    # --- Finding ---------------------------------------------------------------------------------------------------
+
+    def find(self, target_name: str) -> Found | None:
+        """By iSCSI name. As it is written it may be a vdisk's; in lower case, a created target's or a vdisk's."""
+        lower = target_name.lower()
+        found = self._find_vdisk(target_name)
+        if found is None and lower in self.table.targets:
+            luns = self.table.targets[lower].luns.items()
+            return Found(lower, lower, {lun: self._held[uuid] for lun, uuid in luns if uuid in self._held})
+        return self._find_vdisk(lower) if found is None else found
+
+    def _find_vdisk(self, target_name: str) -> Found | None:
         """None where there is no such vdisk: never was, or deleted or renamed while somebody logged in."""
         name = target_name.removeprefix(TARGET_PREFIX)
         if name == target_name or "@" in name:
             return None
         try:
-            return self._pool.volume(name)
+            volume = self._pool.volume(name)
         except NotFound:
             return None
+        return Found(volume.uuid.hex, target_name, {0: volume})
 
-    def discovery_chap(self, initiator_name: str) -> ChapSecrets | None:
-        """Names of vdisks are shown to those who may use them only."""
-        return self._chap
+    def named(self, reference: str) -> Found:
+        """By what an administrator writes: an iSCSI name, or the NAME after TARGET_PREFIX. Raises NotFound."""
+        found = self.find(full_name(reference))
+        if found is None:
+            raise NotFound(f"there is no target {reference}; cleavectl target ls and cleavectl vdisk ls show them")
+        return found
 
-    def session_opened(self, session: SessionView) -> None:
-        """Attach the vdisk for as long as the session lives."""
-        label = f"{session.initiator_name} (session {next(self._numbers)})"
-        volume = self._volume_of(session.target_name) if session.target_name else None
+    def _lists_of_vdisk(self, uuid: str) -> list[str]:
+        """Keys of the lists that say who may use a vdisk's own target; none where it is as open as the configuration says."""
+        acls = self.access.acls
+        if uuid in acls:
+            return [uuid]
+        return [name for name, _ in self.table.places_of(uuid) if name in acls] if acls else []
+
+    def _allows(self, key: str, initiator_name: str) -> bool:
+        if key in self.table.targets:
+            return self.access.allows([key], initiator_name)
+        # Of a created target that is no more only its name is left, and a UUID has no dot.
+        return "." not in key and self.access.allows(self._lists_of_vdisk(key), initiator_name)
+
+    # --- Created targets ---------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def claim(self, kind: str, name: str) -> Iterator[None]:
+        """While a VDISK or a TARGET is made: vdisks and created targets share one space of names. Raises Conflict."""
+        other = TARGET if kind == VDISK else VDISK
+        if self._in_making[other, name] or (kind == VDISK and TARGET_PREFIX + name in self.table.targets):
+            raise Conflict(f"there is a {other} {name}, and both would be the target {TARGET_PREFIX}{name}: choose another name")
+        self._in_making[kind, name] += 1
+        try:
+            yield
+        finally:
+            self._in_making[kind, name] -= 1
+            if not self._in_making[kind, name]:
+                del self._in_making[kind, name]
+
+    async def create(self, reference: str) -> Found:
+        """A target without LUNs. Raises Conflict, and what the pool raises."""
+        name = full_name(reference).lower()
+        with self.claim(TARGET, name.removeprefix(TARGET_PREFIX)):
+            if self._find_vdisk(name) is not None:
+                raise Conflict(f"{name} is the target of the vdisk of that name: choose another name")
+            await self.table.create(name)
+        return self.named(name)
+
+    async def remove(self, reference: str) -> str:
+        """Remove a created target with its LUNs and its list; the vdisks stay. Raises NotFound, Conflict (it has sessions)."""
+        found = self._created(reference)
+        users = sorted(opened.label for opened in self._sessions.values() if opened.key == found.key)
+        if users:
+            raise Conflict(f"target {found.name} is in use by {', '.join(users)}: end those sessions first")
+        await self.table.remove(found.name)
+        for volume in found.luns.values():
+            volume.detach(_mapping_label(found.name))
+        await self.access.clear(found.key)
+        return found.name
+
+    def _created(self, reference: str) -> Found:
+        found = self.named(reference)
+        if found.key not in self.table.targets:
+            raise Conflict(f"{found.name} is a vdisk's own target, which has that one LUN: cleavectl target create makes others")
+        return found
+
+    async def map(self, reference: str, volume: AttachableVolume, lun: int | None) -> tuple[str, int]:
+        """Give a vdisk a LUN of a created target; its name and the LUN. Raises NotFound, Conflict, and what the pool raises."""
+        name = self._created(reference).name
+        while_mapping = f"a mapping into {name} ({next(self._numbers)})"
+        volume.attach(while_mapping)  # from here on it cannot be deleted
+        try:
+            number = await self.table.map(name, volume.uuid.hex, lun)
+            self._hold(volume)
+            volume.attach(_mapping_label(name))
+        finally:
+            volume.detach(while_mapping)
+        for opened in self._sessions.values():
+            if opened.key == name:
+                opened.volumes[number] = volume
+                volume.attach(opened.label)
+        return name, number
+
+    async def unmap(self, reference: str, vdisk: str | None, lun: int | None) -> tuple[str, int, AttachableVolume | None]:
+        """Take a LUN, named by its vdisk or its number, out of a created target; the volume is None where its vdisk is missing.
+
+        Raises NotFound, Conflict, and what the pool raises.
+        """
+        found = self._created(reference)
+        if vdisk is not None:
+            lun = next((number for number, volume in found.luns.items() if volume.name == vdisk), None)
+            if lun is None:
+                raise NotFound(f"vdisk {vdisk} is not mapped into target {found.name}")
+        assert lun is not None
+        await self.table.unmap(found.name, lun)
+        volume = found.luns.get(lun)
         if volume is not None:
-            volume.attach(label)
-        self._sessions[session] = (label, volume)
-        get_log().info("session.opened", initiator=session.initiator_name, target=session.target_name)
+            volume.detach(_mapping_label(found.name))
+        for opened in self._sessions.values():
+            if opened.key == found.key and lun in opened.volumes:
+                opened.volumes.pop(lun).detach(opened.label)
+        return found.name, lun, volume
 
-    def session_closed(self, session: SessionView) -> None:
-        """Detach. No command of the session can touch the vdisk any more."""
-        label, volume = self._sessions.pop(session)
-        if volume is not None:
-            volume.detach(label)
-        get_log().info("session.closed", initiator=session.initiator_name, target=session.target_name)
+    # --- Access ----------------------------------------------------------------------------------------------------
+
+    async def allow(self, reference: str, initiators: list[str]) -> Found:
+        """Put initiators on a target's list. Raises NotFound, Conflict, and what the pool raises."""
+        found = self.named(reference)
+        if found.key not in self.table.targets:
+            self._hold(found.luns[0])
+        await self.access.add(found.key, initiators)
+        return found
+
+    async def forget(self, volume: AttachableVolume) -> None:
+        """The vdisk was deleted. Raises what the pool raises."""
+        if self._held.pop(volume.uuid.hex, None) is not None:
+            await self.access.clear(volume.uuid.hex)
+
+    def check_unmapped(self, volume: AttachableVolume) -> None:
+        """Raise Conflict where a vdisk that is to be deleted is mapped into a target."""
+        places = [f"LUN {lun} of target {name}" for name, lun in self.table.places_of(volume.uuid.hex)]
+        if places:
+            raise Conflict(f"vdisk {volume.name} is {' and '.join(places)}: cleavectl target unmap takes it out")
+
+    def no_longer_allowed(self) -> list[SessionView]:
+        """Open sessions whose initiators may not use their targets any more."""
+        return [
+            session
+            for session, opened in self._sessions.items()
+            if opened.key is not None and not self._allows(opened.key, session.initiator_name)
+        ]
 
     # --- What the control service asks -----------------------------------------------------------------------------
 
@@ -77,6 +276,26 @@ class Targets:
     def target_name(vdisk: str) -> str:
         """The iSCSI name of a vdisk's target."""
         return TARGET_PREFIX + vdisk
+
+    def chap_needed(self, volume: AttachableVolume) -> bool:
+        """Initiators of this vdisk's own target must authenticate, or some of them."""
+        return self.access.chap_needed(self._lists_of_vdisk(volume.uuid.hex))
+
+    def describe(self, name: str) -> Row:
+        """A created target: its LUNs, its list (None: it has none), and how many sessions use it."""
+        luns = [{"lun": lun, "vdisk": self._held[uuid].name if uuid in self._held else None, "uuid": uuid}
+                for lun, uuid in self.table.targets[name].luns.items()]  # fmt: skip
+        sessions = sum(1 for opened in self._sessions.values() if opened.key == name)
+        return {"target": name, "luns": luns, "initiators": self.access.acls.get(name), "sessions": sessions}
+
+    def lists(self) -> list[Row]:
+        """Every target that has a list of initiators, sorted by name."""
+        rows: list[Row] = []
+        for key, initiators in self.access.acls.items():
+            created = key in self.table.targets
+            if created or key in self._held:
+                rows.append({"target": key if created else TARGET_PREFIX + self._held[key].name, "initiators": initiators})
+        return sorted(rows, key=lambda row: str(row["target"]))
 
     def sessions(self) -> list[Row]:
         """One row a session, sorted by target and initiator."""
@@ -86,15 +305,19 @@ class Targets:
     def stats(self, vdisk: str) -> Row:
         """Counters of one vdisk since the daemon started. Raises NotFound."""
         volume = self._pool.volume(vdisk)
-        using = sum(1 for _, used in self._sessions.values() if used is not None and used.name == vdisk)
+        using = sum(1 for opened in self._sessions.values() for used in opened.volumes.values() if used.name == vdisk)
         return {"name": vdisk, **_counters(volume), "sessions": using}
+
+
+def full_name(reference: str) -> str:
+    """The iSCSI name that a reference stands for."""
+    return reference if re.fullmatch(ISCSI_NAME, reference) else TARGET_PREFIX + reference
+
+
+def _mapping_label(target_name: str) -> str:
+    return f"target {target_name}"
 
 
 def _counters(volume: AttachableVolume) -> Row:
     transfers = {"reads": volume.reads, "writes": volume.writes, "read_bytes": volume.read_bytes, "written_bytes": volume.written_bytes}
     return {**transfers, "trims": volume.trims, "flushes": volume.flushes}
-
-
-def _secrets(chap: Chap) -> ChapSecrets:
-    mutual = None if chap.mutual_secret is None else chap.mutual_secret.encode()
-    return ChapSecrets(chap.user, chap.secret.encode(), chap.mutual_user, mutual)

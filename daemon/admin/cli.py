@@ -6,13 +6,15 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 not found, 4 conflict, 5 daemon not rea
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import click
 
+from daemon.admin.access_commands import acl, chap, target
 from daemon.admin.client import ControlClient, Unreachable
 from daemon.admin.connect import CLIENTS
-from daemon.admin.output import print_json, print_record, print_table
+from daemon.admin.output import print_json
+from daemon.admin.settings import Settings, with_output
 from daemon.units import UnitError, parse_duration, parse_rate, parse_size
 from protocol.control.errors import EXIT_FAILED, EXIT_UNREACHABLE, ControlError
 
@@ -24,8 +26,6 @@ SPLIT_COLUMNS: Final = ("name", "state", "mode", "percent", "holes_remaining", "
 SESSION_COLUMNS: Final = ("initiator", "target", "address", "commands_in_flight")
 
 NOTIFICATION_SECONDS: Final = 2.0
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class Quantity(click.ParamType[float]):
@@ -62,45 +62,6 @@ SIZE: Final = Quantity("SIZE", parse_size)
 RATE: Final = Quantity("SIZE/s", parse_rate)
 DURATION: Final = Quantity("DURATION", parse_duration)
 SNAPSHOT: Final = SnapshotReference()
-
-
-class Settings:
-    """What the global options say, and the connection, made when the command needs it."""
-
-    def __init__(self, control: str, output: str) -> None:
-        self.control = control
-        self.output = output
-
-    def client(self) -> ControlClient:
-        """A new connection. Raises Unreachable."""
-        return ControlClient(self.control)
-
-    def call(self, method: str, **params: Any) -> Any:
-        """One call over a connection of its own."""
-        with self.client() as client:
-            return client.call(method, **params)
-
-    def show(self, value: Any, columns: tuple[str, ...] | None = None) -> None:
-        """Print a result: a record, or the rows of a table."""
-        if self.output == "json":
-            print_json(value)
-        elif columns is not None:
-            print_table(value, columns)
-        elif value is not None:
-            print_record(value)
-
-
-def _set_output(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
-    if value is not None:
-        ctx.ensure_object(Settings)
-        ctx.obj.output = value
-
-
-def with_output(command: Command) -> Command:
-    """``-o`` after the command too: people and scripts write it in both places."""
-    help_text = "table, or json with stable keys"
-    option = click.option("-o", "--output", type=click.Choice(["table", "json"]), callback=_set_output, expose_value=False, help=help_text)
-    return option(command)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -317,6 +278,11 @@ def pool_check(settings: Settings, verify_data: bool) -> None:
     settings.show(report)
     if not report["ok"]:
         sys.exit(EXIT_FAILED)
+
+
+cleavectl.add_command(target)
+cleavectl.add_command(acl)
+cleavectl.add_command(chap)
 
 
 @cleavectl.group()

@@ -10,13 +10,33 @@ from typing import Annotated, Any, Final, Literal, NamedTuple
 import msgspec
 
 from protocol.control.errors import INVALID_PARAMS, UNKNOWN_METHOD, ControlError
-from protocol.control.limits import GROUP_SNAPSHOTS_MAX, NAME_CHARACTERS_MAX, REFERENCE_CHARACTERS_MAX
+from protocol.control.limits import (
+    ACL_INITIATORS_MAX,
+    CHAP_CHARACTERS_MAX,
+    CHAP_SECRET_CHARACTERS_MIN,
+    GROUP_SNAPSHOTS_MAX,
+    ISCSI_NAME_CHARACTERS_MAX,
+    LUN_MAX,
+    NAME_CHARACTERS_MAX,
+    REFERENCE_CHARACTERS_MAX,
+)
 
 # A vdisk's name ends an iSCSI name, where RFC 7143 4.2.7.1 allows letters, digits, dash, dot and colon; the underscore is an
 # addition that initiators take too. Nothing else, so that names need no quoting in URLs and shells.
 _NAME: Final = r"[A-Za-z0-9][A-Za-z0-9._:-]*"
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=NAME_CHARACTERS_MAX, pattern=rf"^{_NAME}\Z")]
 Reference = Annotated[str, msgspec.Meta(min_length=3, max_length=REFERENCE_CHARACTERS_MAX, pattern=rf"^{_NAME}@{_NAME}\Z")]
+# RFC 7143 4.2.7.2, in the characters that need no preparation (4.2.7.1), and the underscore, which initiators use too.
+ISCSI_NAME: Final = (
+    r"(?:[iI][qQ][nN]\.[0-9]{4}-[0-9]{2}\.[A-Za-z0-9][A-Za-z0-9._:-]*"
+    r"|[eE][uU][iI]\.[0-9A-Fa-f]{16}|[nN][aA][aA]\.[0-9A-Fa-f]{16}(?:[0-9A-Fa-f]{16})?)"
+)
+Initiator = Annotated[str, msgspec.Meta(max_length=ISCSI_NAME_CHARACTERS_MAX, pattern=rf"^{ISCSI_NAME}\Z")]
+# An iSCSI name, or what follows the prefix that the daemon gives: the characters are the same.
+TargetReference = Annotated[str, msgspec.Meta(min_length=1, max_length=ISCSI_NAME_CHARACTERS_MAX, pattern=rf"^{_NAME}\Z")]
+Lun = Annotated[int, msgspec.Meta(ge=0, le=LUN_MAX)]
+ChapName = Annotated[str, msgspec.Meta(min_length=1, max_length=CHAP_CHARACTERS_MAX)]
+ChapSecret = Annotated[str, msgspec.Meta(min_length=CHAP_SECRET_CHARACTERS_MIN, max_length=CHAP_CHARACTERS_MAX)]
 SizeBytes = Annotated[int, msgspec.Meta(gt=0)]
 
 # Notifications that a client can subscribe to.
@@ -104,6 +124,67 @@ class SplitStart(Params, frozen=True, kw_only=True):
     rate_max_bytes: SizeBytes | None = None
 
 
+class Target(Params, frozen=True, kw_only=True):
+    """One target: an iSCSI name, or the NAME after the daemon's own prefix."""
+
+    target: TargetReference
+
+
+class TargetMap(Params, frozen=True, kw_only=True):
+    """A vdisk becomes a LUN of a created target; without a number, the lowest free one."""
+
+    target: TargetReference
+    vdisk: Name
+    lun: Lun | None = None
+
+
+class TargetUnmap(Params, frozen=True, kw_only=True):
+    """The LUN is named by its vdisk or by its number: exactly one of them."""
+
+    target: TargetReference
+    vdisk: Name | None = None
+    lun: Lun | None = None
+
+
+class AclAdd(Params, frozen=True, kw_only=True):
+    """Initiators that may use a target; from the first one on, nobody else may."""
+
+    target: TargetReference
+    initiators: Annotated[list[Initiator], msgspec.Meta(min_length=1, max_length=ACL_INITIATORS_MAX)]
+
+
+class AclRemove(Params, frozen=True, kw_only=True):
+    """An initiator that may not use a target any more. A list that becomes empty stays, and lets nobody in."""
+
+    target: TargetReference
+    initiator: Initiator
+
+
+class AclList(Params, frozen=True, kw_only=True):
+    """Of one target, or of all."""
+
+    target: TargetReference | None = None
+
+
+class ChapSet(Params, frozen=True, kw_only=True):
+    """What an initiator must prove; with the ``mutual`` pair, what the target proves to it."""
+
+    initiator: Initiator
+    user: ChapName
+    secret: ChapSecret
+    mutual_user: ChapName | None = None
+    mutual_secret: ChapSecret | None = None
+
+    def __repr__(self) -> str:
+        return f"ChapSet(initiator={self.initiator!r}, user={self.user!r})"
+
+
+class OneInitiator(Params, frozen=True, kw_only=True):
+    """An initiator, by its iSCSI name."""
+
+    initiator: Initiator
+
+
 class PoolCheck(Params, frozen=True, kw_only=True):
     """``verify_data`` reads every data block too, and compares its checksum."""
 
@@ -140,6 +221,18 @@ METHODS: Final[Mapping[str, Method]] = {
     "split.estimate": Method(Named, "how much a split would copy, and how long that takes"),
     "pool.show": Method(Params, "size, use and state of the pool"),
     "pool.check": Method(PoolCheck, "check the whole pool while it serves"),
+    "target.create": Method(Target, "create a target without LUNs, beside the vdisks' own"),
+    "target.ls": Method(Params, "list the targets that were created"),
+    "target.rm": Method(Target, "remove a created target; its vdisks stay"),
+    "target.map": Method(TargetMap, "make a vdisk a LUN of a created target"),
+    "target.unmap": Method(TargetUnmap, "take a LUN out of a created target"),
+    "acl.add": Method(AclAdd, "let initiators use a target, and from then on nobody else"),
+    "acl.rm": Method(AclRemove, "take an initiator off a target's list, and end its sessions"),
+    "acl.clear": Method(Target, "remove a target's list"),
+    "acl.ls": Method(AclList, "the lists of initiators"),
+    "chap.set": Method(ChapSet, "set what an initiator must prove"),
+    "chap.rm": Method(OneInitiator, "remove an initiator's credentials"),
+    "chap.ls": Method(Params, "which initiators have credentials, without their secrets"),
     "session.ls": Method(Params, "list the iSCSI sessions"),
     "stats": Method(Named, "counters of one vdisk since the daemon started"),
     "connect": Method(Named, "what a client needs to connect to a vdisk"),

@@ -16,6 +16,7 @@ def test_defaults() -> None:
     assert config.cache_bytes == 256 << 20
     assert config.pool_size_bytes is None
     assert config.chap is None
+    assert config.open_access
     assert (config.log_level, config.log_format) == ("info", "auto")
 
 
@@ -38,6 +39,7 @@ def test_every_option() -> None:
         [iscsi]
         listen = ["[::1]:0", "host:3261"]
         connections_max = 3
+        open_access = false
         [iscsi.chap]
         user = "u"
         secret = "secretsecret"
@@ -55,6 +57,7 @@ def test_every_option() -> None:
     assert config.iscsi_listen == (Address("::1", 0), Address("host", 3261))
     assert str(config.iscsi_listen[0]) == "[::1]:0"
     assert config.connections_max == 3
+    assert not config.open_access
     assert config.chap == Chap("u", "secretsecret", "m", "othersecret1")
     assert (config.control_path, config.log_level, config.log_format) == ("/c", "debug", "json")
 
@@ -81,6 +84,8 @@ POOL = 'pool.path = "/p"\n'
         (POOL + 'iscsi.chap = {user = "u", secret = "short"}', ["iscsi.chap.secret", "5 characters", "12"]),
         (POOL + 'iscsi.chap = {user = "u", secret = "123456789012", mutual_user = "m"}', ["mutual_secret", "both"]),
         (POOL + 'iscsi.chap = {user = "u", secret = "123456789012", mutual_user = "m", mutual_secret = "123456789012"}', ["different"]),
+        (POOL + 'iscsi.open_access = "yes"', ["iscsi.open_access", "'yes'", "`bool"]),
+        (POOL + 'iscsi.listen = ["127.0.0.1:1", "10.0.0.1:3260"]', ["10.0.0.1:3260", "open_access", "false", "acl add", "true"]),
         (POOL + 'control.path = "' + "x" * 108 + '"', ["control.path", "107"]),
         (POOL + 'log.level = "loud"', ["log.level", "'loud'"]),
     ],
@@ -90,6 +95,22 @@ def test_every_mistake_names_the_option_the_value_and_what_would_be_right(text: 
         build(tomllib.loads(text))
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "[::1]", "localhost"])
+def test_access_is_open_by_default_on_loopback(host: str) -> None:
+    assert build({"pool": {"path": "/p"}, "iscsi": {"listen": [f"{host}:0"]}}).open_access
+
+
+@pytest.mark.parametrize(
+    "host", ["0.0.0.0", "[::]", "10.0.0.1", "[fe80::1%eth0]", "storage.example", "localhost.example", "127.0.0.1.example"]
+)
+def test_elsewhere_somebody_must_say_whether_it_is_open(host: str) -> None:
+    iscsi = {"listen": ["127.0.0.1:0", f"{host}:0"]}
+    with pytest.raises(ConfigError, match="open_access"):
+        build({"pool": {"path": "/p"}, "iscsi": iscsi})
+    for said in (True, False):
+        assert build({"pool": {"path": "/p"}, "iscsi": {**iscsi, "open_access": said}}).open_access is said
 
 
 @pytest.mark.parametrize("secret", ["", "hunter2"])

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from daemon.reservation_store import ReservationStore
 from daemon.service import ControlService, control_error
 from daemon.targets import Targets
 from protocol.control import errors, methods
 from protocol.control.errors import ControlError
-from protocol.volume import BlockVolume
 from storage.errors import (
     BlockDamaged,
     Conflict,
@@ -24,6 +24,7 @@ from storage.errors import (
     VolumeClosed,
 )
 from storage.pool import Pool
+from tests.daemon.fakes import RecordedWire
 from tests.storage.devices import MemoryDevice
 
 MIB = 1 << 20
@@ -39,13 +40,13 @@ async def pool() -> AsyncIterator[Pool]:
 
 
 @pytest.fixture
-def resized() -> list[BlockVolume]:
-    return []
+def wire() -> RecordedWire:
+    return RecordedWire()
 
 
 @pytest.fixture
-def service(pool: Pool, resized: list[BlockVolume]) -> ControlService:
-    return ControlService(pool, "/pool", Targets(pool, None), lambda: ["127.0.0.1:3260"], resized.append)
+def service(pool: Pool, wire: RecordedWire) -> ControlService:
+    return ControlService(pool, "/pool", Targets(pool, None), ReservationStore(pool), wire)
 
 
 async def call(service: ControlService, method: str, **params: object) -> object:
@@ -92,10 +93,10 @@ def test_codes(kind: type[StorageError], code: str) -> None:
     assert control_error(kind("x")).code == code
 
 
-async def test_a_resize_is_told_to_the_wire(service: ControlService, resized: list[BlockVolume]) -> None:
+async def test_a_resize_is_told_to_the_wire(service: ControlService, wire: RecordedWire) -> None:
     await call(service, "vdisk.create", name="a", size_bytes=MIB)
     await call(service, "vdisk.resize", name="a", size_bytes=2 * MIB)
-    assert [(volume.name, volume.size_bytes) for volume in resized] == [("a", 2 * MIB)]
+    assert [(volume.name, volume.size_bytes) for volume in wire.resized] == [("a", 2 * MIB)]
 
 
 async def test_a_clone_that_is_split_at_once(service: ControlService) -> None:
