@@ -33,6 +33,7 @@ EVENT_LEVELS: Final = {
     "image.damaged": "error",
     "reclaim.failed": "error",
     "split.failed": "error",
+    "split.lost": "error",
     "log.unknown_image": "warning",
     "device.discard_failed": "warning",
 }

@@ -1,0 +1,71 @@
+"""Which connections are taken, and what is told of those that are not."""
+
+from typing import Any
+
+import pytest
+
+from daemon.admission import LOGINS_PER_ADDRESS_MAX, Admission
+
+
+class Connection:
+    def __init__(self) -> None:
+        self.logging_in = True
+
+
+def fill(admission: Admission, host: str, count: int) -> list[Connection]:
+    made = [Connection() for _ in range(count)]
+    for connection in made:
+        assert admission.refusal(host) is None
+        admission.added(connection, host)
+    return made
+
+
+def test_one_address_cannot_hold_more_logins_than_its_share() -> None:
+    admission = Admission(connections_max=1000)
+    held = fill(admission, "10.0.0.1", LOGINS_PER_ADDRESS_MAX)
+    reason = admission.refusal("10.0.0.1")
+    assert reason is not None
+    assert str(LOGINS_PER_ADDRESS_MAX) in reason
+    assert admission.refusal("10.0.0.2") is None
+    held[0].logging_in = False  # it has logged in, and counts no more
+    fill(admission, "10.0.0.1", 1)
+    assert admission.refusal("10.0.0.1") is not None
+    admission.removed(held[1], "10.0.0.1")
+    assert admission.refusal("10.0.0.1") is None
+
+
+def test_those_that_have_logged_in_count_for_the_whole_only() -> None:
+    admission = Admission(connections_max=LOGINS_PER_ADDRESS_MAX * 3)
+    for _ in range(3):
+        for connection in fill(admission, "h", LOGINS_PER_ADDRESS_MAX):
+            connection.logging_in = False
+    assert admission.refusal("h") == f"iscsi.connections_max {LOGINS_PER_ADDRESS_MAX * 3}"
+    assert admission.refusal("other") is not None
+
+
+def test_nothing_is_kept_of_addresses_that_have_gone() -> None:
+    admission = Admission(connections_max=10_000)
+    for number in range(1000):
+        (connection,) = fill(admission, f"host{number}", 1)
+        admission.removed(connection, f"host{number}")
+        assert admission.refusal(f"stranger{number}") is None
+    assert admission._logging_in == {}
+    assert admission._connections == 0
+
+
+def test_a_flood_of_refusals_is_a_few_lines_in_the_log(capsys: pytest.CaptureFixture[str]) -> None:
+    def lines() -> list[Any]:
+        return [line for line in capsys.readouterr().out.splitlines() if "iscsi.refused" in line]
+
+    admission = Admission(connections_max=1)
+    for number in range(1000):
+        admission.refused(f"10.0.0.1:{number}", "full")
+    assert len(lines()) == 1
+    admission.tick()
+    (line,) = lines()
+    assert "times=" in line
+    assert "999" in line
+    admission.tick()
+    assert lines() == []
+    admission.refused("10.0.0.1:1", "full")
+    assert len(lines()) == 1
