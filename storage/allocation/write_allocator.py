@@ -37,8 +37,8 @@ POINT_BLOCKS_EXTRA = 48
 # Of each of the other two parts: 1/256 of the pool; a few paths to the leaves on a small pool, 16 MiB on a large one.
 PART_BLOCKS_MIN = 32
 PART_BLOCKS_MAX = 4096
-# Who found no block for a node waits for at least this many: every path to the leaves that a large write changes, and an entry. With less it
-# would dirty the upper part of its path, wait for a consistency point, and have to dirty it again in the next epoch, for ever.
+# Who found no block for a node waits for at least this many: every path to the leaves that a large write changes, and an entry. With
+# less it would dirty the upper part of its path, wait for a consistency point, and dirty it again in the next epoch, for ever.
 NODES_ROOM = 32
 # What a touched image's entry may take: itself, and the level-1 block of the table above it.
 ENTRY_BLOCKS = 2

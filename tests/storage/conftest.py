@@ -19,7 +19,9 @@ def order_is_held(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     def flush(self: IntentLog, done: Any) -> None:
         device = self._state.device
-        assert isinstance(device, OrderingChecker)
+        if not isinstance(device, OrderingChecker):
+            original_flush(self, done)  # a log by itself, with no pool around it
+            return
         complete = device.complete_unsynced()
 
         def checked(error: Exception | None) -> None:

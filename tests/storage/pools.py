@@ -101,9 +101,10 @@ class OpenPool:
 
     async def read(self, name: str, offset_bytes: int, length_bytes: int) -> bytes:
         found = self.volume(name).try_read(offset_bytes, length_bytes)
-        if found is None:
-            found = await asyncio.wait_for(self.begin_read(name, offset_bytes, length_bytes), PATIENCE_SECONDS)
-        return bytes(found)
+        if found is not None:
+            return bytes(found)
+        waited: bytes = await asyncio.wait_for(self.begin_read(name, offset_bytes, length_bytes), PATIENCE_SECONDS)
+        return waited
 
     async def checkpoint(self) -> None:
         await asyncio.wait_for(self.pool.consistency_point(), PATIENCE_SECONDS)
@@ -158,7 +159,8 @@ def completion() -> "asyncio.Future[Any]":
 
 def keep(done: "asyncio.Future[Any]", volume: Volume) -> "asyncio.Future[Any]":
     """Hold on to a volume, as a session would, until its command is complete."""
-    done.add_done_callback(lambda _, held=volume: None)
+    held = [volume]
+    done.add_done_callback(lambda _: held.clear())
     return done
 
 

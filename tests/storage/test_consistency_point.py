@@ -8,9 +8,10 @@ import pytest
 from storage.consistency.epoch import Epoch
 from storage.errors import BlockDamaged, PoolReadOnly, StorageError
 from storage.layout import BLOCK_BYTES
+from storage.pool import Pool
 from tests.storage.crash_device import CrashDevice, Loss
 from tests.storage.devices import SYNC, WRITE, DelayDevice, Fault, FaultyDevice, MemoryDevice
-from tests.storage.pools import LEAF_BYTES, Pool, checked_offline, data, new_pool, open_on, opened, within
+from tests.storage.pools import LEAF_BYTES, checked_offline, data, new_pool, open_on, opened, within
 
 
 class Delayed:
@@ -144,12 +145,12 @@ async def test_a_freed_block_waits_for_the_readers_from_before() -> None:
 
 def test_an_epoch_with_nothing_in_it_is_unchanged() -> None:
     epoch = Epoch(7)
-    assert not epoch.changed and not epoch.freed_estimate
+    assert (epoch.changed, epoch.freed_estimate) == (False, 0)
     epoch.count_pointer(100, 1)
     epoch.count_pointer(100, -1)
     assert epoch.pointer_delta == {}
     epoch.dropped.append(5)
-    assert epoch.changed and epoch.freed_estimate == 1
+    assert (epoch.changed, epoch.freed_estimate) == (True, 1)
 
 
 @pytest.mark.parametrize("loss", [Loss.ALL, Loss.NOTHING, Loss.SOME_PAGES, Loss.SOME_SECTORS])

@@ -88,8 +88,8 @@ async def test_all_flushes_that_wait_share_the_next_record() -> None:
     assert isinstance(log.device, DelayDevice)
     log.device.hold(SYNC)
     log.change(1)
-    first = asyncio.create_task(log.flush())
-    while not log.device.held(SYNC):
+    flush = first = asyncio.create_task(log.flush())
+    while not log.device.held(SYNC) and not flush.done():
         await asyncio.sleep(0)
     log.change(3)
     others = [asyncio.create_task(log.flush()) for _ in range(20)]
@@ -147,7 +147,7 @@ async def test_changes_that_come_while_the_frozen_epoch_is_logged_do_not_overrun
     log.change(1)
     log.device.hold(SYNC)
     flush = asyncio.create_task(log.flush())
-    while not log.device.held(SYNC):
+    while not log.device.held(SYNC) and not flush.done():
         await asyncio.sleep(0)
     log.change(ENTRIES_PER_BLOCK * 8)  # eight blocks more, where three are left
     log.device.release(SYNC)

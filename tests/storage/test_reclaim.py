@@ -50,7 +50,7 @@ async def test_what_others_hold_stays() -> None:
         order = sorted(versions)
         shuffled.shuffle(order)
         for name in order:
-            await running.pool.snapshot_delete(*name.split("@"))
+            await running.pool.snapshot_delete("a", name.removeprefix("a@"))
             del versions[name]
             await running.reclaimed()
             for other, expected in versions.items():

@@ -1,6 +1,7 @@
 """Trimming: what was trimmed reads as zeros for good, at every level of the tree, and the count of used blocks stays exact."""
 
 import asyncio
+from collections.abc import Awaitable
 
 import pytest
 
@@ -96,7 +97,7 @@ async def test_trims_writes_and_consistency_points_under_way_together() -> None:
     async with new_pool(deferred=True, miss_rate=0.5, seed=5) as running:
         await running.pool.vdisk_create("a", 4 * LEAF_BYTES)
         await running.write("a", 0, data(1, 1024))
-        commands = []
+        commands: list[Awaitable[None]] = []
         for index in range(8):
             first = index * 128
             commands.append(running.begin_zero("a", first * BLOCK_BYTES, 64 * BLOCK_BYTES))
