@@ -10,7 +10,8 @@ Rules that make the hot path possible (design section 3):
 """
 
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Final, Protocol, runtime_checkable
 from uuid import UUID
 
 Buffer = bytes | bytearray | memoryview
@@ -18,6 +19,10 @@ Completion = Callable[[Exception | None], None]
 ReadCompletion = Callable[[Buffer | None, Exception | None], None]
 # Runs from the offset asked for, in order: (length in bytes, whether blocks are allocated there). At least one; they may end early.
 AllocationCompletion = Callable[[list[tuple[int, bool]] | None, Exception | None], None]
+
+# A write of whole 4 KiB blocks up to this length (WRITE ATOMIC tells clients so) is, after any crash, there entirely or not at all,
+# and a read sees it so. 128 KiB is above the pages and journal blocks of every database that asks for atomic writes.
+ATOMIC_WRITE_BYTES_MAX: Final = 128 * 1024
 
 
 class BlockVolume(Protocol):
@@ -46,7 +51,10 @@ class BlockVolume(Protocol):
         """Read by way of the I/O threads."""
 
     def write(self, offset_bytes: int, data: Buffer, fua: bool, done: Completion) -> None:
-        """Take a write into the current batch. ``data`` need stay valid only until the next ``settle`` returns."""
+        """Take a write into the current batch. ``data`` need stay valid only until the next ``settle`` returns.
+
+        Whole blocks of at most ATOMIC_WRITE_BYTES_MAX become readable, and durable, in one step.
+        """
 
     def settle(self) -> None:
         """Carry out the batch of writes taken since the last call: call it once at the end of each wake-up."""
@@ -67,3 +75,47 @@ class ReportsAllocation(Protocol):
 
     def allocation(self, offset_bytes: int, length_bytes: int, done: AllocationCompletion) -> None:
         """Report the state of a range. A clone's holes that read through to its backing store count as allocated."""
+
+
+@runtime_checkable
+class CopiesByReference(Protocol):
+    """What a volume may have in addition: it can take over blocks of another volume without moving their data."""
+
+    def copy_from(self, source: object, source_offset_bytes: int, offset_bytes: int, length_bytes: int, done: Completion) -> None:
+        """Make whole blocks (all three numbers are multiples of 4096) read as those of ``source`` read now.
+
+        An error with EOPNOTSUPP: the two volumes share nothing, and the data have to be copied.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeUsage:
+    """What a thin volume takes up, and what is left for it and others."""
+
+    used_bytes: int
+    available_bytes: int
+
+
+@runtime_checkable
+class ReportsUsage(Protocol):
+    """What a volume may have in addition: it knows its share of the pool. The logical block provisioning log page tells clients."""
+
+    def usage(self) -> VolumeUsage:
+        """Bytes that the volume's own blocks take in the pool, and bytes still free in the pool. Returns at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class SplitState:
+    """How far a clone is from standing on its own."""
+
+    holes_remaining_blocks: int | None  # blocks of 4096 bytes still read from the backing store; None: not counted yet
+    holes_total_blocks: int | None  # the same when the split began; None where no split was started
+    running: bool
+
+
+@runtime_checkable
+class ReportsSplit(Protocol):
+    """What a volume may have in addition: it knows how much of it is still backed. The clone log page tells clients."""
+
+    def split_state(self) -> SplitState | None:
+        """None where there is no backing store. Returns at once."""

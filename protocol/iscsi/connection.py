@@ -192,6 +192,7 @@ class TargetConnection:
         text = TextExchange(lambda: self.node.directory.names_for(self.initiator_name, portal), lambda: self.node.portals(portal))
         self._phase = FullFeature(
             result, nexus, self._sender, stat_sn + 1, text, self._request_flush, self._flush_now, lambda: self._paused or self._closed,
+            lambda: self.node.terminate_target(self.target_name),
         )
         # Digests begin after the final login response.
         self._receive.header_digest = self._sender.header_digest = result.parameters.header_digest
@@ -250,6 +251,10 @@ class TargetConnection:
             phase.when_drained = both
         else:
             drained()
+
+    def terminated(self) -> None:
+        """The target was reset cold."""
+        self._end("the target was reset")
 
     def lun_mapped(self, lun: int, unit: LogicalUnit) -> None:
         """The session's target has one logical unit more."""

@@ -55,13 +55,16 @@ class GatedStart:
 class WriteTask(Task):
     """A command that takes data from the client and then starts its operation."""
 
-    __slots__ = ("_burst_end", "_data_sn", "_operation", "_received", "_solicited", "_total", "_ttt", "buffer", "r2t_count", "raw_lun")
+    __slots__ = (
+        "_burst_end", "_data_sn", "_operation", "_received", "_solicited", "_total", "_ttt", "buffer", "collecting", "r2t_count", "raw_lun",
+    )
 
     def __init__(self, phase: "FullFeature", pdu: Pdu, mapped: UnitNexus | None, operation: Operation, announced: int) -> None:
         super().__init__(phase, pdu.itt, mapped, pdu.expected_length, pdu.immediate)
         self.wanted_bytes = operation.data_bytes
         self.raw_lun = pdu.lun
         self.buffer = bytearray()
+        self.collecting = True  # until all data are there; what comes later is dropped
         self.r2t_count = 0
         self._operation = operation
         self.changes = operation.writing
@@ -147,6 +150,7 @@ class WriteTask(Task):
 
     def _run(self, data: Buffer) -> None:
         """Start the operation, or let the gate of the logical unit start it."""
+        self.collecting = False
         self._received = len(data)
         mapped = self.mapped
         if mapped is not None and self.changes and (self._operation.exclusive or mapped.unit.gate.closed):
@@ -157,7 +161,7 @@ class WriteTask(Task):
 
     def start(self, data: Buffer) -> None:
         """Hand over to the operation; `_done` follows, perhaps before this returns."""
-        self.busy = True
+        self.busy = not self._operation.detached
         self._operation.start(data, self._done)
 
     def _done(self, error: Exception | None) -> None:

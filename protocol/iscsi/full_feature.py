@@ -78,13 +78,13 @@ class FullFeature:
     __slots__ = (
         "cid", "commands", "discovery", "exp_cmd_sn", "fast", "fast_read_max", "fast_write_max", "flush", "free_writes",
         "immediate_tasks", "initiator_name", "is_paused", "logged_out", "max_cmd_sn", "nexus", "parameters", "ping_tag", "portal",
-        "read_bytes", "sender", "stalled", "stat_sn", "target_name", "task_management", "tasks", "text", "transfer_tag", "units",
-        "unsettled", "wake", "when_drained", "write_bytes", "write_queue", "write_reserved",
+        "read_bytes", "sender", "stalled", "stat_sn", "target_name", "task_management", "tasks", "terminate_target", "text", "transfer_tag",
+        "units", "unsettled", "wake", "when_drained", "write_bytes", "write_queue", "write_reserved",
     )
 
     def __init__(
         self, login: LoginResult, nexus: Nexus, sender: Sender, stat_sn: int, text: TextExchange,
-        wake: Callable[[], None], flush: Callable[[], None], is_paused: Callable[[], bool],
+        wake: Callable[[], None], flush: Callable[[], None], is_paused: Callable[[], bool], terminate_target: Callable[[], None],
     ) -> None:
         self.initiator_name = login.initiator_name
         self.target_name = login.target.name if login.target is not None else ""
@@ -113,6 +113,7 @@ class FullFeature:
         self.wake = wake
         self.flush = flush
         self.is_paused = is_paused
+        self.terminate_target = terminate_target
         self.fast = fast_path.eligible(self)
         self.free_writes: list[fast_path.FastWrite] = []
         self.fast_read_max = min(self.parameters.peer_data_segment_bytes, self.parameters.max_burst_bytes, limits.READ_PIECE_BYTES)
@@ -155,7 +156,7 @@ class FullFeature:
         self.reject(pdu, REJECT_DATA_DIGEST)
         if pdu.opcode == DATA_OUT:
             task = self.tasks.get(pdu.itt)
-            if isinstance(task, WriteTask) and not task.busy:
+            if isinstance(task, WriteTask) and task.collecting:
                 task.data_digest_failed()
 
     def _nop_out(self, pdu: Pdu) -> None:
@@ -258,7 +259,7 @@ class FullFeature:
     def _data_out(self, pdu: Pdu) -> None:
         task = self.tasks.get(pdu.itt)
         # Data of a task that has ended or was aborted may still be on their way: they are dropped (RFC 7143 11.5.1).
-        if isinstance(task, WriteTask) and not task.aborted and not task.busy:
+        if isinstance(task, WriteTask) and task.collecting and not task.aborted:
             task.take(pdu)
 
     def _task_management(self, pdu: Pdu) -> None:

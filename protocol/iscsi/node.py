@@ -82,6 +82,9 @@ class NodeSession(SessionView, Protocol):
     def reinstated(self, drained: Callable[[], None]) -> None:
         """End at once, and call ``drained`` when no command of this session can touch a volume any more."""
 
+    def terminated(self) -> None:
+        """End at once, after what is to be sent."""
+
     def lun_mapped(self, lun: int, unit: LogicalUnit) -> None:
         """The session's target has one logical unit more."""
 
@@ -93,8 +96,8 @@ class NodeSession(SessionView, Protocol):
 class TargetNode:
     """Registry of sessions and logical units of one daemon.
 
-    Logical units live as long as a nexus uses them or is registered with them (SPC-4 5.13), so that all sessions of one volume
-    share state and unit attentions.
+    Logical units live as long as they are in use (`LogicalUnit.in_use`), so that all sessions of one volume share state and unit
+    attentions.
     """
 
     directory: TargetDirectory
@@ -124,10 +127,10 @@ class TargetNode:
     def unit_for(self, volume: BlockVolume) -> LogicalUnit:
         """The logical unit over ``volume``, shared by all who use it."""
         unit = self.units.get(volume.uuid)
-        if unit is None or not (unit.nexuses or unit.reservations.registrations):
+        if unit is None or not unit.in_use:
             unit = self.units[volume.uuid] = self._new_unit(volume)
         elif not unit.nexuses:
-            unit.volume = volume  # only reservations kept the unit; the daemon may have opened its volume anew
+            unit.volume = volume  # nobody used the unit; the daemon may have opened its volume anew
             unit.refresh_capacity()
         return unit
 
@@ -156,7 +159,7 @@ class TargetNode:
             self._forget_unused(unit)
 
     def _forget_unused(self, unit: LogicalUnit) -> None:
-        if not (unit.nexuses or unit.reservations.registrations) and self.units.get(unit.uuid) is unit:
+        if not unit.in_use and self.units.get(unit.uuid) is unit:
             del self.units[unit.uuid]
 
     def lun_mapped(self, target_name: str, lun: int, volume: BlockVolume) -> None:
@@ -194,6 +197,16 @@ class TargetNode:
             del self.sessions[key]
         self.release_tsih(tsih)
         self.directory.session_closed(session)
+
+    def soft_threshold_reached(self) -> None:
+        """The pool behind all volumes is filling up: every nexus is told by a unit attention."""
+        for unit in self.units.values():
+            unit.soft_threshold_reached()
+
+    def terminate_target(self, target_name: str) -> None:
+        """End all sessions of a target (TARGET COLD RESET, RFC 7143 11.5.1)."""
+        for session in self._sessions_of(target_name):
+            session.terminated()
 
     def volume_resized(self, volume: BlockVolume) -> None:
         """Tell every nexus at once; without this call each notices at its next command that is not a plain READ or WRITE."""

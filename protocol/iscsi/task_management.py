@@ -38,6 +38,7 @@ class _Waiting:
 
     itt: int
     tasks: set[Task]
+    cold: bool = False
 
 
 class TaskManagement:
@@ -63,25 +64,31 @@ class TaskManagement:
             entry.tasks.discard(task)
             if not entry.tasks:
                 self.waiting.remove(entry)
-                self._answer(entry.itt, COMPLETE)
+                self._complete(entry)
                 self._phase.wake()
 
     def _answer(self, itt: int, outcome: int) -> None:
         self._phase.sender.put(self._phase.numbered(TASK_MANAGEMENT_RESPONSE, itt, byte2=outcome))
 
-    def _abort(self, itt: int, tasks: Iterable[Task]) -> None:
+    def _complete(self, entry: _Waiting) -> None:
+        self._answer(entry.itt, COMPLETE)
+        if entry.cold:
+            self._phase.terminate_target()
+
+    def _abort(self, itt: int, tasks: Iterable[Task], cold: bool = False) -> None:
         """Abort, and answer now or when the last has ended."""
-        remaining = set()
+        remaining: set[Task] = set()
         for task in tasks:
             task.abort()
             if task.busy:
                 remaining.add(task)
                 if self not in task.watchers:
                     task.watchers = (*task.watchers, self)
+        entry = _Waiting(itt, remaining, cold)
         if remaining:
-            self.waiting.append(_Waiting(itt, remaining))
+            self.waiting.append(entry)
         else:
-            self._answer(itt, COMPLETE)
+            self._complete(entry)
 
     def _mapped(self, pdu: Pdu) -> UnitNexus | None:
         mapped = self._phase.nexus.units.get(decode_lun(pdu.lun))
@@ -129,6 +136,10 @@ class TaskManagement:
     def _target_reset(self, pdu: Pdu) -> None:
         self._abort(pdu.itt, self._reset([mapped.unit for mapped in self._phase.nexus.units.values()]))
 
+    def _target_cold_reset(self, pdu: Pdu) -> None:
+        """The same, and then every session of the target ends, this one too (RFC 7143 11.5.1)."""
+        self._abort(pdu.itt, self._reset([mapped.unit for mapped in self._phase.nexus.units.values()]), cold=True)
+
     def _reassign(self, pdu: Pdu) -> None:
         self._answer(pdu.itt, NO_REASSIGNMENT)
 
@@ -138,5 +149,6 @@ class TaskManagement:
         CLEAR_TASK_SET: _clear_task_set,
         LOGICAL_UNIT_RESET: _logical_unit_reset,
         TARGET_WARM_RESET: _target_reset,
+        TARGET_COLD_RESET: _target_cold_reset,
         TASK_REASSIGN: _reassign,
     }

@@ -1,4 +1,7 @@
-"""COMPARE AND WRITE and ORWRITE (SBC-3 5.2, 5.17): a read and a write that depends on it, as one operation."""
+"""COMPARE AND WRITE and ORWRITE (SBC-3 5.2, 5.17): a read and a write that depends on it, as one operation.
+
+WRITE ATOMIC (SBC-4 5.48): a write that is there entirely or not at all, whatever happens.
+"""
 
 from typing import Final
 
@@ -67,7 +70,27 @@ def or_write(request: Request) -> Plan:
     return Operation(length, start, needs_owned_data=True, exclusive=True)
 
 
+def write_atomic(request: Request) -> Plan:
+    """WRITE ATOMIC(16): whole blocks only, for a volume takes those over in one step (`protocol.volume.ATOMIC_WRITE_BYTES_MAX`).
+
+    Data that are cut short by the client are refused: part of an atomic write is no atomic write.
+    """
+    cdb, unit = request.cdb, request.unit
+    lba, sectors = int.from_bytes(cdb[2:10], "big"), int.from_bytes(cdb[12:14], "big")
+    offset, length = check_range(unit, lba, sectors)
+    if lba % limits.PHYSICAL_BLOCK_SECTORS:
+        raise CheckCondition(sense.invalid_field_in_cdb(2))
+    if sectors > limits.ATOMIC_SECTORS_MAX or sectors % limits.PHYSICAL_BLOCK_SECTORS:
+        raise CheckCondition(sense.invalid_field_in_cdb(12))
+    if length == 0:
+        return NO_DATA
+    fua = bool(cdb[1] & _FUA) or not unit.write_cache
+    return Operation(length, lambda data, done: unit.volume.write(offset, data, fua, done), exact=True)
+
+
 COMMANDS: Final = (
+    # Bytes 10 and 11 are the atomic boundary, which is 0: no boundary splits a write.
+    Command("WRITE ATOMIC(16)", usage("9c18ffffffffffffffff0000ffff3f00"), write_atomic, needs_medium=True, writes=True),
     Command("COMPARE AND WRITE", usage("8918ffffffffffffffff000000ff3f00"), compare_and_write, needs_medium=True, writes=True),
     Command("ORWRITE(16)", usage("8b18ffffffffffffffffffffffff3f00"), or_write, needs_medium=True, writes=True),
 )

@@ -37,7 +37,8 @@ class Command:
     ``usage`` has a set bit wherever the command evaluates one, operation code included (SPC-4 6.35.3, CDB USAGE DATA);
     a set bit outside it is INVALID FIELD IN CDB, so the table is at once the report and the check. Another's reservation
     forbids ``writes``, and ``reserved`` commands like them; some kinds forbid every command that ``needs_medium``. RESERVE(6) by
-    another forbids all but ``any_lun`` and ``despite_exclusion`` ones.
+    another forbids all but ``any_lun`` and ``despite_exclusion`` ones; a sanitize operation all but ``any_lun`` and
+    ``despite_sanitize`` ones, and one that failed leaves ``after_failed_sanitize`` ones besides.
     """
 
     name: str
@@ -50,6 +51,8 @@ class Command:
     despite_exclusion: bool = False
     needs_medium: bool = False
     writes: bool = False
+    despite_sanitize: bool = False
+    after_failed_sanitize: bool = False
     mask: int = field(init=False)
 
     def __post_init__(self) -> None:

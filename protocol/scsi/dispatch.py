@@ -3,10 +3,23 @@
 from struct import Struct
 from typing import Final
 
-from protocol.scsi import atomic, block_commands, inquiry, mode, opcodes, provisioning, reservation_commands, sense, unit_commands
+from protocol.scsi import (
+    atomic,
+    block_commands,
+    extended_copy,
+    inquiry,
+    log_pages,
+    mode,
+    opcodes,
+    provisioning,
+    reservation_commands,
+    sanitize,
+    sense,
+    unit_commands,
+)
 from protocol.scsi.command import Command, Request, cut, usage
 from protocol.scsi.errors import CheckCondition, ReservationConflict
-from protocol.scsi.logical_unit import Nexus, UnitNexus
+from protocol.scsi.logical_unit import LogicalUnit, Nexus, UnitNexus
 from protocol.scsi.plan import Plan
 
 _SUPPORTED: Final = 0x03
@@ -15,7 +28,7 @@ _ALL_COMMANDS_ENTRY: Final = Struct(">BxHxBH")
 _TIMEOUTS_DESCRIPTOR: Final = bytes((0x00, 0x0A)) + bytes(10)  # no timeouts are promised
 _SERVICE_ACTION_VALID: Final = 0x01
 _TIMEOUTS_PRESENT: Final = 0x02
-# ABORT TASK, ABORT TASK SET, CLEAR TASK SET, LOGICAL UNIT RESET, TARGET RESET.
+# ABORT TASK, ABORT TASK SET, CLEAR TASK SET, LOGICAL UNIT RESET, TARGET RESET (iSCSI's warm and cold ones).
 _TASK_MANAGEMENT_SUPPORTED: Final = bytes((0x80 | 0x40 | 0x10 | 0x08 | 0x02, 0, 0, 0))
 
 
@@ -76,11 +89,11 @@ def report_supported_task_management(request: Request) -> Plan:
 _OWN: Final = (
     Command(
         "REPORT SUPPORTED OPERATION CODES", usage("a31f87ffffffffffffff0000"), report_supported_operation_codes,
-        service_action=opcodes.REPORT_SUPPORTED_OPERATION_CODES,
+        service_action=opcodes.REPORT_SUPPORTED_OPERATION_CODES, despite_sanitize=True,
     ),
     Command(
         "REPORT SUPPORTED TASK MANAGEMENT FUNCTIONS", usage("a31f80000000ffffffff0000"), report_supported_task_management,
-        service_action=opcodes.REPORT_SUPPORTED_TASK_MANAGEMENT,
+        service_action=opcodes.REPORT_SUPPORTED_TASK_MANAGEMENT, despite_sanitize=True,
     ),
 )
 
@@ -92,6 +105,9 @@ COMMANDS: Final[tuple[Command, ...]] = (
     + provisioning.COMMANDS
     + atomic.COMMANDS
     + reservation_commands.COMMANDS
+    + extended_copy.COMMANDS
+    + sanitize.COMMANDS
+    + log_pages.COMMANDS
     + _OWN
 )
 _BY_OPCODE: Final = {command.opcode: command for command in COMMANDS if command.service_action is None}
@@ -133,6 +149,14 @@ def _check_reservation(mapped: UnitNexus | None, command: Command) -> None:
         raise ReservationConflict
 
 
+def _check_sanitize(unit: LogicalUnit, command: Command) -> None:
+    """Raise CheckCondition where a sanitize operation, under way or failed, forbids the command (SBC-3 4.11.3, 4.11.4)."""
+    state = unit.sanitization
+    if state is None or command.any_lun or command.despite_sanitize or (state.failed and command.after_failed_sanitize):
+        return
+    raise CheckCondition(state.cause())
+
+
 def prepare(nexus: Nexus, lun: int, cdb: bytes) -> Plan:
     """Check a command, in the order of SAM-5 5.14 and SPC-4 4.2, and return what it wants of its transport.
 
@@ -152,6 +176,8 @@ def prepare(nexus: Nexus, lun: int, cdb: bytes) -> Plan:
         raise CheckCondition(sense.LOGICAL_UNIT_NOT_SUPPORTED)
     command.check_reserved(cdb)
     _check_reservation(mapped, command)
+    if mapped is not None:
+        _check_sanitize(mapped.unit, command)
     request = Request(nexus, lun, mapped, cdb)
     if command.needs_medium and not request.unit.started:
         raise CheckCondition(sense.INITIALIZING_COMMAND_REQUIRED)

@@ -2,7 +2,8 @@
 
 COMPARE AND WRITE and ORWRITE read, and then write what depends on it (SBC-3 5.2, 5.17: one uninterrupted operation). While
 one of them waits for its turn or runs, the gate is closed: other changes queue, in the order they came, and the fast path
-is off. It runs when the changes that were under way have ended. Reads pass at all times.
+is off. It runs when the changes that were under way have ended. Reads pass at all times. What EXTENDED COPY writes to a unit
+comes from outside, for the command may have been given to another unit; those are counted at all times.
 
 Invariant: while the gate is closed, ``_running`` is the number of changes that have begun and not ended; whoever begins one
 calls `leave` at its end. While it is open nobody counts, and `leave` does nothing.
@@ -15,7 +16,7 @@ from collections.abc import Callable
 class Gate:
     """``state_changed`` is called when the gate opens or closes."""
 
-    __slots__ = ("_draining", "_exclusive", "_queue", "_running", "_state_changed")
+    __slots__ = ("_draining", "_exclusive", "_outside", "_queue", "_running", "_state_changed")
 
     def __init__(self, state_changed: Callable[[], None]) -> None:
         self._state_changed = state_changed
@@ -23,6 +24,7 @@ class Gate:
         self._exclusive = False
         self._draining = False
         self._running = 0
+        self._outside = 0
 
     @property
     def closed(self) -> bool:
@@ -32,10 +34,27 @@ class Gate:
     def enter(self, start: Callable[[], None], exclusive: bool, under_way: int) -> None:
         """Call ``start`` now or when it is its turn. ``under_way``: changes that began while the gate was open, and will `leave`."""
         if not self.closed:
-            self._running = under_way
+            self._running = under_way + self._outside
         self._queue.append((start, exclusive))
         self._state_changed()
         self._drain()
+
+    def enter_outside(self, start: Callable[[], None]) -> None:
+        """The same for a change that no task of this unit carries (a third party's copy); `leave_outside` ends it."""
+
+        def begin() -> None:
+            self._outside += 1
+            start()
+
+        if self.closed:
+            self.enter(begin, exclusive=False, under_way=0)
+        else:
+            begin()
+
+    def leave_outside(self) -> None:
+        """Such a change has ended."""
+        self._outside -= 1
+        self.leave()
 
     def leave(self) -> None:
         """A change that the gate counts has ended."""

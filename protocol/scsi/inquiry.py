@@ -18,6 +18,7 @@ _NO_UNIT: Final = 0x7F  # peripheral qualifier 011b, device type 1Fh: no logical
 _VERSION_SPC4: Final = 0x06
 _HISUP_FORMAT_2: Final = 0x12
 _CMDQUE: Final = 0x02
+_THIRD_PARTY_COPY: Final = 0x08  # 3PC: EXTENDED COPY is supported
 _STANDARD: Final = Struct(">BBBBBBBB8s16s4s22x8H22x")
 # SAM-5, iSCSI, SPC-4, SBC-3 without a version claimed (SPC-4 table 142).
 _VERSION_DESCRIPTORS: Final = (0x00A0, 0x0960, 0x0460, 0x04C0, 0, 0, 0, 0)
@@ -27,11 +28,13 @@ _ISCSI_PROTOCOL: Final = 0x50
 _ASSOCIATION_PORT: Final = 0x90  # PIV set, association: target port
 _RELATIVE_PORT: Final = 1
 _PORT_GROUP: Final = 1
-_BLOCK_LIMITS: Final = Struct(">BBHIIIIIIIQ20x")
+_BLOCK_LIMITS: Final = Struct(">BBHIIIIIIIQIII8x")
 # WSNZ: a WRITE SAME of length zero, which would reach to the end, is refused. libiscsi's suite expects of the other choice that
 # UNMAP with a pattern of ones reads as zeros; SBC-3 4.7.3.4.4 wants the pattern written, and so it is here.
 _WRITE_SAME_NON_ZERO: Final = 0x01
 _NON_ROTATING: Final = 1
+# WABEREQ 01b: after a block erase sectors can be read without being written first.
+_READABLE_AFTER_ERASE: Final = 0x40
 # LBPU, LBPWS, LBPWS10, LBPRZ = 001b: deallocated blocks read as zeros.
 _PROVISIONING_FLAGS: Final = 0x80 | 0x40 | 0x20 | 0x04
 _PROVISIONING_THIN: Final = 2
@@ -40,7 +43,7 @@ _PROVISIONING_THIN: Final = 2
 def _standard(request: Request) -> bytes:
     peripheral = 0 if request.mapped is not None else _NO_UNIT
     size = _STANDARD.size
-    head = (peripheral, 0, _VERSION_SPC4, _HISUP_FORMAT_2, size - 5, 0, 0, _CMDQUE)
+    head = (peripheral, 0, _VERSION_SPC4, _HISUP_FORMAT_2, size - 5, _THIRD_PARTY_COPY, 0, _CMDQUE)
     return _STANDARD.pack(*head, VENDOR, PRODUCT, REVISION, *_VERSION_DESCRIPTORS)
 
 
@@ -60,6 +63,16 @@ def _naa(unit: LogicalUnit) -> bytes:
     return bytes((0x30 | raw[0] & 0x0F,)) + raw[1:6] + raw[14:16]
 
 
+def is_designated(unit: LogicalUnit, code_set: int, kind: int, value: bytes) -> bool:
+    """Whether a designator of the device identification page, as another command quotes it, names this unit."""
+    return (code_set, kind, value) in _unit_designators(unit)
+
+
+def _unit_designators(unit: LogicalUnit) -> tuple[tuple[int, int, bytes], ...]:
+    """Code set, type and value of what names the unit itself, and not a port."""
+    return (1, 3, _naa(unit)), (2, 1, VENDOR + serial_number(unit)), (1, 10, b"\x10\0" + unit.uuid.bytes)
+
+
 def _supported_pages(_request: Request) -> bytes:
     return bytes(sorted(_PAGES))
 
@@ -73,9 +86,7 @@ def _device_identification(request: Request) -> bytes:
     port_name = f"{request.nexus.target_name},t,0x{_PORT_GROUP:04x}".encode() + b"\0"
     port_name += bytes(-len(port_name) % 4)
     return b"".join((
-        _designator(1, 3, _naa(unit)),
-        _designator(2, 1, VENDOR + serial_number(unit)),
-        _designator(1, 10, b"\x10\0" + unit.uuid.bytes),
+        *(_designator(*named) for named in _unit_designators(unit)),
         _designator(1, 4, _RELATIVE_PORT.to_bytes(4, "big")),
         _designator(1, 5, _PORT_GROUP.to_bytes(4, "big")),
         _designator(3, 8, port_name),
@@ -102,15 +113,18 @@ def _block_limits(_request: Request) -> bytes:
         limits.PHYSICAL_BLOCK_SECTORS,
         1 << 31,  # UGAVALID, alignment 0
         limits.WRITE_SAME_SECTORS_MAX,
+        limits.ATOMIC_SECTORS_MAX,
+        limits.PHYSICAL_BLOCK_SECTORS,
+        limits.PHYSICAL_BLOCK_SECTORS,
     )
 
 
 def _block_characteristics(_request: Request) -> bytes:
-    return _NON_ROTATING.to_bytes(2, "big") + bytes(58)
+    return _NON_ROTATING.to_bytes(2, "big") + bytes((0, _READABLE_AFTER_ERASE)) + bytes(56)
 
 
 def _provisioning(_request: Request) -> bytes:
-    return bytes((0, _PROVISIONING_FLAGS, _PROVISIONING_THIN, 0))
+    return bytes((limits.THRESHOLD_EXPONENT, _PROVISIONING_FLAGS, _PROVISIONING_THIN, 0))
 
 
 _PAGES: Final[dict[int, Callable[[Request], bytes]]] = {

@@ -2,6 +2,8 @@
 
 from typing import Final
 
+from protocol.volume import ATOMIC_WRITE_BYTES_MAX
+
 SECTOR_BYTES: Final = 512
 SECTOR_SHIFT: Final = 9
 # 4096-byte physical blocks: two to this power of sectors (READ CAPACITY(16), LOGICAL BLOCKS PER PHYSICAL BLOCK EXPONENT).
@@ -21,6 +23,21 @@ UNMAP_DESCRIPTORS_MAX: Final = 255
 COMPARE_AND_WRITE_SECTORS_MAX: Final = 255
 # 32 MiB, as a transfer: a pattern that is not zeros is really written.
 WRITE_SAME_SECTORS_MAX: Final = 65536
+# EXTENDED COPY: a copy between two disks needs two descriptors; some copies go round a few disks of a cluster.
+COPY_TARGET_DESCRIPTORS_MAX: Final = 16
+# 64 segments of 32 MiB are 2 GiB a command: as many as are copied in a few seconds where blocks cannot be shared, so that a client's
+# timeout (30 s mostly) is far.
+COPY_SEGMENT_DESCRIPTORS_MAX: Final = 64
+# As many at once as one session may have commands under way.
+COPIES_CONCURRENT_MAX: Final = 128
+# SANITIZE goes through the disk in steps of this size and makes each durable: the event loop is given back between them.
+SANITIZE_STEP_BYTES: Final = 1024 * 1024
+# Deallocation touches pointer blocks only, 1 MiB a block of them.
+SANITIZE_ERASE_STEP_BYTES: Final = 256 * 1024 * 1024
+# WRITE ATOMIC works on whole blocks.
+ATOMIC_SECTORS_MAX: Final = ATOMIC_WRITE_BYTES_MAX // SECTOR_BYTES
+# Unit of the counts in the logical block provisioning log page: 2 to this power of sectors, 1 MiB (SBC-3 6.6.7, THRESHOLD EXPONENT).
+THRESHOLD_EXPONENT: Final = 11
 # GET LBA STATUS looks at this much at a time; a client goes on from where the answer ends.
 LBA_STATUS_SECTORS_MAX: Final = 1 << 21
 LBA_STATUS_DESCRIPTORS_MAX: Final = 255

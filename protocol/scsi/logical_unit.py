@@ -8,6 +8,7 @@ protection. A transport's fast path asks this one flag.
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
@@ -24,12 +25,25 @@ def _keep_nothing(done: Completion) -> None:
     done(None)
 
 
+@dataclass(slots=True)
+class Sanitization:
+    """A sanitize operation of a logical unit (SBC-3 4.11): commands that are not about the unit itself fail while it is there."""
+
+    unrestricted_exit: bool  # AUSE: after a failure EXIT FAILURE MODE may give up
+    progress: float = 0.0
+    failed: bool = False
+
+    def cause(self) -> Sense:
+        """Sense data of the commands that have to fail."""
+        return sense.SANITIZE_FAILED if self.failed else sense.sanitize_in_progress(self.progress)
+
+
 class LogicalUnit:
     """One disk as SCSI sees it: a volume, its state, and everyone who uses it."""
 
     __slots__ = (
-        "capacity_bytes", "descriptor_sense", "gate", "keep_reservations", "nexuses", "reservations", "software_write_protect", "started",
-        "volume", "write_cache",
+        "capacity_bytes", "descriptor_sense", "gate", "keep_reservations", "nexuses", "reservations", "sanitization",
+        "software_write_protect", "started", "volume", "write_cache",
     )
 
     def __init__(self, volume: BlockVolume) -> None:
@@ -40,10 +54,16 @@ class LogicalUnit:
         self.software_write_protect = False
         self.descriptor_sense = False
         self.write_cache = True
+        self.sanitization: Sanitization | None = None  # one that runs, or that has failed
         self.gate = Gate(self.state_changed)
         self.reservations = Reservations(self.state_changed)
         # Called with the completion of each change of the reservations: makes durable what has to outlive a restart (APTPL).
         self.keep_reservations: Callable[[Completion], None] = _keep_nothing
+
+    @property
+    def in_use(self) -> bool:
+        """Whether this object holds more than its volume does: nexuses, registrations (SPC-4 5.13), a sanitize operation."""
+        return bool(self.nexuses or self.reservations.registrations or self.sanitization is not None)
 
     @property
     def uuid(self) -> UUID:
@@ -83,8 +103,12 @@ class LogicalUnit:
         self.reservations.plain_holder = None
         self.attention(sense.BUS_DEVICE_RESET)
 
+    def soft_threshold_reached(self) -> None:
+        """The pool is filling up: every nexus is told (SBC-3 4.7.3.7, THIN PROVISIONING SOFT THRESHOLD REACHED)."""
+        self.attention(sense.SOFT_THRESHOLD_REACHED)
+
     def state_changed(self) -> None:
-        """Call after changing ``started``, ``software_write_protect`` or ``write_cache``: the nexuses recompute their flags."""
+        """The nexuses recompute their flags: call after changing ``started``, ``software_write_protect``, ``write_cache`` or the like."""
         for nexus in self.nexuses:
             nexus.update()
 
@@ -122,7 +146,7 @@ class UnitNexus:
         """Recompute ``plain_read`` and ``plain_write`` from what they depend on."""
         unit = self.unit
         port, reserved = self.nexus.initiator_port, unit.reservations
-        ready = not self.attentions and unit.started
+        ready = not self.attentions and unit.started and unit.sanitization is None
         self.plain_read = ready and not reserved.forbids(port, writes=False)
         writable = unit.write_cache and not unit.write_protected and not unit.gate.closed
         self.plain_write = ready and writable and not reserved.forbids(port, writes=True)
@@ -134,10 +158,20 @@ class UnitNexus:
         self.unit.reservations.release_plainly(self.nexus.initiator_port)
 
 
+@dataclass(slots=True)
+class CopyProgress:
+    """How far an EXTENDED COPY is; RECEIVE COPY RESULTS tells (SPC-4 6.18)."""
+
+    running: bool = True
+    failed: bool = False
+    segments: int = 0
+    copied_bytes: int = 0
+
+
 class Nexus:
     """One I_T nexus: an initiator port, a target port, and the logical units between them."""
 
-    __slots__ = ("initiator_port", "target_name", "tasks", "units")
+    __slots__ = ("copies", "initiator_port", "target_name", "tasks", "units")
 
     def __init__(self, initiator_port: str, target_name: str) -> None:
         # The transport puts here what lists this nexus's tasks: task management reaches those of other sessions by it.
@@ -145,6 +179,8 @@ class Nexus:
         self.initiator_port = initiator_port
         self.target_name = target_name
         self.units: dict[int, UnitNexus] = {}
+        # Third-party copies by their list identifier, a byte: those that run, and those whose outcome nobody has asked for yet.
+        self.copies: dict[int, CopyProgress] = {}
 
     def map(self, lun: int, unit: LogicalUnit) -> UnitNexus:
         """Make ``unit`` reachable as ``lun``."""

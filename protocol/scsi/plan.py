@@ -34,7 +34,8 @@ class Operation:
     Where the client announces less, ``data`` is shorter, and a write writes the sectors it has; with ``exact`` any other
     length is refused before data move. ``data`` has the rule of `BlockVolume.write`, valid until the volume was settled,
     unless ``needs_owned_data`` asks for a copy that lives as long as the command. An ``exclusive`` one runs alone among the
-    operations that are ``writing`` (`protocol.scsi.gate`).
+    operations that are ``writing`` (`protocol.scsi.gate`). A ``detached`` one goes on whatever becomes of its command: to abort that
+    is only not to answer it (SBC-3 4.11: task management does not end a sanitize operation).
     """
 
     data_bytes: int
@@ -43,6 +44,7 @@ class Operation:
     needs_owned_data: bool = False
     exact: bool = False
     exclusive: bool = False
+    detached: bool = False
 
 
 QueryDone = Callable[[bytes | None, Exception | None], None]

@@ -11,6 +11,7 @@ HARDWARE_ERROR: Final = 0x4
 ILLEGAL_REQUEST: Final = 0x5
 UNIT_ATTENTION: Final = 0x6
 DATA_PROTECT: Final = 0x7
+COPY_ABORTED: Final = 0xA
 ABORTED_COMMAND: Final = 0xB
 MISCOMPARE: Final = 0xE
 
@@ -71,6 +72,16 @@ def invalid_field_in_parameter_list(byte: int, bit: int | None = None) -> Sense:
     return Sense(ILLEGAL_REQUEST, 0x26, 0x00, key_specific=_pointer(False, byte, bit))
 
 
+def sanitize_in_progress(progress: float) -> Sense:
+    """SANITIZE IN PROGRESS with the progress indication, in 65536ths (SPC-4 4.5.2.4.4)."""
+    return Sense(NOT_READY, 0x04, 0x1B, key_specific=b"\x80" + min(0xFFFF, int(progress * 0x10000)).to_bytes(2, "big"))
+
+
+def copy_segment_fault(byte: int) -> Sense:
+    """COPY ABORTED without an additional code, pointing at a byte of the segment descriptor (SPC-4 4.5.2.4.5)."""
+    return Sense(COPY_ABORTED, 0x00, 0x00, key_specific=bytes((0xA0, byte >> 8, byte & 0xFF)))
+
+
 NOTHING: Final = Sense(NO_SENSE, 0x00, 0x00)
 INVALID_OPCODE: Final = Sense(ILLEGAL_REQUEST, 0x20, 0x00)
 INVALID_FIELD_IN_CDB: Final = Sense(ILLEGAL_REQUEST, 0x24, 0x00)
@@ -87,6 +98,16 @@ WRITE_ERROR: Final = Sense(MEDIUM_ERROR, 0x0C, 0x00)
 MISCOMPARE_DURING_VERIFY: Final = Sense(MISCOMPARE, 0x1D, 0x00)
 NOT_READY_CAUSE_NOT_REPORTABLE: Final = Sense(NOT_READY, 0x04, 0x00)
 INITIALIZING_COMMAND_REQUIRED: Final = Sense(NOT_READY, 0x04, 0x02)
+SANITIZE_FAILED: Final = Sense(MEDIUM_ERROR, 0x31, 0x03)
+# EXTENDED COPY (SPC-4 6.4, 5.17.7).
+OPERATION_IN_PROGRESS: Final = Sense(ILLEGAL_REQUEST, 0x00, 0x16)
+TOO_MANY_TARGET_DESCRIPTORS: Final = Sense(ILLEGAL_REQUEST, 0x26, 0x06)
+UNSUPPORTED_TARGET_DESCRIPTOR: Final = Sense(ILLEGAL_REQUEST, 0x26, 0x07)
+TOO_MANY_SEGMENT_DESCRIPTORS: Final = Sense(ILLEGAL_REQUEST, 0x26, 0x08)
+UNSUPPORTED_SEGMENT_DESCRIPTOR: Final = Sense(ILLEGAL_REQUEST, 0x26, 0x09)
+INLINE_DATA_LENGTH_EXCEEDED: Final = Sense(ILLEGAL_REQUEST, 0x26, 0x0B)
+COPY_TARGET_NOT_REACHABLE: Final = Sense(COPY_ABORTED, 0x0D, 0x02)
+THIRD_PARTY_DEVICE_FAILURE: Final = Sense(COPY_ABORTED, 0x0D, 0x01)
 INTERNAL_TARGET_FAILURE: Final = Sense(HARDWARE_ERROR, 0x44, 0x00)
 # RFC 7143 11.4.7.2 names these four for what goes wrong in the data phase.
 UNEXPECTED_UNSOLICITED_DATA: Final = Sense(ABORTED_COMMAND, 0x0C, 0x0C)
@@ -102,5 +123,6 @@ MODE_PARAMETERS_CHANGED: Final = Sense(UNIT_ATTENTION, 0x2A, 0x01)
 RESERVATIONS_PREEMPTED: Final = Sense(UNIT_ATTENTION, 0x2A, 0x03)
 RESERVATIONS_RELEASED: Final = Sense(UNIT_ATTENTION, 0x2A, 0x04)
 REGISTRATIONS_PREEMPTED: Final = Sense(UNIT_ATTENTION, 0x2A, 0x05)
+SOFT_THRESHOLD_REACHED: Final = Sense(UNIT_ATTENTION, 0x38, 0x07)
 COMMANDS_CLEARED_BY_ANOTHER: Final = Sense(UNIT_ATTENTION, 0x2F, 0x00)
 REPORTED_LUNS_CHANGED: Final = Sense(UNIT_ATTENTION, 0x3F, 0x0E)

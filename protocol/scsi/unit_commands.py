@@ -4,7 +4,9 @@ from typing import Final
 
 from protocol.scsi import sense
 from protocol.scsi.command import NO_DATA, Command, Request, cut, usage
+from protocol.scsi.logical_unit import LogicalUnit
 from protocol.scsi.plan import Operation, Plan
+from protocol.scsi.sense import Sense
 
 _START: Final = 0x01
 _POWER_CONDITION: Final = 0xF0
@@ -23,9 +25,15 @@ def request_sense(request: Request) -> Plan:
         cause = sense.LOGICAL_UNIT_NOT_SUPPORTED
     else:
         waiting = request.mapped.take_attention()
-        stopped = sense.INITIALIZING_COMMAND_REQUIRED if not request.unit.started else sense.NOTHING
-        cause = waiting if waiting is not None else stopped
+        cause = waiting if waiting is not None else _condition(request.unit)
     return cut(cause.encode(descriptor), request.cdb[4])
+
+
+def _condition(unit: LogicalUnit) -> Sense:
+    """What is to be said of a unit without unit attentions; of a sanitize operation also its progress (SPC-4 5.11)."""
+    if unit.sanitization is not None:
+        return unit.sanitization.cause()
+    return sense.NOTHING if unit.started else sense.INITIALIZING_COMMAND_REQUIRED
 
 
 def start_stop_unit(request: Request) -> Plan:

@@ -1,0 +1,154 @@
+"""One EXTENDED COPY under way: its segments one after the other, by reference where the volumes can, else piece by piece.
+
+The copy manager has no state but this object and its `CopyProgress`. Each change goes through the gate of the unit that it changes
+(`Gate.enter_outside`), so that COMPARE AND WRITE there stays one operation, and is settled at once. A completion that comes at once is a
+turn of the loop in `run`, not a call deeper.
+"""
+
+import errno
+from dataclasses import dataclass
+from typing import Final
+
+from protocol.scsi import sense
+from protocol.scsi.errors import CheckCondition, sense_of
+from protocol.scsi.limits import PHYSICAL_BLOCK_SECTORS, PIECE_BYTES, SECTOR_BYTES
+from protocol.scsi.logical_unit import CopyProgress, LogicalUnit
+from protocol.volume import Buffer, Completion, CopiesByReference
+
+_BLOCK_BYTES: Final = PHYSICAL_BLOCK_SECTORS * SECTOR_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """``length_bytes`` of ``source`` are to be found in ``destination`` afterwards. Both ranges have been checked."""
+
+    source: LogicalUnit
+    source_offset: int
+    destination: LogicalUnit
+    offset: int
+    length_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """What is copied in one step; the positions count from the beginning of the segment."""
+
+    start: int
+    size: int
+    by_reference: bool
+
+
+def _cut_up(start: int, end: int) -> list[_Piece]:
+    return [_Piece(at, min(PIECE_BYTES, end - at), False) for at in range(start, end, PIECE_BYTES)]
+
+
+def pieces_of(segment: Segment, by_reference: bool) -> list[_Piece]:
+    """Steps of one segment: whole aligned blocks as one, what is before and behind them, or all of it, in pieces.
+
+    Where a range overlaps its own copy behind it, the last piece comes first, so that nothing is read after it was overwritten.
+    """
+    length = segment.length_bytes
+    shift = segment.offset - segment.source_offset
+    same = segment.source is segment.destination
+    overlapping = same and abs(shift) < length
+    head = min(length, -segment.offset % _BLOCK_BYTES)
+    whole = (length - head) // _BLOCK_BYTES * _BLOCK_BYTES
+    if by_reference and whole and not overlapping and shift % _BLOCK_BYTES == 0:
+        return [*_cut_up(0, head), _Piece(head, whole, True), *_cut_up(head + whole, length)]
+    pieces = _cut_up(0, length)
+    return pieces[::-1] if overlapping and shift > 0 else pieces
+
+
+class CopyJob:
+    """Carries out the segments; ``done`` is called once, with the first error or None."""
+
+    __slots__ = ("_answered", "_done", "_pieces", "_progress", "_running", "_segments")
+
+    def __init__(self, segments: list[Segment], progress: CopyProgress, done: Completion) -> None:
+        self._segments = segments[::-1]
+        self._progress = progress
+        self._done = done
+        self._pieces: list[_Piece] = []
+        self._running = False
+        self._answered = True
+
+    def run(self) -> None:
+        """Go on until something has to be waited for, or the end."""
+        if self._running:
+            return
+        self._running = True
+        while self._answered and self._progress.running:
+            if not self._segments:
+                self._end(None)
+            elif self._segments[-1].length_bytes == 0:
+                self._segment_ended()
+            else:
+                self._answered = False
+                self._begin_piece()
+        self._running = False
+
+    def _begin_piece(self) -> None:
+        segment = self._segments[-1]
+        if not self._pieces:
+            self._pieces = pieces_of(segment, isinstance(segment.destination.volume, CopiesByReference))[::-1]
+        segment.destination.gate.enter_outside(self._copy_piece)
+
+    def _copy_piece(self) -> None:
+        """It is this piece's turn at the gate of the destination."""
+        segment, piece = self._segments[-1], self._pieces[-1]
+        if segment.destination.sanitization is not None or segment.destination.write_protected:
+            self._ended(CheckCondition(sense.THIRD_PARTY_DEVICE_FAILURE))  # since the command was checked
+            return
+        target, source = segment.destination.volume, segment.source.volume
+        source.settle()  # writes that came before the copy
+        target.settle()
+        start, at = segment.source_offset + piece.start, segment.offset + piece.start
+        if piece.by_reference and isinstance(target, CopiesByReference):
+            target.copy_from(source, start, at, piece.size, self._ended)
+            return
+        try:
+            data = source.try_read(start, piece.size)
+        except Exception as error:  # noqa: BLE001 - whatever the volume raises carries an errno, from which sense data are made
+            self._ended(error)
+            return
+        if data is None:
+            source.read(start, piece.size, self._arrived)
+        else:
+            self._arrived(data, None)
+
+    def _arrived(self, data: Buffer | None, error: Exception | None) -> None:
+        if error is not None or data is None:
+            self._ended(error or OSError(errno.EIO, "no data"))
+            return
+        segment = self._segments[-1]
+        volume = segment.destination.volume
+        volume.write(segment.offset + self._pieces[-1].start, data, not segment.destination.write_cache, self._written)
+        volume.settle()
+
+    def _written(self, error: Exception | None) -> None:
+        self._ended(None if error is None else CheckCondition(sense_of(error, writing=True)))
+
+    def _ended(self, error: Exception | None) -> None:
+        """A piece was copied, or not."""
+        segment = self._segments[-1]
+        segment.destination.gate.leave_outside()
+        piece = self._pieces.pop()
+        if error is None:
+            self._progress.copied_bytes += piece.size
+            if not self._pieces:
+                self._segment_ended()
+        elif piece.by_reference and getattr(error, "errno", None) == errno.EOPNOTSUPP:
+            self._pieces += _cut_up(piece.start, piece.start + piece.size)[::-1]
+        else:
+            self._end(error)
+        self._answered = True
+        self.run()
+
+    def _segment_ended(self) -> None:
+        self._segments.pop()
+        self._progress.segments += 1
+
+    def _end(self, error: Exception | None) -> None:
+        self._progress.running = False
+        self._progress.failed = error is not None
+        self._done(error)
