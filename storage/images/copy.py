@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from storage.errors import OutOfRange, VolumeClosed
 from storage.images.read_path import load_path
-from storage.layout import FIELDS_MASK, FIELDS_SHIFT, HOLE, KIND_VDISK, ZERO_POINTER
+from storage.layout import BLOCK_BYTES, FIELDS_MASK, FIELDS_SHIFT, HOLE, KIND_SNAPSHOT, KIND_VDISK, ZERO_POINTER
 from storage.slices import Slicer
 
 if TYPE_CHECKING:
@@ -45,10 +46,23 @@ async def _copy_within_block(source: "Image", source_fbn: int, image: "Image", f
         if pointers is not None:
             break
         await load_path(source, source_fbn, count)
+    _check_both(source, image, fbn + count)
     _mark_shared(source, epoch)
     _mark_shared(image, epoch)
     _let_go(image, epoch, node, fbn, count)
     _install(image, epoch, node, fbn, pointers)
+
+
+def _check_both(source: "Image", image: "Image", end: int) -> None:
+    """Raise VolumeClosed or OutOfRange if a deletion or a shrink has come meanwhile.
+
+    Of a deleted source above all: reclaim lets go of what was its own without asking the share map.
+    """
+    for one in (source, image):
+        if one.kind not in {KIND_VDISK, KIND_SNAPSHOT}:
+            raise VolumeClosed(f"{one.label} was deleted while this copy was under way")
+    if end * BLOCK_BYTES > image.limit_bytes:
+        raise OutOfRange(f"{image.label} shrank to {image.limit_bytes} bytes while this copy was under way")
 
 
 def _pointers(source: "Image", fbn: int, count: int) -> list[Pointer] | None:

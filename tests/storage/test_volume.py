@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from storage.errors import BlockDamaged, OutOfRange, PoolReadOnly, StorageError
+from storage.errors import BlockDamaged, OutOfRange, PoolReadOnly, StorageError, VolumeClosed
 from storage.images import write_path
 from storage.images.read_path import locate
 from storage.layout import BLOCK_BYTES, SECTOR_BYTES
 from storage.tree.buffer_tree import BufferTree
 from tests.storage.devices import READ, WRITE, DelayDevice, Fault, FaultyDevice, MemoryDevice
-from tests.storage.pools import LEAF_BYTES, OpenPool, data, new_pool, within
+from tests.storage.pools import LEAF_BYTES, OpenPool, data, new_pool, opened, within
 
 
 class Answers:
@@ -241,4 +241,32 @@ async def test_invariant_7_no_byte_of_one_vdisk_is_readable_through_another() ->
             assert found == bytes(SECTOR_BYTES) + b"\xee" * SECTOR_BYTES + bytes(BLOCK_BYTES - 2 * SECTOR_BYTES)
             await running.write(name, 0, data(round_ + 1, 600))
             await running.pool.vdisk_delete(name)
+        await running.reclaimed()
+
+
+@pytest.mark.parametrize("what", ["source deleted", "destination shrunk"])
+async def test_a_copy_by_reference_that_meets_a_deletion_or_a_shrink_fails_and_takes_nothing(what: str) -> None:
+    """What reclaim takes apart must not gain references: the next owner of those blocks would be read through them (invariant 7)."""
+    async with new_pool() as running:
+        for name in ("source", "copy"):
+            await running.pool.vdisk_create(name, 4 * LEAF_BYTES)
+        await running.write("source", 0, data(1, 900))
+        await running.checkpoint()
+        memory = running.memory.copy()
+    device = DelayDevice(memory)
+    async with opened(memory, device) as running:
+        await running.pool.vdisk_create("warm", LEAF_BYTES)  # now the maps are in memory, and only the source has to be read
+        volume, answers = running.volume("copy"), Answers()
+        device.hold(READ)
+        volume.copy_from(running.volume("source"), 0, 0, 900 * BLOCK_BYTES, answers("copy"))
+        await running.until(lambda: device.held(READ) > 0)
+        change = running.pool.vdisk_delete("source") if what == "source deleted" else running.pool.vdisk_resize("copy", LEAF_BYTES // 2)
+        task = asyncio.create_task(change)
+        while not (running.image("copy").limit_bytes < 4 * LEAF_BYTES or "source" not in running.pool.names()):
+            await asyncio.sleep(0)
+        device.release(READ)
+        await within(task)
+        await drained(running, "copy")
+        error = answers.once()["copy"]
+        assert isinstance(error, VolumeClosed if what == "source deleted" else OutOfRange)
         await running.reclaimed()
