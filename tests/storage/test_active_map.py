@@ -1,12 +1,16 @@
 """The active map and the region summary: exactly what is reachable, counted, and changed only within consistency points."""
 
+import asyncio
+
 import numpy as np
 import pytest
 
 from storage.allocation.active_map import count_bits, packed
 from storage.errors import StorageError
 from storage.layout import BLOCK_BYTES, REGION_BLOCKS
-from tests.storage.pools import LEAF_BYTES, OpenPool, data, new_pool
+from storage.pool import Pool
+from tests.storage.devices import DISCARD, DelayDevice, MemoryDevice
+from tests.storage.pools import LEAF_BYTES, OpenPool, checked_offline, data, new_pool, open_on, within
 
 
 def bits_of(running: OpenPool, region: int = 0) -> "np.ndarray[tuple[int], np.dtype[np.uint8]]":
@@ -87,3 +91,25 @@ async def test_long_runs_that_were_freed_are_given_back_to_the_device() -> None:
         await running.checkpoint()
         await running.until(lambda: running.pool._state.discarding is None and not running.pool._state.retired)
         assert running.memory.allocated_bytes <= before - 1800 * BLOCK_BYTES
+
+
+async def test_a_pool_that_closes_waits_for_all_that_is_being_given_back() -> None:
+    memory = MemoryDevice(32 << 20)
+    await Pool.format(memory)
+    device = DelayDevice(memory)
+    running = await open_on(memory, device)
+    await running.pool.vdisk_create("a", 16 * LEAF_BYTES)
+    await running.write("a", 0, data(1, 2000))
+    await running.checkpoint()
+    device.hold(DISCARD)
+    for half in range(2):
+        await running.zero("a", half * 1000 * BLOCK_BYTES, 1000 * BLOCK_BYTES)
+        await running.checkpoint()
+    assert device.held(DISCARD) == 1 and len(running.pool._state.retired) == 2
+    closing = asyncio.create_task(running.close())
+    await asyncio.sleep(0.01)
+    assert not closing.done()
+    device.release(DISCARD)
+    await within(closing)
+    assert running.pool._state.discarding is None and not running.pool._state.retired
+    checked_offline(memory)
