@@ -103,7 +103,7 @@ async def golden_and_clone(daemon: Daemon, machine: Machine, golden: Mounted) ->
     await daemon.ctl("snapshot", "create", "golden@v1")
     await machine.succeed("fsfreeze --unfreeze /golden")
     await daemon.ctl("clone", "create", "golden@v1", "web")
-    await machine.succeed(f"head -c {FILE_MIB}m /dev/zero | tr '\\0' x >/golden/data && sync")
+    await machine.succeed(f"dd if=/dev/zero of=/golden/data bs=1M count={FILE_MIB} conv=fsync 2>&1")
 
 
 SAME_DATA = "echo 3 >/proc/sys/vm/drop_caches && sha256sum </web/data | cmp - /tmp/sum"
