@@ -133,12 +133,19 @@ class Catalogue:
     def image(self, number: int) -> Image:
         """The image of that number, made from its entry if nobody has it in hand. Raises BlockDamaged if its entry could not be read."""
         image = self._live.get(number)
-        if image is None:
+        if image is not None:
+            return image
+        chain: list[tuple[int, ImageRecord]] = []  # it and what stands behind it, as far as nobody has that in hand either
+        while number and number not in self._live:
             self._check_readable(number)
             record = decode(self._entries[number])
             assert record is not None, "an image without an entry is always in hand"
-            image = Image(self._state, number, record, self.image(record.backing) if record.backing else None)
-            self._live[number] = image
+            chain.append((number, record))
+            number = record.backing
+        behind = self._live.get(number)
+        for number, record in reversed(chain):
+            behind = image = self._live[number] = Image(self._state, number, record, behind)
+        assert image is not None
         return image
 
     def _check_readable(self, number: int) -> None:

@@ -5,7 +5,12 @@ import asyncio
 import pytest
 
 from storage.errors import Conflict, NotFound, PoolReadOnly, VolumeClosed
-from storage.layout import BLOCK_BYTES, VDISK_BYTES_MAX, VDISK_BYTES_MIN
+from storage.images.catalogue import Catalogue
+from storage.images.image import Image
+from storage.images.lifecycle import new_record
+from storage.images.record import encode
+from storage.layout import BLOCK_BYTES, KIND_SNAPSHOT, KIND_VDISK, VDISK_BYTES_MAX, VDISK_BYTES_MIN
+from storage.state import PoolState
 from tests.storage.devices import READ, SYNC, WRITE, DelayDevice, Fault, FaultyDevice, MemoryDevice
 from tests.storage.pools import LEAF_BYTES, backed_clone, data, new_pool, open_on, opened, within
 
@@ -296,3 +301,17 @@ async def test_commands_that_come_while_the_pool_closes_or_later_are_answered() 
     assert reopened.pool.names() == (["a", "b"] if isinstance(made, dict) else ["a"])
     assert await reopened.read("a", 0, BLOCK_BYTES) == data(1)
     await reopened.close()
+
+
+def test_a_chain_of_clones_may_be_longer_than_the_interpreter_nests_calls() -> None:
+    catalogue, depth = Catalogue(PoolState(MemoryDevice(1 << 20), 0, 1 << 20)), 5000
+    for number in range(1, depth + 1):
+        record = new_record(KIND_VDISK if number == depth else KIND_SNAPSHOT, f"v{number}", LEAF_BYTES, 1)
+        record.backing, record.origin = number - 1, number
+        catalogue.read_entry(number, bytes(encode(record)))
+    catalogue.numbers_known()
+    image: Image | None = catalogue.vdisk(f"v{depth}")
+    for number in range(depth, 0, -1):
+        assert image is not None and image.number == number and catalogue.image(number) is image
+        image = image.backing
+    assert image is None
