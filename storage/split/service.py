@@ -139,7 +139,14 @@ class SplitService:
                 self._lifecycle.delete_if_released(backing)
             self._end(image)
 
-        await self._points.request(at_freeze)
+        try:
+            await self._points.request(at_freeze)
+        except StorageError as error:
+            if released:
+                # The pool has failed, and after a restart the split goes on: it must not be shown as done meanwhile.
+                image.split.state, image.split.reason = SPLIT_FAILED, str(error)
+                self._state.on_event("split.failed", vdisk=image.name, reason=str(error))
+            raise
         if not released:
             return
         self._state.on_event(

@@ -113,6 +113,8 @@ class Session:
         self.model = model
         self.client = Client(pool)
         self.split_mode = split_mode
+        # Set by a workload that saw a split end.
+        self.splits_ended = False
 
     async def write(self, name: str, lba: int, count: int, fua: bool = False) -> None:
         content = self.model.next_data(name, lba, count)
