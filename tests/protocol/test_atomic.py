@@ -190,3 +190,34 @@ def test_a_thousand_that_end_at_once_do_not_recurse():
         gate.enter(instant, True, 0)
     gate.leave()
     assert ended == list(range(5000)) and not gate.closed
+
+
+def write_atomic(lba: int, sectors: int, flags: int = 0) -> bytes:
+    return bytes((0x9C, flags)) + lba.to_bytes(8, "big") + bytes(2) + sectors.to_bytes(2, "big") + bytes(2)
+
+
+def test_an_atomic_write_reaches_the_volume_in_one_piece(pair, volume):
+    pieces = []
+    take = volume.write
+    volume.write = lambda offset, data, fua, done: (pieces.append((offset, len(data), fua)), take(offset, data, fua, done))
+    pair.command(write_atomic(8, 256), data=OTHER * 256)
+    pair.command(write_atomic(0, 8, 0x08), data=NEW * 8)
+    assert pieces == [(4096, 256 * 512, False), (0, 4096, True)]
+    assert volume.data[: 264 * 512] == NEW * 8 + OTHER * 256
+
+
+def test_atomic_writes_that_cannot_be_one_step(pair, volume):
+    before = bytes(volume.data)
+    for lba, sectors in ((1, 8), (8, 1), (0, 7), (0, 264), (4, 0)):
+        fails(pair, write_atomic(lba, sectors), (5, 0x24, 0), data=OTHER * sectors)
+    fails(pair, write_atomic(0, 16), (5, 0x24, 0), data=OTHER * 8)  # fewer data than the command wants
+    for lba, sectors in ((SIZE // 512, 8), (SIZE // 512 - 8, 16), (1 << 63, 8), (SIZE // 512, 0)):
+        fails(pair, write_atomic(lba, sectors), (5, 0x21, 0), data=OTHER * sectors)
+    fails(pair, write_atomic(0, 8)[:11] + b"\x01" + write_atomic(0, 8)[12:], (5, 0x24, 0), data=OTHER * 8)
+    pair.command(write_atomic(0, 0))
+    assert volume.data == before
+
+
+def test_the_limits_of_atomic_writes_are_told(pair):
+    data = pair.command(bytes((0x12, 1, 0xB0, 0, 64, 0)), read_bytes=64)
+    assert [int.from_bytes(data[at : at + 4], "big") for at in (44, 48, 52, 56, 60)] == [256, 8, 8, 0, 0]

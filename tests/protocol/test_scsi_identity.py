@@ -74,7 +74,7 @@ def test_block_limits_are_those_that_hold(pair):
 
 
 def test_provisioning_pages(pair):
-    assert page(pair, 0xB2)[4:] == bytes((0, 0xE4, 2, 0))
+    assert page(pair, 0xB2)[4:] == bytes((11, 0xE4, 2, 0))
     assert page(pair, 0xB1)[4:6] == b"\0\1"
 
 

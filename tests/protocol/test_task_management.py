@@ -75,7 +75,7 @@ def test_two_functions_wait_for_one_task():
         (task_management.ABORT_TASK, 0, task_management.NO_TASK), (task_management.ABORT_TASK_SET, 5, task_management.NO_LUN),
         (task_management.LOGICAL_UNIT_RESET, 5, task_management.NO_LUN), (task_management.CLEAR_TASK_SET, 5, task_management.NO_LUN),
         (task_management.CLEAR_ACA, 0, task_management.NOT_SUPPORTED), (task_management.TASK_REASSIGN, 0, task_management.NO_REASSIGNMENT),
-        (task_management.TARGET_COLD_RESET, 0, task_management.NOT_SUPPORTED), (0x7F, 0, task_management.NOT_SUPPORTED),
+        (task_management.TARGET_COLD_RESET, 0, task_management.COMPLETE), (0x7F, 0, task_management.NOT_SUPPORTED),
         (task_management.ABORT_TASK_SET, 0, task_management.COMPLETE), (task_management.TARGET_WARM_RESET, 0, task_management.COMPLETE),
     ],
 )
@@ -101,3 +101,21 @@ def test_a_reset_reaches_the_tasks_of_other_sessions_and_tells_them():
     assert answers == [0] and results.got == []
     with pytest.raises(CommandFailed, match="6/29/03"):
         other.command(bytes(6))
+
+
+def test_a_cold_reset_ends_every_session_of_the_target_after_its_answer():
+    volume = MemoryVolume(SIZE)
+    node = recorded({0: volume})
+    node.directory.targets["iqn.2026-01.io.cleaved:other"] = {0: volume}
+    one, second = (Coupling(node, settings(isid=isid)).login() for isid in (1, 2))
+    elsewhere = Coupling(node, settings(target_name="iqn.2026-01.io.cleaved:other", isid=3)).login()
+    volume.hold_writes = True
+    node.unit_for(volume).nexuses[0].take_attention()
+    write = Results()
+    one.initiator.submit_write(0, 0, bytes(512), write)
+    one.run()
+    assert manage(one, task_management.TARGET_COLD_RESET) == [] and not one.peer.closed  # the write is under way
+    volume.release()
+    one.run()
+    assert one.peer.closed and second.peer.closed and not elsewhere.peer.closed
+    assert [session.target_name for session in node.sessions.values()] == ["iqn.2026-01.io.cleaved:other"]
