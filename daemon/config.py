@@ -47,6 +47,7 @@ class PoolSection(_Section, kw_only=True):
     path: str
     size: str | None = None
     cache: str = "256MiB"
+    soft_threshold_percent: Annotated[int, msgspec.Meta(ge=1, le=100)] = 80
 
 
 class ChapSection(_Section, kw_only=True):
@@ -104,6 +105,7 @@ class Config(NamedTuple):
     pool_path: str
     pool_size_bytes: int | None
     cache_bytes: int
+    soft_threshold_percent: int
     iscsi_listen: tuple[Address, ...]
     connections_max: int
     open_access: bool
@@ -136,6 +138,7 @@ def build(tables: dict[str, Any]) -> Config:
         pool_path=_not_empty("pool.path", found.pool.path),
         pool_size_bytes=None if size is None else option_value("pool.size", size, parse_size),
         cache_bytes=_cache_bytes(found.pool.cache),
+        soft_threshold_percent=found.pool.soft_threshold_percent,
         iscsi_listen=listen,
         connections_max=found.iscsi.connections_max,
         open_access=_open_access(found.iscsi.open_access, listen),

@@ -15,6 +15,7 @@ from daemon.logs import get_log
 from daemon.notify import notify
 from daemon.reservation_store import ReservationStore
 from daemon.service import ControlService
+from daemon.space_watch import SpaceWatch
 from daemon.split_progress import TICK_SECONDS, SplitProgress, log_fields
 from daemon.targets import Targets
 from protocol.control.methods import SPLIT_PROGRESS
@@ -50,6 +51,7 @@ class Daemon:
         self._control: ControlServer | None = None
         self._ticker: asyncio.TimerHandle | None = None
         self._progress: SplitProgress | None = None
+        self._space: SpaceWatch | None = None
 
     async def start(self) -> None:
         """Raises StorageError (PoolRefused, PoolLocked), ListenFailed, ControlPathBusy; then `stop` undoes what was done."""
@@ -65,7 +67,8 @@ class Daemon:
         for address in config.iscsi_listen:
             await self._iscsi.listen(address)
         self._progress = SplitProgress(self._show_split, self._notify_progress, log_progress)
-        self._look_at_splits()
+        self._space = SpaceWatch(config.soft_threshold_percent, self._iscsi.node.soft_threshold_reached)
+        self._look_regularly()
 
     def ready_line(self) -> str:
         """Names every listener, with the ports that were really taken."""
@@ -104,9 +107,12 @@ class Daemon:
         assert self._control is not None
         self._control.notify(SPLIT_PROGRESS, row)
 
-    def _look_at_splits(self) -> None:
-        self._ticker = asyncio.get_running_loop().call_later(TICK_SECONDS, self._look_at_splits)
+    def _look_regularly(self) -> None:
+        assert self._pool is not None
+        assert self._space is not None
+        self._ticker = asyncio.get_running_loop().call_later(TICK_SECONDS, self._look_regularly)
         self._look()
+        self._space.look(*self._pool.space())
 
     def _look(self) -> None:
         assert self._pool is not None

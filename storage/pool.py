@@ -212,6 +212,12 @@ class Pool:
         """Store bytes under a name, durably (targets, access control, reservations). Raises RequestError, PoolFull, PoolReadOnly."""
         await self._points.request(lambda: self._configuration.replace(section, value))
 
+    def space(self) -> tuple[int, int]:
+        """Bytes used, and bytes that vdisks can still take. Cheaper than ``show``: for those who look every second."""
+        allocator = self._state.allocator
+        available = max(0, allocator.free_now - allocator.reserve_blocks)
+        return self._active_map.used_blocks * BLOCK_BYTES, available * BLOCK_BYTES
+
     def show(self) -> dict[str, Any]:
         """Size, use and state of the pool."""
         state, superblock = self._state, self._superblock

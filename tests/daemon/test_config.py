@@ -36,6 +36,7 @@ def test_every_option() -> None:
         path = "/p"
         size = "1GiB"
         cache = "64MiB"
+        soft_threshold_percent = 70
         [iscsi]
         listen = ["[::1]:0", "host:3261"]
         connections_max = 3
@@ -54,6 +55,7 @@ def test_every_option() -> None:
     config = build(tomllib.loads(text))
     assert config.pool_size_bytes == 1 << 30
     assert config.cache_bytes == 64 << 20
+    assert config.soft_threshold_percent == 70
     assert config.iscsi_listen == (Address("::1", 0), Address("host", 3261))
     assert str(config.iscsi_listen[0]) == "[::1]:0"
     assert config.connections_max == 3
@@ -73,6 +75,7 @@ POOL = 'pool.path = "/p"\n'
         ('pool.path = ""', ["pool.path", "''", "path of a file"]),
         (POOL + 'pool.size = "10GB"', ["pool.size", "'10GB'", "10GiB"]),
         (POOL + 'pool.cache = "1KiB"', ["pool.cache", "'1KiB'", "8MiB"]),
+        (POOL + "pool.soft_threshold_percent = 101", ["pool.soft_threshold_percent", "101", "<= 100"]),
         (POOL + "pool.color = 1", ["pool.color is not an option", "path, size, cache"]),
         (POOL + "nbd = {}", ["nbd is not an option"]),
         (POOL + 'iscsi.listen = "127.0.0.1:1"', ["iscsi.listen", "'127.0.0.1:1'", "array"]),
