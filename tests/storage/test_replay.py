@@ -69,7 +69,8 @@ async def test_what_was_not_flushed_may_be_lost_and_nothing_else_is() -> None:
         await running.write("a", BLOCK_BYTES, data(2, 2))
         crashed = running.memory.copy()
     async with opened(crashed) as running:
-        assert await running.read("a", 0, 3 * BLOCK_BYTES) == data(1, 2) + bytes(BLOCK_BYTES)
+        found = await running.read("a", 0, 3 * BLOCK_BYTES)
+        assert found in (data(1, 2) + bytes(BLOCK_BYTES), data(1, 2)[:BLOCK_BYTES] + data(2, 2))
 
 
 async def log_of_three(running: OpenPool) -> MemoryDevice:
