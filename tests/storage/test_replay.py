@@ -57,7 +57,8 @@ async def test_replay_repeats_writes_zeros_and_trims_in_their_order_and_can_be_r
         checked_offline(crashed)
         again = crashed.copy()
         async with opened(again) as running:
-            assert ("pool.opened", 1) in [(name, fields.get("records_replayed")) for name, fields in running.events]
+            replayed = [fields["records_replayed"] for name, fields in running.events if name == "pool.opened"]
+            assert len(replayed) == 1 and replayed[0] >= 1
             assert [await running.read(name, 0, 400 * BLOCK_BYTES) for name in ("a", "b")] == expected
             assert [running.image(name).used_blocks for name in ("a", "b")] == used
 
