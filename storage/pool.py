@@ -155,7 +155,7 @@ class Pool:
     async def _replay(self) -> Replayed:
         with self._state.allocator.replaying():
             replayed = await Replay(self._state, self._superblock, self._catalogue).run()
-        self._log.head_block, self._log.next_sequence = replayed.head_block, replayed.next_sequence
+        self._log.begin_at(replayed.head_block, replayed.next_sequence)
         return replayed
 
     async def close(self) -> None:

@@ -37,7 +37,7 @@ AtFreeze = Callable[[], None]
 INTERVAL_SECONDS = 5.0
 # How often the other triggers are looked at.
 WATCH_SECONDS = 0.1
-# 64 MiB of dirty nodes, or 256 MiB of 4 KiB writes that are not logged: more would make one consistency point long.
+# 64 MiB of dirty nodes, or so many changes that the full log did not take: more would make one consistency point long.
 DIRTY_NODES_WANTED = 16384
 UNLOGGED_WANTED = 65536
 

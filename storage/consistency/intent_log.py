@@ -1,81 +1,51 @@
-"""The intent log: one record and one sync make a flush durable, whatever is waiting for it (design section 4).
+"""The intent log: what was changed since the last consistency point, as small records in a ring (design section 4).
 
-Data lies in its final place before its record is written; the record lists where. Both become durable by the same sync, so after a
-crash a record may be there without its data: replay verifies each block against the CRC32C in the record.
+Data lies in its final place before a record lists where; replay verifies each block against the CRC32C in the record.
+
+Two things bring changes into the log:
+- ``note``, after each batch of writes: the record goes to the device *without a sync*. That costs one short write, and means that a crash
+  of the process (kill -9, out of memory) loses nothing that was acknowledged, as long as the machine goes on.
+- ``flush``: one sync makes all records and their data durable, shared by all flushes that wait (group commit).
 
 Invariants:
-- Records have consecutive sequence numbers and lie one after the other in the ring. One is in flight at a time, so when record s is
-  written, all up to s-1 are durable (``durable_sequence``).
-- A record holds changes of one epoch and carries its number. Replay over consistency point n skips records up to n: so a flush that
-  comes while consistency point n runs can still log changes of epoch n.
+- Records have consecutive sequence numbers and lie one after the other in the ring; entries are in the order of the changes.
+- A record that was there when a sync was asked for is never written over until a consistency point has made it superfluous.
+- ``durable_sequence`` in a record is the highest one whose sync had succeeded when that record was begun.
+- A record holds changes of one epoch and carries its number. Replay over consistency point n skips records up to n. Changes of the frozen
+  epoch are logged before any of the current one, so the order of the ring is the order of the changes.
 - A consistency point moves the head to where the ring stood at its freeze.
 """
 
 import asyncio
 from collections.abc import Callable
 
-from crc32c import crc32c
-
-from storage.consistency.epoch import Epoch, LogEntry
+from storage.consistency.epoch import Epoch
+from storage.consistency.log_record import LogRecord
 from storage.errors import DeviceFailed, as_storage_error
-from storage.layout import BLOCK_BYTES, LOG_FIRST_VBN, RECORD_CRC_OFFSET, RECORD_ENTRY, RECORD_HEAD, RECORD_MAGIC
-from storage.slices import CHUNK, Slicer
+from storage.layout import BLOCK_BYTES
+from storage.slices import Slicer
 from storage.state import PoolState
 
 FlushCompletion = Callable[[Exception | None], None]
 
-# A record of this many entries is 2 MiB; more than that is cheaper as a consistency point.
-RECORD_ENTRIES_MAX = 65536
+# Records filled by one ``note``: about half a millisecond; the rest follows with the next one, or with a flush.
+RECORDS_PER_NOTE = 16
 # A consistency point is asked for when this part of the ring is full.
 FILL_WANTED = 0.5
 
 
-def record_blocks(entries: int) -> int:
-    """Length in blocks of a record with that many entries."""
-    return -(-(RECORD_HEAD.size + entries * RECORD_ENTRY.size) // BLOCK_BYTES)
-
-
-async def encode_record(sequence: int, cp_number: int, durable_sequence: int, pool_uuid: bytes, entries: list[LogEntry]) -> bytearray:
-    """One record, padded to whole blocks (layout.RECORD_HEAD, RECORD_ENTRY), made in slices; ``entries`` is empty afterwards."""
-    slicer = Slicer()
-    record = _unsealed_record(sequence, cp_number, durable_sequence, pool_uuid, len(entries))
-    while entries:
-        start = (len(entries) - 1) // CHUNK * CHUNK
-        _encode_entries(record, start, entries[start:])
-        del entries[start:]
-        await slicer.breathe()
-    _seal(record)
-    return record
-
-
-def _unsealed_record(sequence: int, cp_number: int, durable_sequence: int, pool_uuid: bytes, entry_count: int) -> bytearray:
-    blocks = record_blocks(entry_count)
-    record = bytearray(blocks * BLOCK_BYTES)
-    RECORD_HEAD.pack_into(record, 0, RECORD_MAGIC, 0, sequence, cp_number, durable_sequence, pool_uuid[:8], entry_count, blocks)
-    return record
-
-
-def _encode_entries(record: bytearray, position: int, entries: list[LogEntry]) -> None:
-    """Entries from number ``position`` on."""
-    at = RECORD_HEAD.size + position * RECORD_ENTRY.size
-    pack_into = RECORD_ENTRY.pack_into
-    for entry in entries:
-        pack_into(record, at, *entry)
-        at += RECORD_ENTRY.size
-
-
-def _seal(record: bytearray) -> None:
-    record[RECORD_CRC_OFFSET : RECORD_CRC_OFFSET + 4] = crc32c(record).to_bytes(4, "little")
-
-
 class IntentLog:
-    """Group commit: all flushes that wait share the next record."""
+    """The ring, the record that is open, and the flushes that wait."""
 
     __slots__ = (
         "_blocks",
         "_committing",
+        "_durable_sequence",
+        "_mark_sequence",
+        "_open",
         "_pool_uuid",
         "_state",
+        "_unwritten",
         "_used_blocks",
         "_waiting",
         "commits",
@@ -88,14 +58,88 @@ class IntentLog:
         self._state = state
         self._pool_uuid = pool_uuid
         self._blocks = blocks
-        self.head_block = head_block
-        self.next_sequence = next_sequence
+        self._open: LogRecord | None = None
+        # Records that the device did not take at once, oldest first; the open one may be the last of them.
+        self._unwritten: list[LogRecord] = []
+        self._mark_sequence = 0
         self._used_blocks = 0
         self._waiting: list[FlushCompletion] = []
         self._committing: asyncio.Task[None] | None = None
         self.commits = 0
         # Makes everything durable by a consistency point instead; set by it.
         self.durable_by_cp: Callable[[], asyncio.Future[None]]
+        self.begin_at(head_block, next_sequence)
+
+    def begin_at(self, head_block: int, next_sequence: int) -> None:
+        """Where the next record goes: known at open, and again after replay."""
+        self.head_block = head_block
+        self.next_sequence = next_sequence
+        self._durable_sequence = next_sequence - 1
+
+    # --- Called by the consistency point -------------------------------------------------------------------------
+
+    def mark(self) -> tuple[int, int, int]:
+        """At a freeze: where the next record will lie (block, sequence), and how much of the ring is used by then."""
+        self._open = None
+        self._mark_sequence = self.next_sequence
+        return self.head_block, self.next_sequence, self._used_blocks
+
+    def trim(self, used_blocks_at_mark: int) -> None:
+        """A consistency point is durable: what lay before its mark is no longer needed."""
+        self._used_blocks -= used_blocks_at_mark
+        self._unwritten = [record for record in self._unwritten if record.sequence >= self._mark_sequence]
+
+    # --- Noting changes --------------------------------------------------------------------------------------------
+
+    def note(self) -> None:
+        """Write what is not logged yet, as far as that is possible at once and without a sync; what is left waits for a flush."""
+        for _ in range(RECORDS_PER_NOTE):
+            epoch = self._next_epoch()
+            if epoch is None:
+                break
+            record = self._record_for(epoch)
+            if record is None:
+                break
+            count = record.room
+            record.add(epoch.unlogged[:count])
+            del epoch.unlogged[:count]
+            if not self._unwritten or self._unwritten[-1] is not record:
+                self._unwritten.append(record)
+        self._write_out()
+
+    def _next_epoch(self) -> Epoch | None:
+        """The epoch whose changes are to be logged next: all of the frozen one's first."""
+        frozen, epoch = self._state.frozen, self._state.epoch
+        if frozen is not None and frozen.unlogged:
+            return frozen
+        return epoch if epoch.unlogged else None
+
+    def _record_for(self, epoch: Epoch) -> LogRecord | None:
+        """The open record if it can take more of this epoch, else a new one; None when the ring is full, or the epoch cannot be logged."""
+        record = self._open
+        if record is not None and record.room and record.cp_number == epoch.number:
+            return record
+        if epoch.by_reference or self._used_blocks >= self._blocks:
+            return None
+        record = LogRecord(self.head_block, self.next_sequence, epoch.number, self._durable_sequence, self._pool_uuid)
+        self.head_block = (self.head_block + 1) % self._blocks
+        self.next_sequence += 1
+        self._used_blocks += 1
+        self._open = record
+        if self._used_blocks > self._blocks * FILL_WANTED and self._state.frozen is None:
+            self._state.wanted()
+        return record
+
+    def _write_out(self) -> None:
+        """Write records that are not on the device as they are, in their order, until it would have to be waited for."""
+        device = self._state.device
+        try:
+            while self._unwritten and device.try_writev((self._unwritten[0].buf,), self._unwritten[0].offset_bytes, BLOCK_BYTES):
+                del self._unwritten[0]
+        except DeviceFailed as failure:
+            self._state.fail(f"the device failed to take a record of the intent log: {failure}")
+
+    # --- Flushing --------------------------------------------------------------------------------------------------
 
     def flush(self, done: FlushCompletion) -> None:
         """Make every change installed before this call durable, then call ``done``."""
@@ -107,14 +151,6 @@ class IntentLog:
         """Wait until no flush is waiting or under way."""
         while self._committing is not None:
             await asyncio.shield(self._committing)
-
-    def mark(self) -> tuple[int, int, int]:
-        """At a freeze: where the next record will lie (block, sequence), and how much of the ring is used by then."""
-        return self.head_block, self.next_sequence, self._used_blocks
-
-    def trim(self, used_blocks_at_mark: int) -> None:
-        """A consistency point is durable: what lay before its mark is no longer needed."""
-        self._used_blocks -= used_blocks_at_mark
 
     async def _commit_all(self) -> None:
         try:
@@ -132,53 +168,33 @@ class IntentLog:
             self._committing = None
 
     async def _commit(self) -> None:
-        """Write what is not logged yet, then sync. Raises DeviceFailed, PoolReadOnly."""
-        state = self._state
+        """Log what is not logged yet, then sync. Raises DeviceFailed, PoolReadOnly."""
+        state, slicer = self._state, Slicer()
         state.check_writable()
-        epochs = [epoch for epoch in (state.frozen, state.epoch) if epoch is not None and (epoch.unlogged or epoch.by_reference)]
+        while self._next_epoch() is not None:
+            before = self.next_sequence
+            self.note()
+            if self._next_epoch() is not None and self.next_sequence == before:
+                break
+            await slicer.breathe()
+        if self._next_epoch() is not None or any(epoch is not None and epoch.by_reference for epoch in (state.frozen, state.epoch)):
+            await asyncio.shield(self.durable_by_cp())
+            return
+        state.check_writable()  # noting may just have failed
+        await self._sync()
+        self.commits += 1
+
+    async def _sync(self) -> None:
+        """Make all records that there are now durable, with their data. The open one is closed: nobody may write over it any more."""
+        state = self._state
+        self._open = None
+        last_sequence = self.next_sequence - 1
+        records, self._unwritten = self._unwritten, []
         try:
-            for epoch in epochs[:-1]:
-                if self._fits(epoch):
-                    await self._append(epoch)
-                    await state.device.sync()  # a record may say of those before it that they are durable
-            # Looked at only now: while the record before was written, more changes may have come.
-            if not all(map(self._fits, epochs)):
-                await asyncio.shield(self.durable_by_cp())
-                return
-            for epoch in epochs[-1:]:
-                await self._append(epoch)
+            for record in records:
+                await state.device.writev((record.buf,), record.offset_bytes)
             await state.device.sync()
         except DeviceFailed as failure:
             state.fail(f"the device failed to make data durable: {failure}")
             raise
-        self.commits += 1
-        if self._used_blocks > self._blocks * FILL_WANTED:
-            state.wanted()
-
-    def _fits(self, epoch: Epoch) -> bool:
-        """Whether what the epoch has not logged yet is one record for which the ring has room now (nothing always fits)."""
-        entries = len(epoch.unlogged)
-        if epoch.by_reference:
-            return False
-        return entries <= RECORD_ENTRIES_MAX and (not entries or record_blocks(entries) <= self._blocks - self._used_blocks)
-
-    async def _append(self, epoch: Epoch) -> None:
-        entries, epoch.unlogged = epoch.unlogged, []
-        # A freeze may come while this waits: then the record lies behind its mark and is skipped by its number (see the invariants).
-        record = await encode_record(self.next_sequence, epoch.number, self.next_sequence - 1, self._pool_uuid, entries)
-        blocks = len(record) // BLOCK_BYTES
-        at = self.head_block
-        self.head_block = (at + blocks) % self._blocks
-        self.next_sequence += 1
-        self._used_blocks += blocks
-        first = min(blocks, self._blocks - at) * BLOCK_BYTES
-        view = memoryview(record)
-        await self._write(view[:first], at)
-        if first < len(record):
-            await self._write(view[first:], 0)
-
-    async def _write(self, data: memoryview, block: int) -> None:
-        offset = (LOG_FIRST_VBN + block) * BLOCK_BYTES
-        device = self._state.device
-        if not device.try_writev((data,), offset, len(data)):
-            await device.writev((data,), offset)
+        self._durable_sequence = max(self._durable_sequence, last_sequence)

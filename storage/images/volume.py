@@ -284,7 +284,8 @@ class Volume:
                 self._refuse(offset, len(data))
 
     def _written(self, batch: list[Write]) -> None:
-        """Installed: acknowledge, with the log's help where durability was asked for."""
+        """Installed: note it in the log, and acknowledge, after a sync where durability was asked for."""
+        self._log.note()
         self.writes += len(batch)
         self.state.operations += len(batch)
         for _, data, fua, done in batch:
@@ -337,6 +338,7 @@ class Volume:
             if offset + length > self.image.limit_bytes:
                 self._refuse(offset, length)
             await self._zero_range(offset, offset + length)
+            self._log.note()
         except Exception as error:  # noqa: BLE001
             done(as_storage_error(error))
             return
@@ -397,6 +399,8 @@ class Volume:
             self.check_range(offset, length)
             async with self._locks.holding(offset >> 12, length >> 12):
                 await copy_blocks(source.image, source_offset >> 12, self.image, offset >> 12, length >> 12)
+            # The log cannot say it: so that not even a crash of the process loses it, it is durable before it is answered.
+            await asyncio.shield(self._log.durable_by_cp())
         except Exception as error:  # noqa: BLE001
             done(as_storage_error(error))
             return

@@ -5,19 +5,18 @@ from collections.abc import Callable
 
 import pytest
 
-from storage.consistency.epoch import Epoch
-from storage.consistency.intent_log import RECORD_ENTRIES_MAX, IntentLog, encode_record, record_blocks
+from storage.consistency.epoch import Epoch, LogEntry
+from storage.consistency.intent_log import IntentLog
+from storage.consistency.log_record import ENTRIES_PER_RECORD, LogRecord
 from storage.consistency.replay import Ring
 from storage.errors import StorageError
-from storage.layout import BLOCK_BYTES, LOG_FIRST_VBN, RECORD_ENTRY, RECORD_HEAD
-from storage.slices import CHUNK
+from storage.layout import BLOCK_BYTES, LOG_FIRST_VBN
 from storage.state import PoolState
 from tests.storage.devices import SYNC, WRITE, DelayDevice, Fault, FaultyDevice, MemoryDevice
 from tests.storage.pools import LEAF_BYTES, data, new_pool, opened, within
 
 UUID_BYTES = bytes(range(16))
 RING_BLOCKS = 64
-ENTRIES_PER_BLOCK = (BLOCK_BYTES - RECORD_HEAD.size) // RECORD_ENTRY.size
 
 
 class Log:
@@ -55,9 +54,15 @@ class Log:
         return Ring(content, UUID_BYTES)
 
 
-async def test_a_record_says_what_was_put_in() -> None:
+def record_of(entries: list[LogEntry], sequence: int = 1, cp_number: int = 1, durable: int = 0) -> bytearray:
+    record = LogRecord(0, sequence, cp_number, durable, UUID_BYTES)
+    record.add(entries)
+    return record.buf
+
+
+def test_a_record_says_what_was_put_in() -> None:
     entries = [(7, 0xDEADBEEF, 1 << 38, 12345, 1), (8, 0, 5, 1, 1 << 38)]
-    record = await encode_record(42, 9, 41, UUID_BYTES, list(entries))
+    record = record_of(entries, 42, 9, 41)
     assert len(record) == BLOCK_BYTES
     found = Ring(record, UUID_BYTES).record_at(0)
     assert found is not None
@@ -69,18 +74,16 @@ async def test_a_record_says_what_was_put_in() -> None:
         assert Ring(spoilt, UUID_BYTES).record_at(0) is None
 
 
-async def test_entries_of_several_slices_keep_their_order() -> None:
-    entries = [(1, number, number + 5, number + 9, 1) for number in range(2 * CHUNK + 3)]
-    found = Ring(await encode_record(1, 1, 0, UUID_BYTES, list(entries)), UUID_BYTES).record_at(0)
-    assert found is not None
-    assert found.entries == entries
-
-
-@pytest.mark.parametrize("entries", [0, 1, ENTRIES_PER_BLOCK, ENTRIES_PER_BLOCK + 1, RECORD_ENTRIES_MAX])
-async def test_the_length_of_a_record(entries: int) -> None:
-    record = await encode_record(1, 1, 0, UUID_BYTES, [(1, 2, 3, 4, 1)] * entries)
-    assert len(record) == record_blocks(entries) * BLOCK_BYTES
-    assert len(record) - BLOCK_BYTES < RECORD_HEAD.size + entries * RECORD_ENTRY.size <= len(record)
+def test_a_record_grows_until_it_is_full() -> None:
+    record = LogRecord(0, 1, 1, 0, UUID_BYTES)
+    entries = [(1, number, number + 5, number + 9, 1) for number in range(ENTRIES_PER_RECORD)]
+    for number, entry in enumerate(entries):
+        assert record.room == ENTRIES_PER_RECORD - number
+        record.add([entry])
+        found = Ring(record.buf, UUID_BYTES).record_at(0)
+        assert found is not None
+        assert found.entries == entries[: number + 1]
+    assert record.room == 0
 
 
 async def test_all_flushes_that_wait_share_the_next_record() -> None:
@@ -111,16 +114,16 @@ async def test_a_record_says_that_those_before_it_are_durable() -> None:
 async def test_records_go_round_the_ring() -> None:
     log = Log()
     for round_ in range(200):
-        log.change(ENTRIES_PER_BLOCK * 2, round_)
+        log.change(ENTRIES_PER_RECORD * 2, round_)
         await log.flush()
         if round_ % 20 == 19:
             head, sequence, _ = log.log.mark()
             await log._point()
     assert log.points == 10
-    log.change(ENTRIES_PER_BLOCK * 5)
+    log.change(ENTRIES_PER_RECORD * 5)
     await log.flush()
     records = log.ring().records_from(head, sequence)
-    assert [len(record.entries) for record in records] == [ENTRIES_PER_BLOCK * 5]
+    assert [len(record.entries) for record in records] == [ENTRIES_PER_RECORD] * 5
 
 
 async def test_a_full_ring_is_emptied_by_a_consistency_point_and_never_written_over() -> None:
@@ -134,34 +137,58 @@ async def test_a_full_ring_is_emptied_by_a_consistency_point_and_never_written_o
     assert log.points == 1 and len(log.ring().records_from(0, 1)) == RING_BLOCKS
 
 
-async def test_changes_that_come_while_the_frozen_epoch_is_logged_do_not_overrun_the_ring() -> None:
-    """Their record is measured when it is written, not when the commit began."""
-    log = Log(DelayDevice)
-    assert isinstance(log.device, DelayDevice)
-    for _ in range(RING_BLOCKS - 4):
-        log.change(1)
-        await log.flush()
-    log.change(1)
-    frozen = log.state.epoch
-    log.state.frozen, log.state.epoch = frozen, Epoch(frozen.number + 1)
-    log.change(1)
-    log.device.hold(SYNC)
-    flush = asyncio.create_task(log.flush())
-    while not log.device.held(SYNC) and not flush.done():
-        await asyncio.sleep(0)
-    log.change(ENTRIES_PER_BLOCK * 8)  # eight blocks more, where three are left
-    log.device.release(SYNC)
-    await flush
-    assert log.points == 1
-    records = log.ring().records_from(0, 1)
-    assert len(records) == RING_BLOCKS - 3 and records[0].entries == [(1, 0, 0, 1, 1)]
-
-
-async def test_more_than_a_record_may_hold_is_a_consistency_point() -> None:
+async def test_changes_that_the_ring_has_no_room_for_become_durable_by_a_consistency_point() -> None:
     log = Log()
-    log.change(RECORD_ENTRIES_MAX + 1)
+    log.change(RING_BLOCKS * ENTRIES_PER_RECORD + 1)
     await log.flush()
-    assert (log.points, log.log.commits) == (1, 0)
+    assert log.points == 1
+    assert len(log.ring().records_from(0, 1)) == RING_BLOCKS
+
+
+async def test_changes_are_noted_without_a_sync_and_the_open_record_grows() -> None:
+    log = Log(lambda memory: FaultyDevice(memory, Fault(SYNC)))
+    for number in range(5):
+        log.change(1, number)
+        log.log.note()
+        (record,) = log.ring().records_from(0, 1)
+        assert [entry[2] for entry in record.entries] == list(range(number + 1))
+    assert isinstance(log.device, FaultyDevice)
+    assert log.device.calls.get(SYNC, 0) == 0
+
+
+async def test_a_record_that_a_flush_counts_on_is_never_written_over() -> None:
+    log = Log()
+    log.change(1)
+    await log.flush()
+    first = bytes(log.ring()._data[:BLOCK_BYTES])
+    log.change(1, 5)
+    log.log.note()
+    assert bytes(log.ring()._data[:BLOCK_BYTES]) == first
+    assert [record.durable_sequence for record in log.ring().records_from(0, 1)] == [0, 1]
+
+
+async def test_changes_of_the_frozen_epoch_come_before_those_of_the_current_one() -> None:
+    log = Log()
+    log.change(1, 100)
+    frozen = log.state.epoch
+    log.log.mark()
+    log.state.frozen, log.state.epoch = frozen, Epoch(frozen.number + 1)
+    log.change(1, 200)
+    log.log.note()
+    records = log.ring().records_from(0, 1)
+    assert [(record.cp_number, record.entries[0][2]) for record in records] == [(frozen.number, 100), (frozen.number + 1, 200)]
+
+
+async def test_what_the_device_does_not_take_at_once_is_written_in_order_later() -> None:
+    log = Log(lambda memory: MemoryDevice(memory.size_bytes, deferred=True, miss_rate=1.0, seed=1))
+    for number in range(3):
+        log.change(ENTRIES_PER_RECORD, number)
+        log.log.note()
+    await log.flush()
+    content = bytearray(RING_BLOCKS * BLOCK_BYTES)
+    await log.device.readv([content], LOG_FIRST_VBN * BLOCK_BYTES)
+    records = Ring(content, UUID_BYTES).records_from(0, 1)
+    assert [record.entries[0][2] for record in records] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("operation", [WRITE, SYNC])
@@ -171,7 +198,7 @@ async def test_after_a_failed_commit_nothing_is_acknowledged_as_durable(operatio
     with pytest.raises(StorageError, match="planted fault"):
         await log.flush()
     assert log.state.read_only_reason is not None
-    with pytest.raises(StorageError, match="the pool is read-only: the device failed to make data durable"):
+    with pytest.raises(StorageError, match="the pool is read-only: the device failed to"):
         await log.flush()
 
 
@@ -203,3 +230,17 @@ async def test_invariant_1_what_was_flushed_or_written_with_fua_survives() -> No
         assert await running.read("a", 0, len(expected)) == expected
     async with opened(after_zeros) as running:
         assert await running.read("a", 0, len(expected)) == bytes(4 * BLOCK_BYTES) + expected[4 * BLOCK_BYTES :]
+
+
+async def test_a_killed_process_loses_no_acknowledged_write() -> None:
+    """What was in the page cache is still there: all that was acknowledged, flushed or not, is found again at the next start."""
+    async with new_pool() as running:
+        await running.pool.vdisk_create("a", 4 * LEAF_BYTES)
+        for index in range(300):
+            await running.write("a", index * BLOCK_BYTES, data(index, 1))
+        await running.zero("a", 7 * BLOCK_BYTES, 3 * BLOCK_BYTES)
+        killed = running.memory.copy()
+    async with opened(killed) as running:
+        for index in range(300):
+            expected = bytes(BLOCK_BYTES) if 7 <= index < 10 else data(index, 1)
+            assert await running.read("a", index * BLOCK_BYTES, BLOCK_BYTES) == expected

@@ -57,7 +57,7 @@ async def test_what_is_written_is_read_at_every_alignment(miss_rate: float) -> N
             assert await running.read("a", 0, 300 * BLOCK_BYTES) == expected[: 300 * BLOCK_BYTES]
 
 
-async def test_writes_of_one_batch_are_one_write_to_the_device() -> None:
+async def test_writes_of_one_batch_are_one_write_to_the_device_and_one_to_the_log() -> None:
     async with new_pool(decorate=FaultyDevice) as running:
         await running.pool.vdisk_create("a", LEAF_BYTES)
         await running.write("a", 0, data(0))
@@ -66,7 +66,7 @@ async def test_writes_of_one_batch_are_one_write_to_the_device() -> None:
         for index in range(32):
             volume.write((index * 7 % 256) * BLOCK_BYTES, data(index), False, answers(str(index)))
         volume.settle()
-        assert running.device.calls[WRITE] == before + 1
+        assert running.device.calls[WRITE] == before + 2
         assert set(answers.once().values()) == {None}
         assert await running.read("a", 7 * BLOCK_BYTES, BLOCK_BYTES) == data(1)
 

@@ -1,0 +1,48 @@
+"""One record of the intent log: a block that lists up to ENTRIES_PER_RECORD changes of one epoch (layout.RECORD_HEAD, RECORD_ENTRY).
+
+The newest record is *open*: entries are added to it, and its block is written again, as long as no sync has been asked for since it was
+begun. So a record that anybody may count on as durable is never written over.
+"""
+
+from crc32c import crc32c
+
+from storage.consistency.epoch import LogEntry
+from storage.layout import BLOCK_BYTES, LOG_FIRST_VBN, RECORD_CRC_OFFSET, RECORD_ENTRY, RECORD_HEAD, RECORD_MAGIC
+
+ENTRIES_PER_RECORD = (BLOCK_BYTES - RECORD_HEAD.size) // RECORD_ENTRY.size
+
+
+class LogRecord:
+    """A record in the making. ``block`` is its place in the ring, ``cp_number`` the epoch whose changes it lists."""
+
+    __slots__ = ("_count", "_durable_sequence", "_pool", "block", "buf", "cp_number", "sequence")
+
+    def __init__(self, block: int, sequence: int, cp_number: int, durable_sequence: int, pool_uuid: bytes) -> None:
+        self.block = block
+        self.sequence = sequence
+        self.cp_number = cp_number
+        self._durable_sequence = durable_sequence
+        self._pool = pool_uuid[:8]
+        self._count = 0
+        self.buf = bytearray(BLOCK_BYTES)
+
+    @property
+    def offset_bytes(self) -> int:
+        """Where the record lies on the device."""
+        return (LOG_FIRST_VBN + self.block) * BLOCK_BYTES
+
+    @property
+    def room(self) -> int:
+        """How many more entries it can take."""
+        return ENTRIES_PER_RECORD - self._count
+
+    def add(self, entries: list[LogEntry]) -> None:
+        """Append entries, no more than there is room for, and make the record whole again."""
+        buf, at = self.buf, RECORD_HEAD.size + self._count * RECORD_ENTRY.size
+        pack_into = RECORD_ENTRY.pack_into
+        for entry in entries:
+            pack_into(buf, at, *entry)
+            at += RECORD_ENTRY.size
+        self._count += len(entries)
+        RECORD_HEAD.pack_into(buf, 0, RECORD_MAGIC, 0, self.sequence, self.cp_number, self._durable_sequence, self._pool, self._count, 1)
+        buf[RECORD_CRC_OFFSET : RECORD_CRC_OFFSET + 4] = crc32c(buf).to_bytes(4, "little")
