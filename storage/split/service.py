@@ -15,6 +15,7 @@ from storage.layout import (
     BLOCK_BYTES,
     KIND_VDISK,
     SPLIT_DONE,
+    SPLIT_FAILED,
     SPLIT_FLAG_COUNTED,
     SPLIT_MODES,
     SPLIT_NONE,

@@ -97,11 +97,12 @@ async def step(pool: Pool) -> bool:
     handler = pool._handler
     if not handler._queue:
         return False
-    token = in_background.set(True)
+    in_background.set(True)
     try:
         await handler._carry_out(handler._queue[0])
     finally:
-        in_background.reset(token)
+        # Not by a token: a coroutine that is thrown away is ended in another context.
+        in_background.set(False)
     return True
 
 
