@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 from collections import Counter
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -24,9 +25,12 @@ PROGRAM = "iscsi-test-cu"
 # Sanitize.Reset sleeps for a minute where the operation is still under way; nothing else takes half a minute.
 TEST_SECONDS_MAX = 180
 VDISK, WIDE_VDISK = "conformance", "wide"
-VDISK_SIZE, WIDE_VDISK_SIZE, POOL_SIZE = "256MiB", "16GiB", "2GiB"
-# These want a disk that takes seconds to overwrite. Zeros take no space in the pool.
-ON_WIDE_VDISK = frozenset(("ALL.Sanitize.Reset",))
+VDISK_BYTES, POOL_SIZE = 256 << 20, "2GiB"
+# This wants a disk that takes seconds to overwrite: it looks after three, resets, and looks again. Zeros take no space in the pool.
+ON_WIDE_VDISK = "ALL.Sanitize.Reset"
+OVERWRITE_SECONDS = 20.0
+OVERWRITE_WITH_ZEROS = bytes((0x48, 0x01, 0, 0, 0, 0, 0, 0, 5, 0))
+ZERO_PATTERN = bytes((1, 0, 0, 1, 0))
 # This wants a write-protected disk: another session sets software write protect (SWP) meanwhile.
 WRITE_PROTECTED = re.compile(r"^ALL\.ReadOnly\.")
 SWP_ON = bytes((0, 0, 0, 0, 0x0A, 0x0A, 0, 0x10, 0x08, 0, 0, 0, 0, 0, 0, 0))
@@ -105,10 +109,15 @@ async def run_test(name: str, urls: list[str]) -> Outcome:
     return outcome
 
 
+async def _client(url: str) -> _Client:
+    parts = re.fullmatch(r"iscsi://(.+):(\d+)/(.+)/\d+", url)
+    assert parts is not None, f"{url} is no iscsi://HOST:PORT/TARGET/LUN"
+    return await _Client.connect(parts[1], int(parts[2]), parts[3])
+
+
 async def run_write_protected(name: str, urls: list[str]) -> Outcome:
     """The same on a disk that another session has protected."""
-    host, port, target = re.fullmatch(r"iscsi://(.+):(\d+)/(.+)/\d+", urls[0]).groups()  # type: ignore[union-attr]
-    async with await _Client.connect(host, int(port), target) as client:
+    async with await _client(urls[0]) as client:
         await client.command(MODE_SELECT_6, SWP_ON)
         try:
             return await run_test(name, urls)
@@ -116,28 +125,52 @@ async def run_write_protected(name: str, urls: list[str]) -> Outcome:
             await client.command(MODE_SELECT_6, SWP_OFF)
 
 
-async def run_all(urls: list[str], wide_urls: list[str], only: str) -> list[Outcome]:
+class Disks:
+    """The disks under test: those that the command line names, or vdisks of a daemon of our own."""
+
+    def __init__(self, urls: list[str], daemon: Daemon | None) -> None:
+        self.urls = urls
+        self._daemon = daemon
+        self._wide: list[str] = []
+
+    async def urls_for(self, name: str) -> list[str]:
+        """Both paths to the disk that the test wants."""
+        if name != ON_WIDE_VDISK or self._daemon is None:
+            return self.urls
+        if not self._wide:
+            await self._daemon.ctl("vdisk", "create", WIDE_VDISK, "--size", f"{await self._wide_mib()}MiB")
+            self._wide = [url.replace(f":{VDISK}/", f":{WIDE_VDISK}/") for url in self.urls]
+        return self._wide
+
+    async def _wide_mib(self) -> int:
+        """As much as this machine overwrites in OVERWRITE_SECONDS."""
+        async with await _client(self.urls[0]) as client:
+            began = time.monotonic()
+            await client.command(OVERWRITE_WITH_ZEROS, ZERO_PATTERN)
+            return 1 + int((VDISK_BYTES >> 20) * OVERWRITE_SECONDS / (time.monotonic() - began))
+
+
+async def run_all(disks: Disks, only: str) -> list[Outcome]:
     """All tests whose name matches ``only``, printing what did not pass as it goes."""
     outcomes = []
     for name in await list_tests():
         if not re.search(only, name):
             continue
         run = run_write_protected if WRITE_PROTECTED.search(name) else run_test
-        outcome = await run(name, wide_urls if name in ON_WIDE_VDISK else urls)
+        outcome = await run(name, await disks.urls_for(name))
         outcomes.append(outcome)
         if outcome.verdict != "pass":
             print(f"{outcome.verdict:14}{name[4:]:40}{outcome.reason}", flush=True)
     return outcomes
 
 
-async def _own_daemon(stack: AsyncExitStack) -> tuple[list[str], list[str]]:
+async def _own_daemon(stack: AsyncExitStack) -> Disks:
     directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cleaved-conformance-")))
     daemon = await stack.enter_async_context(Daemon(directory, POOL_SIZE, ("--iscsi", "127.0.0.1:0")))
-    await daemon.ctl("vdisk", "create", VDISK, "--size", VDISK_SIZE)
-    await daemon.ctl("vdisk", "create", WIDE_VDISK, "--size", WIDE_VDISK_SIZE)
+    await daemon.ctl("vdisk", "create", VDISK, "--size", f"{VDISK_BYTES >> 20}MiB")
     portals = re.findall(r"iscsi ([^,]+)", str(next(event["listeners"] for event in daemon.events() if event["event"] == "daemon.ready")))
-    urls, wide_urls = ([daemon.url(vdisk).replace(daemon.portal, portal) for portal in portals] for vdisk in (VDISK, WIDE_VDISK))
-    return urls, wide_urls
+    assert len(portals) == 2
+    return Disks([daemon.url(VDISK).replace(daemon.portal, portal) for portal in portals], daemon)
 
 
 def report(outcomes: list[Outcome]) -> bool:
@@ -151,11 +184,9 @@ async def run(options: argparse.Namespace) -> int:
     """Run as often as asked; 1 where a test failed or timed out, or two runs differ."""
     runs = []
     async with AsyncExitStack() as stack:
-        urls, wide_urls = (options.url * 2)[:2], (options.url * 2)[:2]
-        if not urls:
-            urls, wide_urls = await _own_daemon(stack)
+        disks = Disks((options.url * 2)[:2], None) if options.url else await _own_daemon(stack)
         for _ in range(options.runs):
-            runs.append(await run_all(urls, wide_urls, options.only))
+            runs.append(await run_all(disks, options.only))
             good = report(runs[-1])
             if not good:
                 return 1

@@ -199,7 +199,12 @@ def write_atomic(lba: int, sectors: int, flags: int = 0) -> bytes:
 def test_an_atomic_write_reaches_the_volume_in_one_piece(pair, volume):
     pieces = []
     take = volume.write
-    volume.write = lambda offset, data, fua, done: (pieces.append((offset, len(data), fua)), take(offset, data, fua, done))
+
+    def write(offset, data, fua, done):
+        pieces.append((offset, len(data), fua))
+        take(offset, data, fua, done)
+
+    volume.write = write
     pair.command(write_atomic(8, 256), data=OTHER * 256)
     pair.command(write_atomic(0, 8, 0x08), data=NEW * 8)
     assert pieces == [(4096, 256 * 512, False), (0, 4096, True)]

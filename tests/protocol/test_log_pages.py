@@ -2,7 +2,7 @@
 
 import pytest
 
-from protocol.volume import ReportsSplit, ReportsUsage, SplitState, VolumeUsage
+from protocol.volume import SplitState, VolumeUsage
 from tests.protocol.coupling import coupled
 from tests.protocol.memory_volume import MemoryVolume
 from tests.protocol.test_scsi_identity import fails, page
@@ -52,7 +52,6 @@ def test_supported_pages():
 
 def test_usage_in_the_units_of_the_provisioning_page():
     volume = ThinClone(None)
-    assert isinstance(volume, ReportsUsage) and isinstance(volume, ReportsSplit)
     pair = coupled(volume)
     unit_bytes = 512 << page(pair, 0xB2)[4]
     assert unit_bytes == 1 << 20

@@ -114,8 +114,9 @@ def test_a_cold_reset_ends_every_session_of_the_target_after_its_answer():
     write = Results()
     one.initiator.submit_write(0, 0, bytes(512), write)
     one.run()
-    assert manage(one, task_management.TARGET_COLD_RESET) == [] and not one.peer.closed  # the write is under way
+    assert manage(one, task_management.TARGET_COLD_RESET) == []  # the write is under way
+    assert [pair.peer.closed for pair in (one, second, elsewhere)] == [False, False, False]
     volume.release()
     one.run()
-    assert one.peer.closed and second.peer.closed and not elsewhere.peer.closed
+    assert [pair.peer.closed for pair in (one, second, elsewhere)] == [True, True, False]
     assert [session.target_name for session in node.sessions.values()] == ["iqn.2026-01.io.cleaved:other"]
