@@ -20,10 +20,11 @@ from daemon.config import Chap
 from daemon.logs import get_log
 from daemon.pool_interface import AttachableVolume, Row, Volumes
 from daemon.target_table import TargetTable
+from protocol.control.limits import ISCSI_NAME_CHARACTERS_MAX
 from protocol.control.methods import ISCSI_NAME
 from protocol.iscsi.chap import ChapSecrets
 from protocol.iscsi.node import SessionView, TargetDefinition
-from storage.errors import Conflict, NotFound
+from storage.errors import Conflict, NotFound, RequestError
 
 TARGET_PREFIX: Final = "iqn.2026-01.io.cleaved:"
 VDISK, TARGET = "vdisk", "target"
@@ -178,8 +179,10 @@ class Targets:
                 del self._in_making[kind, name]
 
     async def create(self, reference: str) -> Found:
-        """A target without LUNs. Raises Conflict, and what the pool raises."""
+        """A target without LUNs. Raises RequestError, Conflict, and what the pool raises."""
         name = full_name(reference).lower()
+        if len(name) > ISCSI_NAME_CHARACTERS_MAX:
+            raise RequestError(f"{name} has {len(name)} characters, and an iSCSI name has at most {ISCSI_NAME_CHARACTERS_MAX}")
         with self.claim(TARGET, name.removeprefix(TARGET_PREFIX)):
             if self._find_vdisk(name) is not None:
                 raise Conflict(f"{name} is the target of the vdisk of that name: choose another name")

@@ -12,8 +12,8 @@ from daemon.access import Credentials
 from daemon.config import Chap
 from daemon.sections import Section, SectionUnreadable, Versioned
 from daemon.targets import TARGET, VDISK, Targets, full_name
-from protocol.control.limits import ACL_INITIATORS_MAX, LUN_MAX
-from storage.errors import Conflict, NotFound, PoolReadOnly
+from protocol.control.limits import ACL_INITIATORS_MAX, ISCSI_NAME_CHARACTERS_MAX, LUN_MAX
+from storage.errors import Conflict, NotFound, PoolReadOnly, RequestError
 from tests.daemon.fakes import MemoryPool
 from tests.daemon.test_targets import PREFIX, Session
 
@@ -241,6 +241,13 @@ async def test_vdisks_and_created_targets_share_one_space_of_names(targets: Targ
     with targets.claim(TARGET, "v"), pytest.raises(Conflict), targets.claim(VDISK, "v"):
         pytest.fail("both were made at the same time")
     await targets.create("u")
+
+
+async def test_a_name_that_gets_too_long_with_the_prefix(targets: Targets) -> None:
+    room = ISCSI_NAME_CHARACTERS_MAX - len(PREFIX)
+    assert len((await targets.create("t" * room)).name) == ISCSI_NAME_CHARACTERS_MAX
+    with pytest.raises(RequestError, match=str(ISCSI_NAME_CHARACTERS_MAX)):
+        await targets.create("t" * (room + 1))
 
 
 async def test_names_of_other_authorities(targets: Targets) -> None:

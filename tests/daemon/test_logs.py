@@ -14,8 +14,10 @@ logs.set_up(*sys.argv[1:])
 logs.get_log().debug("test.debug")
 logs.get_log().info("test.info", size_bytes=5)
 logging.getLogger("asyncio").warning("slow %s", "callback")
+def divide(secret):
+    return 1 / 0
 try:
-    1 / 0
+    divide("hunter" + str(2))
 except ZeroDivisionError as error:
     logs.get_log().error("test.error", exc_info=error)
 """
@@ -42,3 +44,10 @@ async def test_text() -> None:
     assert "test.info" in result.messages
     assert "size_bytes=5" in result.messages
     assert "{" not in result.messages.splitlines()[0]
+
+
+@pytest.mark.parametrize("form", ["json", "text"])
+async def test_local_variables_stay_out_of_the_log(form: str) -> None:
+    result = await run(sys.executable, "-c", PROGRAM, "info", form)
+    assert "ZeroDivisionError" in result.messages
+    assert "hunter2" not in result.messages
