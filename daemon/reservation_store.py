@@ -1,4 +1,4 @@
-"""Persistent reservations that outlive a restart (APTPL), in the pool's configuration, section ``reservations``.
+"""Persistent reservations (and saved mode pages) that outlive a restart (APTPL), in the pool's configuration, section ``reservations``.
 
 Satisfies `protocol.iscsi.node.ReservationKeeper`. Changes that come while one is being written are written together.
 """
@@ -16,13 +16,16 @@ from storage.errors import StorageError
 SECTION: Final = "reservations"
 
 
-class Kept(msgspec.Struct, frozen=True, kw_only=True):
-    """Registrations (initiator port to key), and the reservation, of one vdisk: what `Reservations.export` gives."""
+class Kept(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Registrations (initiator port to key), and the reservation, of one vdisk: what `Reservations.export` gives; and whether its
+    write cache is on, as a client saved it.
+    """
 
     registrations: dict[str, int]
     holder: str | None
     kind: int
     generation: int
+    write_cache: bool = True
 
 
 class StoredReservations(Versioned, frozen=True, kw_only=True):
@@ -43,7 +46,8 @@ class ReservationStore:
     def kept(self, uuid: UUID) -> dict[str, Any] | None:
         """What `Reservations.restore` takes."""
         found = self._latest.get(uuid.hex)
-        return None if found is None else msgspec.structs.asdict(found)
+        kept: dict[str, Any] | None = None if found is None else msgspec.to_builtins(found)
+        return kept
 
     def keep(self, uuid: UUID, state: dict[str, Any] | None, done: Completion) -> None:
         """Write down the state of one vdisk, and call ``done`` when that is durable, or with the error."""

@@ -5,7 +5,7 @@ A daemon implements `TargetDirectory` and makes one `TargetNode` over it.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 from uuid import UUID
 
 from protocol.iscsi.chap import Challenges, ChapSecrets
@@ -64,15 +64,17 @@ class TargetDirectory(Protocol):
 
 
 class ReservationKeeper(Protocol):
-    """Keeps persistent reservations over restarts (APTPL, SPC-4 5.13.5)."""
+    """Keeps persistent reservations (APTPL, SPC-4 5.13.5) and the saved caching mode page over restarts."""
 
     def kept(self, uuid: UUID) -> dict[str, Any] | None:
-        """What `Reservations.restore` takes, of an earlier run; None for nothing."""
+        """What `Reservations.restore` takes, of an earlier run, and ``write_cache`` (True where it is missing); None for nothing."""
 
     def keep(self, uuid: UUID, state: dict[str, Any] | None, done: Completion) -> None:
-        """Make durable what `Reservations.export` gave (None: nothing is to be kept), then call ``done``."""
+        """Make durable what `Reservations.export` gave, and ``write_cache`` (None: nothing is to be kept), then call ``done``."""
 
 
+# What is kept where only a mode page was saved.
+NO_RESERVATIONS: Final[dict[str, Any]] = {"registrations": {}, "holder": None, "kind": 0, "generation": 0}
 SessionKey = tuple[str, int, str]
 
 
@@ -140,7 +142,7 @@ class TargetNode:
         if keeper is not None:
             kept = keeper.kept(volume.uuid)
             if kept is not None:
-                unit.reservations.restore(**kept)
+                _restore(unit, **kept)
             unit.keep_reservations = lambda done: keeper.keep(volume.uuid, _to_keep(unit), done)
         return unit
 
@@ -217,4 +219,14 @@ class TargetNode:
 
 def _to_keep(unit: LogicalUnit) -> dict[str, Any] | None:
     reservations = unit.reservations
-    return reservations.export() if reservations.survives_power_loss and reservations.registrations else None
+    registered = bool(reservations.survives_power_loss and reservations.registrations)
+    if not registered and unit.saved_write_cache:
+        return None
+    kept = reservations.export() if registered else NO_RESERVATIONS
+    return kept if unit.saved_write_cache else {**kept, "write_cache": False}
+
+
+def _restore(unit: LogicalUnit, write_cache: bool = True, **reservations: Any) -> None:
+    unit.write_cache = unit.saved_write_cache = write_cache
+    if reservations["registrations"]:
+        unit.reservations.restore(**reservations)

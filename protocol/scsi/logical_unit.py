@@ -43,7 +43,7 @@ class LogicalUnit:
 
     __slots__ = (
         "capacity_bytes", "descriptor_sense", "gate", "keep_reservations", "nexuses", "reservations", "sanitization",
-        "software_write_protect", "started", "volume", "write_cache",
+        "saved_write_cache", "software_write_protect", "started", "volume", "write_cache",
     )
 
     def __init__(self, volume: BlockVolume) -> None:
@@ -54,16 +54,22 @@ class LogicalUnit:
         self.software_write_protect = False
         self.descriptor_sense = False
         self.write_cache = True
+        # What a reset goes back to. A client that switched the cache off for good sends no more flushes: forgetting it would lose data.
+        self.saved_write_cache = True
         self.sanitization: Sanitization | None = None  # one that runs, or that has failed
         self.gate = Gate(self.state_changed)
         self.reservations = Reservations(self.state_changed)
-        # Called with the completion of each change of the reservations: makes durable what has to outlive a restart (APTPL).
+        # Called with the completion of each change of what has to outlive a restart, which it makes durable: reservations (APTPL) and
+        # saved mode pages.
         self.keep_reservations: Callable[[Completion], None] = _keep_nothing
 
     @property
     def in_use(self) -> bool:
-        """Whether this object holds more than its volume does: nexuses, registrations (SPC-4 5.13), a sanitize operation."""
-        return bool(self.nexuses or self.reservations.registrations or self.sanitization is not None)
+        """Whether this object holds more than its volume does: nexuses, registrations (SPC-4 5.13), a sanitize operation,
+        a write cache that is not as it was saved.
+        """
+        registered = self.reservations.registrations
+        return bool(self.nexuses or registered or self.sanitization is not None or self.write_cache != self.saved_write_cache)
 
     @property
     def uuid(self) -> UUID:
@@ -95,11 +101,11 @@ class LogicalUnit:
                 nexus.attention(cause)
 
     def reset(self) -> None:
-        """Logical unit reset (SAM-5 6.3.3): state goes back to the default, and every nexus is told."""
+        """Logical unit reset (SAM-5 6.3.3): state goes back to what was saved or is the default, and every nexus is told."""
         self.started = True
         self.software_write_protect = False
         self.descriptor_sense = False
-        self.write_cache = True
+        self.write_cache = self.saved_write_cache
         self.reservations.plain_holder = None
         self.attention(sense.BUS_DEVICE_RESET)
 

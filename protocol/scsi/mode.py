@@ -20,6 +20,8 @@ _ALL_SUBPAGES: Final = 0xFF
 _WRITE_PROTECT: Final = 0x80
 _DPOFUA: Final = 0x10
 _WCE: Final = 0x04
+_PS: Final = 0x80  # in the page code: the page can be saved
+_SP: Final = 0x01
 _D_SENSE: Final = 0x04
 _SWP: Final = 0x08
 _SHORT_DESCRIPTOR: Final = Struct(">II")
@@ -42,7 +44,7 @@ def _error_recovery(_unit: LogicalUnit) -> bytes:
 
 
 def _caching(unit: LogicalUnit) -> bytes:
-    return bytes((0x08, 0x12, _WCE if unit.write_cache else 0)) + bytes(17)
+    return bytes((_PS | 0x08, 0x12, _WCE if unit.write_cache else 0)) + bytes(17)
 
 
 def _control(unit: LogicalUnit) -> bytes:
@@ -72,7 +74,7 @@ def _apply_control(unit: LogicalUnit, page: bytes) -> None:
 
 PAGES: Final = (
     ModePage(0x01, _error_recovery, bytes((0x01, 0x0A)) + bytes(10), _keep),
-    ModePage(0x08, _caching, bytes((0x08, 0x12, _WCE)) + bytes(17), _apply_caching),
+    ModePage(0x08, _caching, bytes((_PS | 0x08, 0x12, _WCE)) + bytes(17), _apply_caching),
     ModePage(0x0A, _control, bytes((0x0A, 0x0A, _D_SENSE, 0, _SWP)) + bytes(7), _apply_control),
     ModePage(0x1C, _exceptions, bytes((0x1C, 0x0A)) + bytes(10), _keep),
 )
@@ -93,12 +95,13 @@ def _selected(cdb: bytes) -> tuple[ModePage, ...]:
 
 def _page_bytes(request: Request) -> bytes:
     control = request.cdb[2] >> 6
-    if control == _SAVED:
-        raise CheckCondition(sense.SAVING_NOT_SUPPORTED)
     if control == _CHANGEABLE:
         return b"".join(page.changeable for page in _selected(request.cdb))
-    # What a fresh unit holds is the default (page control 10b); the current values are page control 00b.
+    # What a fresh unit holds is the default (page control 10b); the current values are page control 00b. The saved values are the
+    # default ones, but for the write cache.
     unit = LogicalUnit(request.unit.volume) if control else request.unit
+    if control == _SAVED:
+        unit.write_cache = request.unit.saved_write_cache
     return b"".join(page.current(unit) for page in _selected(request.cdb))
 
 
@@ -168,8 +171,6 @@ def _apply(request: Request, data: bytes, head_bytes: int, descriptor_bytes: int
 
 
 def _select(request: Request, list_bytes: int, head_bytes: int) -> Plan:
-    if request.cdb[1] & 0x01:
-        raise CheckCondition(sense.invalid_field_in_cdb(1, 0))
     if list_bytes == 0:
         return NO_DATA
 
@@ -187,13 +188,29 @@ def _select(request: Request, list_bytes: int, head_bytes: int) -> Plan:
         except CheckCondition as error:
             done(error)
             return
-        done(None)
+        if request.cdb[1] & _SP:
+            _save(request.unit, done)
+        else:
+            done(None)
 
     return Operation(list_bytes, start)
 
 
+def _save(unit: LogicalUnit, done: Completion) -> None:
+    """Make the write cache's state outlive resets and restarts. Linux asks for it by itself, where the page can be saved."""
+    before = unit.saved_write_cache
+    unit.saved_write_cache = unit.write_cache
+
+    def kept(error: Exception | None) -> None:
+        if error is not None:
+            unit.saved_write_cache = before
+        done(error)
+
+    unit.keep_reservations(kept)
+
+
 def mode_select_6(request: Request) -> Plan:
-    """MODE SELECT(6): write cache, descriptor sense, software write protect; nothing is saved."""
+    """MODE SELECT(6): write cache, descriptor sense, software write protect; with SP, the write cache's state is saved."""
     return _select(request, request.cdb[4], 4)
 
 

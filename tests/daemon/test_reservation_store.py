@@ -40,6 +40,14 @@ async def test_what_was_kept_is_there_at_the_next_start(pool: MemoryPool, store:
     assert ReservationStore(pool).kept(B) is None
 
 
+async def test_a_saved_write_cache_is_there_at_the_next_start(pool: MemoryPool, store: ReservationStore) -> None:
+    for write_cache in (False, True):
+        store.keep(A, {**state(), "write_cache": write_cache}, lambda _: None)
+        await store.drain()
+        kept = ReservationStore(pool).kept(A)
+        assert kept is not None and kept.get("write_cache", True) is write_cache
+
+
 async def test_what_is_stored_already_is_answered_at_once(pool: MemoryPool, store: ReservationStore) -> None:
     done: list[Exception | None] = []
     store.keep(A, None, done.append)
