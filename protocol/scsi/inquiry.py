@@ -136,6 +136,7 @@ _PAGES: Final[dict[int, Callable[[Request], bytes]]] = {
     0xB1: _block_characteristics,
     0xB2: _provisioning,
 }
+PAGE_CODES: Final = frozenset(_PAGES)
 
 
 def _vital_product_data(request: Request, code: int) -> bytes:

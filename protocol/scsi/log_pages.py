@@ -66,6 +66,8 @@ def _clone(unit: LogicalUnit) -> list[tuple[int, bytes]]:
 
 _PAGES: Final[dict[int, Callable[[LogicalUnit], list[tuple[int, bytes]]]]] = {LOGICAL_BLOCK_PROVISIONING: _provisioning, CLONE: _clone}
 
+PAGE_CODES: Final = frozenset((SUPPORTED_PAGES, *_PAGES))
+
 
 def _supported(with_subpages: bool) -> bytes:
     codes = (SUPPORTED_PAGES, *sorted(_PAGES))
