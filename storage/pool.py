@@ -147,6 +147,7 @@ class Pool:
             await self._points.request()
         self._handler.start()
         self._splits.go_on()
+        self._lifecycle.delete_marked()
         for number in sorted(self._catalogue.deleted):
             self._post_reclaim(self._catalogue.image(number))
         self._state.on_event("pool.opened", path=self._device.path, cp_number=self._superblock.cp_number, images=len(self._catalogue),

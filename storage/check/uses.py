@@ -107,18 +107,23 @@ class Uses:
 def _page_runs(ordered: Vbns) -> Iterator[tuple[int, int, int]]:
     """(page number, first, end) for each run of sorted VBNs that lies in one page."""
     pages = ordered >> PAGE_SHIFT
-    starts = np.flatnonzero(np.diff(pages, prepend=-1)).tolist()
+    starts = _run_starts(pages).tolist()
     for first, end in zip(starts, [*starts[1:], len(ordered)], strict=True):
         yield int(pages[first]), first, end
 
 
+def _run_starts(ordered: Vbns) -> Vbns:
+    """Positions at which another value begins than the one before."""
+    return np.concatenate(((0,), np.flatnonzero(ordered[1:] != ordered[:-1]) + 1))
+
+
 def _claim_in_page(page: _Page, local: Vbns, crcs: Crcs, kind: int, claim: Claim, places: Vbns) -> None:
-    starts = np.flatnonzero(np.diff(local, prepend=-1))
+    starts = _run_starts(local)
     distinct = local[starts]
     fresh = page.kind[distinct] == KIND_UNUSED
     page.kind[distinct[fresh]] = kind
     page.crc[distinct[fresh]] = crcs[starts[fresh]]
-    page.count(distinct, np.diff(starts, append=len(local)))
+    page.count(distinct, np.diff(np.concatenate((starts, (len(local),)))))
     claim.fresh[places[starts[fresh]]] = True
     claim.kind_differs[places] = page.kind[local] != kind
     claim.crc_differs[places] = page.crc[local] != crcs

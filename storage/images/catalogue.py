@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 from storage.errors import BlockDamaged, Conflict, NotFound
 from storage.images.image import Image
 from storage.images.record import ImageRecord, decode
-from storage.layout import IMAGE_SPLIT_OFFSET, KIND_DELETED, KIND_SNAPSHOT, KIND_VDISK, SPLIT_NONE
+from storage.layout import IMAGE_FLAG_DELETE_AFTER_SPLIT, IMAGE_SPLIT_OFFSET, KIND_DELETED, KIND_SNAPSHOT, KIND_VDISK, SPLIT_NONE
 from storage.state import PoolState
 
 
@@ -211,6 +211,14 @@ class Catalogue:
         """State of a vdisk's split, straight from the entry (layout.SPLIT_...)."""
         entry = self._entries[number]
         return entry[IMAGE_SPLIT_OFFSET] if len(entry) > IMAGE_SPLIT_OFFSET else SPLIT_NONE
+
+    def marked_snapshots(self) -> list[int]:
+        """Numbers of the snapshots that are to be deleted as soon as no clone stands on them, and on which none stands."""
+        return [
+            number
+            for number in self.numbers(KIND_SNAPSHOT)
+            if number not in self.clones and self.record(number).flags & IMAGE_FLAG_DELETE_AFTER_SPLIT
+        ]
 
     def names_of_clones(self, image: Image) -> list[str]:
         """Full names of what stands on this snapshot, sorted."""

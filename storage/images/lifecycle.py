@@ -9,6 +9,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable
+from functools import partial
 from weakref import WeakValueDictionary
 
 from storage.consistency.consistency_point import ConsistencyPoints
@@ -95,6 +96,7 @@ class Lifecycle:
         volume = self._volume_of(image)
         if volume is None:
             volume = Volume(image, name, self._log)
+            volume.on_unused = self.delete_marked
             self._volumes[image.number] = volume
         if self._closing:
             volume.close()
@@ -319,6 +321,16 @@ class Lifecycle:
 
         await self._points.request(at_freeze)
         return gone[0]
+
+    def delete_marked(self) -> None:
+        """Delete in the background the snapshots that are marked for it and were still in use when their last clone let go."""
+        for number in self._catalogue.marked_snapshots():
+            image = self._catalogue.image(number)
+            self._points.request(partial(self._delete_if_marked, image))
+
+    def _delete_if_marked(self, image: Image) -> None:
+        if image.kind == KIND_SNAPSHOT:
+            self.delete_if_released(image)
 
     def delete_if_released(self, image: Image) -> bool:
         """Within a freeze: delete a snapshot that is marked for it, and the marked ones behind it, if nothing stands on them any more."""

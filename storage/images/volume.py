@@ -40,8 +40,8 @@ class Volume:
     """``reads``, ``writes``, ``read_bytes``, ``written_bytes``, ``trims``, ``flushes`` count what clients did since the pool was opened."""
 
     __slots__ = (
-        "__weakref__", "_batch", "_batch_bytes", "_closed", "_locks", "_log", "_tasks", "flushes", "image", "labels", "name", "read_bytes",
-        "reads", "state", "trims", "writes", "written_bytes",
+        "__weakref__", "_batch", "_batch_bytes", "_closed", "_locks", "_log", "_tasks", "flushes", "image", "labels", "name", "on_unused",
+        "read_bytes", "reads", "state", "trims", "writes", "written_bytes",
     )  # fmt: skip
 
     def __init__(self, image: Image, name: str, log: IntentLog) -> None:
@@ -55,6 +55,8 @@ class Volume:
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
         self.labels: set[str] = set()
+        # Told when nobody reads a snapshot any more: it may be waiting for that to be deleted.
+        self.on_unused: Callable[[], None] = lambda: None
         self.reads = self.writes = self.read_bytes = self.written_bytes = self.trims = self.flushes = 0
 
     @property
@@ -79,6 +81,8 @@ class Volume:
     def detach(self, label: str) -> None:
         """The session has ended."""
         self.labels.discard(label)
+        if not self.labels and self.image.kind == KIND_SNAPSHOT:
+            self.on_unused()
 
     def close(self) -> None:
         """The image was deleted, or the pool is closing: refuse whatever comes."""

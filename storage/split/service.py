@@ -117,6 +117,9 @@ class SplitService:
     def _end(self, image: Image) -> None:
         job = self._jobs.pop(image.number, None)
         if job is not None:
+            if image.split.state != SPLIT_DONE:
+                image.touch()
+                image.split.flags &= ~SPLIT_FLAG_COUNTED  # nobody counts on from here
             job.abandon()
             self._handler.withdraw(job)
 

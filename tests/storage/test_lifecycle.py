@@ -257,6 +257,26 @@ async def test_a_snapshot_marked_for_it_goes_with_its_last_clone() -> None:
         await running.reclaimed()
 
 
+@pytest.mark.parametrize("restart", [False, True])
+async def test_a_marked_snapshot_that_is_read_when_its_last_clone_lets_go_is_deleted_afterwards(restart: bool) -> None:
+    async with new_pool() as running:
+        await backed_clone(running)
+        await running.pool.snapshot_delete("base", "snap", after_split=True)
+        volume = running.pool.volume("base@snap")
+        volume.attach("a reader")
+        await running.pool.split_start("clone", "share")
+        await running.split_ended("clone")
+        assert len(await running.pool.snapshot_list("base")) == 1
+        stopped = running.memory.copy()
+        volume.detach("a reader")
+        await running.pool.consistency_point()
+        assert await running.pool.snapshot_list("base") == []
+    if restart:
+        async with opened(stopped) as running:
+            await running.pool.consistency_point()
+            assert await running.pool.snapshot_list("base") == []
+
+
 async def test_a_pool_that_takes_no_changes_makes_none_in_memory_either() -> None:
     async with new_pool(decorate=lambda memory: FaultyDevice(memory)) as running:
         await running.pool.vdisk_create("a", 1 << 20)
