@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from daemon import VERSION
-from daemon.config import Config, ConfigError, build, load_file
+from daemon.config import Config, ConfigError, build, check_private, load_file
 from protocol.control.errors import EXIT_CONFLICT, EXIT_FAILED, EXIT_USAGE
 from storage.errors import PoolLocked, StorageError
 
@@ -97,7 +97,10 @@ def read_config(path: str | None, options: dict[str, Any]) -> Config:
             table = tables.setdefault(section, {})
             if isinstance(table, dict):  # what is no table is refused by build, which says so
                 table[key] = list(value) if isinstance(value, tuple) else value
-    return build(tables)
+    config = build(tables)
+    if path is not None and config.chap is not None:
+        check_private(path)
+    return config
 
 
 def fail(message: str, exit_code: int) -> None:

@@ -5,7 +5,9 @@ the options; deploy/cleaved.toml is a sample.
 """
 
 import ipaddress
+import os
 import re
+import stat
 import tomllib
 from collections.abc import Callable
 from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar
@@ -124,6 +126,12 @@ def load_file(path: str) -> dict[str, Any]:
         raise ConfigError(f"--config {path}: {error.strerror}; give the path of a readable TOML file") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path} is not TOML: {error}") from error
+
+
+def check_private(path: str) -> None:
+    """Raise ConfigError where everybody on this machine can read, or change, a file that holds secrets."""
+    if os.stat(path).st_mode & stat.S_IRWXO:
+        raise ConfigError(f"--config {path} holds CHAP secrets, and others can open it; chmod 640 it, or use `cleavectl chap set` instead")
 
 
 def build(tables: dict[str, Any]) -> Config:

@@ -307,6 +307,17 @@ async def test_nothing_is_open_by_accident(tmp_path: Path) -> None:
     assert "iscsi.open_access" in result.messages
 
 
+@pytest.mark.parametrize(("mode", "status"), [(0o600, 0), (0o640, 0), (0o644, 2), (0o602, 2)])
+async def test_a_file_with_secrets_is_not_for_everybody(tmp_path: Path, mode: int, status: int) -> None:
+    path = tmp_path / "config"
+    path.write_text(f'pool.path = "/p"\niscsi.chap = {{user = "u", secret = "{SECRET}"}}\n')
+    path.chmod(mode)
+    result = await cleaved("check-config", str(path))
+    assert result.status == status
+    assert ("chmod" in result.messages) == (status == 2)
+    assert SECRET not in result.messages
+
+
 @pytest.mark.client("iscsi-ls")
 async def test_two_portals_one_of_them_ipv6(tmp_path: Path) -> None:
     async with Daemon(tmp_path, options=("--iscsi", "[::1]:0")) as daemon:
