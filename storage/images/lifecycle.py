@@ -5,6 +5,7 @@ carried out in one step, together with the freeze, and answered when it is durab
 callers who want the same name get one success and one Conflict.
 """
 
+import asyncio
 import re
 import time
 import uuid
@@ -326,7 +327,8 @@ class Lifecycle:
         """Delete in the background the snapshots that are marked for it and were still in use when their last clone let go."""
         for number in self._catalogue.marked_snapshots():
             image = self._catalogue.image(number)
-            self._points.request(partial(self._delete_if_marked, image))
+            # Nobody waits for it: if it fails, the next open tries again.
+            self._points.request(partial(self._delete_if_marked, image)).add_done_callback(asyncio.Future.exception)
 
     def _delete_if_marked(self, image: Image) -> None:
         if image.kind == KIND_SNAPSHOT:
