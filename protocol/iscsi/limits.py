@@ -29,8 +29,10 @@ ISCSI_NAME_BYTES_MAX: Final = 223
 COMMAND_WINDOW: Final = 128
 # Immediate commands stand outside the window (RFC 7143 4.2.2.1); more than a few at once are refused.
 IMMEDIATE_COMMANDS_MAX: Final = 32
-# RFC 7143's default. Unsolicited data need memory before the target said yes: COMMAND_WINDOW times this a session.
-FIRST_BURST_BYTES: Final = 65536
+# Of one data segment, so that a write of this size comes whole with its command and goes to the volume from the receive buffer: half the
+# processor time of an R2T, a second PDU and a copy. Unsolicited data need memory before the target said yes: COMMAND_WINDOW times this
+# a session, 32 MiB.
+FIRST_BURST_BYTES: Final = RECEIVE_DATA_SEGMENT_BYTES
 # One R2T brings up to this much.
 MAX_BURST_BYTES: Final = 1024 * 1024
 # Solicited write data that one session may have in buffers; further R2Ts wait, so that memory does not grow with the queue.
