@@ -193,6 +193,7 @@ mutual_secret = "what the target says"
 
 async def test_mutual_chap(tmp_path: Path) -> None:
     (tmp_path / "chap.toml").touch(mode=0o600)
+    (tmp_path / "chap.toml").touch(0o600)  # one with secrets that others may read is refused
     (tmp_path / "chap.toml").write_text(CHAP)
     one_way = {"node.session.auth.authmethod": "CHAP", "node.session.auth.username": "guest"}
     right = {"node.session.auth.password": "a secret of its own"}
