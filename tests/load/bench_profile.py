@@ -95,7 +95,8 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, default=None)
     options = parser.parse_args()
     if PY_SPY is None:
-        sys.exit("this bench wants py-spy: pip install py-spy")
+        print("left out: this bench wants py-spy (pip install py-spy)")  # no reason to end `make bench`
+        return
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
         asyncio.run(profile_all(Path(directory), options.only, options.rows, options.disk_mib << 20, options.seconds))
 

@@ -1,6 +1,6 @@
 """What one READ(10) or WRITE(10) of 4 KiB costs in the protocol layer: bursts of 32 PDUs against a volume that does nothing.
 
-    python -m tests.load.bench_protocol [--commands 200000]
+python -m tests.load.bench_protocol [--commands 200000]
 """
 
 import argparse
@@ -78,7 +78,8 @@ def main() -> None:
     target._send = lambda buffers: None
     cmd_sn = 1
     for name, opcode, flags, data in (
-        ("read", opcodes.READ_10, _READ_FLAGS, b""), ("write", opcodes.WRITE_10, _WRITE_FLAGS, bytes(BLOCK_BYTES)),
+        ("read", opcodes.READ_10, _READ_FLAGS, b""),
+        ("write", opcodes.WRITE_10, _WRITE_FLAGS, bytes(BLOCK_BYTES)),
     ):
         seconds = measure(target, lambda sn, o=opcode, f=flags, d=data: burst(sn, o, f, d), cmd_sn, commands)  # type: ignore[misc]
         cmd_sn += commands // DEPTH * DEPTH

@@ -21,7 +21,7 @@ from tests.daemon.programs import ROOT, Daemon, succeed
 from tests.load import qemu_stream
 from tests.load.measuring import machine, median, table, warm_memory
 
-POLL_SECONDS = 0.005
+POLL_SECONDS = 0.02
 # Long enough for several consistency points.
 PHASE_SECONDS = 10.0
 # Killed when so much of the split is done.

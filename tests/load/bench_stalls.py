@@ -17,6 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Awaitable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -124,7 +125,7 @@ class Scenario:
                 future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
                 ended.append(future)
                 start = self._random.randrange(CHUNK_BYTES - length + 1)
-                volume.write(offset, memoryview(self._data)[start : start + length], False, lambda error, f=future: _settle(f, error))
+                volume.write(offset, memoryview(self._data)[start : start + length], False, partial(_settle, future))
             volume.settle()
             await asyncio.gather(*ended)
 
@@ -148,7 +149,7 @@ class Scenario:
             offsets = [self._random.randrange(self._disk_bytes // BLOCK_BYTES) * BLOCK_BYTES for _ in range(20_000)]
             await self._write("golden", offsets, BLOCK_BYTES, 32)
             future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            volume.flush(lambda error, f=future: _settle(f, error))
+            volume.flush(partial(_settle, future))
             await future
 
     async def snapshots_and_clones(self) -> None:
@@ -185,7 +186,7 @@ class Scenario:
 
     async def unmap(self) -> None:
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._pool.volume("golden").unmap(0, self._disk_bytes, lambda error: _settle(future, error))
+        self._pool.volume("golden").unmap(0, self._disk_bytes, partial(_settle, future))
         await future
         await self._pool.consistency_point()
 

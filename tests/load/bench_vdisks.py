@@ -1,6 +1,6 @@
 """A hundred thousand vdisks in one pool: create, list, memory, restart.
 
-    python -m tests.load.bench_vdisks [--vdisks 100000] [--in-flight 64]
+python -m tests.load.bench_vdisks [--vdisks 100000] [--in-flight 64]
 """
 
 import argparse
