@@ -10,7 +10,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo test lint format bench conformance crash clean
+.PHONY: help setup demo test lint format bench conformance crash fuzz clean
 
 help:
 	@echo "make demo         the main job from nothing: daemon, vdisk over iSCSI, snapshot, clone, online split, verification"
@@ -19,6 +19,7 @@ help:
 	@echo "make bench        benches; against tgt they need root, tgt, libiscsi-bin and qemu-utils"
 	@echo "make conformance  protocol conformance suites; needs libiscsi-bin"
 	@echo "make crash        crash and power-loss tests, long form (ARGS=\"--replay 'STATE'\" for one state)"
+	@echo "make fuzz         fuzzer over all that a peer's bytes reach (FUZZ_ARGS='--seconds 600 --seed 1')"
 	@echo "make setup        only the virtual environment"
 	@echo "make clean        remove .venv and caches"
 
@@ -58,6 +59,11 @@ conformance: $(READY)
 crash: $(READY)
 	$(BIN)/python -m tests.crash.run $(ARGS)
 	@test -n "$(ARGS)" || CLEAVED_LONG=1 $(BIN)/python -m pytest tests/crash tests/storage/test_model.py $(PYTEST_ARGS)
+
+FUZZ_ARGS ?=
+
+fuzz: $(READY)
+	$(BIN)/python -m tests.fuzz.run $(FUZZ_ARGS)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

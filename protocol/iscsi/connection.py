@@ -287,7 +287,7 @@ class TargetConnection:
         if self._active:
             self._active = self._pinged = False
             self._last_seconds = now_seconds
-        elif now_seconds - self._last_seconds >= limits.KEEP_ALIVE_SECONDS:
+        elif now_seconds - self._last_seconds >= (limits.KEEP_ALIVE_ANSWER_SECONDS if self._pinged else limits.KEEP_ALIVE_SECONDS):
             self._last_seconds = now_seconds
             self._keep_alive(self._phase)
 

@@ -45,8 +45,11 @@ OUTPUT_BYTES_HIGH: Final = 1024 * 1024
 TEXT_RESPONSE_BYTES_MAX: Final = 2 * 1024 * 1024
 TEXT_REQUEST_BYTES_MAX: Final = 16384
 
-# A silent peer is asked (NOP-In) after this time, and dropped when the answer takes as long again.
+# A silent peer is asked (NOP-In) after this time.
 KEEP_ALIVE_SECONDS: Final = 15.0
+# It is dropped when the answer takes so long. Hosts that stand still for a while (migrated, suspended, a client program that sleeps for
+# a minute) keep their session; a host that died and comes back reinstates its own at once.
+KEEP_ALIVE_ANSWER_SECONDS: Final = 60.0
 # Asked to log out (asynchronous message), an initiator has this long.
 LOGOUT_SECONDS: Final = 5
 # Challenges of all connections of late: a response to one of them must not be got by sending it back to us as a challenge.

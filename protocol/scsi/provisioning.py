@@ -77,11 +77,11 @@ def unmap(request: Request) -> Plan:
 class _PatternWrite:
     """Writes one sector again and again over a range, a piece at a time.
 
-    The next piece starts from the completion of the last one, and each piece is settled at once: the pattern buffer
-    lives as long as this object does.
+    The next piece starts when the last one is complete, and each piece is settled at once: the pattern buffer lives as long as this
+    object does. A completion that comes at once is a turn of the loop in `run`, not a call deeper.
     """
 
-    __slots__ = ("_done", "_end", "_offset", "_pattern", "_volume")
+    __slots__ = ("_answered", "_done", "_end", "_offset", "_pattern", "_running", "_volume")
 
     def __init__(self, volume: BlockVolume, offset: int, length: int, sector: bytes, done: Completion) -> None:
         self._volume = volume
@@ -89,17 +89,31 @@ class _PatternWrite:
         self._end = offset + length
         self._pattern = memoryview(sector * (min(PIECE_BYTES, length) // SECTOR_BYTES))
         self._done = done
+        self._running = False
+        self._answered = True
 
-    def step(self, error: Exception | None = None) -> None:
-        """Write the next piece."""
-        if error is not None or self._offset == self._end:
+    def run(self) -> None:
+        """Write until a piece has to be waited for, or the end."""
+        if self._running:
+            return
+        self._running = True
+        while self._answered and self._offset < self._end:
+            size = min(len(self._pattern), self._end - self._offset)
+            offset = self._offset
+            self._offset += size
+            self._answered = False
+            self._volume.write(offset, self._pattern[:size], False, self._written)
+            self._volume.settle()
+        self._running = False
+        if self._answered:
+            self._done(None)
+
+    def _written(self, error: Exception | None) -> None:
+        if error is not None:
             self._done(error)
             return
-        size = min(len(self._pattern), self._end - self._offset)
-        offset = self._offset
-        self._offset += size
-        self._volume.write(offset, self._pattern[:size], False, self.step)
-        self._volume.settle()
+        self._answered = True
+        self.run()
 
 
 def _same_range(request: Request) -> tuple[int, int]:
@@ -123,7 +137,7 @@ def write_same(request: Request) -> Plan:
     def start(data: Buffer, done: Completion) -> None:
         sector = _ZERO_SECTOR if flags & _NDOB else bytes(data[:SECTOR_BYTES])
         if sector != _ZERO_SECTOR:
-            _PatternWrite(volume, offset, length, sector, done).step()
+            _PatternWrite(volume, offset, length, sector, done).run()
         elif flags & _UNMAP:
             volume.unmap(offset, length, done)
         else:

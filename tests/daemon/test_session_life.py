@@ -96,7 +96,7 @@ async def test_a_dead_peer_is_dropped_though_its_socket_takes_nothing_any_more(l
     connection.tick(start + limits.KEEP_ALIVE_SECONDS)
     assert not transport.is_closing()
     transport.write(bytes(64 << 20))  # more than any socket buffer
-    connection.tick(start + 2 * limits.KEEP_ALIVE_SECONDS)
+    connection.tick(start + limits.KEEP_ALIVE_SECONDS + limits.KEEP_ALIVE_ANSWER_SECONDS)
     assert transport.is_closing()
     connection.tick(now(CLOSE_SECONDS + 1))
     await until_connections(listener, 0)

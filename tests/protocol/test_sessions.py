@@ -33,9 +33,9 @@ def test_a_silent_peer_is_asked_and_then_dropped():
     pair.target.tick(limits.KEEP_ALIVE_SECONDS)
     asked = Pdu(pair.peer.take()[:48], b"", memoryview(b""))
     assert (asked.opcode, asked.itt) == (pdu.NOP_IN, RESERVED_TAG) and asked.ttt != RESERVED_TAG
-    pair.target.tick(2 * limits.KEEP_ALIVE_SECONDS - 0.1)
+    pair.target.tick(limits.KEEP_ALIVE_SECONDS + limits.KEEP_ALIVE_ANSWER_SECONDS - 0.1)
     assert not pair.peer.closed
-    pair.target.tick(2 * limits.KEEP_ALIVE_SECONDS)
+    pair.target.tick(limits.KEEP_ALIVE_SECONDS + limits.KEEP_ALIVE_ANSWER_SECONDS)
     assert pair.target.failure == "the initiator does not answer"
 
 

@@ -1,0 +1,83 @@
+"""The fuzzer.
+
+    python -m tests.fuzz.run [--seed N] [--seconds S | --count N] [--surface NAME] [--first I]
+
+The seed is printed first. Each execution has a source of chance of its own, made of seed, surface and number: what fails is replayed by
+the one command that is printed with it.
+"""
+
+import argparse
+import secrets
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from random import Random
+
+from tests.fuzz.surfaces import SURFACES, Surface
+
+# How many executions lie between two looks at the clock.
+BATCH = 200
+
+
+@dataclass(frozen=True)
+class Finding:
+    """An execution that let an exception out."""
+
+    number: int
+    error: Exception
+
+
+def chance_of(seed: int, name: str, number: int) -> Random:
+    """The source of chance of one execution. A string is hashed by `random` itself, in the same way in every process."""
+    return Random(f"{seed}/{name}/{number}")
+
+
+def search(seed: int, name: str, surface: Surface, first: int, count: int) -> Finding | None:
+    """Carry out ``count`` executions; the first finding ends it."""
+    for number in range(first, first + count):
+        try:
+            surface(chance_of(seed, name, number))
+        except Exception as error:
+            return Finding(number, error)
+    return None
+
+
+def replay_command(seed: int, name: str, number: int) -> str:
+    """What repeats one execution."""
+    return f"python -m tests.fuzz.run --seed {seed} --surface {name} --first {number} --count 1"
+
+
+def fuzz(seed: int, name: str, first: int, count: int | None, seconds: float) -> bool:
+    """One surface until its count or time is over; prints what it did. False: a finding."""
+    began, done = time.monotonic(), 0
+    while (done < count) if count is not None else (time.monotonic() - began < seconds):
+        batch = BATCH if count is None else min(BATCH, count - done)
+        finding = search(seed, name, SURFACES[name], first + done, batch)
+        if finding is not None:
+            traceback.print_exception(finding.error)
+            print(f"{name}: execution {finding.number} failed; replay: {replay_command(seed, name, finding.number)}", flush=True)
+            return False
+        done += batch
+    elapsed = time.monotonic() - began
+    print(f"{name:12}{done:10} executions in {elapsed:.0f} s, nothing found", flush=True)
+    return True
+
+
+def main() -> int:
+    """Parse the command line and fuzz; 1 where something was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=secrets.randbits(32))
+    parser.add_argument("--seconds", type=float, default=60.0, help="for each surface")
+    parser.add_argument("--count", type=int, help="executions of each surface, instead of a time")
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--surface", choices=sorted(SURFACES), action="append")
+    options = parser.parse_args()
+    print(f"seed {options.seed}", flush=True)
+    names = options.surface or list(SURFACES)
+    good = [fuzz(options.seed, name, options.first, options.count, options.seconds) for name in names]
+    return 0 if all(good) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""A slice of the fuzzer, and the canaries: bugs planted in each layer that the fuzzer must find in few executions."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from protocol.iscsi import chap
+from protocol.iscsi.framing import ReceiveBuffer
+from protocol.iscsi.login import LoginPhase
+from protocol.scsi import extended_copy
+from protocol.scsi.limits import SECTOR_SHIFT
+from tests.fuzz.run import replay_command, search
+from tests.fuzz.surfaces import SURFACES
+
+SEED = 20261122
+# As much as fits a few seconds for each surface.
+SLICE = {"cdbs": 1500, "parameters": 1500, "login_text": 400, "login_chap": 400, "framing": 200}
+# A planted bug that takes more than this to find would be found by nobody.
+CANARY_EXECUTIONS_MAX = 3000
+
+
+@pytest.mark.parametrize("name", SURFACES)
+def test_a_slice_finds_nothing(name: str) -> None:
+    finding = search(SEED, name, SURFACES[name], 0, SLICE[name])
+    assert finding is None, f"{finding}; replay: {replay_command(SEED, name, finding.number)}"
+
+
+def _no_range_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("protocol.scsi.block_commands.check_range", lambda _, lba, sectors: (lba << SECTOR_SHIFT, sectors << SECTOR_SHIFT))
+
+
+def _no_list_length_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extended_copy, "_check_segments", lambda _: None)
+
+
+def _text_decoded_without_care(monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = LoginPhase.handle
+
+    def careless(self: LoginPhase, request: Any) -> Any:
+        bytes(request.data).decode("ascii")
+        return handle(self, request)
+
+    monkeypatch.setattr(LoginPhase, "handle", careless)
+
+
+def _numbers_read_without_care(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chap, "parse_identifier", int)
+
+
+def _a_tail_that_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forgetful(self: ReceiveBuffer) -> None:
+        self.start = self.end = 0
+
+    monkeypatch.setattr(ReceiveBuffer, "compact", forgetful)
+
+
+CANARIES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "cdbs": _no_range_check, "parameters": _no_list_length_check, "login_text": _text_decoded_without_care,
+    "login_chap": _numbers_read_without_care, "framing": _a_tail_that_is_lost,
+}
+
+
+@pytest.mark.parametrize("name", SURFACES)
+def test_a_planted_bug_is_found_and_replays(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    CANARIES[name](monkeypatch)
+    finding = search(SEED, name, SURFACES[name], 0, CANARY_EXECUTIONS_MAX)
+    assert finding is not None
+    again = search(SEED, name, SURFACES[name], finding.number, 1)
+    assert again is not None and type(again.error) is type(finding.error)
+
+
+def test_the_seed_comes_first_and_decides() -> None:
+    command = [sys.executable, "-m", "tests.fuzz.run", "--seed", "5", "--count", "20", "--surface", "cdbs"]
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
+    assert done.returncode == 0, done
+    assert done.stdout.splitlines()[0] == "seed 5" and re.search(r"cdbs +20 executions", done.stdout)
