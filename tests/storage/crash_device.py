@@ -3,15 +3,21 @@
 What it may do is all that a real device may: a sector is one of the contents that it had since it was last known to be durable, entirely;
 sectors are independent of each other, whatever order they were written in; a job in flight may have got anywhere. A sync makes durable
 what was complete when it was called, and nothing else.
+
+``fail_after`` lets the power fail in the middle of what somebody does, at an operation counted from then on. From there on the
+device is dead: what is asked of it never ends, as for a process that is gone.
 """
 
+import asyncio
 from asyncio import Future
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from random import Random
 from typing import Any
 
 from storage.device import Buffer
+from storage.errors import DeviceFailed
 from tests.storage.devices import PAGE_BYTES, SECTOR_BYTES, ZERO_PAGE, MemoryDevice, buffers_length
 
 
@@ -24,6 +30,14 @@ class Loss(Enum):
     SOME_SECTORS = "some sectors"
 
 
+@dataclass(frozen=True)
+class Fuse:
+    """How many operations succeed before the device dies; with ``syncs_only`` only syncs count, so that it dies in one of those."""
+
+    count: int
+    syncs_only: bool
+
+
 class CrashDevice(MemoryDevice):
     """A MemoryDevice (with its options) that remembers what each page held since it was last durable."""
 
@@ -32,14 +46,41 @@ class CrashDevice(MemoryDevice):
         self._clock = 0
         # Page -> (time, content) from the durable content on; the last one is what reads return.
         self._versions: dict[int, list[tuple[int, bytes]]] = {}
+        self._fuse: Fuse | None = None
+        self.dead = False
+
+    def fail_after(self, fuse: Fuse) -> None:
+        """Let as much succeed as ``fuse`` says, then die."""
+        self._fuse = fuse
+
+    def _spend(self, is_sync: bool = False) -> None:
+        fuse = self._fuse
+        if fuse is None or (fuse.syncs_only and not is_sync):
+            return
+        if fuse.count == 0:
+            self.dead = True
+            raise DeviceFailed(f"{self._path}: the power is gone")
+        self._fuse = Fuse(fuse.count - 1, fuse.syncs_only)
+
+    def _submit(self, work: Callable[[], None]) -> Future[None]:
+        return asyncio.get_running_loop().create_future() if self.dead else super()._submit(work)
+
+    def _carry_out(self, future: Future[None]) -> None:
+        if not self.dead:
+            super()._carry_out(future)
+
+    def _misses(self) -> bool:
+        return self.dead or super()._misses()
 
     def _write(self, buffers: Sequence[Buffer], offset_bytes: int) -> None:
+        self._spend()
         touched = self._touched(offset_bytes, buffers_length(buffers))
         self._remember_durable(touched)
         super()._write(buffers, offset_bytes)
         self._remember(touched)
 
     def _discard(self, offset_bytes: int, length_bytes: int) -> None:
+        self._spend()
         touched = self._touched(offset_bytes, length_bytes)
         self._remember_durable(touched)
         super()._discard(offset_bytes, length_bytes)
@@ -64,6 +105,7 @@ class CrashDevice(MemoryDevice):
         return self._submit(lambda: self._made_durable(called_at))
 
     def _made_durable(self, clock: int) -> None:
+        self._spend(is_sync=True)
         for index, versions in list(self._versions.items()):
             newer = [version for version in versions if version[0] > clock]
             if newer:
@@ -84,6 +126,7 @@ class CrashDevice(MemoryDevice):
 
     def lose_power(self, loss: Loss, random: Random, **options: Any) -> "CrashDevice":
         """The device as it is found afterwards (``options`` as of the constructor). This one fails from now on."""
+        self.dead, self._fuse = False, None
         if loss is not Loss.ALL:
             # What is in flight may be complete on the medium without anybody having been told.
             for future in random.sample(list(self._pending), random.randint(0, len(self._pending))):

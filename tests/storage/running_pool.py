@@ -5,6 +5,7 @@ Its time is virtual and its identities are counted (tests.crash.determinism), so
 
 import asyncio
 from collections.abc import Coroutine, Sequence
+from functools import partial
 from random import Random
 from typing import Any, TypeVar
 
@@ -13,13 +14,15 @@ from storage.check.steps import Block
 from storage.images.volume import Volume
 from storage.pool import Pool
 from tests.crash.determinism import VirtualLoop, end_all_tasks, repeatable
-from tests.storage.crash_device import CrashDevice, Loss
+from tests.storage.crash_device import CrashDevice, Fuse, Loss
 from tests.storage.model import BLOCK_BYTES
 
 T = TypeVar("T")
 
 # Virtual seconds, longer than anything here takes: what waits longer hangs, and the test says so instead of hanging with it.
 PATIENCE_SECONDS = 60
+TURNS_PER_REST = 16
+REST_SECONDS = 0.001
 
 
 class DeviceReader:
@@ -101,6 +104,18 @@ class RunningPool:
         self.check_offline()
         self.open()
 
+    def cut_short(self, fuse: Fuse, commands: dict[str, Coroutine[Any, Any, Any]]) -> set[str]:
+        """Begin the commands together, and let the device die in their middle. Returns the names of those that were acknowledged before."""
+        self.device.fail_after(fuse)
+        return self.run(self._until_dead(commands))
+
+    async def _until_dead(self, commands: dict[str, Coroutine[Any, Any, Any]]) -> set[str]:
+        tasks = {name: asyncio.create_task(command) for name, command in commands.items()}
+        self.background = list(tasks.values())
+        while not self.device.dead and not all(task.done() for task in self.background):
+            await asyncio.sleep(0)
+        return {name for name, task in tasks.items() if task.done() and task.exception() is None}
+
     async def _abandon(self) -> None:
         """Whatever the old pool was doing ends where it stands."""
         await end_all_tasks()
@@ -115,8 +130,9 @@ class RunningPool:
 
     @staticmethod
     async def _turns(count: int) -> None:
-        for _ in range(count):
-            await asyncio.sleep(0)
+        for step in range(count):
+            # Virtual time stands still while anybody is ready to run, so it has to be let pass: the background rests between messages.
+            await asyncio.sleep(REST_SECONDS if step % TURNS_PER_REST == 0 else 0)
 
     def check_offline(self) -> CheckReport:
         """What the device holds is a pool without differences, data included."""
@@ -145,6 +161,17 @@ class RunningPool:
         volume.write(offset_bytes, data, fua, lambda error: settle(done, error))
         volume.settle()
         await done
+
+    async def write_blocks(self, name: str, contents: dict[int, bytes]) -> None:
+        """Single blocks, as one batch."""
+        volume = self.pool.volume(name)
+        completions = []
+        for fbn, content in contents.items():
+            done = self._loop.create_future()
+            completions.append(done)
+            volume.write(fbn * BLOCK_BYTES, content, False, partial(settle, done))
+        volume.settle()
+        await asyncio.gather(*completions)
 
     async def zero(self, name: str, offset_bytes: int, length_bytes: int, unmap: bool, fua: bool = False) -> None:
         volume, done = self.pool.volume(name), self._loop.create_future()

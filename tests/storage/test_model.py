@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
 from storage.errors import Conflict, StorageError
-from tests.storage.crash_device import Loss
+from tests.storage.crash_device import Fuse, Loss
 from tests.storage.model import BLOCK_BYTES, SECTOR_BYTES, SECTORS_PER_BLOCK, Image, PoolModel
 from tests.storage.running_pool import RunningPool
 
@@ -31,6 +31,8 @@ ANCHORS = (0, 1, 128, 250, 255, 256, 257, 511, 512, 65534, 65535, 65536, 65791, 
 # Where the first vdisk and its clones have data: a dozen level-1 pointer blocks, in two level-2 ones, so that a split has some work.
 POPULATED = (0, 254, 300, 511, 1000, 1300, 2000, 30000, 65530, 65600, 65800, 69996)
 LOSSES = st.sampled_from(Loss)
+# Where power fails in the middle of something: at any of its writes, or in one of its syncs, which is where most is at risk.
+FUSES = st.builds(Fuse, st.integers(0, 30), st.just(False)) | st.builds(Fuse, st.integers(0, 3), st.just(True))
 SEEDS = st.integers(0, 1 << 32)
 DATA = st.data()
 # Rate at which the background may be met in the middle: mostly few turns, sometimes many.
@@ -49,8 +51,8 @@ class PoolMachine(RuleBasedStateMachine):
         self.splits: dict[str, str] = {}
 
     @initialize(
-        deferred=st.booleans(),
-        miss_rate=st.sampled_from([0.0, 0.3, 1.0]),
+        deferred=st.sampled_from([True, True, False]),
+        miss_rate=st.sampled_from([1.0, 0.3, 0.0]),
         seed=st.integers(0, 99),
         cache_bytes=st.sampled_from([1 << 18, 64 << 20]),
         clones=st.sampled_from([2, 1, 0]),
@@ -294,7 +296,7 @@ class PoolMachine(RuleBasedStateMachine):
     def running_split(self, data: st.DataObject, mode: str) -> str:
         """A clone whose split runs; begins one where there is none, on a clone that is made for it if need be."""
         running = [name for name, state in self.splits.items() if state == "running"]
-        if running and data.draw(st.booleans(), "the one that runs"):
+        if len(running) > 0 and data.draw(st.booleans(), "the one that runs"):
             return data.draw(st.sampled_from(sorted(running)), "running clone")
         waiting = [name for name in self.clones() if name not in self.splits]
         if waiting:
@@ -319,19 +321,26 @@ class PoolMachine(RuleBasedStateMachine):
     def split(self, data: st.DataObject, mode: str, turns: int, loss: Loss | None, seed: int) -> None:
         """A split goes on, while its clone is written where it has yet to come; often power fails right then."""
         name = self.running_split(data, mode)
-        for fbn in data.draw(st.lists(st.sampled_from(POPULATED), max_size=3), "blocks"):
-            self.pool.turns(turns)
-            if fbn + 2 <= self.model.images[name].size_blocks:
-                self.write_now(name, fbn * SECTORS_PER_BLOCK + 3, 9)
+        self.pool.turns(turns)
+        step = data.draw(st.integers(0, 3), "step")
+        self.write_together(name, [fbn + step for fbn in data.draw(st.sampled_from([(), POPULATED[3:5], POPULATED]), "blocks")])
         self.pool.turns(turns)
         self.refresh_splits()
         if loss is not None:
             self.crash(loss, seed)
 
+    def write_together(self, name: str, blocks: list[int]) -> None:
+        """One block each, all in one turn: in every level-1 block that the split may be at just then."""
+        blocks = [fbn for fbn in blocks if fbn < self.model.images[name].size_blocks]
+        contents = {fbn: self.model.data(name, fbn * SECTORS_PER_BLOCK, SECTORS_PER_BLOCK) for fbn in blocks}
+        self.pool.run(self.pool.write_blocks(name, contents))
+        for fbn, content in contents.items():
+            self.wrote(name, fbn * SECTORS_PER_BLOCK, content)
+
     @rule(data=DATA, mode=st.sampled_from(["copy", "share"]), turns=TURNS)
     def pause_and_perhaps_resume(self, data: st.DataObject, mode: str, turns: int) -> None:
         paused = [name for name, state in self.splits.items() if state == "paused"]
-        if paused and data.draw(st.booleans(), "resume"):
+        if len(paused) > 0 and data.draw(st.booleans(), "resume"):
             name = data.draw(st.sampled_from(sorted(paused)), "clone")
             self.pool.run(self.pool.pool.split_resume(name))
             self.splits[name] = "running"
@@ -412,26 +421,49 @@ class PoolMachine(RuleBasedStateMachine):
         self.after_open()
 
     @precondition(lambda self: self.model.vdisks())
-    @rule(data=DATA, loss=LOSSES, seed=SEEDS, turns=st.integers(0, 12), point=st.booleans())
-    def crash_in_the_middle(self, data: st.DataObject, loss: Loss, seed: int, turns: int, point: bool) -> None:
-        """Power fails while a write, its log record and perhaps a consistency point are under way: none of them is acknowledged."""
+    @rule(data=DATA, loss=LOSSES, seed=SEEDS, fuse=FUSES, others=st.sampled_from(["", "flush", "point", "both"]))
+    def crash_in_the_middle(self, data: st.DataObject, loss: Loss, seed: int, fuse: Fuse, others: str) -> None:
+        """Power fails while a write is on its way, with a flush and a consistency point beside it: what was acknowledged counts."""
         name = self.draw_vdisk(data)
         image = self.model.images[name]
         lba, count = self.draw_range(data, image)
         content = self.model.data(name, lba, count)
         pool = self.pool
-
-        async def begin() -> None:
-            pool.background = [asyncio.create_task(pool.write(name, lba * SECTOR_BYTES, content, fua=True))]
-            if point:
-                pool.background.append(asyncio.create_task(pool.pool.consistency_point()))
-            for _ in range(turns):
-                await asyncio.sleep(0)
-
-        pool.run(begin())
-        image.write(lba, content)
+        commands = {
+            "write": pool.write(name, lba * SECTOR_BYTES, content, fua=True),
+            "flush": pool.flush(name) if others in {"flush", "both"} else None,
+            "point": pool.pool.consistency_point() if others in {"point", "both"} else None,
+        }
+        done = pool.cut_short(fuse, {key: command for key, command in commands.items() if command is not None})
+        if "point" in done:
+            self.model.all_durable()
+        if "flush" in done:
+            image.durable()
+        # The two promise nothing about the write that was under way together with them.
+        self.wrote(name, lba, content, "write" in done)
         pool.lose_power(loss, seed)
         self.after_open()
+
+    @precondition(lambda self: self.model.vdisks())
+    @rule(data=DATA, loss=LOSSES, seed=SEEDS, fuse=FUSES)
+    def crash_in_a_snapshot(self, data: st.DataObject, loss: Loss, seed: int, fuse: Fuse) -> None:
+        """Power fails while a group of snapshots is made: all of them are there afterwards, or none."""
+        vdisks = data.draw(st.lists(st.sampled_from(self.model.vdisks()), min_size=1, max_size=3, unique=True), "vdisks")
+        self.model.next_number += 1
+        snapshot = f"x{self.model.next_number}"
+        done = self.pool.cut_short(fuse, {"made": self.pool.pool.snapshot_create([(vdisk, snapshot) for vdisk in vdisks])})
+        self.pool.lose_power(loss, seed)
+        made = {vdisk for vdisk in vdisks if self.pool.run(self.has_snapshot(vdisk, snapshot))}
+        assert made in ([set(vdisks)] if done else [set(), set(vdisks)])
+        if made:
+            # They hold what the vdisks held at their freeze, so that is durable, too.
+            for vdisk in vdisks:
+                self.model.snapshot(vdisk, snapshot)
+            self.model.all_durable()
+        self.after_open()
+
+    async def has_snapshot(self, vdisk: str, snapshot: str) -> bool:
+        return any(row["name"] == f"{vdisk}@{snapshot}" for row in await self.pool.pool.snapshot_list(vdisk))
 
     def after_open(self) -> None:
         """The pool holds what the model allows, the model takes that over, and the maps are right."""
