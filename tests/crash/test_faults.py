@@ -274,5 +274,3 @@ def test_every_suspension_may_be_a_cancellation(base: tuple[Pages, Model], name:
         if not in_virtual_time(cancel_once(base, OPERATIONS[name], nth)):
             return
     raise AssertionError(f"{name} does not come to an end of its suspensions")
-
-
