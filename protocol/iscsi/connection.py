@@ -30,14 +30,41 @@ class TargetConnection:
     """
 
     __slots__ = (
-        "_active", "_close", "_closed", "_entered", "_key", "_last_seconds", "_login", "_lost", "_paused", "_phase", "_pinged", "_receive",
-        "_send", "_sender", "_session_over", "_started_seconds", "_wake", "_woken", "failure", "initiator_name", "node", "peer_address",
-        "portal_address", "target_name", "tsih",
+        "_active",
+        "_close",
+        "_closed",
+        "_entered",
+        "_key",
+        "_last_seconds",
+        "_login",
+        "_lost",
+        "_paused",
+        "_phase",
+        "_pinged",
+        "_receive",
+        "_send",
+        "_sender",
+        "_session_over",
+        "_started_seconds",
+        "_wake",
+        "_woken",
+        "failure",
+        "initiator_name",
+        "node",
+        "peer_address",
+        "portal_address",
+        "target_name",
+        "tsih",
     )
 
     def __init__(
-        self, node: TargetNode, send: Callable[[list[Buffer]], None], wake: Callable[[], None], close: Callable[[], None],
-        portal_address: str, peer_address: str,
+        self,
+        node: TargetNode,
+        send: Callable[[list[Buffer]], None],
+        wake: Callable[[], None],
+        close: Callable[[], None],
+        portal_address: str,
+        peer_address: str,
     ) -> None:
         self.node = node
         self.portal_address = portal_address
@@ -191,7 +218,14 @@ class TargetConnection:
         portal = self.portal_address
         text = TextExchange(lambda: self.node.directory.names_for(self.initiator_name, portal), lambda: self.node.portals(portal))
         self._phase = FullFeature(
-            result, nexus, self._sender, stat_sn + 1, text, self._request_flush, self._flush_now, lambda: self._paused or self._closed,
+            result,
+            nexus,
+            self._sender,
+            stat_sn + 1,
+            text,
+            self._request_flush,
+            self._flush_now,
+            lambda: self._paused or self._closed,
             lambda: self.node.terminate_target(self.target_name),
         )
         # Digests begin after the final login response.
@@ -211,6 +245,8 @@ class TargetConnection:
         if self._closed:
             return
         self.failure = self.failure or reason
+        if self._phase is not None and not self._session_over:
+            self._phase.settle()  # the writes of this wake-up are answered while that is possible
         self._flush_now()
         self._closed = True
         self._close_session()
@@ -230,11 +266,14 @@ class TargetConnection:
             self.node.unregister(self._key, self, self.tsih)
         else:
             self.node.release_tsih(self.tsih)
+        phase.release()
 
     def connection_lost(self) -> None:
         """The transport is gone, for whatever reason."""
         self._closed = self._lost = True
         self._close_session()
+        if not self._entered:
+            self._receive.release()
 
     def reinstated(self, drained: Callable[[], None]) -> None:
         """The same initiator port has logged in again: end at once (RFC 7143 6.3.5), and say when nothing touches a volume."""

@@ -72,7 +72,20 @@ class DataIn:
                 flags = FINAL
                 self.burst_left = phase.parameters.max_burst_bytes
         header = _HEADER_PACK(
-            DATA_IN, flags, 0, 0, size, 0, task.itt, RESERVED_TAG, stat_sn, phase.exp_cmd_sn, phase.max_cmd_sn, data_sn, offset, residual,
+            DATA_IN,
+            flags,
+            0,
+            0,
+            size,
+            0,
+            task.itt,
+            RESERVED_TAG,
+            stat_sn,
+            phase.exp_cmd_sn,
+            phase.max_cmd_sn,
+            data_sn,
+            offset,
+            residual,
         )
         phase.sender.put(header, data)
 

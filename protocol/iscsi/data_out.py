@@ -56,7 +56,17 @@ class WriteTask(Task):
     """A command that takes data from the client and then starts its operation."""
 
     __slots__ = (
-        "_burst_end", "_data_sn", "_operation", "_received", "_solicited", "_total", "_ttt", "buffer", "collecting", "r2t_count", "raw_lun",
+        "_burst_end",
+        "_data_sn",
+        "_operation",
+        "_received",
+        "_solicited",
+        "_total",
+        "_ttt",
+        "buffer",
+        "collecting",
+        "r2t_count",
+        "raw_lun",
     )
 
     def __init__(self, phase: "FullFeature", pdu: Pdu, mapped: UnitNexus | None, operation: Operation, announced: int) -> None:
@@ -138,10 +148,24 @@ class WriteTask(Task):
         self._solicited = True
         self._data_sn = 0
         self._burst_end = self._received + size
-        phase.sender.put(HEADER.pack(
-            R2T, FINAL, 0, 0, 0, self.raw_lun, self.itt, ttt, phase.stat_sn, phase.exp_cmd_sn, phase.max_cmd_sn,
-            self.r2t_count, self._received, size,
-        ))
+        phase.sender.put(
+            HEADER.pack(
+                R2T,
+                FINAL,
+                0,
+                0,
+                0,
+                self.raw_lun,
+                self.itt,
+                ttt,
+                phase.stat_sn,
+                phase.exp_cmd_sn,
+                phase.max_cmd_sn,
+                self.r2t_count,
+                self._received,
+                size,
+            )
+        )
         self.r2t_count += 1
 
     def data_digest_failed(self) -> None:

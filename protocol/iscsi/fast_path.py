@@ -82,13 +82,19 @@ class FastWrite(Task):
 
     def _done_otherwise(self, error: Exception | None) -> None:
         """Failed or aborted: the general way to end a task. This object is not used again, for others may hold it."""
-        if self.let_go():
-            return
-        if error is None:
-            self.end()
-        else:
-            self.fail(error, True)
-        self.phase.wake()
+        phase = self.phase
+        if not self.let_go():
+            if error is None:
+                self.end()
+            else:
+                self.fail(error, True)
+            phase.wake()
+        self.retire()
+
+    def retire(self) -> None:
+        """Not used again: ``done`` holds this object, and this object the unit and its volume."""
+        self.mapped = None
+        del self.done
 
 
 def eligible(phase: "FullFeature") -> bool:
@@ -108,7 +114,21 @@ def run(phase: "FullFeature", receive: ReceiveBuffer) -> None:
     touched = None
     while position <= last_header:
         (
-            opcode, flags, _, lengths, lun, itt, expected, cmd_sn, _, operation, cdb_flags, lba, group, sectors, control,
+            opcode,
+            flags,
+            _,
+            lengths,
+            lun,
+            itt,
+            expected,
+            cmd_sn,
+            _,
+            operation,
+            cdb_flags,
+            lba,
+            group,
+            sectors,
+            control,
         ) = unpack(storage, position)
         if opcode != SCSI_COMMAND or cmd_sn != phase.exp_cmd_sn or itt == RESERVED_TAG:
             break
@@ -145,7 +165,11 @@ def run(phase: "FullFeature", receive: ReceiveBuffer) -> None:
             continue
         data_at = position + HEADER_BYTES
         if (
-            operation not in _WRITES or flags not in _WRITE_FLAGS or lengths != length or length > write_max or data_at + length > end
+            operation not in _WRITES
+            or flags not in _WRITE_FLAGS
+            or lengths != length
+            or length > write_max
+            or data_at + length > end
             or not mapped.plain_write
         ):
             break

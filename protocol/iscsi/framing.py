@@ -48,6 +48,12 @@ class ReceiveBuffer:
         self.start, self.end = 0, len(rest)
         self.data_bytes_max = data_bytes_max
 
+    def release(self) -> None:
+        """Nothing will be received any more: half a megabyte goes back now, whoever still holds this object."""
+        self.storage = bytearray()
+        self.view = memoryview(self.storage)
+        self.start = self.end = 0
+
     def compact(self) -> None:
         """Move an incomplete tail to the front, but only where its PDU could not be completed behind it."""
         start, end = self.start, self.end

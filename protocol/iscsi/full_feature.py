@@ -72,19 +72,67 @@ _BATCHED: Final = frozenset((opcodes.READ_10, opcodes.READ_12, opcodes.READ_16, 
 _WITH_TRANSFER_TAG: Final = frozenset((NOP_IN, TEXT_RESPONSE))
 
 
+def _nothing() -> None:
+    """What a session that was released does when it is asked for something."""
+
+
+def _always() -> bool:
+    """It sends nothing any more."""
+    return True
+
+
 class FullFeature:
     """One session on its one connection, after login."""
 
     __slots__ = (
-        "cid", "commands", "discovery", "exp_cmd_sn", "fast", "fast_read_max", "fast_write_max", "flush", "free_writes",
-        "immediate_tasks", "initiator_name", "is_paused", "logged_out", "max_cmd_sn", "nexus", "parameters", "ping_tag", "portal",
-        "read_bytes", "sender", "stalled", "stat_sn", "target_name", "task_management", "tasks", "terminate_target", "text", "transfer_tag",
-        "units", "unsettled", "wake", "when_drained", "write_bytes", "write_queue", "write_reserved",
+        "cid",
+        "commands",
+        "discovery",
+        "exp_cmd_sn",
+        "fast",
+        "fast_read_max",
+        "fast_write_max",
+        "flush",
+        "free_writes",
+        "immediate_tasks",
+        "initiator_name",
+        "is_paused",
+        "logged_out",
+        "max_cmd_sn",
+        "nexus",
+        "parameters",
+        "ping_tag",
+        "portal",
+        "read_bytes",
+        "sender",
+        "stalled",
+        "stat_sn",
+        "target_name",
+        "task_management",
+        "tasks",
+        "terminate_target",
+        "text",
+        "transfer_tag",
+        "units",
+        "unsettled",
+        "wake",
+        "when_drained",
+        "write_bytes",
+        "write_queue",
+        "write_reserved",
     )
 
     def __init__(
-        self, login: LoginResult, nexus: Nexus, sender: Sender, stat_sn: int, text: TextExchange,
-        wake: Callable[[], None], flush: Callable[[], None], is_paused: Callable[[], bool], terminate_target: Callable[[], None],
+        self,
+        login: LoginResult,
+        nexus: Nexus,
+        sender: Sender,
+        stat_sn: int,
+        text: TextExchange,
+        wake: Callable[[], None],
+        flush: Callable[[], None],
+        is_paused: Callable[[], bool],
+        terminate_target: Callable[[], None],
     ) -> None:
         self.initiator_name = login.initiator_name
         self.target_name = login.target.name if login.target is not None else ""
@@ -270,6 +318,7 @@ class FullFeature:
         self.text.handle(self, pdu)
 
     def _logout(self, pdu: Pdu) -> None:
+        self.settle()  # what came before is answered before
         reason = pdu.flags & 0x7F
         outcome = _LOGOUT_DONE
         if reason == LOGOUT_CLOSE_CONNECTION and pdu.word20 >> 16 != self.cid:
@@ -288,7 +337,15 @@ class FullFeature:
     # --- Responses ------------------------------------------------------------------------------------------------
 
     def numbered(
-        self, opcode: int, itt: int, *, flags: int = FINAL, byte2: int = 0, length: int = 0, lun: int = 0, ttt: int = RESERVED_TAG,
+        self,
+        opcode: int,
+        itt: int,
+        *,
+        flags: int = FINAL,
+        byte2: int = 0,
+        length: int = 0,
+        lun: int = 0,
+        ttt: int = RESERVED_TAG,
     ) -> bytes:
         """Header of a response with the next StatSN; Target Transfer Tag at byte 20 where the type has one."""
         stat_sn = self.stat_sn
@@ -333,10 +390,25 @@ class FullFeature:
             body = len(data).to_bytes(2, "big") + data
         stat_sn = self.stat_sn
         self.stat_sn = (stat_sn + 1) & SERIAL_MASK
-        self.sender.put(HEADER.pack(
-            SCSI_RESPONSE, FINAL | flags, 0, status, len(body), 0, task.itt, 0, stat_sn, self.exp_cmd_sn, self.max_cmd_sn,
-            sequence_count, 0, residual,
-        ), body)
+        self.sender.put(
+            HEADER.pack(
+                SCSI_RESPONSE,
+                FINAL | flags,
+                0,
+                status,
+                len(body),
+                0,
+                task.itt,
+                0,
+                stat_sn,
+                self.exp_cmd_sn,
+                self.max_cmd_sn,
+                sequence_count,
+                0,
+                residual,
+            ),
+            body,
+        )
 
     # --- What tasks ask of the session ------------------------------------------------------------------------------
 
@@ -426,6 +498,21 @@ class FullFeature:
             self.when_drained = drained
         else:
             drained()
+
+    def release(self) -> None:
+        """Nothing can happen any more: let go of the volumes, and of what refers back to here.
+
+        A session is a ring of references; left whole, it would keep its memory until a garbage collection, and those are rare in a
+        process that makes no other rings.
+        """
+        for write in self.free_writes:
+            write.retire()
+        self.free_writes.clear()
+        self.units.clear()
+        self.nexus.tasks = list
+        self.wake = self.flush = self.terminate_target = _nothing
+        self.is_paused = _always
+        del self.task_management, self.text
 
     _HANDLERS: ClassVar[dict[int, Callable[["FullFeature", Pdu], None]]] = {
         NOP_OUT: _nop_out,

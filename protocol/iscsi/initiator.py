@@ -93,7 +93,11 @@ class InitiatorConnection:
     )
 
     def __init__(
-        self, settings: InitiatorSettings, send: Callable[[list[Buffer]], None], wake: Callable[[], None], close: Callable[[], None],
+        self,
+        settings: InitiatorSettings,
+        send: Callable[[list[Buffer]], None],
+        wake: Callable[[], None],
+        close: Callable[[], None],
         logged_in: LoginDone,
     ) -> None:
         self.settings = settings

@@ -16,9 +16,17 @@ from protocol.iscsi.pdu import CONTINUE, IMMEDIATE, LOGIN_REQUEST, LOGIN_RESPONS
 
 _FIRST_ISID: Final = 0x80_0000_000001  # RFC 7143 11.12.5, type 10b (random qualifier)
 _REASONS: Final = {
-    0x0201: "authentication failed", 0x0202: "not authorized for this target", 0x0203: "no such target", 0x0205: "unsupported version",
-    0x0206: "too many connections", 0x0207: "a parameter is missing", 0x0209: "unsupported session type", 0x020A: "no such session",
-    0x020B: "invalid request during login", 0x0301: "service unavailable", 0x0302: "out of resources",
+    0x0201: "authentication failed",
+    0x0202: "not authorized for this target",
+    0x0203: "no such target",
+    0x0205: "unsupported version",
+    0x0206: "too many connections",
+    0x0207: "a parameter is missing",
+    0x0209: "unsupported session type",
+    0x020A: "no such session",
+    0x020B: "invalid request during login",
+    0x0301: "service unavailable",
+    0x0302: "out of resources",
 }
 
 

@@ -142,10 +142,18 @@ OPERATIONAL: Final[dict[str, Key]] = {
 # Declared in the first request, and fixed from then on.
 DECLARED_FIRST: Final = frozenset(("InitiatorName", "TargetName", "SessionType"))
 # In a discovery session these mean nothing (RFC 7143 clause 13, "irrelevant when").
-_NOT_IN_DISCOVERY: Final = frozenset((
-    "MaxConnections", "InitialR2T", "ImmediateData", "MaxBurstLength", "FirstBurstLength", "MaxOutstandingR2T", "DataPDUInOrder",
-    "DataSequenceInOrder",
-))
+_NOT_IN_DISCOVERY: Final = frozenset(
+    (
+        "MaxConnections",
+        "InitialR2T",
+        "ImmediateData",
+        "MaxBurstLength",
+        "FirstBurstLength",
+        "MaxOutstandingR2T",
+        "DataPDUInOrder",
+        "DataSequenceInOrder",
+    )
+)
 
 
 def parse_number(text: str) -> int | None:

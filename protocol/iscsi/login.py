@@ -185,7 +185,14 @@ class LoginPhase:
             return self._header(pdu, len(final_text), True, exp_cmd_sn, max_cmd_sn, tsih)
 
         return LoginResult(
-            self.initiator_name, pdu.lun >> 16, pdu.word20 >> 16, pdu.cmd_sn, self.discovery, self.target, self.parameters, header,
+            self.initiator_name,
+            pdu.lun >> 16,
+            pdu.word20 >> 16,
+            pdu.cmd_sn,
+            self.discovery,
+            self.target,
+            self.parameters,
+            header,
             final_text,
         )
 

@@ -163,6 +163,7 @@ class TargetNode:
     def _forget_unused(self, unit: LogicalUnit) -> None:
         if not unit.in_use and self.units.get(unit.uuid) is unit:
             del self.units[unit.uuid]
+            unit.retire()
 
     def lun_mapped(self, target_name: str, lun: int, volume: BlockVolume) -> None:
         """A target has one LUN more: its open sessions get it, and are told that their list of LUNs has changed."""

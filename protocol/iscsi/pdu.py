@@ -69,8 +69,25 @@ class Pdu:
     """One received PDU. ``data`` is a view into the receive buffer, valid only while the PDU is handled."""
 
     __slots__ = (
-        "ahs", "byte2", "byte3", "data", "data_intact", "flags", "header", "immediate", "itt", "lengths", "lun", "opcode",
-        "word20", "word24", "word28", "word32", "word36", "word40", "word44",
+        "ahs",
+        "byte2",
+        "byte3",
+        "data",
+        "data_intact",
+        "flags",
+        "header",
+        "immediate",
+        "itt",
+        "lengths",
+        "lun",
+        "opcode",
+        "word20",
+        "word24",
+        "word28",
+        "word32",
+        "word36",
+        "word40",
+        "word44",
     )
 
     flags: int
@@ -93,8 +110,20 @@ class Pdu:
         self.data = data
         self.data_intact = data_intact
         (
-            first, self.flags, self.byte2, self.byte3, self.lengths, self.lun, self.itt,
-            self.word20, self.word24, self.word28, self.word32, self.word36, self.word40, self.word44,
+            first,
+            self.flags,
+            self.byte2,
+            self.byte3,
+            self.lengths,
+            self.lun,
+            self.itt,
+            self.word20,
+            self.word24,
+            self.word28,
+            self.word32,
+            self.word36,
+            self.word40,
+            self.word44,
         ) = HEADER.unpack(header)
         self.opcode = first & OPCODE_MASK
         self.immediate = bool(first & IMMEDIATE)
@@ -159,7 +188,14 @@ class Pdu:
 
 
 def pack(
-    opcode: int, flags: int, itt: int, *, byte2: int = 0, byte3: int = 0, length: int = 0, lun: int = 0,
+    opcode: int,
+    flags: int,
+    itt: int,
+    *,
+    byte2: int = 0,
+    byte3: int = 0,
+    length: int = 0,
+    lun: int = 0,
     words: tuple[int, int, int, int, int, int, int] = (0, 0, 0, 0, 0, 0, 0),
 ) -> bytes:
     """A header. ``words`` are the seven words from byte 20 on."""

@@ -26,7 +26,17 @@ class Task:
     """What the session's table holds for every command: who it is, and how it ends."""
 
     __slots__ = (
-        "aborted", "busy", "changes", "expected_bytes", "immediate", "itt", "mapped", "phase", "reserved_bytes", "wanted_bytes", "watchers",
+        "aborted",
+        "busy",
+        "changes",
+        "expected_bytes",
+        "immediate",
+        "itt",
+        "mapped",
+        "phase",
+        "reserved_bytes",
+        "wanted_bytes",
+        "watchers",
     )
 
     def __init__(self, phase: "FullFeature", itt: int, mapped: UnitNexus | None, expected_bytes: int, immediate: bool) -> None:

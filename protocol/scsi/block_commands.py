@@ -178,7 +178,10 @@ COMMANDS: Final = (
     Command("READ DEFECT DATA(12)", usage("b71fffffffffffffffff0000"), read_defect_data, needs_medium=True),
     Command("READ CAPACITY(10)", usage("2500ffffffff00000000"), read_capacity_10, needs_medium=True),
     Command(
-        "READ CAPACITY(16)", usage("9e1fffffffffffffffffffffffff0000"), read_capacity_16,
-        service_action=opcodes.READ_CAPACITY_16, needs_medium=True,
+        "READ CAPACITY(16)",
+        usage("9e1fffffffffffffffffffffffff0000"),
+        read_capacity_16,
+        service_action=opcodes.READ_CAPACITY_16,
+        needs_medium=True,
     ),
 )

@@ -88,12 +88,18 @@ def report_supported_task_management(request: Request) -> Plan:
 
 _OWN: Final = (
     Command(
-        "REPORT SUPPORTED OPERATION CODES", usage("a31f87ffffffffffffff0000"), report_supported_operation_codes,
-        service_action=opcodes.REPORT_SUPPORTED_OPERATION_CODES, despite_sanitize=True,
+        "REPORT SUPPORTED OPERATION CODES",
+        usage("a31f87ffffffffffffff0000"),
+        report_supported_operation_codes,
+        service_action=opcodes.REPORT_SUPPORTED_OPERATION_CODES,
+        despite_sanitize=True,
     ),
     Command(
-        "REPORT SUPPORTED TASK MANAGEMENT FUNCTIONS", usage("a31f80000000ffffffff0000"), report_supported_task_management,
-        service_action=opcodes.REPORT_SUPPORTED_TASK_MANAGEMENT, despite_sanitize=True,
+        "REPORT SUPPORTED TASK MANAGEMENT FUNCTIONS",
+        usage("a31f80000000ffffffff0000"),
+        report_supported_task_management,
+        service_action=opcodes.REPORT_SUPPORTED_TASK_MANAGEMENT,
+        despite_sanitize=True,
     ),
 )
 

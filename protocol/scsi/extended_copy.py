@@ -69,7 +69,9 @@ def _parse(data: bytes) -> _List:
         raise CheckCondition(sense.invalid_field_in_parameter_list(0))
     segments_at = _HEAD.size + target_bytes
     return _List(
-        None if use == _NO_LIST_ID else list_id, data[_HEAD.size : segments_at], data[segments_at : segments_at + segment_bytes],
+        None if use == _NO_LIST_ID else list_id,
+        data[_HEAD.size : segments_at],
+        data[segments_at : segments_at + segment_bytes],
     )
 
 
@@ -111,8 +113,7 @@ def _find_unit(nexus: Nexus, descriptor: bytes, at: int) -> LogicalUnit:
 
 def _units(nexus: Nexus, targets: bytes) -> list[LogicalUnit]:
     return [
-        _find_unit(nexus, targets[at : at + _IDENTIFICATION_BYTES], _HEAD.size + at)
-        for at in range(0, len(targets), _IDENTIFICATION_BYTES)
+        _find_unit(nexus, targets[at : at + _IDENTIFICATION_BYTES], _HEAD.size + at) for at in range(0, len(targets), _IDENTIFICATION_BYTES)
     ]
 
 
@@ -199,22 +200,38 @@ def operating_parameters(request: Request) -> Plan:
     """RECEIVE COPY RESULTS, OPERATING PARAMETERS: the limits that EXTENDED COPY has (SPC-4 6.21)."""
     descriptors = bytes((_BLOCK_TO_BLOCK, _IDENTIFICATION))
     body = _PARAMETERS.pack(
-        _PARAMETERS.size - 4 + len(descriptors), _SNLID, limits.COPY_TARGET_DESCRIPTORS_MAX, limits.COPY_SEGMENT_DESCRIPTORS_MAX,
-        _LIST_BYTES_MAX, _SEGMENT_SECTORS_MAX * SECTOR_BYTES, 0, 0, 0, 0, limits.COPIES_CONCURRENT_MAX, SECTOR_SHIFT, 0, 0,
+        _PARAMETERS.size - 4 + len(descriptors),
+        _SNLID,
+        limits.COPY_TARGET_DESCRIPTORS_MAX,
+        limits.COPY_SEGMENT_DESCRIPTORS_MAX,
+        _LIST_BYTES_MAX,
+        _SEGMENT_SECTORS_MAX * SECTOR_BYTES,
+        0,
+        0,
+        0,
+        0,
+        limits.COPIES_CONCURRENT_MAX,
+        SECTOR_SHIFT,
+        0,
+        0,
         len(descriptors),
     )
     return cut(body + descriptors, int.from_bytes(request.cdb[_ALLOCATION_LID1], "big"))
 
 
 _REPORTS: Final[tuple[tuple[int, str, Callable[[Request], Plan]], ...]] = (
-    (COPY_STATUS, "COPY STATUS", copy_status), (OPERATING_PARAMETERS, "OPERATING PARAMETERS", operating_parameters),
+    (COPY_STATUS, "COPY STATUS", copy_status),
+    (OPERATING_PARAMETERS, "OPERATING PARAMETERS", operating_parameters),
 )
 COMMANDS: Final = (
     Command("EXTENDED COPY(LID1)", usage("831f0000000000000000ffffffff0000"), extended_copy, service_action=0, reserved=True),
     *(
         Command(
-            f"RECEIVE COPY RESULTS, {name}", usage("841fff00000000000000ffffffff0000"), handler,
-            service_action=action, despite_exclusion=True,
+            f"RECEIVE COPY RESULTS, {name}",
+            usage("841fff00000000000000ffffffff0000"),
+            handler,
+            service_action=action,
+            despite_exclusion=True,
         )
         for action, name, handler in _REPORTS
     ),

@@ -85,12 +85,14 @@ def _device_identification(request: Request) -> bytes:
     unit = request.unit
     port_name = f"{request.nexus.target_name},t,0x{_PORT_GROUP:04x}".encode() + b"\0"
     port_name += bytes(-len(port_name) % 4)
-    return b"".join((
-        *(_designator(*named) for named in _unit_designators(unit)),
-        _designator(1, 4, _RELATIVE_PORT.to_bytes(4, "big")),
-        _designator(1, 5, _PORT_GROUP.to_bytes(4, "big")),
-        _designator(3, 8, port_name),
-    ))
+    return b"".join(
+        (
+            *(_designator(*named) for named in _unit_designators(unit)),
+            _designator(1, 4, _RELATIVE_PORT.to_bytes(4, "big")),
+            _designator(1, 5, _PORT_GROUP.to_bytes(4, "big")),
+            _designator(3, 8, port_name),
+        )
+    )
 
 
 def _extended_inquiry(_request: Request) -> bytes:

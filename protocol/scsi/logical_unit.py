@@ -20,6 +20,10 @@ from protocol.scsi.sense import Sense
 from protocol.volume import BlockVolume, Completion
 
 
+def _nothing() -> None:
+    """Where no nexus is left that would have to know."""
+
+
 def _keep_nothing(done: Completion) -> None:
     """Where nobody keeps reservations, they last as long as the process."""
     done(None)
@@ -42,8 +46,18 @@ class LogicalUnit:
     """One disk as SCSI sees it: a volume, its state, and everyone who uses it."""
 
     __slots__ = (
-        "capacity_bytes", "descriptor_sense", "gate", "keep_reservations", "nexuses", "reservations", "sanitization",
-        "saved_write_cache", "software_write_protect", "started", "volume", "write_cache",
+        "capacity_bytes",
+        "descriptor_sense",
+        "gate",
+        "keep_reservations",
+        "nexuses",
+        "reservations",
+        "sanitization",
+        "saved_write_cache",
+        "software_write_protect",
+        "started",
+        "volume",
+        "write_cache",
     )
 
     def __init__(self, volume: BlockVolume) -> None:
@@ -108,6 +122,12 @@ class LogicalUnit:
         self.write_cache = self.saved_write_cache
         self.reservations.plain_holder = None
         self.attention(sense.BUS_DEVICE_RESET)
+
+    def retire(self) -> None:
+        """Nobody will use this object again: end the ring of references, in which it would keep its volume."""
+        self.gate = Gate(_nothing)
+        self.reservations.changed = _nothing
+        self.keep_reservations = _keep_nothing
 
     def soft_threshold_reached(self) -> None:
         """The pool is filling up: every nexus is told (SBC-3 4.7.3.7, THIN PROVISIONING SOFT THRESHOLD REACHED)."""

@@ -177,8 +177,11 @@ def get_lba_status(request: Request) -> Plan:
 
 COMMANDS: Final = (
     Command(
-        "GET LBA STATUS", usage("9e1fffffffffffffffffffffffff0000"), get_lba_status,
-        service_action=opcodes.GET_LBA_STATUS, needs_medium=True,
+        "GET LBA STATUS",
+        usage("9e1fffffffffffffffffffffffff0000"),
+        get_lba_status,
+        service_action=opcodes.GET_LBA_STATUS,
+        needs_medium=True,
     ),
     Command("UNMAP", usage("420000000000" + "3fffff00"), unmap, needs_medium=True, writes=True),
     Command("WRITE SAME(10)", usage("4118ffffffff3fffff00"), write_same, needs_medium=True, writes=True),

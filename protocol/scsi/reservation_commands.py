@@ -61,7 +61,10 @@ def _full_status(state: Reservations) -> bytes:
 
 
 _REPORTS: Final = {
-    READ_KEYS: _keys, READ_RESERVATION: _reservation, REPORT_CAPABILITIES: _capabilities, READ_FULL_STATUS: _full_status,
+    READ_KEYS: _keys,
+    READ_RESERVATION: _reservation,
+    REPORT_CAPABILITIES: _capabilities,
+    READ_FULL_STATUS: _full_status,
 }
 
 
@@ -160,7 +163,12 @@ def _preempt(out: _Out) -> None:
 
 
 _ACTIONS: Final[dict[int, Callable[[_Out], None]]] = {
-    REGISTER: _register, RESERVE: _reserve, RELEASE: _release, CLEAR: _clear, PREEMPT: _preempt, PREEMPT_AND_ABORT: _preempt,
+    REGISTER: _register,
+    RESERVE: _reserve,
+    RELEASE: _release,
+    CLEAR: _clear,
+    PREEMPT: _preempt,
+    PREEMPT_AND_ABORT: _preempt,
     REGISTER_AND_IGNORE: _register_any,
 }
 _WITH_KIND: Final = frozenset((RESERVE, RELEASE, PREEMPT, PREEMPT_AND_ABORT))
@@ -211,12 +219,19 @@ def release_6(request: Request) -> Plan:
 
 
 _IN_NAMES: Final = {
-    READ_KEYS: "READ KEYS", READ_RESERVATION: "READ RESERVATION", REPORT_CAPABILITIES: "REPORT CAPABILITIES",
+    READ_KEYS: "READ KEYS",
+    READ_RESERVATION: "READ RESERVATION",
+    REPORT_CAPABILITIES: "REPORT CAPABILITIES",
     READ_FULL_STATUS: "READ FULL STATUS",
 }
 _OUT_NAMES: Final = {
-    REGISTER: "REGISTER", RESERVE: "RESERVE", RELEASE: "RELEASE", CLEAR: "CLEAR", PREEMPT: "PREEMPT",
-    PREEMPT_AND_ABORT: "PREEMPT AND ABORT", REGISTER_AND_IGNORE: "REGISTER AND IGNORE EXISTING KEY",
+    REGISTER: "REGISTER",
+    RESERVE: "RESERVE",
+    RELEASE: "RELEASE",
+    CLEAR: "CLEAR",
+    PREEMPT: "PREEMPT",
+    PREEMPT_AND_ABORT: "PREEMPT AND ABORT",
+    REGISTER_AND_IGNORE: "REGISTER AND IGNORE EXISTING KEY",
 }
 COMMANDS: Final = (
     Command("RESERVE(6)", usage("160000000000"), reserve_6),

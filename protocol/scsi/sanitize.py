@@ -162,11 +162,17 @@ def exit_failure_mode(request: Request) -> Plan:
 
 COMMANDS: Final = tuple(
     Command(
-        f"SANITIZE, {name}", usage("48bf0000000000ffff00"), handler,
-        service_action=action, needs_medium=True, writes=True, after_failed_sanitize=True,
+        f"SANITIZE, {name}",
+        usage("48bf0000000000ffff00"),
+        handler,
+        service_action=action,
+        needs_medium=True,
+        writes=True,
+        after_failed_sanitize=True,
     )
     for action, name, handler in (
-        (OVERWRITE, "OVERWRITE", overwrite), (BLOCK_ERASE, "BLOCK ERASE", block_erase),
+        (OVERWRITE, "OVERWRITE", overwrite),
+        (BLOCK_ERASE, "BLOCK ERASE", block_erase),
         (EXIT_FAILURE_MODE, "EXIT FAILURE MODE", exit_failure_mode),
     )
 )

@@ -121,6 +121,17 @@ class Check:
             batch = fields.select(slice(first, first + POINTER_BATCH_BLOCKS))
             yield from self._verify(batch, layout.METAFILE_NAMES[layout.CONFIGURATION])
             self.report.metafile_blocks += len(batch)
+        yield from self._check_configuration_length(fields.select(fields.indexes == 0))
+
+    def _check_configuration_length(self, head: Fields) -> Steps[None]:
+        blocks = yield head.vbns.tolist()
+        for block, crc in zip(blocks, head.crcs.tolist(), strict=True):
+            if block is None or block_fault(block, crc) is not None:
+                return  # reported already
+            (length,) = layout.CONFIGURATION_HEAD.unpack_from(block)
+            room = self._superblock.roots[layout.CONFIGURATION].size_blocks * layout.BLOCK_BYTES - layout.CONFIGURATION_HEAD.size
+            if length > min(room, layout.CONFIGURATION_BYTES_MAX):
+                self.report.error(f"configuration: it claims {length} bytes, its metafile holds {room}")
 
     def _verify(self, batch: Fields, name: str | None = None) -> Steps[None]:
         blocks = yield batch.vbns.tolist()

@@ -1,6 +1,6 @@
 """Serves volumes in memory over iSCSI on loopback, so that real clients can be run against protocol/iscsi alone.
 
-    python -m tests.conformance.serve_memory --port 3260 --size-mib 256 --luns 1 [--file PATH] [--chap user:secret]
+python -m tests.conformance.serve_memory --port 3260 --size-mib 256 --luns 1 [--file PATH] [--chap user:secret]
 """
 
 import argparse
@@ -62,7 +62,12 @@ class Endpoint(asyncio.BufferedProtocol):
             loop.call_soon(self._connection.flush_output)
 
         self._connection = TargetConnection(
-            self._node, transport.writelines, wake, transport.close, f"{host}:{port}", f"{peer[0]}:{peer[1]}",
+            self._node,
+            transport.writelines,
+            wake,
+            transport.close,
+            f"{host}:{port}",
+            f"{peer[0]}:{peer[1]}",
         )
         self.get_buffer = self._connection.get_buffer  # type: ignore[method-assign]
         self.buffer_updated = self._connection.buffer_updated  # type: ignore[method-assign]

@@ -82,5 +82,3 @@ def solicited(pair: Coupling, size: int = 8192) -> tuple[Results, int, int]:
 
 def data_out(itt: int, ttt: int, *, sn: int = 0, offset: int = 0, size: int = 512, flags: int = 0) -> bytes:
     return pack(pdu.DATA_OUT, flags, itt, length=size, words=(ttt, 0, 0, 0, sn, offset, 0)) + bytes(size)
-
-

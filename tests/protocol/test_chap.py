@@ -32,7 +32,8 @@ def test_vectors_of_other_tools(algorithm, digest):
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("0x00ff", b"\x00\xff"), ("0XAB", b"\xab"), ("0xfff", b"\x0f\xff"), ("0bAP8=", b"\x00\xff"), ("0BAQ==", b"\x01")],
+    ("text", "value"),
+    [("0x00ff", b"\x00\xff"), ("0XAB", b"\xab"), ("0xfff", b"\x0f\xff"), ("0bAP8=", b"\x00\xff"), ("0BAQ==", b"\x01")],
 )
 def test_binary_values_come_in_hexadecimal_and_base64(text, value):
     assert chap.decode_binary(text) == value

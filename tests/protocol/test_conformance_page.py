@@ -11,7 +11,13 @@ PAGE = (HERE.parents[1] / "docs" / "conformance.md").read_text()
 STATES = {"supported", "partial", "refused"}
 # What login handles itself, and what is text in the full feature phase only.
 OTHER_KEYS = {
-    "AuthMethod", "CHAP_A", "CHAP_N, CHAP_R, CHAP_I, CHAP_C", "SendTargets", "TargetAlias", "TargetAddress", "TargetPortalGroupTag",
+    "AuthMethod",
+    "CHAP_A",
+    "CHAP_N, CHAP_R, CHAP_I, CHAP_C",
+    "SendTargets",
+    "TargetAlias",
+    "TargetAddress",
+    "TargetPortalGroupTag",
     "any other",
 }
 
@@ -34,7 +40,8 @@ def test_every_key():
 
 def test_every_pdu():
     opcodes = {
-        value for name, value in vars(pdu).items()
+        value
+        for name, value in vars(pdu).items()
         if name.endswith(("_REQUEST", "_RESPONSE", "_COMMAND", "_OUT", "_IN")) or name in {"R2T", "ASYNC_MESSAGE", "REJECT"}
     }
     assert {int(row[0].rstrip("h"), 16) for row in rows("PDUs")} == opcodes

@@ -25,8 +25,16 @@ FLOWS = list(itertools.product([False, True], [False, True], [False, True], [Fal
 def test_every_data_phase_moves_the_same_bytes(digests, immediate, initial_r2t, unsolicited, chunk):
     volume = MemoryVolume(SIZE)
     pair = coupled(
-        volume, chunk, header_digest=digests, data_digest=digests, immediate_data=immediate, initial_r2t=initial_r2t,
-        unsolicited_data=unsolicited, data_segment_bytes=8192, max_burst_bytes=100_000, first_burst_bytes=20_000,
+        volume,
+        chunk,
+        header_digest=digests,
+        data_digest=digests,
+        immediate_data=immediate,
+        initial_r2t=initial_r2t,
+        unsolicited_data=unsolicited,
+        data_segment_bytes=8192,
+        max_burst_bytes=100_000,
+        first_burst_bytes=20_000,
     )
     for size in (512, 4096, 8192, 20_480, 65_536, 307_200):
         data = os.urandom(size)
@@ -81,9 +89,15 @@ def test_a_write_larger_than_the_whole_allowance_goes_alone(monkeypatch):
 
 
 ERRORS = [
-    (errno.ENOSPC, True, (0x7, 0x27, 0x07)), (errno.EIO, False, (0x3, 0x11, 0x00)), (errno.EIO, True, (0x3, 0x0C, 0x00)),
-    (errno.EROFS, True, (0x7, 0x27, 0x00)), (errno.EINVAL, True, (0x5, 0x21, 0x00)), (errno.EINVAL, False, (0x5, 0x21, 0x00)),
-    (errno.ESHUTDOWN, True, (0x2, 0x04, 0x00)), (errno.ESHUTDOWN, False, (0x2, 0x04, 0x00)), (errno.ENOMEM, True, (0x4, 0x44, 0x00)),
+    (errno.ENOSPC, True, (0x7, 0x27, 0x07)),
+    (errno.EIO, False, (0x3, 0x11, 0x00)),
+    (errno.EIO, True, (0x3, 0x0C, 0x00)),
+    (errno.EROFS, True, (0x7, 0x27, 0x00)),
+    (errno.EINVAL, True, (0x5, 0x21, 0x00)),
+    (errno.EINVAL, False, (0x5, 0x21, 0x00)),
+    (errno.ESHUTDOWN, True, (0x2, 0x04, 0x00)),
+    (errno.ESHUTDOWN, False, (0x2, 0x04, 0x00)),
+    (errno.ENOMEM, True, (0x4, 0x44, 0x00)),
 ]
 
 
@@ -170,7 +184,8 @@ def residuals(pair: Coupling, opcode: int, expected: int, sectors: int, data: by
 
 
 @pytest.mark.parametrize(
-    ("expected", "sectors", "residual"), [(512, 1, 0), (1000, 1, 488), (10_000, 2, 8976), (200, 1, -312), (512, 2, -512), (4096, 0, 4096)],
+    ("expected", "sectors", "residual"),
+    [(512, 1, 0), (1000, 1, 488), (10_000, 2, 8976), (200, 1, -312), (512, 2, -512), (4096, 0, 4096)],
 )
 def test_residuals_of_reads(expected, sectors, residual):
     assert residuals(coupled(MemoryVolume(SIZE)), 0x28, expected, sectors) == (residual, min(expected, sectors * 512))

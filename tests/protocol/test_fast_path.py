@@ -56,15 +56,23 @@ class Plain:
             cdb += bytes((self.control,)) + bytes([self.tail]) * 6
         words = (expected, cmd_sn + self.cmd_sn_more, 0, 0, 0, 0, 0)
         head = pack(
-            pdu.SCSI_COMMAND | (pdu.IMMEDIATE if self.immediate else 0), final | direction | self.flags, 1 if self.same_tag else itt,
-            length=brought, lun=self.lun << 48, words=words,
+            pdu.SCSI_COMMAND | (pdu.IMMEDIATE if self.immediate else 0),
+            final | direction | self.flags,
+            1 if self.same_tag else itt,
+            length=brought,
+            lun=self.lun << 48,
+            words=words,
         )
         return head[:32] + cdb + bytes([itt & 0xFF]) * brought + bytes(-brought % 4)
 
 
 near_the_end = st.integers(SECTORS - 16, SECTORS + 4)
 plain = st.builds(
-    Plain, writes=st.booleans(), wide=st.booleans(), lba=st.one_of(st.integers(0, 64), near_the_end), sectors=st.integers(0, 20),
+    Plain,
+    writes=st.booleans(),
+    wide=st.booleans(),
+    lba=st.one_of(st.integers(0, 64), near_the_end),
+    sectors=st.integers(0, 20),
 )
 ODDITIES: dict[str, list[int | bool]] = {
     "sectors": [0, 1, 16, 17, 127, 128, 129, 140],
@@ -135,7 +143,9 @@ def taken_numbers(commands: list[Plain]) -> int:
 
 
 @given(
-    commands=st.lists(st.one_of(plain, odd()), max_size=24), chunk=st.sampled_from([48, 1000, 65536]), hold=st.booleans(),
+    commands=st.lists(st.one_of(plain, odd()), max_size=24),
+    chunk=st.sampled_from([48, 1000, 65536]),
+    hold=st.booleans(),
     failing=st.sampled_from([None, None, errno.ENOSPC]),
 )
 def test_both_ways_give_the_same_bytes(commands, chunk, hold, failing):
@@ -170,8 +180,13 @@ def general_pdus(pair: Coupling, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize(
     "command",
     [
-        Plain(False, False, 8, 8), Plain(False, True, 8, 8), Plain(True, False, 8, 8), Plain(True, True, 8, 8, cdb_flags=8),
-        Plain(False, False, 8, 8, flags=0), Plain(True, False, 8, 8, flags=0, cdb_flags=16), Plain(False, False, SECTORS - 1, 1, group=63),
+        Plain(False, False, 8, 8),
+        Plain(False, True, 8, 8),
+        Plain(True, False, 8, 8),
+        Plain(True, True, 8, 8, cdb_flags=8),
+        Plain(False, False, 8, 8, flags=0),
+        Plain(True, False, 8, 8, flags=0, cdb_flags=16),
+        Plain(False, False, SECTORS - 1, 1, group=63),
         Plain(True, True, 0, 128),
     ],
 )

@@ -31,8 +31,12 @@ def requests(draw: st.DrawFn) -> bytes:
     body = draw(data)
     ahs = bytes(draw(st.sampled_from([0, 0, 0, 4, 8])))
     head = pack(
-        opcode | (pdu.IMMEDIATE if draw(st.booleans()) else 0), draw(st.integers(0, 255)), draw(st.sampled_from([1, 2, 3, 0xFFFFFFFF])),
-        byte2=draw(st.integers(0, 255)), byte3=draw(st.sampled_from([0, 0, 1])), length=len(ahs) // 4 << 24 | len(body),
+        opcode | (pdu.IMMEDIATE if draw(st.booleans()) else 0),
+        draw(st.integers(0, 255)),
+        draw(st.sampled_from([1, 2, 3, 0xFFFFFFFF])),
+        byte2=draw(st.integers(0, 255)),
+        byte3=draw(st.sampled_from([0, 0, 1])),
+        length=len(ahs) // 4 << 24 | len(body),
         lun=draw(st.sampled_from([0, 0, 1 << 48, 0xFFFF << 48])),
         words=(draw(words), draw(st.sampled_from([1, 1, 2, 3, 4, 5])), 0, draw(words), draw(words), draw(words), draw(words)),
     )
@@ -78,8 +82,20 @@ def test_any_bytes_before_the_login(stream):
 
 
 NAMES = [
-    "InitiatorName", "TargetName", "SessionType", "AuthMethod", "CHAP_A", "CHAP_N", "CHAP_R", "CHAP_I", "CHAP_C", "HeaderDigest",
-    "MaxBurstLength", "InitialR2T", "X", "SendTargets",
+    "InitiatorName",
+    "TargetName",
+    "SessionType",
+    "AuthMethod",
+    "CHAP_A",
+    "CHAP_N",
+    "CHAP_R",
+    "CHAP_I",
+    "CHAP_C",
+    "HeaderDigest",
+    "MaxBurstLength",
+    "InitialR2T",
+    "X",
+    "SendTargets",
 ]
 VALUES = [INITIATOR, TARGET, "Normal", "Discovery", "None", "CHAP", "5", "0x12", "0bAA==", "Yes", ""]
 values = st.one_of(st.sampled_from(VALUES), st.text(max_size=20))

@@ -62,8 +62,11 @@ def test_usage_in_the_units_of_the_provisioning_page():
 @pytest.mark.parametrize(
     ("state", "told"),
     [
-        (None, {3: 0}), (SplitState(None, None, False), {3: 1}), (SplitState(77, None, False), {1: 77, 3: 1}),
-        (SplitState(77, 1 << 40, True), {1: 77, 2: 1 << 40, 3: 2}), (SplitState(0, 9, True), {1: 0, 2: 9, 3: 2}),
+        (None, {3: 0}),
+        (SplitState(None, None, False), {3: 1}),
+        (SplitState(77, None, False), {1: 77, 3: 1}),
+        (SplitState(77, 1 << 40, True), {1: 77, 2: 1 << 40, 3: 2}),
+        (SplitState(0, 9, True), {1: 0, 2: 9, 3: 2}),
     ],
 )
 def test_how_much_of_a_clone_is_backed(state, told):

@@ -21,8 +21,14 @@ def node(chap: ChapSecrets | None = None, discovery: ChapSecrets | None = None) 
 
 
 def request(
-    pairs: list[tuple[str, str]] | bytes, stage: int = login.OPERATIONAL, following: int | None = login.FULL_FEATURE, *, lun: int = 1 << 16,
-    version_min: int = 0, cid: int = 0, flags: int = 0,
+    pairs: list[tuple[str, str]] | bytes,
+    stage: int = login.OPERATIONAL,
+    following: int | None = login.FULL_FEATURE,
+    *,
+    lun: int = 1 << 16,
+    version_min: int = 0,
+    cid: int = 0,
+    flags: int = 0,
 ) -> bytes:
     """A login request."""
     body = pairs if isinstance(pairs, bytes) else text.encode(pairs)
@@ -282,7 +288,8 @@ ONE_WAY = ChapSecrets("user", b"secret-of-12+")
 
 
 @pytest.mark.parametrize(
-    ("target", "initiator"), [(SECRETS, None), (None, SECRETS), (SECRETS, ChapSecrets("user", b"wrong")), (ONE_WAY, SECRETS)],
+    ("target", "initiator"),
+    [(SECRETS, None), (None, SECRETS), (SECRETS, ChapSecrets("user", b"wrong")), (ONE_WAY, SECRETS)],
 )
 def test_our_initiator_reports_why_it_may_not(target, initiator):
     made = node(target)

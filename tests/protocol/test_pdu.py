@@ -13,8 +13,14 @@ words = st.integers(0, 0xFFFFFFFF)
 
 
 @given(
-    opcode=st.integers(0, 0x3F), immediate=st.booleans(), flags=st.integers(0, 255), byte2=st.integers(0, 255), byte3=st.integers(0, 255),
-    lun=st.integers(0, 2**64 - 1), itt=words, seven=st.tuples(*[words] * 7),
+    opcode=st.integers(0, 0x3F),
+    immediate=st.booleans(),
+    flags=st.integers(0, 255),
+    byte2=st.integers(0, 255),
+    byte3=st.integers(0, 255),
+    lun=st.integers(0, 2**64 - 1),
+    itt=words,
+    seven=st.tuples(*[words] * 7),
 )
 def test_a_header_comes_back_as_it_was_packed(opcode, immediate, flags, byte2, byte3, lun, itt, seven):
     header = pack(opcode | (pdu.IMMEDIATE if immediate else 0), flags, itt, byte2=byte2, byte3=byte3, lun=lun, words=seven)
@@ -47,7 +53,12 @@ def test_luns_that_are_not_single_level_name_nothing(raw):
 @pytest.mark.parametrize(
     ("left", "right", "after"),
     [
-        (1, 0, True), (0, 1, False), (5, 5, False), (0, 0xFFFFFFFF, True), (0xFFFFFFFF, 0, False), (0x7FFFFFFF, 0, True),
+        (1, 0, True),
+        (0, 1, False),
+        (5, 5, False),
+        (0, 0xFFFFFFFF, True),
+        (0xFFFFFFFF, 0, False),
+        (0x7FFFFFFF, 0, True),
         (0x80000000, 0, False),
     ],
 )

@@ -1,6 +1,5 @@
 """What a peer may not do in the full feature phase, and what it gets: a reject, a sense, silence, or the end."""
 
-
 import pytest
 
 from protocol.iscsi import limits, pdu
@@ -76,8 +75,11 @@ def test_a_wrong_data_digest_of_a_command_is_rejected_and_its_number_is_not_take
 @pytest.mark.parametrize(
     ("broken", "asc"),
     [
-        ({"sn": 1}, (0xB, 0x47, 0x05)), ({"sn": 0xFFFFFFFF}, (0xB, 0x47, 0x05)), ({"offset": 512}, (0xB, 0x47, 0x05)),
-        ({"size": 8704}, (0xB, 0x0C, 0x0D)), ({"flags": FINAL}, (0xB, 0x0C, 0x0D)),
+        ({"sn": 1}, (0xB, 0x47, 0x05)),
+        ({"sn": 0xFFFFFFFF}, (0xB, 0x47, 0x05)),
+        ({"offset": 512}, (0xB, 0x47, 0x05)),
+        ({"size": 8704}, (0xB, 0x0C, 0x0D)),
+        ({"flags": FINAL}, (0xB, 0x0C, 0x0D)),
     ],
 )
 def test_broken_data_sequences_end_the_task(broken, asc):

@@ -56,8 +56,11 @@ def finish(pair: Coupling, volume: MemoryVolume) -> None:
 @pytest.mark.parametrize(
     ("flags", "data", "sector"),
     [
-        (1, b"\xaa" * 512, b"\xaa" * 512), (3, b"abc", (b"abc" * 171)[:512]), (0x81, b"\x0f", b"\x0f" * 512),
-        (0x82, b"\x0f", b"\xf0" * 512), (0x1F, b"\0", bytes(512)),
+        (1, b"\xaa" * 512, b"\xaa" * 512),
+        (3, b"abc", (b"abc" * 171)[:512]),
+        (0x81, b"\x0f", b"\x0f" * 512),
+        (0x82, b"\x0f", b"\xf0" * 512),
+        (0x1F, b"\0", bytes(512)),
     ],
 )
 def test_overwrite(pair, volume, flags, data, sector):

@@ -283,8 +283,11 @@ def test_a_read_only_volume_refuses_every_command_that_writes(pair, volume):
     volume.read_only = True
     pair.node.unit_for(volume).state_changed()
     commands = [
-        (cdb(WRITES, 10, 0, 1), bytes(512)), (cdb(WRITES, 6, 0, 1), bytes(512)), (cdb(WRITE_VERIFIES, 10, 0, 1), bytes(512)),
-        (write_same(10, 0, 1), bytes(512)), (bytes((0x42, 0, 0, 0, 0, 0, 0, 0, 24, 0)), unmap_list((0, 8))),
+        (cdb(WRITES, 10, 0, 1), bytes(512)),
+        (cdb(WRITES, 6, 0, 1), bytes(512)),
+        (cdb(WRITE_VERIFIES, 10, 0, 1), bytes(512)),
+        (write_same(10, 0, 1), bytes(512)),
+        (bytes((0x42, 0, 0, 0, 0, 0, 0, 0, 24, 0)), unmap_list((0, 8))),
     ]
     for command, data in commands:
         fails(pair, command, (7, 0x27, 0), data=data)

@@ -1,8 +1,13 @@
 """Life and end of sessions, text requests, and backpressure, initiator and target coupled in memory."""
 
+import gc
 import os
+import weakref
+
+import pytest
 
 from protocol.iscsi import limits, pdu
+from protocol.iscsi.connection import TargetConnection
 from protocol.iscsi.initiator_task import ConnectionEnded
 from protocol.iscsi.pdu import FINAL, IMMEDIATE, RESERVED_TAG, Pdu, pack
 from protocol.volume import Buffer
@@ -228,3 +233,40 @@ def test_describe_counts():
     assert (described["commands"], described["read_bytes"], described["write_bytes"]) == (2, 8192, 4096)
     assert described["address"] == "127.0.0.1:50000" and described["portal"] == "127.0.0.1:3260"
     assert isinstance(Peer(pair.node).connection.describe()["state"], str)
+
+
+def connections() -> int:
+    return sum(isinstance(thing, TargetConnection) for thing in gc.get_objects())
+
+
+@pytest.mark.parametrize("how", ["lost", "logout", "lost with a write under way", "reset"])
+def test_a_session_that_has_ended_is_freed_without_a_garbage_collection(how):
+    gc.collect()
+    gc.disable()
+    try:
+        before = connections()
+        volume = MemoryVolume(SIZE)
+        gone, node = weakref.ref(volume), recorded({0: volume})
+        pair = Coupling(node, settings()).login()
+        node.unit_for(volume).nexuses[0].take_attention()
+        for _ in range(3):
+            write(pair, 0, bytes(4096))
+        volume.hold_writes = "write" in how
+        results = Results()
+        pair.initiator.submit_write(0, 0, bytes(4096), results)
+        if how == "logout":
+            pair.initiator.logout(lambda _: None)
+        elif how == "reset":
+            pair.initiator.task_management(7, 0, lambda _: None)
+        pair.run()
+        assert volume.hold_writes or len(results.got) == 1  # also what came with the logout was answered
+        pair.target.connection_lost()
+        assert len(pair.target.get_buffer()) == 0
+        volume.release()
+        assert not node.units and not node.sessions
+        node.directory.opened.clear()
+        node.directory.closed.clear()
+        del pair.target, pair.peer.connection, pair.node, volume, node  # the coupling is a ring of its own
+        assert gone() is None and connections() == before
+    finally:
+        gc.enable()

@@ -1,6 +1,5 @@
 """Abort and reset: answered only when no volume holds what was aborted."""
 
-
 import pytest
 
 from protocol.iscsi import pdu, task_management
@@ -72,11 +71,16 @@ def test_two_functions_wait_for_one_task():
 @pytest.mark.parametrize(
     ("function", "lun", "answer"),
     [
-        (task_management.ABORT_TASK, 0, task_management.NO_TASK), (task_management.ABORT_TASK_SET, 5, task_management.NO_LUN),
-        (task_management.LOGICAL_UNIT_RESET, 5, task_management.NO_LUN), (task_management.CLEAR_TASK_SET, 5, task_management.NO_LUN),
-        (task_management.CLEAR_ACA, 0, task_management.NOT_SUPPORTED), (task_management.TASK_REASSIGN, 0, task_management.NO_REASSIGNMENT),
-        (task_management.TARGET_COLD_RESET, 0, task_management.COMPLETE), (0x7F, 0, task_management.NOT_SUPPORTED),
-        (task_management.ABORT_TASK_SET, 0, task_management.COMPLETE), (task_management.TARGET_WARM_RESET, 0, task_management.COMPLETE),
+        (task_management.ABORT_TASK, 0, task_management.NO_TASK),
+        (task_management.ABORT_TASK_SET, 5, task_management.NO_LUN),
+        (task_management.LOGICAL_UNIT_RESET, 5, task_management.NO_LUN),
+        (task_management.CLEAR_TASK_SET, 5, task_management.NO_LUN),
+        (task_management.CLEAR_ACA, 0, task_management.NOT_SUPPORTED),
+        (task_management.TASK_REASSIGN, 0, task_management.NO_REASSIGNMENT),
+        (task_management.TARGET_COLD_RESET, 0, task_management.COMPLETE),
+        (0x7F, 0, task_management.NOT_SUPPORTED),
+        (task_management.ABORT_TASK_SET, 0, task_management.COMPLETE),
+        (task_management.TARGET_WARM_RESET, 0, task_management.COMPLETE),
     ],
 )
 def test_functions_with_nothing_to_abort(function, lun, answer):

@@ -59,6 +59,7 @@ class PoolWriter:
     next_vbn: int = layout.LOG_FIRST_VBN + LOG_BLOCKS
     crc_overrides: dict[int, int] = field(default_factory=dict)
     births: dict[int, int] = field(default_factory=dict)
+    configuration_bytes: int = 1  # an empty msgpack map
 
     def put(self, content: bytes) -> int:
         """Place a block, and return its VBN."""
@@ -110,7 +111,7 @@ class PoolWriter:
 
     def _build(self) -> bytearray:
         table = {number: self.put(self._entry_block(number, entry)) for number, entry in self.entries.items()}
-        configuration = {0: self.data("configuration")}
+        configuration = {0: self.put(layout.CONFIGURATION_HEAD.pack(self.configuration_bytes) + b"\x80")}
         regions = layout.region_count(self.size_blocks)
         # The maps describe themselves, so their places come first, and their contents last.
         active = {region: self.put(b"") for region in range(regions)}

@@ -401,6 +401,13 @@ def test_backing_stores_in_a_circle() -> None:
     assert len(errors) == 3
 
 
+def test_configuration_that_claims_more_than_there_is() -> None:
+    pool = PoolWriter(configuration_bytes=BLOCK - 8)
+    assert check(pool.build()).ok
+    pool.configuration_bytes = BLOCK - 7
+    assert_finds(check(pool.build()).errors, r"configuration: it claims 4089 bytes, its metafile holds 4088")
+
+
 def test_image_number_zero_stays_free() -> None:
     def plant(pool: PoolWriter, _: dict[str, int]) -> None:
         pool.entries[0] = Entry(VDISK, "zero")

@@ -224,7 +224,9 @@ async def test_a_damaged_pointer_block_is_reported_and_the_rest_keeps_serving() 
     memory.try_writev([b"\xff" * BLOCK_BYTES], root * BLOCK_BYTES, BLOCK_BYTES)
     running = await open_on(memory)
     for command in (
-        lambda: running.read("a", 0, BLOCK_BYTES), lambda: running.write("a", 0, data(2)), lambda: running.zero("a", 0, BLOCK_BYTES)
+        lambda: running.read("a", 0, BLOCK_BYTES),
+        lambda: running.write("a", 0, data(2)),
+        lambda: running.zero("a", 0, BLOCK_BYTES),
     ):
         with pytest.raises(BlockDamaged, match=r"vdisk a: the level-1 pointer block 0 .* is damaged"):
             await within(command())
