@@ -105,7 +105,7 @@ def forget(control: ControlClient, snapshot: str) -> None:
         try:
             control.call(method, **params)
         except ControlError as refusal:
-            if refusal.code not in GONE_OR_BUSY:
+            if refusal.exit_code not in GONE_OR_BUSY:
                 raise
 
 

@@ -50,7 +50,7 @@ class OrderingChecker(WrappedDevice):
         # VBN -> number of the last write to it that no sync has covered; and the numbers of those that are complete.
         self.unsynced: dict[int, int] = {}
         self._complete: set[int] = set()
-        self._first_free = layout.LOG_FIRST_VBN
+        self._first_free: int = layout.LOG_FIRST_VBN
         self._durable = View(0, {})
         self._pending: tuple[View, int] | None = None
         self._read_present()
