@@ -76,7 +76,7 @@ class OrderingChecker(WrappedDevice):
         found = [one for one in (parse_superblock(self.peek(vbn)) for vbn in layout.SUPERBLOCK_VBNS) if one is not None]
         if found:
             newest = max(found, key=lambda one: one.cp)
-            self._first_free = layout.LOG_FIRST_VBN + newest.log_blocks
+            self._first_free = layout.VBN(layout.LOG_FIRST_VBN + newest.log_blocks)
             self._durable = View(newest.cp, dict(self._regions(newest, None)))
 
     def _regions(self, superblock: Superblock, birth: int | None) -> Iterator[tuple[int, bytes]]:
@@ -138,7 +138,7 @@ class OrderingChecker(WrappedDevice):
             return
         if parsed.cp <= self._durable.number:
             return  # the other copy of a durable one
-        self._first_free = layout.LOG_FIRST_VBN + parsed.log_blocks
+        self._first_free = layout.VBN(layout.LOG_FIRST_VBN + parsed.log_blocks)
         for vbn, what in self._written_by(parsed):
             if vbn in self.unsynced:
                 self._violated(f"superblock {parsed.cp} is written before {what} at VBN {vbn} was synced")

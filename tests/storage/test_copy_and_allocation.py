@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -58,7 +59,7 @@ async def allocation(volume: Volume, offset: int, length: int) -> list[tuple[int
     return await done
 
 
-def settle(future: "asyncio.Future[object]", value: object, error: Exception | None) -> None:
+def settle(future: "asyncio.Future[Any]", value: object, error: Exception | None) -> None:
     if error is None:
         future.set_result(value)
     else:
