@@ -26,7 +26,23 @@ Surface = Callable[[Random], None]
 
 DISK_BYTES: Final = 64 * 1024
 INTERESTING: Final = (
-    0, 1, 2, 7, 8, 0x7F, 0x80, 0xFF, 0x100, 0x7FFF, 0xFFFF, 0x10000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 1 << 63, (1 << 64) - 1,
+    0,
+    1,
+    2,
+    7,
+    8,
+    0x7F,
+    0x80,
+    0xFF,
+    0x100,
+    0x7FFF,
+    0xFFFF,
+    0x10000,
+    0x7FFFFFFF,
+    0x80000000,
+    0xFFFFFFFF,
+    1 << 63,
+    (1 << 64) - 1,
 )
 # A command whose transfer a client would have to send in many PDUs shows nothing that a short one does not.
 PARAMETER_BYTES_MAX: Final = 600
@@ -126,8 +142,12 @@ def _shapes(naa: bytes) -> dict[int, tuple[bytes, ...]]:
     unmap = bytes((0, 38, 0, 32)) + bytes(4) + (bytes(7) + b"\x08" + bytes(3) + b"\x08" + bytes(4)) * 2
     reserve = bytes(8) + bytes(7) + b"\x01" + bytes(4) + b"\x01" + bytes(3)
     return {
-        0x15: (bytes(4) + mode_pages, bytes((0, 0, 0, 8)) + bytes(8) + mode_pages), 0x55: (bytes(8) + mode_pages,), 0x42: (unmap,),
-        0x48: (b"\x01\0\0\x04abcd",), 0x5F: (reserve, reserve[8:16] + reserve[:8] + reserve[16:]), 0x83: (copy,),
+        0x15: (bytes(4) + mode_pages, bytes((0, 0, 0, 8)) + bytes(8) + mode_pages),
+        0x55: (bytes(8) + mode_pages,),
+        0x42: (unmap,),
+        0x48: (b"\x01\0\0\x04abcd",),
+        0x5F: (reserve, reserve[8:16] + reserve[:8] + reserve[16:]),
+        0x83: (copy,),
     }
 
 
@@ -155,12 +175,51 @@ def parameters(chance: Random) -> None:
 # --- Login ----------------------------------------------------------------------------------------------------------
 
 _NAMES: Final = (
-    "InitiatorName", "TargetName", "SessionType", "AuthMethod", "CHAP_A", "CHAP_N", "CHAP_R", "CHAP_I", "CHAP_C", "HeaderDigest",
-    "DataDigest", "MaxBurstLength", "FirstBurstLength", "InitialR2T", "MaxConnections", "X-any", "SendTargets", "",
+    "InitiatorName",
+    "TargetName",
+    "SessionType",
+    "AuthMethod",
+    "CHAP_A",
+    "CHAP_N",
+    "CHAP_R",
+    "CHAP_I",
+    "CHAP_C",
+    "HeaderDigest",
+    "DataDigest",
+    "MaxBurstLength",
+    "FirstBurstLength",
+    "InitialR2T",
+    "MaxConnections",
+    "X-any",
+    "SendTargets",
+    "",
 )
 _VALUES: Final = (
-    INITIATOR, TARGET, "Normal", "Discovery", "None", "CHAP", "CHAP,None", "5", "7,5", "0x12", "0x", "0bAA==", "0b", "Yes", "No", "",
-    "65536", "99999999999999999999", "-1", "CRC32C,None", "user", "\u0100", "0x" + "ff" * 1030, "Reject", "NotUnderstood",
+    INITIATOR,
+    TARGET,
+    "Normal",
+    "Discovery",
+    "None",
+    "CHAP",
+    "CHAP,None",
+    "5",
+    "7,5",
+    "0x12",
+    "0x",
+    "0bAA==",
+    "0b",
+    "Yes",
+    "No",
+    "",
+    "65536",
+    "99999999999999999999",
+    "-1",
+    "CRC32C,None",
+    "user",
+    "\u0100",
+    "0x" + "ff" * 1030,
+    "Reject",
+    "NotUnderstood",
 )
 
 
@@ -228,13 +287,25 @@ def _request(chance: Random, cmd_sn: int) -> bytes:
     opcode = chance.choice(_OPCODES) if chance.random() < 0.95 else chance.randrange(64)
     body = chance.randbytes(chance.choice((0, 0, 0, 4, 24, 512)))
     ahs = bytes(chance.choice((0, 0, 0, 0, 4, 8)))
+
+    def word() -> int:
+        return chance.choice(INTERESTING) & 0xFFFFFFFF
+
     head = pack(
-        opcode | chance.choice((0, 0, pdu.IMMEDIATE)), chance.choice((0x80, 0x81, 0xA1, 0xC1, 0x01, chance.randrange(256))),
-        chance.choice((1, 2, 3, pdu.RESERVED_TAG)), length=len(ahs) // 4 << 24 | len(body),
+        opcode | chance.choice((0, 0, pdu.IMMEDIATE)),
+        chance.choice((0x80, 0x81, 0xA1, 0xC1, 0x01, chance.randrange(256))),
+        chance.choice((1, 2, 3, pdu.RESERVED_TAG)),
+        length=len(ahs) // 4 << 24 | len(body),
         lun=chance.choice((0, 0, 0, 1 << 48, (1 << 64) - 1)),
-        words=(chance.choice((0, 1, 512, 4096, pdu.RESERVED_TAG)), chance.choice((cmd_sn, cmd_sn, cmd_sn, 0)), 0, *(
-            chance.choice(INTERESTING) & 0xFFFFFFFF for _ in range(4)
-        )),
+        words=(
+            chance.choice((0, 1, 512, 4096, pdu.RESERVED_TAG)),
+            chance.choice((cmd_sn, cmd_sn, cmd_sn, 0)),
+            0,
+            word(),
+            word(),
+            word(),
+            word(),
+        ),
     )
     if opcode == pdu.SCSI_COMMAND:
         head = head[:32] + _cdb(chance, chance.choice(dispatch.COMMANDS))
@@ -258,5 +329,9 @@ def framing(chance: Random) -> None:
 
 
 SURFACES: Final[dict[str, Surface]] = {
-    "cdbs": cdbs, "parameters": parameters, "login_text": login_text, "login_chap": login_chap, "framing": framing,
+    "cdbs": cdbs,
+    "parameters": parameters,
+    "login_text": login_text,
+    "login_chap": login_chap,
+    "framing": framing,
 }

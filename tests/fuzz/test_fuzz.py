@@ -60,8 +60,11 @@ def _a_tail_that_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 CANARIES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "cdbs": _no_range_check, "parameters": _no_list_length_check, "login_text": _text_decoded_without_care,
-    "login_chap": _numbers_read_without_care, "framing": _a_tail_that_is_lost,
+    "cdbs": _no_range_check,
+    "parameters": _no_list_length_check,
+    "login_text": _text_decoded_without_care,
+    "login_chap": _numbers_read_without_care,
+    "framing": _a_tail_that_is_lost,
 }
 
 
