@@ -11,6 +11,7 @@ from storage.allocation.share_map import ShareMap
 from storage.allocation.write_allocator import WriteAllocator
 from storage.backdoor.handler import BackdoorMessageHandler, in_background
 from storage.backdoor.reclaim import Reclaim
+from storage.backdoor.scrub import RATE_BYTES_DEFAULT, Scrub
 from storage.check import check_live
 from storage.configuration import Configuration
 from storage.consistency.consistency_point import ConsistencyPoints
@@ -18,7 +19,7 @@ from storage.consistency.intent_log import IntentLog
 from storage.consistency.replay import Replay, Replayed
 from storage.consistency.superblock import Superblock, newest
 from storage.device import Device, create_file, open_device
-from storage.errors import RequestError, StorageError
+from storage.errors import Conflict, NotFound, RequestError, StorageError
 from storage.images.catalogue import Catalogue
 from storage.images.image import Image
 from storage.images.lifecycle import Lifecycle
@@ -62,6 +63,8 @@ class Pool:
             BufferTree(state, METAFILE_NAMES[number], root.levels, (root.vbn, root.crc, root.birth), 0, None)
             for number, root in enumerate(superblock.roots)
         ]
+        self._metafiles = metafiles
+        self._scrub: Scrub | None = None
         self._table = metafiles[VDISK_TABLE]
         self._active_map = ActiveMap(state, metafiles[ACTIVE_MAP], metafiles[REGION_SUMMARY], superblock.used_blocks)
         state.share_map = ShareMap(state, metafiles[SHARE_MAP])
@@ -256,6 +259,33 @@ class Pool:
         finally:
             self._state.end_read(epoch)
         return report.as_dict()
+
+    async def scrub_start(self, rate_max_bytes: int | None = None) -> dict[str, Any]:
+        """Begin to read and verify every block in use, in the background, at most so many bytes a second. Raises Conflict, PoolReadOnly."""
+        self._state.check_writable()
+        if self._scrub is not None and self._scrub.state == "running":
+            raise Conflict("a scrub is under way: wait for its end, or cancel it")
+        self._scrub = Scrub(
+            self._state, self._catalogue, self._metafiles, self._superblock.size_blocks, self._active_map.used_blocks,
+            rate_max_bytes or RATE_BYTES_DEFAULT,
+        )  # fmt: skip
+        self._state.on_event("scrub.started", rate_max_bytes=self._scrub.rate_max_bytes)
+        self._handler.post(self._scrub)
+        return self._scrub.as_dict()
+
+    def scrub_show(self) -> dict[str, Any]:
+        """State, progress and findings of the last scrub since the pool was opened. Raises NotFound."""
+        if self._scrub is None:
+            raise NotFound("no scrub was started since the pool was opened: `cleavectl pool scrub` starts one")
+        return self._scrub.as_dict()
+
+    async def scrub_cancel(self) -> dict[str, Any]:
+        """End the scrub; what it found so far stays to be shown. Raises NotFound."""
+        shown = self.scrub_show()
+        if self._scrub is not None and shown["state"] == "running":
+            self._scrub.state = "cancelled"
+            self._handler.withdraw(self._scrub)
+        return self.scrub_show()
 
     async def _durable_superblock(self) -> bytearray:
         """The superblock in force. On a pool that went read-only the one in memory may be of a consistency point that failed."""
