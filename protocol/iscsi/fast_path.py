@@ -114,22 +114,8 @@ def run(phase: "FullFeature", receive: ReceiveBuffer) -> None:
     touched = None
     while position <= last_header:
         (
-            opcode,
-            flags,
-            _,
-            lengths,
-            lun,
-            itt,
-            expected,
-            cmd_sn,
-            _,
-            operation,
-            cdb_flags,
-            lba,
-            group,
-            sectors,
-            control,
-        ) = unpack(storage, position)
+            opcode, flags, _, lengths, lun, itt, expected, cmd_sn, _, operation, cdb_flags, lba, group, sectors, control,
+        ) = unpack(storage, position)  # fmt: skip
         if opcode != SCSI_COMMAND or cmd_sn != phase.exp_cmd_sn or itt == RESERVED_TAG:
             break
         if operation in _SIXTEEN:
@@ -164,14 +150,8 @@ def run(phase: "FullFeature", receive: ReceiveBuffer) -> None:
                 break
             continue
         data_at = position + HEADER_BYTES
-        if (
-            operation not in _WRITES
-            or flags not in _WRITE_FLAGS
-            or lengths != length
-            or length > write_max
-            or data_at + length > end
-            or not mapped.plain_write
-        ):
+        too_long = lengths != length or length > write_max or data_at + length > end
+        if operation not in _WRITES or flags not in _WRITE_FLAGS or too_long or not mapped.plain_write:
             break
         position = data_at + length
         phase.exp_cmd_sn = (cmd_sn + 1) & SERIAL_MASK
