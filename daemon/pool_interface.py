@@ -106,3 +106,12 @@ class PoolInterface(Volumes, Protocol):
 
     async def check(self, verify_data: bool = False) -> Row:
         """``ok`` and ``errors``, while the pool serves."""
+
+    async def scrub_start(self, rate_max_bytes: int | None = None) -> Row:
+        """Raises Conflict, PoolReadOnly."""
+
+    def scrub_show(self) -> Row:
+        """State, progress and findings. Raises NotFound."""
+
+    async def scrub_cancel(self) -> Row:
+        """Raises NotFound."""

@@ -33,6 +33,8 @@ EVENT_LEVELS: Final = {
     "block.damaged": "error",
     "image.damaged": "error",
     "reclaim.failed": "error",
+    "scrub.damaged": "error",
+    "scrub.failed": "error",
     "split.failed": "error",
     "split.lost": "error",
     "log.unknown_image": "warning",

@@ -80,6 +80,9 @@ class ControlService:
             "split.estimate": self._split_estimate,
             "pool.show": self._pool_show,
             "pool.check": self._pool_check,
+            "pool.scrub": self._pool_scrub,
+            "pool.scrub_show": self._pool_scrub_show,
+            "pool.scrub_cancel": self._pool_scrub_cancel,
             "session.ls": self._session_list,
             "stats": self._stats,
             "connect": self._connect,
@@ -176,6 +179,15 @@ class ControlService:
 
     async def _pool_check(self, params: methods.PoolCheck) -> Row:
         return await self._pool.check(verify_data=params.verify_data)
+
+    async def _pool_scrub(self, params: methods.PoolScrub) -> Row:
+        return await self._pool.scrub_start(params.rate_max_bytes)
+
+    async def _pool_scrub_show(self, params: methods.Params) -> Row:
+        return self._pool.scrub_show()
+
+    async def _pool_scrub_cancel(self, params: methods.Params) -> Row:
+        return await self._pool.scrub_cancel()
 
     async def _session_list(self, params: methods.Params) -> list[Row]:
         return self._targets.sessions()

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 not found, 4 conflict, 5 daemon not rea
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -26,6 +27,7 @@ SPLIT_COLUMNS: Final = ("name", "state", "mode", "percent", "holes_remaining", "
 SESSION_COLUMNS: Final = ("initiator", "target", "address", "commands_in_flight")
 
 NOTIFICATION_SECONDS: Final = 2.0
+SCRUB_POLL_SECONDS: Final = 0.5
 
 
 class Quantity(click.ParamType[float]):
@@ -277,6 +279,28 @@ def pool_check(settings: Settings, verify_data: bool) -> None:
     report = settings.call("pool.check", verify_data=verify_data)
     settings.show(report)
     if not report["ok"]:
+        sys.exit(EXIT_FAILED)
+
+
+@pool.command("scrub")
+@click.option("--max-rate", type=RATE, metavar="SIZE/s", help="ceiling of the reading  [default: 64MiB/s]")
+@click.option("--wait", is_flag=True, help="wait for its end; exit 1 when it found damage")
+@click.option("--show", "action", flag_value="pool.scrub_show", help="show the last one instead: progress, and what it found")
+@click.option("--cancel", "action", flag_value="pool.scrub_cancel", help="end it instead")
+@with_output
+@click.pass_obj
+def pool_scrub(settings: Settings, max_rate: int | None, wait: bool, action: str | None) -> None:
+    """Read and verify every block in use, in the background; damage is named by vdisk or snapshot, and offset."""
+    if action is not None:
+        settings.show(settings.call(action))
+        return
+    with settings.client() as client:
+        shown = client.call("pool.scrub", rate_max_bytes=max_rate)
+        while wait and shown["state"] == "running":
+            time.sleep(SCRUB_POLL_SECONDS)
+            shown = client.call("pool.scrub_show")
+    settings.show(shown)
+    if shown["damages_total"] or shown["state"] == "failed":
         sys.exit(EXIT_FAILED)
 
 

@@ -191,6 +191,12 @@ class PoolCheck(Params, frozen=True, kw_only=True):
     verify_data: bool = False
 
 
+class PoolScrub(Params, frozen=True, kw_only=True):
+    """``rate_max_bytes``: a ceiling, bytes a second; without it the pool's own."""
+
+    rate_max_bytes: SizeBytes | None = None
+
+
 class Method(NamedTuple):
     """A method's parameters and its description in ``rpc.list``."""
 
@@ -221,6 +227,9 @@ METHODS: Final[Mapping[str, Method]] = {
     "split.estimate": Method(Named, "how much a split would copy, and how long that takes"),
     "pool.show": Method(Params, "size, use and state of the pool"),
     "pool.check": Method(PoolCheck, "check the whole pool while it serves"),
+    "pool.scrub": Method(PoolScrub, "read and verify every block in use, in the background"),
+    "pool.scrub_show": Method(Params, "state, progress and findings of the last scrub"),
+    "pool.scrub_cancel": Method(Params, "end the scrub"),
     "target.create": Method(Target, "create a target without LUNs, beside the vdisks' own"),
     "target.ls": Method(Params, "list the targets that were created"),
     "target.rm": Method(Target, "remove a created target; its vdisks stay"),
