@@ -26,6 +26,8 @@ POLL_SECONDS = 0.02
 PHASE_SECONDS = 10.0
 # Killed when so much of the split is done.
 KILL_PERCENT = 40.0
+# How long the split would take in all: several consistency points, so that one lies well before the kill.
+KILLED_SPLIT_SECONDS = 30
 
 
 def wait_for_split(control: ControlClient, name: str, percent: float = 100.0) -> dict[str, Any]:
@@ -170,7 +172,7 @@ async def crash(directory: Path, disk_mib: int) -> None:
     try:
         with ControlClient(str(daemon.control_path)) as control:
             control.call("clone.create", snapshot="golden@v1", name="clone")
-            control.call("split.start", name="clone", mode="copy", rate_max_bytes=disk_mib * (1 << 20) // 8)
+            control.call("split.start", name="clone", mode="copy", rate_max_bytes=disk_mib * (1 << 20) // KILLED_SPLIT_SECONDS)
             before = wait_for_split(control, "clone", KILL_PERCENT)
         await daemon.stop(signal.SIGKILL)
         started = time.perf_counter()
