@@ -1,6 +1,6 @@
 """Scrub: reads every block that is in use and compares its CRC32C, in the background, at a bounded rate, and names what is damaged.
 
-It goes image by image, level-1 block by level-1 block, and through the metafiles; each message pins what it reads (PoolState.begin_read), so
+It goes image by image, level-1 block by level-1 block, and through the metafiles. Each message pins what it reads (``begin_read``), so
 that nothing is reused under it, and nothing stays pinned between messages. A block that several images share is read once, and is named for
 each of them if it is damaged. What is written while the scrub runs may or may not be among what it reads.
 """
