@@ -16,8 +16,9 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -116,12 +117,17 @@ class Scenario:
         self._random = random.Random(1)
         self._data = self._random.randbytes(CHUNK_BYTES)
 
-    async def _write(self, name: str, offsets: list[int], length: int, at_once: int) -> None:
+    def _random_offsets(self, count: int) -> Iterator[int]:
+        """One by one: a list of them would be a turn of its own that is late."""
+        return (self._random.randrange(self._disk_bytes // BLOCK_BYTES) * BLOCK_BYTES for _ in range(count))
+
+    async def _write(self, name: str, offsets: Iterable[int], length: int, at_once: int) -> None:
         """Write pieces, ``at_once`` to a wake-up, as a listener does."""
         volume = self._pool.volume(name)
-        for first in range(0, len(offsets), at_once):
+        rest = iter(offsets)
+        while batch := list(islice(rest, at_once)):
             ended: list[asyncio.Future[None]] = []
-            for offset in offsets[first : first + at_once]:
+            for offset in batch:
                 future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
                 ended.append(future)
                 start = self._random.randrange(CHUNK_BYTES - length + 1)
@@ -131,22 +137,22 @@ class Scenario:
 
     async def fill(self) -> None:
         await self._pool.vdisk_create("golden", self._disk_bytes)
-        await self._write("golden", list(range(0, self._disk_bytes, CHUNK_BYTES)), CHUNK_BYTES, 1)
+        await self._write("golden", range(0, self._disk_bytes, CHUNK_BYTES), CHUNK_BYTES, 1)
 
     async def random_writes(self) -> None:
-        offsets = [self._random.randrange(self._disk_bytes // BLOCK_BYTES) * BLOCK_BYTES for _ in range(200_000)]
+        offsets = self._random_offsets(200_000)
         await self._write("golden", offsets, BLOCK_BYTES, 32)
 
     async def consistency_points(self) -> None:
         for _ in range(4):
-            offsets = [self._random.randrange(self._disk_bytes // BLOCK_BYTES) * BLOCK_BYTES for _ in range(20_000)]
+            offsets = self._random_offsets(20_000)
             await self._write("golden", offsets, BLOCK_BYTES, 32)
             await self._pool.consistency_point()
 
     async def flushes(self) -> None:
         volume = self._pool.volume("golden")
         for _ in range(10):
-            offsets = [self._random.randrange(self._disk_bytes // BLOCK_BYTES) * BLOCK_BYTES for _ in range(20_000)]
+            offsets = self._random_offsets(20_000)
             await self._write("golden", offsets, BLOCK_BYTES, 32)
             future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             volume.flush(partial(_settle, future))
