@@ -9,7 +9,7 @@ under the block's lock when it has to wait; whole blocks need no lock, because t
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from crc32c import crc32c
@@ -23,7 +23,16 @@ from storage.images.copy import copy_blocks
 from storage.images.image import Image
 from storage.images.long_write import LONG_BYTES_MIN, PIECE_BYTES, write_long
 from storage.images.trim import trim_blocks
-from storage.layout import BLOCK_BYTES, FIELDS_MASK, FIELDS_SHIFT, KIND_SNAPSHOT, KIND_VDISK, ZERO_POINTER
+from storage.layout import (
+    BLOCK_BYTES,
+    FIELDS_MASK,
+    FIELDS_SHIFT,
+    KIND_SNAPSHOT,
+    KIND_VDISK,
+    SPLIT_FLAG_COUNTED,
+    SPLIT_RUNNING,
+    ZERO_POINTER,
+)
 
 Buffer = bytes | bytearray | memoryview
 Completion = Callable[[Exception | None], None]
@@ -34,6 +43,21 @@ Write = tuple[int, Buffer, bool, Completion]
 BLOCK_MASK = BLOCK_BYTES - 1
 # A batch above this goes by the I/O threads anyway, and one write at a time, so that no copy of a large batch is made.
 BATCH_BYTES_MAX = 1 << 20
+
+
+class VolumeUsage(NamedTuple):
+    """Bytes that a volume's own blocks take in the pool, and bytes still free there for data."""
+
+    used_bytes: int
+    available_bytes: int
+
+
+class SplitState(NamedTuple):
+    """Blocks still read from the backing store (None: not counted), the same when the split began, whether it is running."""
+
+    holes_remaining_blocks: int | None
+    holes_total_blocks: int | None
+    running: bool
 
 
 class Volume:
@@ -73,6 +97,23 @@ class Volume:
     def read_only(self) -> bool:
         """True for snapshots, and for every volume of a pool that stopped taking writes."""
         return self.image.kind != KIND_VDISK or self.state.read_only_reason is not None
+
+    def usage(self) -> "VolumeUsage":
+        """What the volume takes up in the pool, and what is left there for data."""
+        allocator = self.state.allocator
+        available = max(0, allocator.free_now - allocator.reserve_blocks)
+        return VolumeUsage(self.image.used_blocks * BLOCK_BYTES, available * BLOCK_BYTES)
+
+    def split_state(self) -> "SplitState | None":
+        """How far a clone is from standing on its own; None where there is no backing store."""
+        image = self.image
+        if image.backing is None:
+            return None
+        if image.job is None:
+            return SplitState(None, None, False)
+        split = image.split
+        remaining = split.holes_remaining if split.flags & SPLIT_FLAG_COUNTED else None
+        return SplitState(remaining, split.holes_total or None, split.state == SPLIT_RUNNING)
 
     def attach(self, label: str) -> None:
         """A session uses the volume now; it cannot be deleted meanwhile."""

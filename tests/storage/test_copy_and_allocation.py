@@ -174,3 +174,21 @@ def test_the_allocation_report_says_what_was_written(pool: RunningPool, seed: in
 def test_the_report_on_an_empty_huge_disk_is_one_run(pool: RunningPool) -> None:
     pool.run(pool.pool.vdisk_create("huge", 1 << 50))
     assert pool.run(allocation(pool.pool.volume("huge"), 512, (1 << 50) - 512)) == [((1 << 50) - 512, False)]
+
+
+def test_a_volume_says_what_it_uses_and_how_far_its_split_is(pool: RunningPool) -> None:
+    source = pool.pool.volume("source")
+    assert source.split_state() is None
+    free = source.usage().available_bytes
+    pool.run(write(source, 0, block(1, 100)))
+    used, available = source.usage()
+    assert used == 100 * BLOCK_BYTES
+    assert available <= free - used
+    pool.run(pool.pool.snapshot_create([("source", "s")]))
+    pool.run(pool.pool.clone_create("source", "s", "clone"))
+    clone = pool.pool.volume("clone")
+    assert clone.split_state() == (None, None, False)
+    pool.run(pool.pool.split_start("clone", "copy"))
+    pool.run(asyncio.sleep(0.2))
+    assert clone.split_state() is None
+    assert clone.usage().used_bytes == 100 * BLOCK_BYTES
