@@ -16,6 +16,7 @@ from time import perf_counter
 from storage.errors import StorageError
 from storage.images.backing import next_index
 from storage.images.image import Image
+from storage.images.long_write import PIECE_BYTES
 from storage.images.read_path import locate
 from storage.images.write_path import Extents
 from storage.layout import (
@@ -193,6 +194,7 @@ class SplitJob:
         """Read up to ``blocks`` level-1 blocks' worth, and begin to write it. Returns the index to go on from, None at the end."""
         index: int | None = self.record.cursor
         slicer = Slicer()
+        piece = copying.COPY_BYTES_MAX if blocks > BLOCKS_LOADED else PIECE_BYTES
         while index is not None and len(started) < blocks:
             index = await next_index(self.image, index)
             if index is not None:
@@ -202,7 +204,7 @@ class SplitJob:
                     # A new MiB each time would cost as much to map and clear as to copy.
                     buffer = self._buffers.pop() if self._buffers else bytearray(copying.COPY_BYTES_MAX)
                     data = await copying.read_behind(self.image, holes, buffer)
-                    started.append((holes, asyncio.create_task(copying.write_copy(self.image, data)), buffer))
+                    started.append((holes, asyncio.create_task(copying.write_copy(self.image, data, piece)), buffer))
                 await slicer.breathe()
         return index
 
