@@ -38,6 +38,8 @@ BLOCKS_IDLE = 8
 BLOCKS_LOADED = 1
 # One message counts or shares at most this long before others get their turn.
 MESSAGE_SECONDS = 0.002
+# After so many blocks (512 MiB) a consistency point is asked for: what a crash costs a split is what it did since the last one.
+BLOCKS_PER_POINT = 131072
 # While clients trim ranges of holes all the time, counting again must not take all the time from splitting.
 RECOUNT_SECONDS = 5.0
 
@@ -57,6 +59,7 @@ class SplitJob:
         self._stopped = stopped
         self._count_at = 0
         self._counting = not self.counted
+        self._since_point = 0
         self._recounted_at = 0.0
         # Whether something happened during the count that makes it worthless.
         self._spoiled = False
@@ -231,6 +234,10 @@ class SplitJob:
                 self.image.state.allocator.give_back(extents)
 
     def _replaced(self, holes: int) -> None:
+        self._since_point += holes
+        if self._since_point >= BLOCKS_PER_POINT:
+            self._since_point = 0
+            self.image.state.wanted()
         self.image.touch()
         self.record.holes_remaining = max(0, self.record.holes_remaining - holes)
         self.progress.add(holes)
