@@ -12,9 +12,9 @@ from time import perf_counter
 from storage.state import PoolState
 
 IDLE_SECONDS = 0.05
-# Under load, background work takes at most 1/(1 + REST_MIN) of the time, and backs off from there. With 4 instead of 16 a split ran at
+# Under load, background work takes at most 1/(1 + REST_MIN) of the time, and backs off from there. With 4 a split ran at
 # 80 MiB/s beside 4,000 client I/Os a second, and their p99 was seven times that without it (docs/performance.md).
-REST_MIN = 16.0
+REST_MIN = 20.0
 REST_MAX = 64.0
 # A turn of the event loop above this keeps clients waiting noticeably.
 TURN_SECONDS_MAX = 0.001
