@@ -511,7 +511,7 @@ def test_pool_against_the_model(capsys: pytest.CaptureFixture[str]) -> None:
     seed = int(os.environ.get("CLEAVED_SEED", random.SystemRandom().randrange(1 << 32)))
     with capsys.disabled():
         print(f"\n[CLEAVED_SEED={seed}] ", end="", flush=True)
-    steps, examples = (60, settings().max_examples) if os.environ.get("CLEAVED_LONG") else (30, 150)
+    steps, examples = (60, settings().max_examples) if os.environ.get("CLEAVED_LONG") else (30, 60)
     run_state_machine_as_test(
         hypothesis.seed(seed)(PoolMachine),
         settings=settings(
