@@ -264,9 +264,11 @@ class BufferTree:
 
         Raises BlockDamaged, DeviceFailed, PoolFull.
         """
-        await self.load(index, level)
         for at in range(self.levels, level - 1, -1):
-            node = self.nodes[at].get(index >> FIELDS_SHIFT * (at - level))
+            # Each level for itself: a block may be in memory while the one above it was evicted.
+            here = index >> FIELDS_SHIFT * (at - level)
+            await self.load(here, at)
+            node = self.nodes[at].get(here)
             if node is not None and node.birth <= self.shared_cp:
                 await self.state.share_map.load(node.vbn)
         await self.state.allocator.prepare_nodes(epoch, self._for_reclaim())
