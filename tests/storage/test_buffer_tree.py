@@ -128,3 +128,17 @@ def test_a_cache_that_outgrew_its_limit_while_all_was_dirty_comes_back_to_it() -
         add(10000 + index, dirty=False)
     assert len(cache) == len(tree.nodes[1]) <= CACHE_NODES_MIN + 1
     assert CACHE_NODES_MIN * NODE_BYTES < 2 << 20
+
+
+async def test_a_block_in_memory_whose_parent_was_evicted_can_still_be_changed() -> None:
+    """With a device that has nothing at hand, the event loop went round for ever: the block was there, so its parent was never loaded."""
+    async with new_pool() as running:
+        await running.pool.vdisk_create("a", 1 << 20)
+        stopped = running.memory.copy(deferred=True, miss_rate=1.0, seed=1)
+    async with opened(stopped) as running:
+        await running.pool.vdisk_create("b", 1 << 20)
+        tree = running.pool._active_map.tree
+        assert tree.nodes[0] and tree.levels == 1
+        tree.nodes[1].clear()
+        await within(running.pool.vdisk_create("c", 1 << 20))
+        assert running.pool.names() == ["a", "b", "c"]
