@@ -40,7 +40,7 @@ class Work(Protocol):
 class BackdoorMessageHandler:
     """Holds the queue of works. ``messages`` counts what was carried out."""
 
-    __slots__ = ("_not_before", "_pace", "_queue", "_state", "_task", "_wake", "messages")
+    __slots__ = ("_not_before", "_pace", "_queue", "_state", "_stopping", "_task", "_wake", "messages")
 
     def __init__(self, state: PoolState) -> None:
         self._state = state
@@ -50,6 +50,7 @@ class BackdoorMessageHandler:
         self._not_before: dict[Work, float] = {}
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._stopping = False
         self.messages = 0
 
     def start(self) -> None:
@@ -59,6 +60,8 @@ class BackdoorMessageHandler:
     async def stop(self) -> None:
         """End; a message that is under way is abandoned where it waits, which leaves only what the next start goes on from."""
         self._queue.clear()
+        # asyncio.wait_for swallows a cancellation that meets the end of what it waits for (python/cpython#86296); the flag stays.
+        self._stopping = True
         if self._task is not None:
             self._task.cancel()
             with suppress(asyncio.CancelledError):
@@ -82,7 +85,7 @@ class BackdoorMessageHandler:
 
     async def _run(self) -> None:
         in_background.set(True)
-        while True:
+        while not self._stopping:
             work = self._next()
             if work is not None:
                 await self._carry_out(work)
