@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from daemon.sections import Configurable
 from protocol.volume import BlockVolume
+from storage.images.counters import Counters
 
 Row = dict[str, Any]
 
@@ -15,15 +16,10 @@ Row = dict[str, Any]
 class AttachableVolume(BlockVolume, Protocol):
     """A volume that knows who uses it; an attached one refuses to be deleted (Conflict), naming the labels.
 
-    The counters count what clients did since the pool was opened.
+    ``counters`` are its image's, since the pool was opened.
     """
 
-    reads: int
-    writes: int
-    read_bytes: int
-    written_bytes: int
-    trims: int
-    flushes: int
+    counters: Counters
 
     def attach(self, label: str) -> None:
         """One session more. The same label may be attached several times."""

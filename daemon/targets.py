@@ -25,6 +25,7 @@ from protocol.control.methods import ISCSI_NAME
 from protocol.iscsi.chap import ChapSecrets
 from protocol.iscsi.node import SessionView, TargetDefinition
 from storage.errors import Conflict, NotFound, RequestError
+from storage.images.counters import Counters
 
 TARGET_PREFIX: Final = "iqn.2026-01.io.cleaved:"
 VDISK, TARGET = "vdisk", "target"
@@ -309,7 +310,7 @@ class Targets:
         """Counters of one vdisk since the daemon started. Raises NotFound."""
         volume = self._pool.volume(vdisk)
         using = sum(1 for opened in self._sessions.values() for used in opened.volumes.values() if used.name == vdisk)
-        return {"name": vdisk, **_counters(volume), "sessions": using}
+        return {"name": vdisk, **_row(volume.counters), "sessions": using}
 
 
 def full_name(reference: str) -> str:
@@ -321,6 +322,6 @@ def _mapping_label(target_name: str) -> str:
     return f"target {target_name}"
 
 
-def _counters(volume: AttachableVolume) -> Row:
-    transfers = {"reads": volume.reads, "writes": volume.writes, "read_bytes": volume.read_bytes, "written_bytes": volume.written_bytes}
-    return {**transfers, "trims": volume.trims, "flushes": volume.flushes}
+def _row(counters: Counters) -> Row:
+    transfers = {"reads": counters.reads, "writes": counters.writes, "read_bytes": counters.read_bytes}
+    return {**transfers, "written_bytes": counters.written_bytes, "trims": counters.trims, "flushes": counters.flushes}

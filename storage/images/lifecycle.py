@@ -17,6 +17,7 @@ from storage.consistency.consistency_point import ConsistencyPoints
 from storage.consistency.intent_log import IntentLog
 from storage.errors import Conflict, PoolFull, RequestError
 from storage.images.catalogue import Catalogue
+from storage.images.counters import Counters
 from storage.images.image import Image
 from storage.images.record import ImageRecord
 from storage.images.trim import trim_blocks
@@ -86,6 +87,8 @@ class Lifecycle:
         # Told of every image that was deleted, so that its blocks are reclaimed.
         self.deleted: Callable[[Image], None]
         self._volumes: WeakValueDictionary[int, Volume] = WeakValueDictionary()
+        # By image number: those of images that had a volume since the pool was opened.
+        self._counters: dict[int, Counters] = {}
         self._closing = False
 
     # --- Volumes -------------------------------------------------------------------------------------------------
@@ -96,7 +99,7 @@ class Lifecycle:
         image = self._catalogue.snapshot(vdisk, snapshot) if snapshot else self._catalogue.vdisk(vdisk)
         volume = self._volume_of(image)
         if volume is None:
-            volume = Volume(image, name, self._log)
+            volume = Volume(image, name, self._log, self._counters.setdefault(image.number, Counters()))
             volume.on_unused = self.delete_marked
             self._volumes[image.number] = volume
         if self._closing:
@@ -235,10 +238,14 @@ class Lifecycle:
         if image.job is not None:
             image.job.abandon()
         backing = image.backing
-        self._catalogue.mark_deleted(image)
-        self.deleted(image)
+        self._forget(image)
         if backing is not None:
             self.delete_if_released(backing)
+
+    def _forget(self, image: Image) -> None:
+        self._catalogue.mark_deleted(image)
+        self._counters.pop(image.number, None)
+        self.deleted(image)
 
     def _check_unused(self, image: Image) -> None:
         volume = self._volume_of(image)
@@ -344,8 +351,7 @@ class Lifecycle:
                 return False
             volume.close()
         backing = image.backing
-        self._catalogue.mark_deleted(image)
-        self.deleted(image)
+        self._forget(image)
         self._state.on_event("snapshot.deleted", number=image.number)
         if backing is not None:
             self.delete_if_released(backing)

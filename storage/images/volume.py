@@ -20,6 +20,7 @@ from storage.images import read_path, write_path
 from storage.images.allocation_report import allocated_runs
 from storage.images.block_locks import BlockLocks
 from storage.images.copy import copy_blocks
+from storage.images.counters import Counters
 from storage.images.image import Image
 from storage.images.long_write import LONG_BYTES_MIN, PIECE_BYTES, write_long
 from storage.images.trim import trim_blocks
@@ -61,14 +62,14 @@ class SplitState(NamedTuple):
 
 
 class Volume:
-    """``reads``, ``writes``, ``read_bytes``, ``written_bytes``, ``trims``, ``flushes`` count what clients did since the pool was opened."""
+    """One image, as clients read and write it. ``counters`` are the image's, and stay when the volume goes."""
 
     __slots__ = (
-        "__weakref__", "_batch", "_batch_bytes", "_closed", "_locks", "_log", "_tasks", "flushes", "image", "labels", "name", "on_unused",
-        "read_bytes", "reads", "state", "trims", "writes", "written_bytes",
+        "__weakref__", "_batch", "_batch_bytes", "_closed", "_locks", "_log", "_tasks", "counters", "image", "labels", "name", "on_unused",
+        "state",
     )  # fmt: skip
 
-    def __init__(self, image: Image, name: str, log: IntentLog) -> None:
+    def __init__(self, image: Image, name: str, log: IntentLog, counters: Counters) -> None:
         self.image = image
         self.state = image.state
         self.name = name
@@ -81,7 +82,7 @@ class Volume:
         self.labels: set[str] = set()
         # Told when nobody reads a snapshot any more: it may be waiting for that to be deleted.
         self.on_unused: Callable[[], None] = lambda: None
-        self.reads = self.writes = self.read_bytes = self.written_bytes = self.trims = self.flushes = 0
+        self.counters = counters
 
     @property
     def uuid(self) -> UUID:
@@ -173,8 +174,9 @@ class Volume:
         return self._cut(blocks, offset_bytes, length_bytes)
 
     def _count_read(self, length_bytes: int) -> None:
-        self.reads += 1
-        self.read_bytes += length_bytes
+        counters = self.counters
+        counters.reads += 1
+        counters.read_bytes += length_bytes
         self.state.operations += 1
 
     @staticmethod
@@ -265,7 +267,7 @@ class Volume:
         if written == len(data):
             self._written([write])
             return
-        self.written_bytes += written
+        self.counters.written_bytes += written
         self._spawn(self._write_later([(offset + written, bytes(memoryview(data)[written:]), fua, done)]))
 
     def _write_whole(self, batch: list[Write]) -> None:
@@ -331,10 +333,11 @@ class Volume:
     def _written(self, batch: list[Write]) -> None:
         """Installed: note it in the log, and acknowledge, after a sync where durability was asked for."""
         self._log.note()
-        self.writes += len(batch)
+        counters = self.counters
+        counters.writes += len(batch)
         self.state.operations += len(batch)
         for _, data, fua, done in batch:
-            self.written_bytes += len(data)
+            counters.written_bytes += len(data)
             if fua:
                 self._log.flush(done)
             else:
@@ -387,7 +390,7 @@ class Volume:
         except Exception as error:  # noqa: BLE001
             done(as_storage_error(error))
             return
-        self.trims += 1
+        self.counters.trims += 1
         self.state.operations += 1
         if fua:
             self._log.flush(done)
@@ -449,13 +452,13 @@ class Volume:
         except Exception as error:  # noqa: BLE001
             done(as_storage_error(error))
             return
-        self.writes += 1
+        self.counters.writes += 1
         self.state.operations += 1
         done(None)
 
     def flush(self, done: Completion) -> None:
         """Make every write that was completed before this call durable."""
-        self.flushes += 1
+        self.counters.flushes += 1
         if self._closed:
             done(VolumeClosed(f"{self.name} is no longer there"))
             return

@@ -45,6 +45,8 @@ class SplitService:
         self._handler = handler
         self._lifecycle = lifecycle
         self._jobs: dict[int, SplitJob] = {}
+        # Images whose association has ended in a consistency point that is not durable yet: a crash would bring it back.
+        self._releasing: set[int] = set()
 
     def take_up(self) -> None:
         """At open, before replay: a job for every split that was running or paused, so that replay keeps their counts."""
@@ -134,6 +136,7 @@ class SplitService:
             if job.gone or image.split.state != SPLIT_RUNNING:
                 return  # paused, cancelled or deleted in the last moment
             released.append(True)
+            self._releasing.add(image.number)
             image.touch()
             image.split.state = states.after(SPLIT_RUNNING, "finish", image.name)
             image.split.holes_remaining = 0
@@ -151,6 +154,8 @@ class SplitService:
                 image.split.state, image.split.reason = SPLIT_FAILED, str(error)
                 self._state.on_event("split.failed", vdisk=image.name, reason=str(error))
             raise
+        finally:
+            self._releasing.discard(image.number)
         if not released:
             return
         self._state.on_event(
@@ -183,12 +188,13 @@ class SplitService:
 
     def _describe(self, image: Image) -> dict[str, Any]:
         split, job = image.split, image.job
+        state = SPLIT_RUNNING if image.number in self._releasing else split.state
         done = split.blocks_copied + split.blocks_shared
         total = max(split.holes_total, split.holes_remaining + done)
         running = job is not None and split.state == SPLIT_RUNNING
         return {
             "name": image.name,
-            "state": SPLIT_STATES[split.state],
+            "state": SPLIT_STATES[state],
             "mode": SPLIT_MODES[split.mode],
             "phase": job.phase if job is not None else "ended",
             "reason": split.reason or None,

@@ -7,6 +7,7 @@ from uuid import UUID, uuid5
 from protocol.iscsi.node import SessionView
 from protocol.volume import BlockVolume
 from storage.errors import NotFound
+from storage.images.counters import Counters
 from tests.protocol.memory_volume import MemoryVolume
 
 NAMESPACE = UUID(int=0)
@@ -18,7 +19,7 @@ class AttachableMemory(MemoryVolume):
     def __init__(self, name: str, size_bytes: int) -> None:
         super().__init__(size_bytes, name, uuid5(NAMESPACE, name))
         self.labels: list[str] = []
-        self.reads = self.writes = self.read_bytes = self.written_bytes = self.trims = 0
+        self.counters = Counters()
 
     def attach(self, label: str) -> None:
         self.labels.append(label)

@@ -70,7 +70,7 @@ def test_a_vdisk_that_goes_while_somebody_logs_in_is_no_error() -> None:
 
 def test_stats_are_the_volumes_counters() -> None:
     pool = MemoryPool(a=4096)
-    pool.volumes["a"].reads = 5
+    pool.volumes["a"].counters.reads = 5
     assert Targets(pool, None).stats("a")["reads"] == 5
     with pytest.raises(NotFound):
         Targets(pool, None).stats("none")

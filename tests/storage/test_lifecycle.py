@@ -1,6 +1,7 @@
 """Create, resize, rename, delete: vdisks, snapshots and clones, also when several want the same at once."""
 
 import asyncio
+import gc
 
 import pytest
 
@@ -117,6 +118,21 @@ async def test_sessions_go_on_after_a_rename_and_snapshots_are_found_under_the_n
         assert volume.try_read(0, BLOCK_BYTES) == data(1)
         with pytest.raises(NotFound, match="no vdisk a"):
             running.volume("a")
+
+
+async def test_counters_stay_when_nobody_holds_the_volume_and_go_with_the_image() -> None:
+    """Found by CI: `cleavectl stats` showed zeros as soon as the last session had ended."""
+    async with new_pool() as running:
+        await running.pool.vdisk_create("a", 1 << 20)
+        await running.write("a", 0, data(1))
+        await running.read("a", 0, BLOCK_BYTES)
+        gc.collect()
+        counters = running.volume("a").counters
+        assert (counters.writes, counters.written_bytes, counters.reads, counters.read_bytes) == (1, BLOCK_BYTES, 1, BLOCK_BYTES)
+        await running.pool.vdisk_delete("a")
+        await running.reclaimed()
+        await running.pool.vdisk_create("a", 1 << 20)
+        assert running.volume("a").counters.writes == 0
 
 
 async def test_a_vdisk_in_use_cannot_be_deleted_and_stays_usable() -> None:

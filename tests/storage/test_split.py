@@ -11,7 +11,7 @@ from storage.images.read_path import locate
 from storage.layout import BLOCK_BYTES
 from storage.split import job as split_job
 from storage.state import PoolState
-from tests.storage.devices import READ, WRITE, DelayDevice, MemoryDevice
+from tests.storage.devices import READ, SYNC, WRITE, DelayDevice, MemoryDevice
 from tests.storage.pools import LEAF_BYTES, OpenPool, backed_clone, checked_offline, data, new_pool, opened, within
 
 MODES = ("copy", "share")
@@ -64,6 +64,26 @@ async def test_invariant_4_a_split_never_changes_what_a_client_reads(mode: str) 
         await running.pool.vdisk_delete("base")
         await running.reclaimed()
         assert await running.read("clone", 0, len(expected)) == expected
+
+
+@BOTH_MODES
+async def test_a_split_is_shown_as_done_only_when_no_crash_can_bring_it_back(mode: str) -> None:
+    """Found by the model test: it was shown as done from the freeze of its last consistency point on."""
+    delayed = Delayed()
+    async with new_pool(decorate=delayed) as running:
+        await backed_clone(running, 300)
+        await running.checkpoint()
+        await running.pool.split_start("clone", mode)
+        delayed.device.hold(SYNC)
+        await running.until(lambda: running.image("clone").backing is None)
+        assert running.pool.split_show("clone")["state"] == "running"
+        async with opened(await running.crashed()) as after:
+            assert after.pool.split_show("clone")["state"] == "running"
+            await ended(after)
+        delayed.device.release(SYNC)
+        await ended(running)
+        async with opened(await running.crashed()) as after:
+            assert after.pool.split_show("clone")["state"] == "done"
 
 
 @BOTH_MODES
