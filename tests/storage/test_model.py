@@ -28,6 +28,8 @@ SNAPSHOTS = ("s", "t", "u")
 SIZES_BLOCKS = (1, 7, 255, 256, 257, 600, 65536, 65537, 70000, (1 << 24) + 3)
 # Where writes go: the begin, the borders of level-1, level-2 and level-3 pointer blocks.
 ANCHORS = (0, 1, 128, 250, 255, 256, 257, 511, 512, 65534, 65535, 65536, 65791, 69999, 1 << 24)
+# More would make every comparison slow, and no bug needs them.
+IMAGES_MAX = 8
 # Where the first vdisk and its clones have data: a dozen level-1 pointer blocks, in two level-2 ones, so that a split has some work.
 POPULATED = (0, 254, 300, 511, 1000, 1300, 2000, 30000, 65530, 65600, 65800, 69996)
 LOSSES = st.sampled_from(Loss)
@@ -309,7 +311,9 @@ class PoolMachine(RuleBasedStateMachine):
         return name
 
     def make_clone(self) -> str:
-        """A clone of a populated vdisk, both new."""
+        """A clone of a populated vdisk, both new. What was left behind by earlier ones is deleted when it gets too much."""
+        if len(self.model.images) >= IMAGES_MAX:
+            self.delete_what_may_be()
         self.model.next_number += 1
         vdisk, clone = f"v{self.model.next_number}", f"w{self.model.next_number}"
         self.create(vdisk, 70000)
@@ -317,10 +321,22 @@ class PoolMachine(RuleBasedStateMachine):
         self.clone_now(f"{vdisk}@s", clone)
         return clone
 
-    @rule(data=DATA, mode=st.sampled_from(["copy", "share"]), turns=TURNS, loss=st.none() | LOSSES, seed=SEEDS)
-    def split(self, data: st.DataObject, mode: str, turns: int, loss: Loss | None, seed: int) -> None:
+    def delete_what_may_be(self) -> None:
+        """All that nothing stands on and nobody uses, from the newest on, so that what it stood on can follow."""
+        for name, image in reversed(list(self.model.images.items())):
+            if self.model.clones_of(name) or self.model.snapshots_of(name) or image.sessions or name in self.splits:
+                continue
+            vdisk, _, snapshot = name.partition("@")
+            pool = self.pool.pool
+            if self.expect(False, pool.snapshot_delete(vdisk, snapshot) if snapshot else pool.vdisk_delete(vdisk)):
+                self.model.delete(name)
+
+    @rule(data=DATA, mode=st.sampled_from(["copy", "share"]), begun=st.booleans(), turns=TURNS, loss=st.none() | LOSSES, seed=SEEDS)
+    def split(self, data: st.DataObject, mode: str, begun: bool, turns: int, loss: Loss | None, seed: int) -> None:
         """A split goes on, while its clone is written where it has yet to come; often power fails right then."""
         name = self.running_split(data, mode)
+        if begun:
+            self.pool.run(self.has_begun(name))
         self.pool.turns(turns)
         step = data.draw(st.integers(0, 3), "step")
         self.write_together(name, [fbn + step for fbn in data.draw(st.sampled_from([(), POPULATED[3:5], POPULATED]), "blocks")])
@@ -328,6 +344,11 @@ class PoolMachine(RuleBasedStateMachine):
         self.refresh_splits()
         if loss is not None:
             self.crash(loss, seed)
+
+    async def has_begun(self, name: str) -> None:
+        """Wait until the split has replaced some holes, but not yet all."""
+        while (shown := self.pool.pool.split_show(name))["state"] == "running" and not 0 < shown["holes_remaining"] < shown["holes_total"]:
+            await asyncio.sleep(0)
 
     def write_together(self, name: str, blocks: list[int]) -> None:
         """One block each, all in one turn: in every level-1 block that the split may be at just then."""
@@ -385,9 +406,10 @@ class PoolMachine(RuleBasedStateMachine):
     def refresh_splits(self) -> None:
         """A split ends by itself: take notice of those that did."""
         for name in [name for name, state in self.splits.items() if state == "running"]:
-            self.refresh_backing(name)
-            if self.model.images[name].backing is None:
-                assert self.pool.pool.split_show(name)["state"] == "done"
+            # The association may end earlier, but only then can no crash bring it back.
+            if self.pool.pool.split_show(name)["state"] == "done":
+                self.refresh_backing(name)
+                assert self.model.images[name].backing is None
                 del self.splits[name]
 
     def refresh_backing(self, name: str) -> None:
