@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from daemon import VERSION
+from daemon import VERSION, runtime
 from daemon.config import Config, ConfigError, build, check_private, load_file
 from protocol.control.errors import EXIT_CONFLICT, EXIT_FAILED, EXIT_USAGE
 from storage.errors import PoolLocked, StorageError
@@ -33,14 +33,14 @@ def cleaved() -> None:
 def serve(config_path: str | None, **options: Any) -> None:
     """Serve one pool until SIGTERM. Prints one line that names every listener when it is ready."""
     config = read_config(config_path, options)
+    runtime.tune_start()
     import uvloop  # noqa: PLC0415 -- check-config and --help need none of what follows
 
-    from daemon import logs, runtime, server  # noqa: PLC0415
+    from daemon import logs, server  # noqa: PLC0415
     from daemon.control import ControlPathBusy  # noqa: PLC0415
     from daemon.iscsi_listener import ListenFailed  # noqa: PLC0415
 
     logs.set_up(config.log_level, config.log_format)
-    runtime.tune_threads()
     try:
         server.create_pool(config)
         uvloop.run(server.run(config))

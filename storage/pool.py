@@ -103,8 +103,7 @@ class Pool:
         await _clear_log(device, superblock.log_blocks)
         pool = cls(device, superblock, CACHE_BYTES_DEFAULT)
         fixed = LOG_FIRST_VBN + superblock.log_blocks
-        for vbn in range(fixed):
-            pool._state.allocator.adopt(vbn)
+        pool._state.allocator.adopt(0, fixed)
         pool._state.epoch.allocated.append((0, fixed))
         pool._points.start()
         try:

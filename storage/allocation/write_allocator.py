@@ -79,6 +79,15 @@ def map_blocks(size_blocks: int) -> int:
     return tree_blocks(regions) + tree_blocks(-(-regions // SUMMARIES_PER_BLOCK)) + tree_blocks(-(-size_blocks // SHARES_PER_BLOCK))
 
 
+def region_bits(first: int, end: int) -> Iterator[tuple[int, Bits]]:
+    """The regions that the blocks from ``first`` to before ``end`` lie in, with the bits of those blocks."""
+    for region in range(first >> REGION_SHIFT, (end - 1 >> REGION_SHIFT) + 1):
+        base = region * REGION_BLOCKS
+        mask = np.zeros(REGION_BLOCKS, dtype=np.uint8)
+        mask[max(0, first - base) : end - base] = 1
+        yield region, np.packbits(mask, bitorder="little")
+
+
 async def nothing_on_its_way() -> bool:
     """The answer to who waits for freed blocks while there are no consistency points yet."""
     return False
@@ -294,21 +303,16 @@ class WriteAllocator:
         if window.next < window.end:
             window.runs.append((window.next, window.end))
         for first, end in window.runs:
-            for region in range(first >> REGION_SHIFT, (end - 1 >> REGION_SHIFT) + 1):
-                base = region * REGION_BLOCKS  # blocks that were given back may have joined runs of two regions
-                mask = np.zeros(REGION_BLOCKS, dtype=np.uint8)
-                mask[max(0, first - base) : end - base] = 1
-                self.settle(region, np.packbits(mask, bitorder="little"))
+            for region, bits in region_bits(first, end):
+                self.settle(region, bits)
         window.runs = []
         window.next = window.end = 0
 
-    def adopt(self, vbn: int) -> None:
-        """Claim one block by its address: replay found it in use by a record of the intent log."""
-        region, offset = vbn >> REGION_SHIFT, vbn & (REGION_BLOCKS - 1)
-        bits = self._claimed.get(region, NO_BITS).copy()
-        bits[offset >> 3] |= 1 << (offset & 7)
-        self._claimed[region] = bits
-        self.free_now -= 1
+    def adopt(self, first: int, length: int = 1) -> None:
+        """Claim blocks by their address: replay found them in use by records of the intent log."""
+        for region, bits in region_bits(first, first + length):
+            self._claimed[region] = self._claimed.get(region, NO_BITS) | bits
+        self.free_now -= length
 
     # --- Called by the consistency point -------------------------------------------------------------------------
 

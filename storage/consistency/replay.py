@@ -9,6 +9,7 @@ pointer is installed all the same, so that reading it is an error and not old da
 that record was never acknowledged, and replay ends before it.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from crc32c import crc32c
@@ -33,7 +34,7 @@ from storage.slices import Slicer
 from storage.state import PoolState
 
 Entry = tuple[int, int, int, int, int]
-# Blocks of the ring read at once.
+# Blocks of the ring, or of neighbouring data, read at once.
 READ_BLOCKS = 256
 # Data writes installed in one step.
 STEP_ENTRIES = 256
@@ -116,6 +117,7 @@ class Replay:
         self._superblock = superblock
         self._catalogue = catalogue
         self._slicer = Slicer()
+        self._data = memoryview(bytearray(READ_BLOCKS * BLOCK_BYTES))
 
     async def run(self) -> Replayed:
         """Apply the log. Raises BlockDamaged, DeviceFailed; damage that leaves the rest usable is reported and survived."""
@@ -126,9 +128,8 @@ class Replay:
         self._look_for_a_gap(ring, next_sequence)
         applied = await self._verified([record for record in records if record.cp_number > superblock.cp_number])
         entries = [entry for record in applied for entry in record.entries]
-        for _, _, _, vbn, _ in entries:
-            if vbn > ZERO_POINTER:
-                self._state.allocator.adopt(vbn)
+        for run in runs(entries):
+            self._state.allocator.adopt(run[0][3], len(run))
         await self._apply(entries)
         head_block = records[-1].block + records[-1].blocks if records else superblock.log_head_block
         # A jump in the sequence: no leftover of a torn tail can ever be taken for a successor.
@@ -168,17 +169,15 @@ class Replay:
     async def _damaged_entries(self, record: Record) -> list[Entry]:
         """Data entries whose block does not have the CRC32C that the record gives."""
         bad: list[Entry] = []
-        buf = bytearray(BLOCK_BYTES)
-        for entry in record.entries:
-            vbn = entry[3]
-            if vbn <= ZERO_POINTER:
-                continue
-            if vbn >= self._superblock.size_blocks:
-                raise BlockDamaged(f"record {record.sequence} of the intent log names VBN {vbn}, beyond the pool: run `cleaved check`")
-            if not self._state.device.try_readv((buf,), vbn * BLOCK_BYTES):
-                await self._state.device.readv((buf,), vbn * BLOCK_BYTES)
-            if crc32c(buf) != entry[1]:
-                bad.append(entry)
+        for run in runs(record.entries):
+            first, last = run[0][3], run[-1][3]
+            if last >= self._superblock.size_blocks:
+                raise BlockDamaged(f"record {record.sequence} of the intent log names VBN {last}, beyond the pool: run `cleaved check`")
+            data = self._data[: len(run) * BLOCK_BYTES]
+            if not self._state.device.try_readv((data,), first * BLOCK_BYTES):
+                await self._state.device.readv((data,), first * BLOCK_BYTES)
+            blocks = range(0, len(data), BLOCK_BYTES)
+            bad += [entry for entry, at in zip(run, blocks, strict=True) if crc32c(data[at : at + BLOCK_BYTES]) != entry[1]]
             await self._slicer.breathe()
         return bad
 
@@ -221,4 +220,19 @@ class Replay:
                 break
             for index in dict.fromkeys(fbn >> FIELDS_SHIFT for fbn, _ in targets):
                 await image.tree.prepare(index, epoch)
-        install(image, epoch, nodes, targets, [(vbn, 1) for _, _, _, vbn, _ in entries])
+        install(image, epoch, nodes, targets, [(run[0][3], len(run)) for run in runs(entries)])
+
+
+def runs(entries: Sequence[Entry]) -> Iterator[Sequence[Entry]]:
+    """The entries that write data, those whose blocks are neighbours on the device together, at most READ_BLOCKS."""
+    start, following = 0, 0
+    for at, (_, _, _, vbn, _) in enumerate(entries):
+        if vbn != following or at - start == READ_BLOCKS:
+            if at > start:
+                yield entries[start:at]
+            start = at
+        if vbn <= ZERO_POINTER:
+            start = at + 1
+        following = vbn + 1
+    if start < len(entries):
+        yield entries[start:]

@@ -25,7 +25,7 @@ from typing import Any
 
 import uvloop
 
-from daemon.runtime import tune_memory, tune_threads
+from daemon.runtime import tune_memory, tune_start
 from storage.pool import Pool
 from tests.load.measuring import machine, table, warm_memory
 
@@ -252,7 +252,7 @@ def main() -> None:
     parser.add_argument("--late-ms", type=float, default=5.0)
     parser.add_argument("--directory", type=Path, default=None)
     options = parser.parse_args()
-    tune_threads()
+    tune_start()
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
         warm_memory(Path(directory), 3 * options.disk_mib << 20)
         uvloop.run(measure(Path(directory), options.disk_mib << 20, options.vdisks, options.late_ms / 1e3))

@@ -5,6 +5,7 @@ from contextlib import suppress
 
 import pytest
 
+from storage.consistency.replay import READ_BLOCKS, runs
 from storage.errors import BlockDamaged, PoolFull, PoolReadOnly
 from storage.layout import BLOCK_BYTES, LOG_FIRST_VBN
 from tests.storage.devices import SYNC, DelayDevice, MemoryDevice
@@ -184,3 +185,19 @@ async def test_a_full_pool_with_a_full_log_opens_again() -> None:
         crashed = running.memory.copy()
     async with opened(crashed) as running:
         assert await running.read("a", 0, BLOCK_BYTES) == data(0)
+
+
+@pytest.mark.parametrize(
+    ("vbns", "expected"),
+    [
+        ([], []),
+        ([1, 1], []),
+        ([70, 71, 72], [[70, 71, 72]]),
+        ([70, 72, 71], [[70], [72], [71]]),
+        ([1, 70, 71, 1, 72, 0], [[70, 71], [72]]),
+        (range(100, 101 + READ_BLOCKS), [list(range(100, 100 + READ_BLOCKS)), [100 + READ_BLOCKS]]),
+    ],
+)
+def test_neighbours_on_the_device_are_read_together(vbns: list[int], expected: list[list[int]]) -> None:
+    found = runs([(1, 0, 0, vbn, 1) for vbn in vbns])
+    assert [[entry[3] for entry in run] for run in found] == expected
