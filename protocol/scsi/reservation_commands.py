@@ -5,30 +5,35 @@ from dataclasses import dataclass
 from struct import Struct
 from typing import Final
 
-from protocol.scsi import reservations, sense
+from protocol.scsi import reservations, sense, transport_id
 from protocol.scsi.command import NO_DATA, Command, Request, cut, usage
 from protocol.scsi.errors import CheckCondition, ReservationConflict, ScsiError
 from protocol.scsi.logical_unit import LogicalUnit
 from protocol.scsi.plan import Operation, Plan
 from protocol.scsi.reservations import KINDS, Reservations
 from protocol.scsi.sense import Sense
+from protocol.scsi.transport_id import BadTransportId, TransportId
 from protocol.volume import Buffer, Completion
 
 PERSISTENT_RESERVE_IN: Final = 0x5E
 PERSISTENT_RESERVE_OUT: Final = 0x5F
 READ_KEYS, READ_RESERVATION, REPORT_CAPABILITIES, READ_FULL_STATUS = range(4)
-REGISTER, RESERVE, RELEASE, CLEAR, PREEMPT, PREEMPT_AND_ABORT, REGISTER_AND_IGNORE = range(7)
+REGISTER, RESERVE, RELEASE, CLEAR, PREEMPT, PREEMPT_AND_ABORT, REGISTER_AND_IGNORE, REGISTER_AND_MOVE = range(8)
 _PARAMETERS: Final = Struct(">QQ4xB3x")
 _APTPL: Final = 0x01
 _ALL_TARGET_PORTS: Final = 0x04
 _SPEC_INITIATOR_PORTS: Final = 0x08
+_LIST_LENGTH: Final = Struct(">I")
+_MOVE: Final = Struct(">QQxBHI")
+_UNREGISTERS: Final = 0x02
+# As many initiators as a cluster has, with names of the greatest length.
+_LIST_BYTES_MAX: Final = 16384
 _HEAD: Final = Struct(">II")
 _RESERVATION: Final = Struct(">QIxBH")
-# CRH clear, ATP_C clear, PTPL_C set; TMV set; all six types (SPC-4 6.15.4).
-_CAPABILITIES: Final = bytes((0, 8, 0x01, 0x80, 0xEA, 0x01, 0, 0))
+# CRH clear; SIP_C, ATP_C and PTPL_C set; TMV set; all six types (SPC-4 6.15.4).
+_CAPABILITIES: Final = bytes((0, 8, 0x0D, 0x80, 0xEA, 0x01, 0, 0))
 _PTPL_ACTIVE: Final = 0x01
 _FULL_STATUS: Final = Struct(">Q4xBB4xHI")
-_TRANSPORT_ISCSI_PORT: Final = 0x45
 _RELATIVE_PORT: Final = 1
 
 
@@ -46,16 +51,10 @@ def _capabilities(state: Reservations) -> bytes:
     return _CAPABILITIES[:3] + bytes((_CAPABILITIES[3] | (_PTPL_ACTIVE if state.survives_power_loss else 0),)) + _CAPABILITIES[4:]
 
 
-def _transport_id(port: str) -> bytes:
-    name = port.encode() + b"\0"
-    name += bytes(-len(name) % 4)
-    return bytes((_TRANSPORT_ISCSI_PORT, 0)) + len(name).to_bytes(2, "big") + name
-
-
 def _full_status(state: Reservations) -> bytes:
     body = b""
     for port, key in state.registrations.items():
-        holds, transport = state.holds(port), _transport_id(port)
+        holds, transport = state.holds(port), transport_id.encode(port)
         body += _FULL_STATUS.pack(key, int(holds), state.kind if holds else 0, _RELATIVE_PORT, len(transport)) + transport
     return _HEAD.pack(state.generation, len(body)) + body
 
@@ -84,6 +83,8 @@ class _Out:
     key: int
     action_key: int
     survives_power_loss: bool
+    initiators: list[TransportId]
+    unregisters: bool = False
 
     @property
     def unit(self) -> LogicalUnit:
@@ -98,6 +99,23 @@ class _Out:
         if self.state.registrations.get(self.port) != self.key:
             raise ReservationConflict
 
+    def check_room(self, ports: list[str]) -> None:
+        """Raise CheckCondition where ``ports`` would be too many registrations."""
+        known = self.state.registrations
+        if len(known) + sum(1 for port in ports if port not in known) > reservations.REGISTRATIONS_MAX:
+            raise CheckCondition(sense.INSUFFICIENT_REGISTRATION_RESOURCES)
+
+    def ports_named(self) -> list[str]:
+        """Initiator ports that the TransportIDs stand for. Raises CheckCondition where one names a device without a known port."""
+        known = {mapped.nexus.initiator_port for mapped in self.unit.nexuses} | self.state.registrations.keys()
+        found: dict[str, None] = {}
+        for initiator in self.initiators:
+            ports = initiator.ports(known)
+            if not ports:
+                raise CheckCondition(sense.invalid_field_in_parameter_list(_PARAMETERS.size + _LIST_LENGTH.size))
+            found |= dict.fromkeys(ports)
+        return list(found)
+
     def tell(self, cause: Sense, ports: list[str] | None = None) -> None:
         """Unit attention for other nexuses: those of ``ports``, or all that are registered."""
         for mapped in self.unit.nexuses:
@@ -108,17 +126,35 @@ class _Out:
 
 def _register(out: _Out) -> None:
     """REGISTER: the present key, if any, must be given (0 for a nexus that is not registered)."""
-    if out.state.registrations.get(out.port, 0) != out.key:
+    known = out.state.registrations
+    if known.get(out.port, 0) != out.key:
         raise ReservationConflict
+    if out.initiators and out.port in known:
+        raise CheckCondition(sense.INVALID_FIELD_IN_CDB)  # SPC-4 5.12.7, table of register behaviours: SPEC_I_PT of one who is registered
     _register_any(out)
 
 
 def _register_any(out: _Out) -> None:
-    known = out.state.registrations
-    if out.port not in known and out.action_key and len(known) >= reservations.REGISTRATIONS_MAX:
-        raise CheckCondition(sense.INSUFFICIENT_REGISTRATION_RESOURCES)
-    if out.state.register(out.port, out.action_key, out.survives_power_loss):
+    others = out.ports_named() if out.action_key else []
+    if out.action_key:
+        out.check_room([out.port, *others])
+    if out.state.register(out.port, out.action_key, out.survives_power_loss, others):
         out.tell(sense.RESERVATIONS_RELEASED)
+
+
+def _register_and_move(out: _Out) -> None:
+    """REGISTER AND MOVE: hand the reservation over to another initiator port (SPC-4 5.12.8)."""
+    out.check_registered()
+    state = out.state
+    if state.kind == 0:
+        raise CheckCondition(sense.INVALID_FIELD_IN_CDB)
+    if state.holder != out.port or state.kind in reservations.ALL_REGISTRANTS_KINDS:
+        raise ReservationConflict
+    ports = out.ports_named()
+    if len(ports) != 1 or ports[0] == out.port:
+        raise CheckCondition(sense.invalid_field_in_parameter_list(_MOVE.size))
+    out.check_room(ports)
+    state.move(out.port, ports[0], out.action_key, out.unregisters, out.survives_power_loss)
 
 
 def _reserve(out: _Out) -> None:
@@ -170,33 +206,69 @@ _ACTIONS: Final[dict[int, Callable[[_Out], None]]] = {
     PREEMPT: _preempt,
     PREEMPT_AND_ABORT: _preempt,
     REGISTER_AND_IGNORE: _register_any,
+    REGISTER_AND_MOVE: _register_and_move,
 }
 _WITH_KIND: Final = frozenset((RESERVE, RELEASE, PREEMPT, PREEMPT_AND_ABORT))
 
 
-def _parse(request: Request, data: bytes) -> _Out:
-    cdb = request.cdb
-    kind = cdb[2] & 0x0F
-    if cdb[1] & 0x1F in _WITH_KIND and (kind not in KINDS or cdb[2] >> 4):
-        raise CheckCondition(sense.invalid_field_in_cdb(2))
-    if len(data) != _PARAMETERS.size:
+def _initiators(data: bytes, at: int, length: int) -> list[TransportId]:
+    """The TransportIDs from ``at`` on, whose length the list gives. Raises CheckCondition."""
+    if length != len(data) - at or length == 0:
         raise CheckCondition(sense.PARAMETER_LIST_LENGTH_ERROR)
-    key, action_key, flags = _PARAMETERS.unpack(data)
-    if flags & (_SPEC_INITIATOR_PORTS | _ALL_TARGET_PORTS):
-        raise CheckCondition(sense.invalid_field_in_parameter_list(20))
-    return _Out(request, request.nexus.initiator_port, kind, key, action_key, bool(flags & _APTPL))
+    try:
+        return transport_id.decode_list(data[at:])
+    except BadTransportId as error:
+        raise CheckCondition(sense.invalid_field_in_parameter_list(at + error.at)) from None
+
+
+def _parse(request: Request, data: bytes) -> _Out:
+    """The parameter list of all service actions but REGISTER AND MOVE."""
+    cdb, port = request.cdb, request.nexus.initiator_port
+    action, kind = cdb[1] & 0x1F, cdb[2] & 0x0F
+    if action in _WITH_KIND and (kind not in KINDS or cdb[2] >> 4):
+        raise CheckCondition(sense.invalid_field_in_cdb(2))
+    if len(data) < _PARAMETERS.size:
+        raise CheckCondition(sense.PARAMETER_LIST_LENGTH_ERROR)
+    key, action_key, flags = _PARAMETERS.unpack_from(data)
+    initiators: list[TransportId] = []
+    if flags & _SPEC_INITIATOR_PORTS:
+        if action != REGISTER:
+            raise CheckCondition(sense.invalid_field_in_parameter_list(20, 3))
+        if len(data) < _PARAMETERS.size + _LIST_LENGTH.size:
+            raise CheckCondition(sense.PARAMETER_LIST_LENGTH_ERROR)
+        (length,) = _LIST_LENGTH.unpack_from(data, _PARAMETERS.size)
+        initiators = _initiators(data, _PARAMETERS.size + _LIST_LENGTH.size, length)
+    elif len(data) != _PARAMETERS.size:
+        raise CheckCondition(sense.PARAMETER_LIST_LENGTH_ERROR)
+    # ALL_TG_PT says nothing here: there is one target port, and whoever is registered is so through every portal.
+    return _Out(request, port, kind, key, action_key, bool(flags & _APTPL), initiators)
+
+
+def _parse_move(request: Request, data: bytes) -> _Out:
+    """The parameter list of REGISTER AND MOVE (SPC-4 6.16.4)."""
+    if len(data) < _MOVE.size:
+        raise CheckCondition(sense.PARAMETER_LIST_LENGTH_ERROR)
+    key, action_key, flags, relative_port, length = _MOVE.unpack_from(data)
+    initiators = _initiators(data, _MOVE.size, length)
+    if action_key == 0:
+        raise CheckCondition(sense.invalid_field_in_parameter_list(8))
+    if relative_port != _RELATIVE_PORT:
+        raise CheckCondition(sense.invalid_field_in_parameter_list(18))
+    aptpl, unregisters = bool(flags & _APTPL), bool(flags & _UNREGISTERS)
+    return _Out(request, request.nexus.initiator_port, 0, key, action_key, aptpl, initiators, unregisters)
 
 
 def reserve_out(request: Request) -> Plan:
     """One of the service actions, by the table."""
-    action = _ACTIONS[request.cdb[1] & 0x1F]
+    service_action = request.cdb[1] & 0x1F
+    action, parse = _ACTIONS[service_action], _parse_move if service_action == REGISTER_AND_MOVE else _parse
     length = int.from_bytes(request.cdb[5:9], "big")
-    if length != _PARAMETERS.size:
+    if not _PARAMETERS.size <= length <= _LIST_BYTES_MAX:
         raise CheckCondition(sense.PARAMETER_LIST_LENGTH_ERROR)
 
     def start(data: Buffer, done: Completion) -> None:
         try:
-            action(_parse(request, bytes(data)))
+            action(parse(request, bytes(data)))
         except ScsiError as error:
             done(error)
             return
@@ -232,6 +304,7 @@ _OUT_NAMES: Final = {
     PREEMPT: "PREEMPT",
     PREEMPT_AND_ABORT: "PREEMPT AND ABORT",
     REGISTER_AND_IGNORE: "REGISTER AND IGNORE EXISTING KEY",
+    REGISTER_AND_MOVE: "REGISTER AND MOVE",
 }
 COMMANDS: Final = (
     Command("RESERVE(6)", usage("160000000000"), reserve_6),

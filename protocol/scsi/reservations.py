@@ -5,7 +5,7 @@ Invariants: ``generation`` never goes back; ``kind`` is 0 exactly when there is 
 RESERVE(6) (``plain_holder``) and registrations are never there at once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -75,16 +75,31 @@ class Reservations:
         self.generation = (self.generation + 1) & _GENERATION_MASK
         self.changed()
 
-    def register(self, port: str, key: int, survives_power_loss: bool) -> bool:
-        """Register, change, or (key 0) unregister; True where that released a reservation that others were registered for."""
+    def register(self, port: str, key: int, survives_power_loss: bool, others: Iterable[str] = ()) -> bool:
+        """Register, change, or (key 0) unregister; True where that released a reservation that others were registered for.
+
+        ``others`` get the same key where they are not registered yet.
+        """
         self.survives_power_loss = survives_power_loss
         released = False
         if key:
             self.registrations[port] = key
+            for other in others:
+                self.registrations.setdefault(other, key)
         elif port in self.registrations:
             released = self._unregister(port)
         self._advance()
         return released
+
+    def move(self, port: str, destination: str, key: int, unregisters: bool, survives_power_loss: bool) -> None:
+        """REGISTER AND MOVE: ``destination`` is registered with ``key``, and holds the reservation of ``port``, with the same kind."""
+        assert self.holder == port and self.kind not in ALL_REGISTRANTS_KINDS and port != destination
+        self.survives_power_loss = survives_power_loss
+        self.registrations[destination] = key
+        self.holder = destination
+        if unregisters:
+            del self.registrations[port]
+        self._advance()
 
     def _unregister(self, port: str) -> bool:
         was_holder, kind = self.holder == port, self.kind

@@ -95,7 +95,7 @@ def test_registering_and_what_is_reported(three):
     assert report(one, 0)[3] == 4 and report(one, 0)[8:] == (0x22).to_bytes(8, "big")
     status = report(one, 3)
     assert f"{INITIATOR},i,0x000000000002".encode() in status
-    assert report(one, 2)[:6] == bytes((0, 8, 1, 0x80, 0xEA, 1))
+    assert report(one, 2)[:6] == bytes((0, 8, 0x0D, 0x80, 0xEA, 1))
 
 
 @pytest.mark.parametrize("kind", ALL_KINDS)
@@ -220,8 +220,8 @@ def test_preempt_of_all_registrants(three):
 BAD = {
     "a kind that does not exist": ({"action": RESERVE, "key": 1, "kind": 2}, "5/24/00"),
     "a scope that does not exist": ({"action": RESERVE, "key": 1, "kind": 0x11}, "5/24/00"),
-    "other initiators' ports": ({"action": REGISTER, "key": 1, "new": 2, "flags": 8}, "5/26/00"),
-    "all target ports": ({"action": REGISTER, "key": 1, "new": 2, "flags": 4}, "5/26/00"),
+    "other initiators' ports, without a list of them": ({"action": REGISTER, "key": 1, "new": 2, "flags": 8}, "5/1A/00"),
+    "other initiators' ports, ignoring keys": ({"action": REGISTER_ANY, "key": 1, "new": 2, "flags": 8}, "5/26/00"),
     "a short list": ({"action": REGISTER, "key": 1, "new": 2, "size": 23}, "5/1A/00"),
 }
 
