@@ -67,6 +67,7 @@ class IscsiSection(_Section, kw_only=True):
     listen: tuple[str, ...] = ("127.0.0.1:3260",)
     connections_max: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 256
     open_access: bool | None = None
+    physical_block_bytes: Literal[512, 4096] = 4096
     chap: ChapSection | None = None
 
 
@@ -111,6 +112,7 @@ class Config(NamedTuple):
     iscsi_listen: tuple[Address, ...]
     connections_max: int
     open_access: bool
+    physical_block_bytes: int
     chap: Chap | None
     control_path: str
     log_level: str
@@ -150,6 +152,7 @@ def build(tables: dict[str, Any]) -> Config:
         iscsi_listen=listen,
         connections_max=found.iscsi.connections_max,
         open_access=_open_access(found.iscsi.open_access, listen),
+        physical_block_bytes=found.iscsi.physical_block_bytes,
         chap=None if found.iscsi.chap is None else _chap(found.iscsi.chap),
         control_path=_control_path(found.control.path),
         log_level=found.log.level,

@@ -20,6 +20,7 @@ from daemon.split_progress import TICK_SECONDS, SplitProgress, log_fields
 from daemon.targets import Targets
 from protocol.control.methods import SPLIT_PROGRESS
 from protocol.iscsi.node import TargetNode
+from protocol.scsi.limits import SECTOR_BYTES
 from storage.errors import NotFound
 from storage.pool import Pool
 
@@ -62,7 +63,9 @@ class Daemon:
         targets = Targets(self._pool, config.chap, config.open_access)
         self._reservations = ReservationStore(self._pool)
         await targets.load()
-        self._iscsi = IscsiListener(TargetNode(targets, reservations=self._reservations), config.connections_max)
+        exponent = (config.physical_block_bytes // SECTOR_BYTES).bit_length() - 1
+        node = TargetNode(targets, reservations=self._reservations, physical_block_exponent=exponent)
+        self._iscsi = IscsiListener(node, config.connections_max)
         service = ControlService(self._pool, config.pool_path, targets, self._reservations, self._iscsi)
         self._control = ControlServer(config.control_path, service.call)
         await self._control.start()

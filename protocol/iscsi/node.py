@@ -10,6 +10,7 @@ from uuid import UUID
 
 from protocol.iscsi.chap import Challenges, ChapSecrets
 from protocol.iscsi.errors import OutOfResources
+from protocol.scsi.limits import PHYSICAL_BLOCK_EXPONENT
 from protocol.scsi.logical_unit import LogicalUnit, Nexus
 from protocol.volume import BlockVolume, Completion
 
@@ -106,6 +107,8 @@ class TargetNode:
     # Addresses to tell an initiator that asks through one of them (SendTargets); that one comes first.
     portals: Callable[[str], list[str]] = lambda portal: [portal]
     reservations: ReservationKeeper | None = None
+    # What initiators are told of physical blocks (`LogicalUnit`). There are some that take no disk with other ones than of 512 bytes.
+    physical_block_exponent: int = PHYSICAL_BLOCK_EXPONENT
     challenges: Challenges = field(default_factory=Challenges)
     sessions: dict[SessionKey, NodeSession] = field(default_factory=dict)
     units: dict[UUID, LogicalUnit] = field(default_factory=dict)
@@ -137,7 +140,7 @@ class TargetNode:
         return unit
 
     def _new_unit(self, volume: BlockVolume) -> LogicalUnit:
-        unit = LogicalUnit(volume)
+        unit = LogicalUnit(volume, self.physical_block_exponent)
         keeper = self.reservations
         if keeper is not None:
             kept = keeper.kept(volume.uuid)

@@ -3,7 +3,7 @@
 from struct import Struct
 from typing import Final
 
-from protocol.scsi import limits, opcodes, sense
+from protocol.scsi import opcodes, sense
 from protocol.scsi.command import NO_DATA, Command, Request, check_range, cut, usage
 from protocol.scsi.errors import CheckCondition
 from protocol.scsi.limits import SECTOR_BYTES, TRANSFER_SECTORS_MAX
@@ -151,7 +151,7 @@ def read_capacity_16(request: Request) -> Plan:
     cdb = request.cdb
     if any(cdb[2:10]):
         raise CheckCondition(sense.invalid_field_in_cdb(2))
-    body = _CAPACITY_16.pack(request.unit.sectors - 1, SECTOR_BYTES, 0, limits.PHYSICAL_BLOCK_EXPONENT, _LBPME_LBPRZ)
+    body = _CAPACITY_16.pack(request.unit.sectors - 1, SECTOR_BYTES, 0, request.unit.physical_block_exponent, _LBPME_LBPRZ)
     return cut(body, int.from_bytes(cdb[_CAPACITY_16_ALLOCATION_AT : _CAPACITY_16_ALLOCATION_AT + 4], "big"))
 
 

@@ -14,7 +14,7 @@ from uuid import UUID
 
 from protocol.scsi import sense
 from protocol.scsi.gate import Gate
-from protocol.scsi.limits import SECTOR_BYTES, UNIT_ATTENTIONS_MAX
+from protocol.scsi.limits import PHYSICAL_BLOCK_EXPONENT, SECTOR_BYTES, UNIT_ATTENTIONS_MAX
 from protocol.scsi.reservations import Reservations
 from protocol.scsi.sense import Sense
 from protocol.volume import BlockVolume, Completion
@@ -43,7 +43,10 @@ class Sanitization:
 
 
 class LogicalUnit:
-    """One disk as SCSI sees it: a volume, its state, and everyone who uses it."""
+    """One disk as SCSI sees it: a volume, its state, and everyone who uses it.
+
+    ``physical_block_exponent`` is what clients are told: a physical block is two to this power of sectors.
+    """
 
     __slots__ = (
         "capacity_bytes",
@@ -51,6 +54,7 @@ class LogicalUnit:
         "gate",
         "keep_reservations",
         "nexuses",
+        "physical_block_exponent",
         "reservations",
         "sanitization",
         "saved_write_cache",
@@ -60,8 +64,9 @@ class LogicalUnit:
         "write_cache",
     )
 
-    def __init__(self, volume: BlockVolume) -> None:
+    def __init__(self, volume: BlockVolume, physical_block_exponent: int = PHYSICAL_BLOCK_EXPONENT) -> None:
         self.volume = volume
+        self.physical_block_exponent = physical_block_exponent
         self.capacity_bytes = volume.size_bytes - volume.size_bytes % SECTOR_BYTES
         self.nexuses: list[UnitNexus] = []
         self.started = True

@@ -17,6 +17,7 @@ def test_defaults() -> None:
     assert config.pool_size_bytes is None
     assert config.chap is None
     assert config.open_access
+    assert config.physical_block_bytes == 4096
     assert (config.log_level, config.log_format) == ("info", "auto")
 
 
@@ -41,6 +42,7 @@ def test_every_option() -> None:
         listen = ["[::1]:0", "host:3261"]
         connections_max = 3
         open_access = false
+        physical_block_bytes = 512
         [iscsi.chap]
         user = "u"
         secret = "secretsecret"
@@ -59,6 +61,7 @@ def test_every_option() -> None:
     assert config.iscsi_listen == (Address("::1", 0), Address("host", 3261))
     assert str(config.iscsi_listen[0]) == "[::1]:0"
     assert config.connections_max == 3
+    assert config.physical_block_bytes == 512
     assert not config.open_access
     assert config.chap == Chap("u", "secretsecret", "m", "othersecret1")
     assert (config.control_path, config.log_level, config.log_format) == ("/c", "debug", "json")
@@ -81,6 +84,7 @@ POOL = 'pool.path = "/p"\n'
         (POOL + 'iscsi.listen = "127.0.0.1:1"', ["iscsi.listen", "'127.0.0.1:1'", "array"]),
         (POOL + 'iscsi.listen = ["127.0.0.1"]', ["iscsi.listen", "'127.0.0.1'", "127.0.0.1:3260"]),
         (POOL + "iscsi.listen = [5]", ["iscsi.listen.0", "5", "`str`"]),
+        (POOL + "iscsi.physical_block_bytes = 1024", ["iscsi.physical_block_bytes", "1024", "invalid"]),
         (POOL + "iscsi.connections_max = 0", ["iscsi.connections_max", "0", ">= 1"]),
         (POOL + 'iscsi.chap = {user = "u"}', ["iscsi.chap.secret is missing"]),
         (POOL + 'iscsi.chap = {user = "", secret = "123456789012"}', ["iscsi.chap.user"]),

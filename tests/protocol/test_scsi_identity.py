@@ -85,6 +85,17 @@ def test_capacity(pair):
     assert data[13] == 3 and data[14] == 0xC0 and len(data) == 32
 
 
+@pytest.mark.parametrize(("exponent", "granularity"), [(3, 8), (0, 8)])
+def test_physical_blocks_are_told_as_configured_and_hints_stay_on_whole_blocks(exponent, granularity):
+    nexus = Nexus("i", "t")
+    nexus.map(0, LogicalUnit(MemoryVolume(1 << 20), exponent)).take_attention()
+    capacity = dispatch.prepare(nexus, 0, bytes((0x9E, 0x10)) + bytes(11) + b"\x20" + bytes(2))
+    block_limits = dispatch.prepare(nexus, 0, bytes((0x12, 1, 0xB0, 0, 64)).ljust(16, b"\0"))
+    assert isinstance(capacity, Reply) and isinstance(block_limits, Reply)
+    assert capacity.data[13] == exponent
+    assert int.from_bytes(block_limits.data[6:8], "big") == int.from_bytes(block_limits.data[28:32], "big") == granularity
+
+
 def test_a_disk_beyond_32_bits_of_sectors_says_so():
     class Large(MemoryVolume):
         @property
