@@ -23,11 +23,18 @@ from storage.layout import FIELDS_PER_BLOCK, REGION_BLOCKS, SHARES_PER_BLOCK, SU
 if TYPE_CHECKING:
     from storage.state import PoolState
 
+# Block numbers within a region.
+Offsets = np.ndarray[tuple[int], np.dtype[np.int64]]
+
 # 64 MiB of data and 4 MiB of nodes: a scan of a region (about 60 us) is paid once for that much.
 DATA_WINDOW_BLOCKS = 16384
 NODE_WINDOW_BLOCKS = 1024
 # Regions looked into by one synchronous fill: about 0.5 ms. What lies further is found by the asynchronous path.
 REGIONS_PER_FILL = 8
+# Where blocks were freed last is written again first: the host has memory and space for it already. But only regions with no more than
+# this in use are asked, and only for runs of so many blocks: batches must stay contiguous, for their reads as well.
+ROOMY_USED_MAX = REGION_BLOCKS // 2
+ROOMY_RUN_BLOCKS_MIN = 16
 # The reserve has three parts, so that a full pool can still do what must be possible on it (design section 6, invariant 6):
 # - for consistency points alone: every block of the maps once (a consistency point may have to rewrite them all), and the upper part
 #   of the vdisk table. Table entries are not in it: whoever touches an image has promised the blocks that its entry takes.
@@ -103,6 +110,7 @@ class WriteAllocator:
         "_data",
         "_held",
         "_nodes",
+        "_roomy",
         "_size_blocks",
         "_state",
         "_wait_for",
@@ -124,6 +132,8 @@ class WriteAllocator:
         self._data = Window(min(DATA_WINDOW_BLOCKS, window))
         self._nodes = Window(min(NODE_WINDOW_BLOCKS, window))
         self._cursor = 0
+        # Regions that blocks came back to and that are at least half free, the latest last: see ``_claim_roomy``.
+        self._roomy: dict[int, None] = {}
         self._wait_for = 0
         self.free_now = size_blocks - active_map.used_blocks
         self.promised_blocks = 0
@@ -251,15 +261,20 @@ class WriteAllocator:
     # --- Claiming ----------------------------------------------------------------------------------------------
 
     def _fill(self, window: Window) -> bool:
-        """Claim free runs for ``window`` from the cursor on. False: nothing was found in the regions at hand."""
+        """Claim free runs for ``window`` from a roomy region, else from the cursor on. False: nothing was found in the regions at hand."""
+        if self._claim_roomy(window):
+            window.runs.reverse()
+            return True
         wanted = window.size_blocks
         regions = region_count(self._size_blocks)
         for _ in range(min(REGIONS_PER_FILL, regions + 1)):
             region = self._cursor >> REGION_SHIFT
-            found = self._claim(region, wanted, window)
+            found = self._claim(region, self._cursor & (REGION_BLOCKS - 1), wanted, window)
             if found is None:
                 self._wait_for = region
                 break
+            if found:
+                self._cursor = window.runs[-1][1] % self._size_blocks
             wanted -= found
             if wanted <= 0:
                 break
@@ -267,8 +282,28 @@ class WriteAllocator:
         window.runs.reverse()
         return bool(window.runs)
 
-    def _claim(self, region: int, wanted: int, window: Window) -> int | None:
-        """Move up to ``wanted`` blocks of a region into the window; None when its map has to be loaded first."""
+    def _claim_roomy(self, window: Window) -> bool:
+        """Claim from where blocks were freed last, so that a sparse pool file does not grow while a few blocks are overwritten.
+
+        A page that the page cache holds already costs a third of a new one (docs/performance.md).
+        """
+        for _ in range(min(REGIONS_PER_FILL, len(self._roomy))):
+            region, _ = self._roomy.popitem()
+            used = self._active_map.peek_used(region)
+            if used is None or used > ROOMY_USED_MAX:
+                continue
+            found = self._claim(region, 0, window.size_blocks, window, ROOMY_RUN_BLOCKS_MIN)
+            if found == window.size_blocks:
+                self._roomy[region] = None  # there may be more
+            if found:
+                return True
+        return False
+
+    def _claim(self, region: int, start: int, wanted: int, window: Window, run_min: int = 1) -> int | None:
+        """Move up to ``wanted`` blocks of a region, from its block ``start`` on, into the window; None when its map has to be loaded first.
+
+        Runs shorter than ``run_min`` stay where they are.
+        """
         used = self._active_map.peek_used(region)
         if used is None:
             return None
@@ -279,24 +314,30 @@ class WriteAllocator:
         if bits is None:
             return None
         busy = bits | self._claimed.get(region, NO_BITS) | self._held.get(region, NO_BITS)
-        free = np.unpackbits(~busy, bitorder="little")
+        free = np.unpackbits(~busy, bitorder="little").view(np.int8)
         free[blocks:] = 0
-        free[: self._cursor & (REGION_BLOCKS - 1)] = 0
-        offsets = np.flatnonzero(free)[:wanted]
-        if len(offsets):
-            self._take_into(window, region, offsets.astype(np.int64))
-        return len(offsets)
+        free[:start] = 0
+        edges = np.flatnonzero(np.diff(free, prepend=np.int8(0), append=np.int8(0)))
+        starts, ends = edges[::2], edges[1::2]
+        long = ends - starts >= run_min
+        return self._take_into(window, region, starts[long], ends[long], wanted)
 
-    def _take_into(self, window: Window, region: int, offsets: "np.ndarray[tuple[int], np.dtype[np.int64]]") -> None:
-        mask = np.zeros(REGION_BLOCKS, dtype=np.uint8)
-        mask[offsets] = 1
-        self._claimed[region] = self._claimed.get(region, NO_BITS) | np.packbits(mask, bitorder="little")
-        breaks = np.flatnonzero(np.diff(offsets) != 1)
+    def _take_into(self, window: Window, region: int, starts: Offsets, ends: Offsets, wanted: int) -> int:
+        """Claim up to ``wanted`` blocks of a region's free runs; returns how many."""
+        totals = np.cumsum(ends - starts)
+        count = min(int(np.searchsorted(totals, wanted)) + 1, len(totals))
+        if not count:
+            return 0
+        starts, ends = starts[:count], ends[:count]
+        ends[-1] -= max(0, int(totals[count - 1]) - wanted)
+        mask = np.zeros(REGION_BLOCKS + 1, dtype=np.int8)
+        mask[starts] = 1
+        mask[ends] = -1
+        claimed = np.packbits(np.cumsum(mask[:-1], dtype=np.int8).view(np.uint8), bitorder="little")
+        self._claimed[region] = self._claimed.get(region, NO_BITS) | claimed
         base = region * REGION_BLOCKS
-        starts = offsets[np.concatenate(([0], breaks + 1))] + base
-        ends = offsets[np.concatenate((breaks, [len(offsets) - 1]))] + base + 1
-        window.runs.extend(zip(starts.tolist(), ends.tolist(), strict=True))
-        self._cursor = int(ends[-1]) % self._size_blocks
+        window.runs.extend(zip((starts + base).tolist(), (ends + base).tolist(), strict=True))
+        return int((ends - starts).sum())
 
     def _release_window(self, window: Window) -> None:
         """Give a window's blocks back to the pool: the other one found none elsewhere."""
@@ -337,6 +378,9 @@ class WriteAllocator:
             else:
                 del self._held[region]
             self.free_now += count_bits(bits)
+            used = self._active_map.peek_used(region)
+            if used is not None and used <= ROOMY_USED_MAX:
+                self._roomy[region] = None
 
     @property
     def held_blocks(self) -> int:

@@ -51,6 +51,7 @@ async def test_the_summary_and_the_count_agree_with_the_bits_over_several_region
         allocator._cursor = REGION_BLOCKS - 200  # so that writes lie in two regions
         allocator._release_window(allocator._data)
         allocator._cursor = REGION_BLOCKS - 200
+        allocator._roomy.clear()
         await running.write("a", 0, data(1, 600))
         await running.checkpoint()
         counts = [int(bits_of(running, region).sum()) for region in range(3)]

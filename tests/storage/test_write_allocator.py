@@ -10,7 +10,7 @@ from storage.errors import PoolFull
 from storage.layout import LOG_FIRST_VBN, REGION_BLOCKS, log_blocks
 from storage.pool import Pool
 from tests.storage.devices import MemoryDevice
-from tests.storage.pools import new_pool
+from tests.storage.pools import data, new_pool
 
 SMALL_BLOCKS = 2048
 TWO_REGIONS = 2 * REGION_BLOCKS
@@ -160,6 +160,34 @@ async def test_what_an_epoch_holds_is_not_handed_out_before_its_release() -> Non
     more = await take_all(allocator, 1)
     assert not set(taken) & set(more) and len(more) == 100
     assert len(taken) + len(more) == free - allocator.reserve_blocks
+
+
+async def test_overwriting_a_little_again_and_again_stays_within_a_part_of_a_large_pool() -> None:
+    """A sparse pool file would otherwise grow to its whole size, whatever its vdisks hold."""
+    blocks = 4 * REGION_BLOCKS
+    async with new_pool(blocks * 4096) as running:
+        await running.pool.vdisk_create("a", 64 << 20)
+        allocator, highest = running.pool._state.allocator, 0
+        for turn in range(40):
+            for offset in range(0, 16 << 20, 1 << 20):
+                await running.write("a", offset, data(turn, 256))
+            await running.checkpoint()
+            highest = max(highest, allocator._data.next)
+        assert highest < blocks / 2  # 640 MiB were written, more than the pool holds
+
+
+async def test_batches_stay_contiguous_where_single_blocks_were_freed() -> None:
+    pool = await fresh(TWO_REGIONS)
+    allocator = pool._state.allocator
+    allocator.adopt(0, REGION_BLOCKS)
+    allocator._cursor = REGION_BLOCKS
+    freed = packed(np.concatenate((np.arange(20000, 30000, 2), np.arange(31000, 31015), np.arange(32000, 32016))))
+    allocator.settle(0, freed)
+    allocator.hold(0, freed)
+    allocator.release([(0, freed)])
+    assert allocator.take(16) == [(32000, 16)]
+    following = vbns(allocator.take(16))
+    assert following == list(range(following[0], following[0] + 16)) and following[0] >= REGION_BLOCKS
 
 
 async def test_room_for_new_images_is_asked_for() -> None:
