@@ -66,9 +66,9 @@ def by_time(rate_guess: int, *options: str) -> Callable[[str, float], Run]:
 
 WRITE = ("-w", f"--pattern={PATTERN}")
 WORKLOADS = (
-    # Before anything is written out of order.
-    Workload("sequential reads, 256 KiB, depth 8", "MiB/s", 1 << 18, by_time(4000, "-s", str(1 << 18), "-d", "8")),
+    # In this order: each round's sequential reads find what was just written in sequence.
     Workload("sequential writes, 256 KiB, depth 8", "MiB/s", 1 << 18, by_time(3000, *WRITE, "-s", str(1 << 18), "-d", "8")),
+    Workload("sequential reads, 256 KiB, depth 8", "MiB/s", 1 << 18, by_time(4000, "-s", str(1 << 18), "-d", "8")),
     Workload("random reads, 4 KiB, depth 32 (iscsi-perf -r -m 32 -b 8)", "IOPS", 4096, lambda u, s: iscsi_perf(u, s, 32, 8)),
     Workload("random reads, 4 KiB, depth 1 (iscsi-perf -r -m 1 -b 8)", "IOPS", 4096, lambda u, s: iscsi_perf(u, s, 1, 8)),
     Workload("writes, 4 KiB, depth 1", "IOPS", 4096, by_time(10000, *WRITE, "-s", "4096", "-d", "1")),
