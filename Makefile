@@ -19,7 +19,7 @@ help:
 	@echo "make bench        benches; against tgt they need root, tgt, libiscsi-bin and qemu-utils"
 	@echo "make conformance  protocol conformance suites; needs libiscsi-bin"
 	@echo "make crash        crash and power-loss tests, long form (ARGS=\"--replay 'STATE'\" for one state)"
-	@echo "make fuzz         fuzzer over all that a peer's bytes reach (FUZZ_ARGS='--seconds 600 --seed 1')"
+	@echo "make fuzz         fuzzer over all that a peer's bytes reach (FUZZ_ARGS='--seconds 600 --seed 1'); guided by coverage too where atheris is installed"
 	@echo "make setup        only the virtual environment"
 	@echo "make clean        remove .venv and caches"
 
@@ -64,6 +64,7 @@ FUZZ_ARGS ?=
 
 fuzz: $(READY)
 	$(BIN)/python -m tests.fuzz.run $(FUZZ_ARGS)
+	$(BIN)/python -m tests.fuzz.guided $(FUZZ_ARGS)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

@@ -235,10 +235,10 @@ def _login_request(chance: Random, body: bytes) -> bytes:
     return _login_pdu(body, chance.choice((0x81, 0x87, 0x87, 0x83, 0x04, 0x40, 0x00, chance.randrange(256))))
 
 
-def _connected(stream: bytes, chance: Random, secrets: ChapSecrets | None) -> tuple[bytes, bool]:
-    """Feed a new connection, whole or in pieces, and end it."""
-    peer = Peer(recorded({0: MemoryVolume(DISK_BYTES)}, secrets, secrets))
-    feed(peer.connection, stream, chance.choice((1, 7, 48, 1 << 30)))
+def _connected(stream: bytes, piece: int) -> tuple[bytes, bool]:
+    """Feed a new connection in pieces of some size, and end it."""
+    peer = Peer(recorded({0: MemoryVolume(DISK_BYTES)}))
+    feed(peer.connection, stream, piece)
     peer.connection.connection_lost()
     return bytes(peer.sent), peer.closed
 
@@ -246,8 +246,7 @@ def _connected(stream: bytes, chance: Random, secrets: ChapSecrets | None) -> tu
 def login_text(chance: Random) -> None:
     """Login requests with any text: the same answer in any pieces."""
     stream = b"".join(_login_request(chance, _text(chance)) for _ in range(chance.randrange(1, 4)))
-    first, second = (_connected(stream, chance, None) for _ in range(2))
-    assert first == second, "the pieces made a difference"
+    assert _connected(stream, 1 << 30) == _connected(stream, chance.choice((48, 7, 3, 1))), "the pieces made a difference"
 
 
 _NAMED: Final = f"InitiatorName={INITIATOR}\0TargetName={TARGET}\0AuthMethod=CHAP\0".encode()
@@ -266,7 +265,7 @@ def login_chap(chance: Random) -> None:
     bodies = (_NAMED, f"CHAP_A={chance.choice(_VALUES)}\0".encode(), third, _text(chance))
     stream = b"".join(_login_pdu(body, flags) for body, flags in zip(bodies, (0x00, 0x00, 0x81, 0x87), strict=True))
     peer = Peer(recorded({0: MemoryVolume(DISK_BYTES)}, SECRETS, SECRETS))
-    feed(peer.connection, stream, chance.choice((3, 1 << 30)))
+    feed(peer.connection, stream, chance.choice((1 << 30, 3)))
     assert not peer.connection.logged_in, "let in without the secret"
     for parser in (chap.decode_binary, chap.parse_identifier, lambda value: text.parse(value.encode())):
         try:
@@ -318,7 +317,7 @@ def framing(chance: Random) -> None:
     if chance.random() < 0.3:
         stream = mutated(chance, stream)
     outcomes = []
-    for piece in (1 << 30, chance.choice((1, 5, 47, 48, 49, 100))):
+    for piece in (1 << 30, chance.choice((100, 49, 48, 47, 5, 1))):
         volume = _PromptVolume(DISK_BYTES)
         peer = Peer(recorded({0: volume}))
         feed(peer.connection, _LOGIN, 1 << 30)

@@ -1,10 +1,12 @@
 """A slice of the fuzzer, and the canaries: bugs planted in each layer that the fuzzer must find in few executions."""
 
+import importlib.util
 import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -14,6 +16,9 @@ from protocol.iscsi.framing import ReceiveBuffer
 from protocol.iscsi.login import LoginPhase
 from protocol.scsi import extended_copy
 from protocol.scsi.limits import SECTOR_SHIFT
+from tests.fuzz import guided
+from tests.fuzz.chance import GivenChance
+from tests.fuzz.guided import INPUT_BYTES_MAX
 from tests.fuzz.run import replay_command, search
 from tests.fuzz.surfaces import SURFACES
 
@@ -22,6 +27,7 @@ SEED = 20261122
 SLICE = {"cdbs": 1500, "parameters": 1500, "login_text": 400, "login_chap": 400, "framing": 200}
 # A planted bug that takes more than this to find would be found by nobody.
 CANARY_EXECUTIONS_MAX = 3000
+GIVEN_EXECUTIONS = 2000
 
 
 @pytest.mark.parametrize("name", SURFACES)
@@ -75,6 +81,38 @@ def test_a_planted_bug_is_found_and_replays(name: str, monkeypatch: pytest.Monke
     assert finding is not None
     again = search(SEED, name, SURFACES[name], finding.number, 1)
     assert again is not None and type(again.error) is type(finding.error)
+
+
+@pytest.mark.parametrize("name", SURFACES)
+def test_given_bytes_decide_and_find_a_planted_bug(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = [Random(f"{SEED}/{name}/{number}").randbytes(INPUT_BYTES_MAX) for number in range(GIVEN_EXECUTIONS)]
+    for data in (b"", b"\xff" * INPUT_BYTES_MAX, *inputs[:20]):
+        SURFACES[name](GivenChance(data))
+    CANARIES[name](monkeypatch)
+    failing = next(data for data in inputs if outcome(name, data) is not None)
+    assert type(outcome(name, failing)) is type(outcome(name, failing))
+
+
+def outcome(name: str, data: bytes) -> Exception | None:
+    """What an execution of given bytes lets out."""
+    try:
+        SURFACES[name](GivenChance(data))
+    except Exception as error:
+        return error
+    return None
+
+
+def test_without_the_driver_a_guided_run_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(sys, "argv", ["guided", "--count", "1"])
+    assert guided.main() == 0 and capsys.readouterr().out.strip() == guided.MISSING
+
+
+def test_an_input_replays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert set(guided.NAMES) == SURFACES.keys()
+    (tmp_path / "input").write_bytes(bytes(100))
+    monkeypatch.setattr(sys, "argv", ["guided", "--surface", "cdbs", "--replay", str(tmp_path / "input")])
+    assert guided.main() == 0 and "fails no more" in capsys.readouterr().out
 
 
 def test_the_seed_comes_first_and_decides() -> None:
