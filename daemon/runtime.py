@@ -8,9 +8,9 @@ from typing import Final
 # interval (default 5 ms) whenever another computes: the event loop would stall for as long (design invariant 8).
 SWITCH_INTERVAL_SECONDS: Final = 0.0005
 # A collection walks 4 objects a microsecond, and the node cache alone may be 200,000 objects. Nothing on the hot path makes
-# rings of references, so: the young are collected 10,000 at a time (2.5 ms), twice that at most with the middle generation, and
+# rings of references, so: the young are collected 5,000 at a time (about 1 ms), twice that at most with the middle generation, and
 # the old never by themselves, but when nobody is served (`collect_old`).
-GC_THRESHOLDS: Final = (10_000, 1, 1_000_000)
+GC_THRESHOLDS: Final = (5_000, 1, 1_000_000)
 
 
 def tune_start() -> None:
