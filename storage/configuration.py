@@ -4,6 +4,8 @@ To the store it is named sections of bytes, replaced whole and durably with a co
 from section name to bytes, in the metafile's blocks one after the other (layout.CONFIGURATION_HEAD).
 """
 
+from functools import partial
+
 import msgpack
 
 from storage.consistency.epoch import Epoch
@@ -17,12 +19,14 @@ from storage.tree.buffer_tree import BufferTree
 class Configuration:
     """Holds all sections in memory; they are small (CONFIGURATION_BYTES_MAX in all)."""
 
-    __slots__ = ("_sections", "_state", "_tree", "size_blocks")
+    __slots__ = ("_durable", "_sections", "_state", "_tree", "size_blocks")
 
     def __init__(self, state: PoolState, tree: BufferTree) -> None:
         self._state = state
         self._tree = tree
         self._sections: dict[str, bytes] = {}
+        # As of the last consistency point.
+        self._durable: dict[str, bytes] = {}
         # Length of the metafile: it grows, and what a shorter configuration leaves behind is not read.
         self.size_blocks = 0
 
@@ -37,7 +41,7 @@ class Configuration:
         data = bytearray()
         for index in range(-(-(CONFIGURATION_HEAD.size + length) // BLOCK_BYTES)):
             data += (await self._tree.load(index, 0)).buf
-        self._sections = msgpack.unpackb(memoryview(data)[CONFIGURATION_HEAD.size : CONFIGURATION_HEAD.size + length])
+        self._sections = self._durable = msgpack.unpackb(memoryview(data)[CONFIGURATION_HEAD.size : CONFIGURATION_HEAD.size + length])
 
     def get(self, section: str) -> bytes:
         """A section, empty if it was never set."""
@@ -55,7 +59,15 @@ class Configuration:
         allocator.check_room(blocks=more)
         allocator.promise(more)
         epoch.configuration = CONFIGURATION_HEAD.pack(len(packed)) + packed, promised + more
+        epoch.when_durable.append(partial(self._is_durable, sections))
         self._sections = sections
+
+    def _is_durable(self, sections: dict[str, bytes]) -> None:
+        self._durable = sections
+
+    def revert(self) -> None:
+        """A consistency point failed: show what the last durable one holds."""
+        self._sections = self._durable
 
     async def write(self, epoch: Epoch, slicer: Slicer) -> None:
         """Within a consistency point: put what the epoch holds into the metafile."""

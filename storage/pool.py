@@ -76,6 +76,7 @@ class Pool:
         self._handler = BackdoorMessageHandler(state)
         self._lifecycle = Lifecycle(state, self._catalogue, self._points, self._log)
         self._lifecycle.deleted = self._post_reclaim
+        self._points.on_failure = self._revert
         self._splits = SplitService(state, self._catalogue, self._points, self._handler, self._lifecycle)
         self._listing = Listing(state, self._catalogue, self._points)
 
@@ -188,6 +189,13 @@ class Pool:
             return False
         await asyncio.sleep(RECLAIM_POLL_SECONDS)
         return True
+
+    def _revert(self) -> None:
+        """Nothing can become durable any more: show what is, for nobody was told of anything else."""
+        epochs = [epoch for epoch in (self._state.frozen, self._state.epoch) if epoch is not None]
+        self._catalogue.revert(dict.fromkeys(image for epoch in epochs for image in epoch.images))
+        self._configuration.revert()
+        self._lifecycle.reverted()
 
     def _post_reclaim(self, image: Image) -> None:
         self._handler.post(Reclaim(self._state, image, self._catalogue.deleted, self._handler.post))

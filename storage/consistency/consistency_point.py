@@ -7,7 +7,7 @@ Order, which is all that makes it atomic:
 4. sync; 5. write the superblock; 6. sync. Only then is the epoch durable, and what it freed may be released.
 
 A crash before 5 is complete leaves the previous superblock in force, and nothing that it reaches was overwritten.
-If any step fails the pool goes read-only: what is frozen can neither be completed nor undone.
+If any step fails the pool goes read-only: what is frozen can neither be completed nor undone. The table is shown as the last durable one.
 """
 
 import asyncio
@@ -72,6 +72,9 @@ class ConsistencyPoints:
         # Set when the log goes on elsewhere than the superblock says: then one has to be written although nothing else changed.
         self.log_moved = False
         self.seconds_last = 0.0
+        # Told once when nothing can become durable any more.
+        self.on_failure: Callable[[], None] = lambda: None
+        self._failed = False
         state.wanted = self._wake.set
         log.durable_by_cp = self.request
 
@@ -103,7 +106,11 @@ class ConsistencyPoints:
     async def reclaim(self) -> bool:
         """Make freed blocks available. False: none are on their way."""
         state = self._state
-        on_their_way = [epoch for epoch in (state.epoch, state.frozen) if epoch is not None and (epoch.freed_estimate or epoch.held)]
+        on_their_way = [
+            epoch
+            for epoch in (state.epoch, state.frozen)
+            if epoch is not None and (epoch.freed_estimate or epoch.held or epoch.when_durable)
+        ]
         if not on_their_way and not state.retired:
             return False
         before = state.allocator.free_now
@@ -154,6 +161,9 @@ class ConsistencyPoints:
             # Whatever it was: what is frozen can neither be completed nor undone, and nobody may wait for ever.
             self._state.fail(f"a consistency point failed: {str(failure) or type(failure).__name__}")
             error = failure
+        if error is not None and not self._failed:
+            self._failed = True
+            self.on_failure()
         for _, future in waiting:
             if future.done():
                 continue  # whoever asked has gone
@@ -272,6 +282,9 @@ class ConsistencyPoints:
         state.frozen = None
         epoch.images = {}
         epoch.unlogged = []
+        followers, epoch.when_durable = epoch.when_durable, []
+        for follow in followers:
+            follow()
         state.retired.append(epoch)
         state.release_retired()
 

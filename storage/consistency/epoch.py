@@ -9,6 +9,7 @@ Invariants:
 - A freed VBN may be handed out again only when this epoch is durable and no epoch up to this one has a reader left.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -45,6 +46,7 @@ class Epoch:
         "readers",
         "saved",
         "unlogged",
+        "when_durable",
     )
 
     def __init__(self, number: int) -> None:
@@ -72,6 +74,8 @@ class Epoch:
         self.discards: list[tuple[int, int]] = []
         # After the maps were written: (region, bits) that stay unavailable until this epoch is released.
         self.held: list[tuple[int, npt.NDArray[np.uint8]]] = []
+        # What must not begin before the changes that it follows from are durable: taking a deleted image apart, say.
+        self.when_durable: list[Callable[[], None]] = []
 
     @property
     def changed(self) -> bool:

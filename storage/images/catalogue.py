@@ -5,7 +5,7 @@ vdisks fit; an Image object is made when somebody works with one, and lives as l
 """
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from weakref import WeakValueDictionary
 
 from storage.errors import BlockDamaged, Conflict, NotFound
@@ -88,6 +88,24 @@ class Catalogue:
         else:
             self._entries[number] = bytes(block).rstrip(b"\0")
 
+    def revert(self, images: Iterable[Image]) -> None:
+        """The consistency point of these images' changes failed: list them as the last durable one has them, or not at all.
+
+        Nobody was told that a change of the table was made that is not durable. The trees stay as they are in memory: clients may have been
+        told of writes that only the intent log holds, and go on reading them.
+        """
+        touched = list(images)
+        for image in touched:
+            self._unlist(image)
+        for image in touched:
+            record = decode(self._entries[image.number])
+            if record is None:
+                del self._entries[image.number]
+                self._live.pop(image.number, None)
+            else:
+                image.revert(record, self.image(record.backing) if record.backing else None)
+                self._index(image.number, record.kind, record.name, record.origin, record.backing)
+
     # --- Changing what hangs on what ----------------------------------------------------------------------------
 
     def rename(self, image: Image, name: str) -> None:
@@ -102,14 +120,9 @@ class Catalogue:
     def mark_deleted(self, image: Image) -> None:
         """Take away its name and its backing store; the tree is left for the background reclaim."""
         image.touch()
-        if image.kind == KIND_VDISK:
-            del self.vdisks[image.name]
-        elif image.kind == KIND_SNAPSHOT:
-            names = self.snapshots[image.origin]
-            del names[image.name]
-            if not names:
-                del self.snapshots[image.origin]
-        self.release_backing(image)
+        self._unlist(image)
+        image.backing = None
+        image.backing_blocks = 0
         image.kind, image.name, image.origin = KIND_DELETED, "", 0
         image.tree.label = image.label
         self.deleted.add(image.number)
@@ -120,13 +133,30 @@ class Catalogue:
         if backing is None:
             return None
         image.touch()
+        self._unlist_clone(image, backing)
+        image.backing = None
+        image.backing_blocks = 0
+        return backing
+
+    def _unlist(self, image: Image) -> None:
+        """Take away its name, and its place among the clones of what is behind it."""
+        if image.kind == KIND_VDISK:
+            del self.vdisks[image.name]
+        elif image.kind == KIND_SNAPSHOT:
+            names = self.snapshots[image.origin]
+            del names[image.name]
+            if not names:
+                del self.snapshots[image.origin]
+        elif image.kind == KIND_DELETED:
+            self.deleted.discard(image.number)
+        if image.backing is not None:
+            self._unlist_clone(image, image.backing)
+
+    def _unlist_clone(self, image: Image, backing: Image) -> None:
         clones = self.clones[backing.number]
         clones.discard(image.number)
         if not clones:
             del self.clones[backing.number]
-        image.backing = None
-        image.backing_blocks = 0
-        return backing
 
     # --- Finding -----------------------------------------------------------------------------------------------
 

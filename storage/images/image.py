@@ -74,6 +74,24 @@ class Image:
         state.epoch.images[self] = None
         state.allocator.promise()
 
+    def revert(self, record: ImageRecord, backing: "Image | None") -> None:
+        """Be again what the table says of it, the data apart.
+
+        What a shrink took from clients stays out of their reach: it may be trimmed. And nothing is read through the holes of a clone that a
+        split had released: since then a trim may have left some.
+        """
+        released = self.kind == record.kind and self.backing is None
+        self.kind = record.kind
+        self.name = record.name
+        self.origin = record.origin
+        self.size_bytes = record.size_bytes
+        self.limit_bytes = min(self.limit_bytes, record.size_bytes)
+        self.backing = backing
+        self.backing_blocks = 0 if released else record.backing_blocks
+        self.flags = record.flags
+        self.split.state, self.split.reason = record.split.state, record.split.reason
+        self.tree.label = self.label
+
     def encode(self) -> bytearray:
         """The table entry as of now (the root's CRC32C may still be missing: the consistency point adds it)."""
         tree = self.tree

@@ -113,6 +113,17 @@ class Lifecycle:
             volume.close()
             await volume.drain()
 
+    def reverted(self) -> None:
+        """The catalogue went back to the last durable consistency point: so do the volumes."""
+        for number, volume in list(self._volumes.items()):
+            image = volume.image
+            if self._catalogue.find(number) is not image:
+                volume.close()
+            elif image.kind in (KIND_VDISK, KIND_SNAPSHOT):
+                volume.name = self._catalogue.full_name(image)
+                if not self._closing:
+                    volume.reopen()
+
     def _volume_of(self, image: Image) -> Volume | None:
         """Its volume, if anybody refers to it. One of that number may also be left of an image that is no more."""
         volume = self._volumes.get(image.number)
@@ -243,7 +254,11 @@ class Lifecycle:
             self.delete_if_released(backing)
 
     def _forget(self, image: Image) -> None:
+        """Within a freeze. The blocks come free when the deletion is durable: until then a failure may bring the image back."""
         self._catalogue.mark_deleted(image)
+        self._state.epoch.when_durable.append(partial(self._forgotten, image))
+
+    def _forgotten(self, image: Image) -> None:
         self._counters.pop(image.number, None)
         self.deleted(image)
 
@@ -352,7 +367,7 @@ class Lifecycle:
             volume.close()
         backing = image.backing
         self._forget(image)
-        self._state.on_event("snapshot.deleted", number=image.number)
+        self._state.epoch.when_durable.append(partial(self._state.on_event, "snapshot.deleted", number=image.number))
         if backing is not None:
             self.delete_if_released(backing)
         return True

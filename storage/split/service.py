@@ -1,6 +1,7 @@
 """Starting, steering and showing splits: what the control socket reaches."""
 
 import time
+from functools import partial
 from typing import Any
 
 from storage.backdoor.handler import BackdoorMessageHandler
@@ -84,10 +85,14 @@ class SplitService:
         )
         self._jobs = {number: job for number, job in self._jobs.items() if not job.gone}  # those whose clones were deleted
         job = self._jobs[image.number] = SplitJob(image, self._release, self._stopped)
+        # Not left to this call: it may be cancelled, and the split goes on all the same.
+        self._state.epoch.when_durable.append(partial(self._started, job, mode))
         await self._points.request()
-        self._state.on_event("split.started", vdisk=image.name, mode=mode)
-        self._handler.post(job)
         return self._describe(image)
+
+    def _started(self, job: SplitJob, mode: str) -> None:
+        self._state.on_event("split.started", vdisk=job.image.name, mode=mode)
+        self._handler.post(job)
 
     async def pause(self, name: str) -> dict[str, Any]:
         """Stop until ``resume``; over restarts, too. Raises NotFound, Conflict."""
@@ -95,11 +100,7 @@ class SplitService:
 
     async def resume(self, name: str) -> dict[str, Any]:
         """Go on after a pause. Raises NotFound, Conflict."""
-        image = self._catalogue.vdisk(name)
-        shown = await self._change(image, "resume")
-        if image.job is not None:  # unless it was cancelled, or the clone deleted, meanwhile
-            self._handler.post(image.job)
-        return shown
+        return await self._change(self._catalogue.vdisk(name), "resume")
 
     async def cancel(self, name: str) -> dict[str, Any]:
         """End the split; what was separated stays so, and the clone stays a clone. Raises NotFound, Conflict."""
@@ -112,9 +113,14 @@ class SplitService:
         image.split.state, image.split.reason = following, ""
         if command == "cancel":
             self._end(image)  # before anybody can start the next one
-        self._state.on_event(f"split.{SPLIT_STATES[following]}", vdisk=image.name)
+        self._state.epoch.when_durable.append(partial(self._changed, image, following))
         await self._points.request()
         return self._describe(image)
+
+    def _changed(self, image: Image, following: int) -> None:
+        self._state.on_event(f"split.{SPLIT_STATES[following]}", vdisk=image.name)
+        if following == SPLIT_RUNNING and image.job is not None:  # unless it was cancelled, or the clone deleted, meanwhile
+            self._handler.post(image.job)
 
     def _end(self, image: Image) -> None:
         job = self._jobs.pop(image.number, None)
@@ -188,16 +194,16 @@ class SplitService:
 
     def _describe(self, image: Image) -> dict[str, Any]:
         split, job = image.split, image.job
-        state = SPLIT_RUNNING if image.number in self._releasing else split.state
+        state, reason = self._shown_state(image)
         done = split.blocks_copied + split.blocks_shared
         total = max(split.holes_total, split.holes_remaining + done)
-        running = job is not None and split.state == SPLIT_RUNNING
+        running = job is not None and state == SPLIT_RUNNING
         return {
             "name": image.name,
             "state": SPLIT_STATES[state],
             "mode": SPLIT_MODES[split.mode],
             "phase": job.phase if job is not None else "ended",
-            "reason": split.reason or None,
+            "reason": reason or None,
             "backing": self._catalogue.full_name(image.backing) if image.backing is not None else None,
             "holes_total": total,
             "holes_remaining": split.holes_remaining,
@@ -212,9 +218,18 @@ class SplitService:
             "started_ns": split.started_ns,
         }
 
+    def _shown_state(self, image: Image) -> tuple[int, str]:
+        """What counts is what is durable; and on a pool that takes no changes nothing runs, so that nobody waits for it."""
+        split, read_only = image.split, self._state.read_only_reason
+        state = SPLIT_RUNNING if image.number in self._releasing else split.state
+        if state == SPLIT_RUNNING and read_only is not None:
+            return SPLIT_FAILED, f"the pool is read-only: {read_only}; the split goes on when the pool takes changes again"
+        return state, split.reason
+
     def list(self) -> list[dict[str, Any]]:
         """All splits that are running or paused."""
-        return [self._describe(job.image) for _, job in sorted(self._jobs.items()) if not job.gone]
+        under_way = [job.image for _, job in sorted(self._jobs.items()) if not job.gone]
+        return [self._describe(image) for image in under_way if image.split.state in (SPLIT_RUNNING, SPLIT_PAUSED)]
 
     async def estimate(self, name: str) -> dict[str, Any]:
         """What a copy split of this clone would move now, and how long that takes on an idle daemon. Raises NotFound, Conflict."""

@@ -133,6 +133,7 @@ async def fail_once(base: tuple[Pages, Model], operation: Operation, fault: Faul
     met = device.calls[fault.operation] >= fault.nth
     device.faults = []
     await still_reads(session)
+    await shows_what_is(session)
     shown = session.pool.show()
     if fault.operation == SYNC and met:
         assert shown["read_only"] and shown["read_only_reason"], "a sync failed, and the pool goes on as if nothing were"
@@ -158,15 +159,24 @@ async def split_is_durable(pages: Pages) -> None:
 
 async def still_reads(session: Session) -> None:
     for name in image_names(session.pool):
-        disk = session.model.disks.get(name)
-        if disk is None:
-            continue  # of a change that failed: it was never made, and a read may say so
+        disk = session.model.disks[name]
         for fbn in (0, 1, 2, 3, 255, 256):
             found = await read_block(session.pool.volume(name), fbn) if fbn * 4096 < session.pool.volume(name).size_bytes else b""
             lba = fbn * BLOCK
             for step in range(len(found) // 512):
                 allowed = disk.sectors.get(lba + step, (bytes(512),))
                 assert found[step * 512 : (step + 1) * 512] in allowed, f"{name}: sector {lba + step}"
+
+
+async def shows_what_is(session: Session) -> None:
+    """What failed was never made, and is not shown; what was to go away is still there."""
+    pool, disks = session.pool, session.model.disks
+    assert image_names(pool) == disks.keys()
+    rows = {row["name"]: row for row in [*await pool.vdisk_list(), *await pool.snapshot_list()]}
+    assert {name: row["size_bytes"] for name, row in rows.items()} == {name: disk.size_blocks * 4096 for name, disk in disks.items()}
+    assert all(pool.volume(name).name == name for name in disks)
+    if pool.show()["read_only"]:
+        assert not [row for row in pool.split_list() if row["state"] == "running"], "nothing runs on a pool that takes no changes"
 
 
 FAULTS = [
