@@ -106,11 +106,7 @@ class ConsistencyPoints:
     async def reclaim(self) -> bool:
         """Make freed blocks available. False: none are on their way."""
         state = self._state
-        on_their_way = [
-            epoch
-            for epoch in (state.epoch, state.frozen)
-            if epoch is not None and (epoch.freed_estimate or epoch.held or epoch.when_durable)
-        ]
+        on_their_way = [epoch for epoch in (state.epoch, state.frozen) if epoch is not None and epoch.frees]
         if not on_their_way and not state.retired:
             return False
         before = state.allocator.free_now

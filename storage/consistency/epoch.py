@@ -90,6 +90,11 @@ class Epoch:
         arrays = sum(map(len, self.freed_arrays)) + sum(map(len, self.dropped_arrays))
         return len(self.freed) + len(self.dropped) + arrays
 
+    @property
+    def frees(self) -> bool:
+        """Whether blocks may come free with this epoch, or by what begins when it is durable."""
+        return bool(self.freed_estimate or self.held or self.when_durable)
+
     def count_pointer(self, vbn: int, change: int) -> None:
         """Note ``change`` more references to the pointer block at ``vbn``."""
         total = self.pointer_delta.get(vbn, 0) + change
