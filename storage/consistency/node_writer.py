@@ -47,7 +47,10 @@ class NodeWriter:
         self.blocks_written = 0
 
     async def write_dirty(self) -> None:
-        """Write all dirty nodes. Raises DeviceFailed."""
+        """Write all dirty nodes: the CRC32Cs level by level, bottom-up, then all blocks in the order of their VBNs. Raises DeviceFailed.
+
+        Nodes of different levels are neighbours on the device, for a path to a leaf gets its VBNs one after the other.
+        """
         nodes = self._epoch.dirty
         self._epoch.dirty = {}
         frozen: dict[Place, Node] = {}
@@ -57,21 +60,19 @@ class NodeWriter:
             frozen[node.tree, node.level, node.index] = node
             levels[node.level].append(node)
             await self._slicer.breathe()
-        for level in levels:
-            await self._write_level(level, frozen)
-
-    async def _write_level(self, nodes: list[Node], frozen: dict[Place, Node]) -> None:
         blocks: list[tuple[int, bytearray]] = []
-        for node in nodes:
-            buf, vbn = frozen_state(self._epoch, node)
-            self._settle_crc(node, vbn, crc32c(buf), frozen)
-            blocks.append((vbn, buf))
-            await self._slicer.breathe()
+        for level in levels:
+            for node in level:
+                buf, vbn = frozen_state(self._epoch, node)
+                self._settle_crc(node, vbn, crc32c(buf), frozen)
+                blocks.append((vbn, buf))
+                await self._slicer.breathe()
         await self.write_blocks(blocks)
         for node in nodes:
             if node.epoch is self._epoch:
                 node.epoch = None
             self._epoch.saved.pop(node, None)
+            await self._slicer.breathe()
 
     def _settle_crc(self, node: Node, vbn: int, crc: int, frozen: dict[Place, Node]) -> None:
         tree = node.tree
