@@ -377,7 +377,8 @@ class PoolMachine(RuleBasedStateMachine):
         try:
             self.pool.run(command)
         except StorageError:
-            # The split has ended by itself.
+            # The split has ended by itself; perhaps that is not durable yet.
+            self.pool.run(self.ended(name))
             self.refresh_splits()
             assert name not in self.splits
             return False
