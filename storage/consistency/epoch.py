@@ -9,6 +9,7 @@ Invariants:
 - A freed VBN may be handed out again only when this epoch is durable and no epoch up to this one has a reader left.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
 
 # image number, CRC32C, FBN, VBN, run length: what the intent log says of one change (layout.RECORD_ENTRY).
 LogEntry = tuple[int, int, int, int, int]
+
+
+def follows(one: LogEntry, other: LogEntry) -> bool:
+    """Whether two changes may be of one write: neighbours in one image."""
+    return one[0] == other[0] and one[2] + one[4] == other[2]
 
 
 class Epoch:
@@ -41,11 +47,13 @@ class Epoch:
         "freed_arrays",
         "held",
         "images",
+        "logged",
         "number",
         "pointer_delta",
         "readers",
         "saved",
         "unlogged",
+        "unlogged_ends",
         "when_durable",
     )
 
@@ -67,6 +75,9 @@ class Epoch:
         # Changes of the reference counts of pointer blocks, which must be known at once (share_map.try_count).
         self.pointer_delta: dict[int, int] = {}
         self.unlogged: list[LogEntry] = []
+        # How many changes have left ``unlogged`` for a record; and, counted like these, where whole writes end that did not.
+        self.logged = 0
+        self.unlogged_ends: list[int] = []
         # Blocks were copied by reference, which the log cannot say: a flush takes a consistency point.
         self.by_reference = False
         self.readers = 0
@@ -94,6 +105,35 @@ class Epoch:
     def frees(self) -> bool:
         """Whether blocks may come free with this epoch, or by what begins when it is durable."""
         return bool(self.freed_estimate or self.held or self.when_durable)
+
+    def note_end(self) -> None:
+        """What was changed so far are whole writes: a record may end here."""
+        end = self.logged + len(self.unlogged)
+        if self.unlogged and (not self.unlogged_ends or self.unlogged_ends[-1] != end):
+            self.unlogged_ends.append(end)
+
+    def take_unlogged(self, room: int, room_max: int) -> list[LogEntry]:
+        """Take the first changes for a record that has room for so many more. None if a write would be cut that fits into an empty one.
+
+        A write of up to ATOMIC_WRITE_BYTES_MAX (protocol.volume) is there after a crash entirely or not at all, so one record holds it. Its
+        changes lie between two ends, and are neighbours; what is longer than a record is no such write.
+        """
+        entries, ends = self.unlogged, self.unlogged_ends
+        count = len(entries)
+        if count <= room:
+            self.unlogged, self.unlogged_ends = [], []
+            self.logged += count
+            return entries
+        passed = bisect_right(ends, self.logged + room)
+        end = ends[passed - 1] - self.logged if passed else 0
+        count = next((at for at in range(room, end, -1) if not follows(entries[at - 1], entries[at])), end)
+        if not count and room == room_max:
+            count = room
+        taken = entries[:count]
+        del entries[:count]
+        self.logged += count
+        del ends[: bisect_right(ends, self.logged)]
+        return taken
 
     def count_pointer(self, vbn: int, change: int) -> None:
         """Note ``change`` more references to the pointer block at ``vbn``."""

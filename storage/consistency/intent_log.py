@@ -20,7 +20,7 @@ import asyncio
 from collections.abc import Callable
 
 from storage.consistency.epoch import Epoch
-from storage.consistency.log_record import LogRecord
+from storage.consistency.log_record import ENTRIES_PER_RECORD, LogRecord
 from storage.errors import DeviceFailed, as_storage_error
 from storage.layout import BLOCK_BYTES
 from storage.slices import Slicer
@@ -92,7 +92,13 @@ class IntentLog:
     # --- Noting changes --------------------------------------------------------------------------------------------
 
     def note(self) -> None:
-        """Write what is not logged yet, as far as that is possible at once and without a sync; what is left waits for a flush."""
+        """Write what is not logged yet, as far as that is possible at once and without a sync; what is left waits for a flush.
+
+        Called between writes, so that all of them that were begun are there whole.
+        """
+        for changed in (self._state.frozen, self._state.epoch):
+            if changed is not None:
+                changed.note_end()
         for _ in range(RECORDS_PER_NOTE):
             epoch = self._next_epoch()
             if epoch is None:
@@ -100,9 +106,11 @@ class IntentLog:
             record = self._record_for(epoch)
             if record is None:
                 break
-            count = record.room
-            record.add(epoch.unlogged[:count])
-            del epoch.unlogged[:count]
+            entries = epoch.take_unlogged(record.room, ENTRIES_PER_RECORD)
+            if not entries:
+                self._open = None
+                continue
+            record.add(entries)
             if not self._unwritten or self._unwritten[-1] is not record:
                 self._unwritten.append(record)
         self._write_out()

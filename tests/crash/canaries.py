@@ -7,6 +7,7 @@ from unittest import mock
 
 from storage.allocation.write_allocator import WriteAllocator
 from storage.consistency.consistency_point import ConsistencyPoints
+from storage.consistency.epoch import Epoch
 from storage.consistency.replay import Replay
 from storage.images import write_path
 from storage.layout import ZERO_POINTER
@@ -110,6 +111,17 @@ def replay_ignores_a_bad_crc(stack: ExitStack) -> None:
     stack.enter_context(mock.patch.object(Replay, "_damaged_entries", planted))
 
 
+def atomic_write_in_two_records(stack: ExitStack) -> None:
+    """A record takes what it has room for, though a write is cut by that."""
+
+    def planted(self: Epoch, room: int, room_max: int) -> list[Any]:
+        taken = self.unlogged[:room]
+        del self.unlogged[:room]
+        return taken
+
+    stack.enter_context(mock.patch.object(Epoch, "take_unlogged", planted))
+
+
 Canary = Callable[[ExitStack], None]
 CANARIES: tuple[Canary, ...] = (
     superblock_before_data_sync,
@@ -117,6 +129,7 @@ CANARIES: tuple[Canary, ...] = (
     trimmed_block_becomes_a_hole,
     split_without_compare_and_set,
     replay_ignores_a_bad_crc,
+    atomic_write_in_two_records,
 )
 
 

@@ -12,7 +12,7 @@ from random import Random
 from typing import Any, NamedTuple, TypeVar
 
 from tests.crash.determinism import VirtualLoop, repeatable, run_to_the_end
-from tests.crash.long_workloads import STATES_AN_EPOCH, LongWorkload
+from tests.crash.long_workloads import STATES_AN_EPOCH, LongWorkload, records_of
 from tests.crash.oracle import Expectation
 from tests.crash.recording import ZERO_PAGE, Pages, RecordingDevice, Request
 from tests.crash.session import Session, abandon, open_steady
@@ -107,7 +107,7 @@ class Enumerator:
         label = f"long {seed}"
         points: list[CrashPoint] = []
         try:
-            with repeatable(WORKLOAD_IDENTITIES):
+            with repeatable(WORKLOAD_IDENTITIES), records_of(seed):
                 self._run(self._record_long(seed, points))
         except Exception:
             self._failed(label, traceback.format_exc(limit=-4))

@@ -5,9 +5,11 @@ few are examined; there are hundreds of epochs.
 """
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from contextlib import ExitStack, contextmanager
 from random import Random
 from typing import Any
+from unittest import mock
 
 from tests.crash.oracle import SECTORS_PER_BLOCK
 from tests.crash.session import Session
@@ -17,6 +19,9 @@ OPERATIONS = 120
 # At most this many vdisks and snapshots, so that a small pool holds them.
 IMAGES_MAX = 7
 STATES_AN_EPOCH = 8
+# Of atomic writes; and records of every other workload hold no more than so many changes, so that their ends are met often.
+ATOMIC_BLOCKS_MAX = 4
+SMALL_RECORD_ENTRIES = 5
 # Where writes go: few blocks, met again and again, on both sides of a level-1 border.
 BLOCKS = (0, 1, 2, 3, 4, 5, 128, 254, 255, 256, 257, 258)
 
@@ -33,7 +38,7 @@ class LongWorkload:
         choices = [
             (self.together, 30), (self.flush, 25), (self.write_fua, 12), (self.background, 20), (self.consistency_point, 5),
             (self.unmap, 6), (self.snapshot, 4), (self.clone, 4), (self.split, 8), (self.delete_snapshot, 4), (self.delete_vdisk, 2),
-            (self.resize, 2),
+            (self.resize, 2), (self.write_atomic, 10),
         ]  # fmt: skip
         operations, weights = zip(*choices, strict=True)
         for _ in range(OPERATIONS):
@@ -75,6 +80,17 @@ class LongWorkload:
     async def write_fua(self) -> None:
         await asyncio.gather(*self.some_write(set(), fua=True))
 
+    async def write_atomic(self) -> None:
+        """Several at a time, to neighbours too: one batch, and where records are small, several records."""
+        name = self.random.choice(self.vdisks())
+        fbn, work = self.random.choice((0, 254)), []
+        for _ in range(self.random.randint(1, 3)):
+            blocks = min(self.random.randint(2, ATOMIC_BLOCKS_MAX), self.session.model.disks[name].size_blocks - fbn)
+            if blocks > 1:
+                work.append(self.session.write_atomic(name, fbn, blocks, self.random.random() < 0.3))
+                fbn += blocks
+        await asyncio.gather(*work)
+
     async def unmap(self) -> None:
         name = self.random.choice(self.vdisks())
         lba = self.some_lba(name)
@@ -115,13 +131,13 @@ class LongWorkload:
             session.split_mode = self.random.choice(("copy", "share"))
             clone = self.random.choice(clones)
             await session.split_start(clone)
-            for _ in range(self.random.randint(0, 3)):
+            for _ in range(self.random.randint(2, 4)):
                 await self.race(clone)
 
     async def race(self, clone: str) -> None:
         """A message of the split against writes to the very blocks that it may be copying: the writes must win."""
         taken: set[tuple[str, int]] = set()
-        await asyncio.gather(self.session.step(), *(one for _ in range(3) for one in self.some_write(taken, name=clone)))
+        await asyncio.gather(self.session.step(), *(one for _ in range(5) for one in self.some_write(taken, name=clone)))
 
     async def delete_snapshot(self) -> None:
         if self.snapshots():
@@ -139,3 +155,13 @@ class LongWorkload:
 
 async def awaited(future: Coroutine[Any, Any, None]) -> None:
     await future
+
+
+@contextmanager
+def records_of(seed: int) -> Iterator[None]:
+    """The records of the intent log as they are, or small ones."""
+    with ExitStack() as stack:
+        if seed & 1:
+            for module in ("log_record", "intent_log"):
+                stack.enter_context(mock.patch(f"storage.consistency.{module}.ENTRIES_PER_RECORD", SMALL_RECORD_ENTRIES))
+        yield

@@ -33,14 +33,21 @@ class Disk:
 
     size_blocks: int
     sectors: dict[int, Allowed] = field(default_factory=dict)
+    # Writes that are there entirely or not at all, and not known to be durable yet: first sector, content.
+    atomic: list[tuple[int, bytes]] = field(default_factory=list)
 
     def write(self, lba: int, content: bytes) -> None:
         for step in range(len(content) // SECTOR_BYTES):
             new = content[step * SECTOR_BYTES : (step + 1) * SECTOR_BYTES]
             self.sectors[lba + step] = (*self.sectors.get(lba + step, ZEROS_ONLY), new)
 
+    def write_atomic(self, lba: int, content: bytes) -> None:
+        self.write(lba, content)
+        self.atomic.append((lba, content))
+
     def durable(self) -> None:
         """Everything written so far has been acknowledged as durable."""
+        self.atomic = []
         self.sectors = {lba: allowed[-1:] for lba, allowed in self.sectors.items()}
 
     def durable_range(self, lba: int, count: int) -> None:
@@ -48,7 +55,7 @@ class Disk:
             self.sectors[at] = self.sectors[at][-1:]
 
     def copy(self) -> "Disk":
-        return Disk(self.size_blocks, dict(self.sectors))
+        return Disk(self.size_blocks, dict(self.sectors), list(self.atomic))
 
     def resized(self, size_blocks: int) -> "Disk":
         end = size_blocks * SECTORS_PER_BLOCK
@@ -111,10 +118,40 @@ class World:
         # Every address that any image ever used is looked at in every image: that is how one image's data would show in another.
         addresses = {lba // SECTORS_PER_BLOCK for disk in disks.values() for lba in disk.sectors}
         self.blocks = {name: expected_blocks(disk, addresses) for name, disk in disks.items()}
+        self.atomic = {name: [Atomic(disk, lba, content) for lba, content in disk.atomic] for name, disk in disks.items() if disk.atomic}
 
     def key(self) -> int:
         """Two worlds of the same key expect the same."""
-        return hash(tuple(sorted((name, size, tuple(sorted(self.blocks[name].items(), key=first))) for name, size in self.sizes.items())))
+        blocks = sorted((name, size, tuple(sorted(self.blocks[name].items(), key=first))) for name, size in self.sizes.items())
+        return hash((tuple(blocks), tuple((name, *(one.new for one in writes)) for name, writes in sorted(self.atomic.items()))))
+
+
+class Atomic:
+    """A write of which no part may be found beside what it replaced. ``new`` and ``older`` are by sector, as (sector, content)."""
+
+    def __init__(self, disk: Disk, lba: int, content: bytes) -> None:
+        sectors = range(lba, lba + len(content) // SECTOR_BYTES)
+        self.new = tuple((at, content[(at - lba) * SECTOR_BYTES : (at - lba + 1) * SECTOR_BYTES]) for at in sectors)
+        # What a later write put there says nothing of this one, and zeros may be both.
+        self._older = {at: only_before(disk.sectors[at], new) for at, new in self.new}
+
+    def blocks(self) -> list[int]:
+        return sorted({at // SECTORS_PER_BLOCK for at, _ in self.new})
+
+    def torn(self, found: Mapping[int, bytes]) -> str | None:
+        """``found`` are the blocks that it covers. None if it is there as a whole, or not at all."""
+        shown = {at: found[at // SECTORS_PER_BLOCK][at % SECTORS_PER_BLOCK * SECTOR_BYTES :][:SECTOR_BYTES] for at, _ in self.new}
+        there = [at for at, new in self.new if shown[at] == new]
+        missing = [at for at, older in self._older.items() if shown[at] in older]
+        if there and missing:
+            return f"of an atomic write sector {there[0]} is there, and sector {missing[0]} holds {brief(shown[missing[0]])}"
+        return None
+
+
+def only_before(allowed: Allowed, new: bytes) -> set[bytes]:
+    """What a sector can only hold if ``new`` is not there yet."""
+    at = allowed.index(new) if new in allowed else 0
+    return set(allowed[:at]) - set(allowed[at:])
 
 
 def first(pair: tuple[int, Block]) -> int:

@@ -124,6 +124,15 @@ class Session:
         if fua:
             self.model.disks[name].durable_range(lba, count)
 
+    async def write_atomic(self, name: str, fbn: int, blocks: int, fua: bool = False) -> None:
+        """Whole blocks, at most ATOMIC_WRITE_BYTES_MAX of them: after any crash all of it is there, or nothing."""
+        lba, count = fbn * SECTORS_PER_BLOCK, blocks * SECTORS_PER_BLOCK
+        content = self.model.next_data(name, lba, count)
+        self.model.disks[name].write_atomic(lba, content)
+        await self.client.write(name, lba, content, fua)
+        if fua:
+            self.model.disks[name].durable_range(lba, count)
+
     async def unmap(self, name: str, lba: int, count: int) -> None:
         self.model.disks[name].write(lba, bytes(count * SECTOR_BYTES))
         await self.client.unmap(name, lba, count)

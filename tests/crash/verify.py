@@ -130,6 +130,11 @@ class Verification:
                 wrong = differs(expected, await read_block(volume, fbn))
                 if wrong is not None:
                     return f"{name} block {fbn}: {wrong}"
+        for name, writes in world.atomic.items():
+            for write in writes:
+                torn = write.torn({fbn: await read_block(self.pool.volume(name), fbn) for fbn in write.blocks()})
+                if torn is not None:
+                    return f"{name}: {torn}"
         return None
 
     async def _use(self, world: World) -> None:

@@ -244,3 +244,32 @@ async def test_a_killed_process_loses_no_acknowledged_write() -> None:
         for index in range(300):
             expected = bytes(BLOCK_BYTES) if 7 <= index < 10 else data(index, 1)
             assert await running.read("a", index * BLOCK_BYTES, BLOCK_BYTES) == expected
+
+
+@pytest.mark.parametrize(
+    ("writes", "filled", "expected"),
+    [
+        ([[(1, 10, 4)]], 0, [4]),
+        ([[(1, 10, 4)]], ENTRIES_PER_RECORD - 4, [ENTRIES_PER_RECORD]),
+        ([[(1, 10, 4)]], ENTRIES_PER_RECORD - 2, [ENTRIES_PER_RECORD - 2, 4]),
+        ([[(1, 10, 1), (1, 20, 1), (1, 30, 2)]], ENTRIES_PER_RECORD - 3, [ENTRIES_PER_RECORD - 1, 2]),
+        ([[(1, 10, 2), (2, 12, 2)]], ENTRIES_PER_RECORD - 3, [ENTRIES_PER_RECORD - 1, 2]),
+        ([[(1, 10, 100)], [(1, 110, 20)], [(1, 130, 30)]], 0, [120, 30]),
+        ([[(1, 0, 300)]], 5, [5, ENTRIES_PER_RECORD, ENTRIES_PER_RECORD, 300 - 2 * ENTRIES_PER_RECORD]),
+    ],
+)
+async def test_no_write_lies_in_two_records_that_fits_into_one(
+    writes: list[list[tuple[int, int, int]]], filled: int, expected: list[int]
+) -> None:
+    """``writes`` are batches of (image, FBN, blocks), noted while the ring was full and logged when it was not; ``filled`` comes first."""
+    log = Log()
+    log.log._used_blocks = RING_BLOCKS if not filled else 0
+    log.state.epoch.unlogged.extend((9, 7, 2 * fbn, 100 + fbn, 1) for fbn in range(filled))
+    log.log.note()
+    log.log._used_blocks = RING_BLOCKS if len(writes) > 1 else log.log._used_blocks
+    for batch in writes:
+        log.state.epoch.unlogged.extend((image, 7, first + at, 1000 + at, 1) for image, first, count in batch for at in range(count))
+        log.log.note()
+    log.log._used_blocks = 0
+    log.log.note()
+    assert [len(record.entries) for record in log.ring().records_from(0, 1)] == expected
