@@ -101,10 +101,11 @@ class Ring:
 
     def later_than(self, sequence: int) -> Record | None:
         """Any record of a higher sequence anywhere in the ring that says ``sequence`` was durable."""
-        for block in range(self.blocks):
-            if bytes(self._data[block * BLOCK_BYTES : block * BLOCK_BYTES + 4]) == RECORD_MAGIC:
-                record = self.record_at(block)
-                if record is not None and record.sequence > sequence and record.durable_sequence >= sequence:
+        for start in range(0, len(self._data), BLOCK_BYTES):
+            magic, _, found, _, durable, *_ = RECORD_HEAD.unpack_from(self._data, start)
+            if magic == RECORD_MAGIC and found > sequence and durable >= sequence:
+                record = self.record_at(start // BLOCK_BYTES)
+                if record is not None:
                     return record
         return None
 
@@ -117,7 +118,6 @@ class Replay:
         self._superblock = superblock
         self._catalogue = catalogue
         self._slicer = Slicer()
-        self._data = memoryview(bytearray(READ_BLOCKS * BLOCK_BYTES))
 
     async def run(self) -> Replayed:
         """Apply the log. Raises BlockDamaged, DeviceFailed; damage that leaves the rest usable is reported and survived."""
@@ -169,11 +169,12 @@ class Replay:
     async def _damaged_entries(self, record: Record) -> list[Entry]:
         """Data entries whose block does not have the CRC32C that the record gives."""
         bad: list[Entry] = []
+        buffer = memoryview(bytearray(min(len(record.entries), READ_BLOCKS) * BLOCK_BYTES))
         for run in runs(record.entries):
             first, last = run[0][3], run[-1][3]
             if last >= self._superblock.size_blocks:
                 raise BlockDamaged(f"record {record.sequence} of the intent log names VBN {last}, beyond the pool: run `cleaved check`")
-            data = self._data[: len(run) * BLOCK_BYTES]
+            data = buffer[: len(run) * BLOCK_BYTES]
             if not self._state.device.try_readv((data,), first * BLOCK_BYTES):
                 await self._state.device.readv((data,), first * BLOCK_BYTES)
             blocks = range(0, len(data), BLOCK_BYTES)
