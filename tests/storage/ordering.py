@@ -10,7 +10,7 @@ It shares nothing with the store but the format. What it finds is kept in ``viol
 
 import os
 from asyncio import Future
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -106,7 +106,7 @@ class OrderingChecker(WrappedDevice):
     def writev(self, buffers: Sequence[Buffer], offset_bytes: int) -> Future[None]:
         number = self._submitted(buffers, offset_bytes, buffers_length(buffers))
         future = self.inner.writev(buffers, offset_bytes)
-        future.add_done_callback(lambda _: self._complete.add(number))
+        when_done(future, lambda: self._complete.add(number))
         return future
 
     def discard(self, offset_bytes: int, length_bytes: int) -> Future[None]:
@@ -176,14 +176,11 @@ class OrderingChecker(WrappedDevice):
         covered = set(self._complete)
         future = self.inner.sync()
 
-        def ended(_: Future[None]) -> None:
+        def ended() -> None:
             if not future.cancelled() and future.exception() is None:
                 self._synced(covered)
 
-        if future.done():
-            ended(future)
-        else:
-            future.add_done_callback(ended)
+        when_done(future, ended)
         return future
 
     def _synced(self, covered: set[int]) -> None:
@@ -206,6 +203,14 @@ class OrderingChecker(WrappedDevice):
     def _violated(self, what: str) -> None:
         OrderingChecker.violations.append(what)
         raise AssertionError(what)
+
+
+def when_done(future: Future[None], follow: Callable[[], object]) -> None:
+    """Call ``follow`` before anybody who awaits the Future goes on: at once if it is done, for then an await does not wait."""
+    if future.done():
+        follow()
+    else:
+        future.add_done_callback(lambda _: follow())
 
 
 def fields_of(block: bytes) -> Iterator[tuple[int, int, int]]:
