@@ -6,7 +6,8 @@ Rules that make the hot path possible (design section 3):
 - A completion is called exactly once; it may be called before the method that took it returns.
 - Errors are given to completions (or raised by ``try_read``), and each carries an ``errno`` attribute
   (EIO: the block's checksum failed or the device did; ENOSPC: the pool is full; EROFS: read-only; EINVAL: out of range;
-  ESHUTDOWN: the volume is going away), from which each protocol makes its own status.
+  ESHUTDOWN: the volume is going away), from which each protocol makes its own status. That of a read may have ``offset_bytes``,
+  the first byte of the volume that could not be read, or None.
 """
 
 from collections.abc import Callable

@@ -11,6 +11,8 @@ class StorageError(Exception):
     """Root of all errors that `storage` raises on purpose. The message says the cause and the next step."""
 
     errno: int = errno.EIO
+    # Of a read that failed: the first byte of the volume that could not be read, where that is known.
+    offset_bytes: int | None = None
 
 
 class RequestError(StorageError):

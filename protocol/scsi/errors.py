@@ -1,9 +1,11 @@
 """Errors of the SCSI layer. Each is a status to put on the wire, never a reason to end the session."""
 
 import errno
+from dataclasses import replace
 from typing import Final
 
 from protocol.scsi import sense
+from protocol.scsi.limits import SECTOR_SHIFT
 from protocol.scsi.sense import Sense
 
 STATUS_GOOD: Final = 0x00
@@ -48,5 +50,11 @@ def sense_of(error: Exception, writing: bool) -> Sense:
         return error.sense
     number = getattr(error, "errno", None)
     if number == errno.EIO:
-        return sense.WRITE_ERROR if writing else sense.UNRECOVERED_READ_ERROR
+        return sense.WRITE_ERROR if writing else _unrecovered(getattr(error, "offset_bytes", None))
     return _BY_ERRNO.get(number or 0, sense.INTERNAL_TARGET_FAILURE)
+
+
+def _unrecovered(offset_bytes: int | None) -> Sense:
+    """UNRECOVERED READ ERROR with the first LBA that could not be read as information (SBC-3 4.18.1), where that is known."""
+    lba = None if offset_bytes is None else offset_bytes >> SECTOR_SHIFT
+    return replace(sense.UNRECOVERED_READ_ERROR, information=lba)

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from crc32c import crc32c
 
-from storage.errors import BlockDamaged
+from storage.errors import BlockDamaged, DeviceFailed, StorageError
 from storage.layout import BLOCK_BYTES, FIELDS_MASK, FIELDS_PER_BLOCK, FIELDS_SHIFT, HOLE, ZERO_POINTER
 
 if TYPE_CHECKING:
@@ -76,19 +76,36 @@ def runs(locations: list[Location]) -> list[tuple[int, int, int]]:
     return result
 
 
-def verify(image: "Image", fbn: int, locations: list[Location], data: memoryview) -> None:
-    """Raise BlockDamaged for the first block whose bytes are not those that its pointer promises."""
+def first_damaged(locations: list[Location], data: memoryview) -> int | None:
+    """Index of the first block whose bytes are not those that its pointer promises."""
     for index, (vbn, crc) in enumerate(locations):
         if vbn and crc32c(data[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES]) != crc:
-            raise damaged(image, fbn + index, vbn)
+            return index
+    return None
 
 
 def damaged(image: "Image", fbn: int, vbn: int) -> BlockDamaged:
     """The error for a data block that is not what was written, reported to the log as well."""
     image.state.on_event("block.damaged", image=image.label, offset_bytes=fbn * BLOCK_BYTES, vbn=vbn)
-    return BlockDamaged(
+    error = BlockDamaged(
         f"{image.label}: the data at byte {fbn * BLOCK_BYTES} (VBN {vbn}) is damaged: restore it from a snapshot or a backup"
     )
+    error.offset_bytes = fbn * BLOCK_BYTES
+    return error
+
+
+async def locate_failure(image: "Image", offset_bytes: int, length_bytes: int, error: StorageError) -> None:
+    """Note in the error of a read where its first unreadable byte is: it is tried block by block where the error does not say."""
+    if error.offset_bytes is None and isinstance(error, BlockDamaged | DeviceFailed):
+        for fbn in range(offset_bytes // BLOCK_BYTES, -(-(offset_bytes + length_bytes) // BLOCK_BYTES)):
+            try:
+                await read_blocks(image, fbn, 1)
+            except Exception:  # noqa: BLE001
+                # Whatever it is: the read is answered with what it met first.
+                error.offset_bytes = fbn * BLOCK_BYTES
+                break
+    if error.offset_bytes is not None:
+        error.offset_bytes = max(offset_bytes, error.offset_bytes)
 
 
 def locate_run(image: "Image", fbn: int, count: int) -> tuple[int, list[int]] | None:
@@ -109,8 +126,8 @@ def locate_run(image: "Image", fbn: int, count: int) -> tuple[int, list[int]] | 
     return first, fields[1::2]
 
 
-def try_read_run(image: "Image", fbn: int, first: int, tails: list[int]) -> bytearray | None:
-    """The blocks that ``locate_run`` found if the page cache has them; None otherwise. Raises BlockDamaged, DeviceFailed."""
+def try_read_run(image: "Image", first: int, tails: list[int]) -> bytearray | None:
+    """The blocks that ``locate_run`` found if the page cache has them, and has them whole; None otherwise. Raises DeviceFailed."""
     data = bytearray(len(tails) * BLOCK_BYTES)
     if not image.state.device.try_readv((data,), first * BLOCK_BYTES):
         return None
@@ -118,16 +135,19 @@ def try_read_run(image: "Image", fbn: int, first: int, tails: list[int]) -> byte
     at = 0
     for tail in tails:
         if crc32c(view[at : at + BLOCK_BYTES]) != tail & CRC_MASK:
-            raise damaged(image, fbn + at // BLOCK_BYTES, first + at // BLOCK_BYTES)
+            return None
         at += BLOCK_BYTES
     return data
 
 
 def try_read_blocks(image: "Image", fbn: int, count: int) -> bytearray | None:
-    """``count`` whole blocks if everything is in memory or the page cache; None otherwise. Raises BlockDamaged, DeviceFailed."""
+    """``count`` whole blocks if everything is in memory or the page cache; None otherwise, or where the data are damaged.
+
+    Raises BlockDamaged (a pointer block), DeviceFailed.
+    """
     run = locate_run(image, fbn, count)
     if run is not None:
-        return try_read_run(image, fbn, *run)
+        return try_read_run(image, *run)
     locations = locate_range(image, fbn, count)
     if locations is None:
         return None
@@ -137,8 +157,7 @@ def try_read_blocks(image: "Image", fbn: int, count: int) -> bytearray | None:
         part = view[index * BLOCK_BYTES : (index + length) * BLOCK_BYTES]
         if not image.state.device.try_readv((part,), vbn * BLOCK_BYTES):
             return None
-    verify(image, fbn, locations, view)
-    return data
+    return data if first_damaged(locations, view) is None else None
 
 
 async def read_blocks(image: "Image", fbn: int, count: int) -> bytearray:
@@ -162,7 +181,9 @@ async def read_blocks(image: "Image", fbn: int, count: int) -> bytearray:
             await read
     finally:
         state.end_read(epoch)
-    verify(image, fbn, locations, view)
+    bad = first_damaged(locations, view)
+    if bad is not None:
+        raise damaged(image, fbn + bad, locations[bad][0])
     return data
 
 

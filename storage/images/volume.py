@@ -15,7 +15,7 @@ from uuid import UUID
 from crc32c import crc32c
 
 from storage.consistency.intent_log import IntentLog
-from storage.errors import NotByReference, OutOfRange, PoolReadOnly, VolumeClosed, as_storage_error
+from storage.errors import BlockDamaged, DeviceFailed, NotByReference, OutOfRange, PoolReadOnly, VolumeClosed, as_storage_error
 from storage.images import read_path, write_path
 from storage.images.allocation_report import allocated_runs
 from storage.images.block_locks import BlockLocks
@@ -142,36 +142,39 @@ class Volume:
     # --- Reading -----------------------------------------------------------------------------------------------
 
     def try_read(self, offset_bytes: int, length_bytes: int) -> Buffer | None:
-        """The bytes at once, or None when they have to be waited for. Raises OutOfRange, BlockDamaged, DeviceFailed, VolumeClosed."""
-        image = self.image
-        if offset_bytes + length_bytes > image.limit_bytes or self._closed:
-            self._refuse(offset_bytes, length_bytes)
-        if length_bytes == BLOCK_BYTES and not offset_bytes & BLOCK_MASK:
-            fbn = offset_bytes >> 12
-            tree = image.tree
-            node = tree.nodes[1].get(fbn >> FIELDS_SHIFT) or tree.peek(fbn >> FIELDS_SHIFT)
-            if node is None:
-                return None
-            slot = (fbn & FIELDS_MASK) * 2
-            vbn = node.q[slot]
-            if vbn > ZERO_POINTER:
-                data = bytearray(BLOCK_BYTES)
-                if not self.state.device.try_readv((data,), vbn << 12):
+        """The bytes at once, or None when they have to be waited for, or cannot be read. Raises OutOfRange, VolumeClosed."""
+        try:
+            image = self.image
+            if offset_bytes + length_bytes > image.limit_bytes or self._closed:
+                self._refuse(offset_bytes, length_bytes)
+            if length_bytes == BLOCK_BYTES and not offset_bytes & BLOCK_MASK:
+                fbn = offset_bytes >> 12
+                tree = image.tree
+                node = tree.nodes[1].get(fbn >> FIELDS_SHIFT) or tree.peek(fbn >> FIELDS_SHIFT)
+                if node is None:
                     return None
-                if crc32c(data) != node.q[slot + 1] & 0xFFFFFFFF:
-                    raise read_path.damaged(image, fbn, vbn)
-                node.referenced = True
-                self._count_read(BLOCK_BYTES)
-                return data
-        if not length_bytes:
-            return b""
-        first = offset_bytes >> 12
-        count = (offset_bytes + length_bytes + BLOCK_MASK >> 12) - first
-        blocks = read_path.try_read_blocks(image, first, count)
-        if blocks is None:
-            return None
-        self._count_read(length_bytes)
-        return self._cut(blocks, offset_bytes, length_bytes)
+                slot = (fbn & FIELDS_MASK) * 2
+                vbn = node.q[slot]
+                if vbn > ZERO_POINTER:
+                    data = bytearray(BLOCK_BYTES)
+                    if not self.state.device.try_readv((data,), vbn << 12):
+                        return None
+                    if crc32c(data) != node.q[slot + 1] & 0xFFFFFFFF:
+                        return None  # `read` says so, and where
+                    node.referenced = True
+                    self._count_read(BLOCK_BYTES)
+                    return data
+            if not length_bytes:
+                return b""
+            first = offset_bytes >> 12
+            count = (offset_bytes + length_bytes + BLOCK_MASK >> 12) - first
+            blocks = read_path.try_read_blocks(image, first, count)
+            if blocks is None:
+                return None
+            self._count_read(length_bytes)
+            return self._cut(blocks, offset_bytes, length_bytes)
+        except (BlockDamaged, DeviceFailed):
+            return None  # `read` tries again, and says what it is
 
     def _count_read(self, length_bytes: int) -> None:
         counters = self.counters
@@ -212,7 +215,9 @@ class Volume:
             if self._closed and self.image.kind not in {KIND_VDISK, KIND_SNAPSHOT}:
                 self._refuse(offset_bytes, length_bytes)  # what was read may be what reclaim has left
         except Exception as error:  # noqa: BLE001
-            done(None, as_storage_error(error))
+            failure = as_storage_error(error)
+            await read_path.locate_failure(self.image, offset_bytes, length_bytes, failure)
+            done(None, failure)
             return
         self._count_read(length_bytes)
         done(self._cut(blocks, offset_bytes, length_bytes), None)
