@@ -10,6 +10,7 @@ from protocol.iscsi.errors import ProtocolError
 from protocol.iscsi.pdu import FINAL, HEADER, R2T, RESERVED_TAG, Pdu
 from protocol.iscsi.task import Task
 from protocol.scsi import sense
+from protocol.scsi.abort import tasks_of
 from protocol.scsi.logical_unit import LogicalUnit, UnitNexus
 from protocol.scsi.plan import Operation
 from protocol.volume import Buffer
@@ -32,7 +33,7 @@ class GatedStart:
         """Queue at the gate. Where it was open, the changes under way, of all sessions, are counted and watched."""
         gate, under_way = self._unit.gate, []
         if not gate.closed:
-            under_way = [task for mapped in self._unit.nexuses for task in mapped.nexus.tasks() if task.mapped is mapped]
+            under_way = [task for mapped in self._unit.nexuses for task in tasks_of(mapped)]
             under_way = [task for task in under_way if task.busy and task.changes]
         for task in under_way:
             task.watchers = (*task.watchers, self)

@@ -29,6 +29,8 @@ ISCSI_NAME_BYTES_MAX: Final = 223
 COMMAND_WINDOW: Final = 128
 # Immediate commands stand outside the window (RFC 7143 4.2.2.1); more than a few at once are refused.
 IMMEDIATE_COMMANDS_MAX: Final = 32
+# Task management functions of a session whose answers wait for a volume. An initiator has one or two under way at a time.
+TASK_MANAGEMENT_WAITING_MAX: Final = 32
 # Of one data segment, so that a write of this size comes whole with its command and goes to the volume from the receive buffer: half the
 # processor time of an R2T, a second PDU and a copy. Unsolicited data need memory before the target said yes: COMMAND_WINDOW times this
 # a session, 32 MiB.

@@ -186,11 +186,11 @@ class TargetNode:
 
     def reinstate(self, key: SessionKey, ready: Callable[[], None]) -> None:
         """Call ``ready`` once no older session of the same initiator port and target exists (RFC 7143 6.3.5)."""
-        older = self.sessions.pop(key, None)
+        older = self.sessions.get(key)
         if older is None:
             ready()
-        else:
-            older.reinstated(ready)
+        else:  # it stays registered until it has drained, and another login of the port may have come first by then
+            older.reinstated(lambda: self.reinstate(key, ready))
 
     def register(self, key: SessionKey, session: NodeSession) -> None:
         """A session has entered the full feature phase."""

@@ -4,12 +4,13 @@ An aborted command that a volume still holds may yet change the disk; the answer
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final
 
-from protocol.iscsi.pdu import TASK_MANAGEMENT_RESPONSE, Pdu, decode_lun
+from protocol.iscsi.limits import TASK_MANAGEMENT_WAITING_MAX
+from protocol.iscsi.pdu import REJECT_IMMEDIATE, TASK_MANAGEMENT_RESPONSE, Pdu, decode_lun
 from protocol.iscsi.task import Task
 from protocol.scsi import sense
+from protocol.scsi.abort import Abort, tasks_of
 from protocol.scsi.logical_unit import LogicalUnit, UnitNexus
 
 if TYPE_CHECKING:
@@ -32,63 +33,46 @@ NOT_SUPPORTED: Final = 5
 REJECTED: Final = 255
 
 
-@dataclass(slots=True)
-class _Waiting:
-    """A function whose answer waits for these tasks, of this session and of others."""
-
-    itt: int
-    tasks: set[Task]
-    cold: bool = False
-
-
 class TaskManagement:
-    """The functions of one session, and those of them that wait."""
+    """The functions of one session. ``waiting`` is the number of those whose answer waits for tasks, of this session and of others."""
 
     __slots__ = ("_phase", "waiting")
 
     def __init__(self, phase: "FullFeature") -> None:
         self._phase = phase
-        self.waiting: list[_Waiting] = []
+        self.waiting = 0
 
     def handle(self, pdu: Pdu) -> None:
         """Carry out one function by the table."""
         function = self._FUNCTIONS.get(pdu.flags & 0x7F)
-        if function is None:
+        if self.waiting >= TASK_MANAGEMENT_WAITING_MAX:
+            self._refuse(pdu)
+        elif function is None:
             self._answer(pdu.itt, NOT_SUPPORTED)
         else:
             function(self, pdu)
 
-    def task_ended(self, task: Task) -> None:
-        """Answer the functions that waited for this task last."""
-        for entry in self.waiting[:]:
-            entry.tasks.discard(task)
-            if not entry.tasks:
-                self.waiting.remove(entry)
-                self._complete(entry)
-                self._phase.wake()
+    def _refuse(self, pdu: Pdu) -> None:
+        if pdu.immediate:
+            self._phase.reject(pdu, REJECT_IMMEDIATE)
+        else:
+            self._answer(pdu.itt, REJECTED)
 
     def _answer(self, itt: int, outcome: int) -> None:
         self._phase.sender.put(self._phase.numbered(TASK_MANAGEMENT_RESPONSE, itt, byte2=outcome))
 
-    def _complete(self, entry: _Waiting) -> None:
-        self._answer(entry.itt, COMPLETE)
-        if entry.cold:
-            self._phase.terminate_target()
-
     def _abort(self, itt: int, tasks: Iterable[Task], cold: bool = False) -> None:
         """Abort, and answer now or when the last has ended."""
-        remaining: set[Task] = set()
-        for task in tasks:
-            task.abort()
-            if task.busy:
-                remaining.add(task)
-                if self not in task.watchers:
-                    task.watchers = (*task.watchers, self)
-        entry = _Waiting(itt, remaining, cold)
-        if remaining:
-            self.waiting.append(entry)
-        else:
-            self._complete(entry)
+
+        def ended() -> None:
+            self.waiting -= 1
+            self._answer(itt, COMPLETE)
+            if cold:
+                self._phase.terminate_target()
+            self._phase.wake()
+
+        self.waiting += 1
+        Abort(ended).start(tasks)
 
     def _mapped(self, pdu: Pdu) -> UnitNexus | None:
         mapped = self._phase.nexus.units.get(decode_lun(pdu.lun))
@@ -119,7 +103,7 @@ class TaskManagement:
         self._abort(pdu.itt, tasks)
 
     def _tasks_of(self, unit: LogicalUnit) -> list[Task]:
-        return [task for mapped in unit.nexuses for task in mapped.nexus.tasks() if task.mapped is mapped]
+        return [task for mapped in unit.nexuses for task in tasks_of(mapped)]
 
     def _reset(self, units: Iterable[LogicalUnit]) -> list[Task]:
         tasks: list[Task] = []

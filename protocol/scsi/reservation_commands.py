@@ -1,11 +1,12 @@
 """PERSISTENT RESERVE IN and OUT (SPC-4 6.15, 6.16), RESERVE(6) and RELEASE(6), over `Reservations`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from struct import Struct
 from typing import Final
 
 from protocol.scsi import reservations, sense, transport_id
+from protocol.scsi.abort import Abort, AbortedTask, tasks_of
 from protocol.scsi.command import NO_DATA, Command, Request, cut, usage
 from protocol.scsi.errors import CheckCondition, ReservationConflict, ScsiError
 from protocol.scsi.logical_unit import LogicalUnit
@@ -85,6 +86,8 @@ class _Out:
     survives_power_loss: bool
     initiators: list[TransportId]
     unregisters: bool = False
+    # What PREEMPT AND ABORT aborts: the status waits for the end of it.
+    aborted: list[AbortedTask] = field(default_factory=list)
 
     @property
     def unit(self) -> LogicalUnit:
@@ -193,9 +196,7 @@ def _preempt(out: _Out) -> None:
     if out.request.cdb[1] & 0x1F == PREEMPT_AND_ABORT:
         for mapped in out.unit.nexuses:
             if mapped.nexus.initiator_port in removed:
-                for task in mapped.nexus.tasks():
-                    if task.mapped is mapped:
-                        task.abort()
+                out.aborted.extend(tasks_of(mapped))
 
 
 _ACTIONS: Final[dict[int, Callable[[_Out], None]]] = {
@@ -268,11 +269,13 @@ def reserve_out(request: Request) -> Plan:
 
     def start(data: Buffer, done: Completion) -> None:
         try:
-            action(parse(request, bytes(data)))
+            out = parse(request, bytes(data))
+            action(out)
         except ScsiError as error:
             done(error)
             return
-        request.unit.keep_reservations(done)
+        # SPC-4 5.12.11.2.6: who preempts may take over the disk with GOOD, so no write of the preempted may follow it.
+        Abort(lambda: request.unit.keep_reservations(done)).start(out.aborted)
 
     return Operation(length, start, writing=False)
 

@@ -42,9 +42,17 @@ def three(node: RecordedNode) -> list[Coupling]:
     return [session(node, isid) for isid in (1, 2, 3)]
 
 
+def parameters(key: int = 0, new: int = 0, flags: int = 0) -> bytes:
+    return key.to_bytes(8, "big") + new.to_bytes(8, "big") + bytes(4) + bytes((flags, 0, 0, 0))
+
+
+def out_cdb(action: int, kind: int = 0, size: int = 24) -> bytes:
+    return bytes((0x5F, action, kind, 0, 0)) + size.to_bytes(4, "big") + b"\0"
+
+
 def out(pair: Coupling, action: int, key: int = 0, new: int = 0, kind: int = 0, flags: int = 0, size: int = 24) -> None:
-    body = (key.to_bytes(8, "big") + new.to_bytes(8, "big") + bytes(4) + bytes((flags, 0, 0, 0)))[:size]
-    pair.command(bytes((0x5F, action, kind, 0, 0)) + len(body).to_bytes(4, "big") + b"\0", data=body)
+    body = parameters(key, new, flags)[:size]
+    pair.command(out_cdb(action, kind, len(body)), data=body)
 
 
 def report(pair: Coupling, action: int) -> bytes:
@@ -185,10 +193,15 @@ def test_preempt_takes_the_reservation_over(three, volume, action):
     results = Results()
     one.initiator.submit_write(0, 0, SECTOR, results)
     one.run()
-    out(two, action, 2, 1, kind=kinds.WRITE_EXCLUSIVE)
+    answers = Results()
+    two.initiator.submit(0, out_cdb(action, kinds.WRITE_EXCLUSIVE), answers, data=parameters(2, 1))
+    two.run()
+    assert len(answers.got) == (0 if action == PREEMPT_AND_ABORT else 1)  # an abort is answered when it is true
     volume.hold_writes = False
     volume.release()
     one.run()
+    two.run()
+    assert answers.data == b""
     assert len(results.got) == (0 if action == PREEMPT_AND_ABORT else 1)
     assert held(two) == (2, kinds.WRITE_EXCLUSIVE)
     assert take(one) == (6, 0x2A, 5) and not may(one, WRITE)

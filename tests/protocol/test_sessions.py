@@ -91,6 +91,29 @@ def test_a_session_that_logs_in_again_waits_for_the_older_ones_writes():
     assert list(node.sessions.values()) == [new.target]
 
 
+@pytest.mark.parametrize("second_gives_up", [True, False])
+def test_the_third_login_of_a_port_waits_for_the_first_sessions_writes(second_gives_up):
+    volume = MemoryVolume(SIZE)
+    node = recorded({0: volume})
+    first = Coupling(node, settings()).login()
+    node.unit_for(volume).nexuses[0].take_attention()
+    volume.hold_writes = True
+    first.initiator.submit_write(0, 0, bytes(512), Results())
+    first.run()
+    second, third = (Coupling(node, settings()) for _ in range(2))
+    second.initiator.start()
+    second.run()
+    if second_gives_up:
+        second.target.connection_lost()
+    third.initiator.start()
+    third.run()
+    assert second.login_result == third.login_result == []
+    volume.release()
+    third.run()
+    assert third.login_result == [None] and list(node.sessions.values()) == [third.target]
+    assert len(node.unit_for(volume).nexuses) == 1 and second.peer.closed is not second_gives_up
+
+
 def test_other_ports_of_one_initiator_have_sessions_of_their_own():
     node = recorded({0: MemoryVolume(SIZE)})
     pairs = [Coupling(node, settings(isid=isid)).login() for isid in (1, 2)]

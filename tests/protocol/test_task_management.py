@@ -2,11 +2,11 @@
 
 import pytest
 
-from protocol.iscsi import pdu, task_management
+from protocol.iscsi import limits, pdu, task_management
 from protocol.iscsi.initiator_task import CommandFailed
 from tests.protocol.coupling import Coupling, coupled, feed, settings
 from tests.protocol.directory import recorded
-from tests.protocol.exchanges import Results, manage
+from tests.protocol.exchanges import Results, answer_to, manage
 from tests.protocol.memory_volume import MemoryVolume
 
 SIZE = 8 << 20
@@ -66,6 +66,24 @@ def test_two_functions_wait_for_one_task():
     volume.release()
     pair.run()
     assert first == second == [0]
+
+
+def test_functions_that_wait_are_bounded():
+    volume = MemoryVolume(SIZE)
+    volume.hold_writes = True
+    pair = coupled(volume)
+    pair.initiator.submit_write(0, 0, bytes(512), Results())
+    pair.run()
+    immediate = pdu.pack(pdu.TASK_MANAGEMENT_REQUEST | pdu.IMMEDIATE, pdu.FINAL | 2, 9, words=(pdu.RESERVED_TAG, 2, 0, 0, 0, 0, 0))
+    feed(pair.target, immediate * limits.TASK_MANAGEMENT_WAITING_MAX)
+    assert pair.peer.take() == b""
+    assert answer_to(pair, immediate).opcode == pdu.REJECT
+    queued = pdu.pack(pdu.TASK_MANAGEMENT_REQUEST, pdu.FINAL | 2, 9, words=(pdu.RESERVED_TAG, 2, 0, 0, 0, 0, 0))
+    assert answer_to(pair, queued).byte2 == task_management.REJECTED
+    volume.release()
+    pair.target.flush_output()
+    assert len(pair.peer.take()) == limits.TASK_MANAGEMENT_WAITING_MAX * pdu.HEADER_BYTES
+    assert answer_to(pair, immediate).byte2 == task_management.COMPLETE  # there is room again
 
 
 @pytest.mark.parametrize(
