@@ -1,7 +1,8 @@
-"""Which TCP connections are taken: a bound on all of them, and one on those of each address that have not logged in.
+"""Which TCP connections are taken, and how fast: a bound on all of them, and one on those of each address that have not logged in.
 
 The second keeps a stranger from holding every place: his connections end with the time that a login may take, and until then
-others find room beside them.
+others find room beside them. The pace keeps a flood from taking the event loop's time: a login costs half a millisecond of it, in which
+no session is served.
 """
 
 from collections import Counter
@@ -12,6 +13,16 @@ from daemon.logs import get_log
 # An initiator that starts logs in to all its targets by all its paths at once, some tens of connections, and tries again what is
 # refused. A stranger holds no more than this, each for LOGIN_SECONDS_MAX and LOGIN_BUFFER_BYTES at most (protocol.iscsi.limits).
 LOGINS_PER_ADDRESS_MAX: Final = 64
+# Connections taken at once after a while without any: an initiator that starts, with all its paths.
+BURST: Final = 64
+# Connections a second from then on: at least this, a twentieth of the event loop's time, ...
+PACE_MIN: Final = 100.0
+# ... and so many that all that may be there come back within this time after a restart; initiators give a login 15 s.
+RETURN_SECONDS: Final = 10.0
+# To refuse a connection costs a tenth of what it costs to take it.
+REFUSAL_COST: Final = 0.1
+# Credit is a sum of products of times; what is missing by rounding alone is not waited for.
+_ROUNDING: Final = 1e-6
 
 
 class Admitted(Protocol):
@@ -27,9 +38,23 @@ class Admission:
 
     def __init__(self, connections_max: int) -> None:
         self.connections_max = connections_max
+        self._pace = max(PACE_MIN, connections_max / RETURN_SECONDS)
+        self._credit = float(BURST)
+        self._seen_seconds = 0.0
         self._connections = 0
         self._logging_in: dict[str, set[Admitted]] = {}
         self._refused: Counter[str] = Counter()
+
+    def wait_seconds(self, now_seconds: float) -> float:
+        """How long the next connection has to wait for its turn; 0: not at all. ``now_seconds`` is of any monotonic clock."""
+        self._credit = min(BURST, self._credit + (now_seconds - self._seen_seconds) * self._pace)
+        self._seen_seconds = now_seconds
+        missing = 1.0 - self._credit
+        return missing / self._pace if missing > _ROUNDING else 0.0
+
+    def spend(self, taken: bool) -> None:
+        """A connection was taken from the backlog, to serve it or only to close it."""
+        self._credit -= 1.0 if taken else REFUSAL_COST
 
     def refusal(self, host: str) -> str | None:
         """Why no connection from ``host`` can be taken now; None when one can."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Final, cast
 
 from daemon import runtime
+from daemon.acceptor import Acceptor
 from daemon.admission import Admission
 from daemon.config import Address, is_loopback
 from daemon.logs import get_log
@@ -18,7 +19,6 @@ from protocol.iscsi.connection import TargetConnection
 from protocol.iscsi.node import SessionView, TargetNode
 from protocol.volume import BlockVolume, Buffer
 
-BACKLOG: Final = 128
 # Time comes to the connections in ticks: login and keep-alive timeouts are whole seconds.
 TICK_SECONDS: Final = 1.0
 # Above this much unsent the connection is told to stop taking commands: several of the largest replies, so that a fast client never
@@ -44,7 +44,7 @@ class IscsiListener:
         self.admission = Admission(connections_max)
         self.connections: set[IscsiProtocol] = set()
         self.addresses: list[Address] = []
-        self._servers: list[asyncio.Server] = []
+        self._acceptor = Acceptor(self.admission, lambda: IscsiProtocol(self))
         self._ticker: asyncio.TimerHandle | None = None
         self._empty: asyncio.Event = asyncio.Event()
         self._collect = collect
@@ -54,20 +54,15 @@ class IscsiListener:
 
     async def listen(self, address: Address) -> None:
         """Listen on every address that the host name stands for. Raises ListenFailed."""
-        loop = asyncio.get_running_loop()
         try:
-            server = await loop.create_server(lambda: IscsiProtocol(self), address.host, address.port, backlog=BACKLOG)
+            self.addresses += await self._acceptor.listen(address)
         except OSError as error:
             reason = error.strerror or str(error)
             raise ListenFailed(
                 f"cannot listen on iscsi.listen {address}: {reason}; choose another address, or stop what uses it"
             ) from error
-        self._servers.append(server)
-        for listening in server.sockets:
-            host, port = listening.getsockname()[:2]
-            self.addresses.append(Address(host, port))
         if self._ticker is None:
-            self._ticker = loop.call_later(TICK_SECONDS, self._tick)
+            self._ticker = asyncio.get_running_loop().call_later(TICK_SECONDS, self._tick)
 
     def portals(self) -> list[str]:
         """Addresses as clients should name them; for a wildcard that is this machine's name."""
@@ -106,13 +101,12 @@ class IscsiListener:
 
     def stop_accepting(self) -> None:
         """Close the listeners; connections go on."""
-        for server in self._servers:
-            server.close()
-        self._servers.clear()
+        self._acceptor.close()
 
     async def stop(self, timeout_seconds: float) -> None:
         """Ask all initiators to log out, give what is in flight ``timeout_seconds`` to end, then close."""
         self.stop_accepting()
+        await self._acceptor.opened()
         for connection in list(self.connections):
             connection.shut_down()
         try:
@@ -174,11 +168,8 @@ class IscsiProtocol(asyncio.BufferedProtocol):
         self._transport = transport
         peer = Address(*transport.get_extra_info("peername")[:2])
         self.host = peer.host
-        admission = self._listener.admission
-        reason = admission.refusal(peer.host)
-        if reason is not None:
-            admission.refused(str(peer), reason)
-            transport.abort()
+        if self._listener.admission.refusal(peer.host) is not None:
+            transport.abort()  # others, taken in the same turn, were faster
             return
         # Replies are small and whole: waiting to join them with later ones would only cost latency. The sizes of the kernel's
         # buffers are left alone: they grow by themselves, and setting them would end that, at a lower limit.
@@ -188,7 +179,7 @@ class IscsiProtocol(asyncio.BufferedProtocol):
         connection = TargetConnection(self._listener.node, self._send, self._wake, self._close, str(Address(*portal[:2])), str(peer))
         self._connection = connection
         self._listener.connections.add(self)
-        admission.added(self, peer.host)
+        self._listener.admission.added(self, peer.host)
         # From now on the event loop calls the connection itself, one layer less for each wake-up: it looks both methods up once,
         # when a protocol is set.
         self.get_buffer = connection.get_buffer  # type: ignore[method-assign]
@@ -196,7 +187,7 @@ class IscsiProtocol(asyncio.BufferedProtocol):
         transport.set_protocol(self)
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        """Only before ``connection_made``, or for a connection that was refused: nothing is read."""
+        """Only before ``connection_made``, or for a connection that is not served: nothing is read."""
         return memoryview(bytearray(max(sizehint, 1)))
 
     def buffer_updated(self, nbytes: int) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from daemon.admission import LOGINS_PER_ADDRESS_MAX, Admission
+from daemon.admission import BURST, LOGINS_PER_ADDRESS_MAX, PACE_MIN, REFUSAL_COST, Admission
 
 
 class Connection:
@@ -69,3 +69,29 @@ def test_a_flood_of_refusals_is_a_few_lines_in_the_log(capsys: pytest.CaptureFix
     assert lines() == []
     admission.refused("10.0.0.1:1", "full")
     assert len(lines()) == 1
+
+
+def taken_within(admission: Admission, seconds: float, taken: bool = True) -> int:
+    """Connections of a flood that are taken (or refused) in so much time, from second 1000 on."""
+    now, count = 1000.0, 0
+    while now < 1000.0 + seconds:
+        wait_seconds = admission.wait_seconds(now)
+        if wait_seconds:
+            now += wait_seconds
+        else:
+            admission.spend(taken)
+            count += 1
+    return count
+
+
+@pytest.mark.parametrize(("connections_max", "pace"), [(256, PACE_MIN), (50_000, 5000)])
+def test_a_burst_is_taken_at_once_and_then_no_more_than_the_pace(connections_max: int, pace: float) -> None:
+    assert taken_within(Admission(connections_max), 1e-6) == BURST
+    assert taken_within(Admission(connections_max), 10.0) == pytest.approx(BURST + 10 * pace, abs=1)
+
+
+def test_refusals_cost_a_part_and_time_gives_the_burst_back() -> None:
+    admission = Admission(256)
+    assert taken_within(admission, 10.0, taken=False) == pytest.approx((BURST + 10 * PACE_MIN) / REFUSAL_COST, abs=11)
+    assert admission.wait_seconds(1e6) == 0
+    assert admission._credit == BURST
