@@ -17,8 +17,8 @@ SECTION: Final = "reservations"
 
 
 class Kept(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Registrations (initiator port to key), and the reservation, of one vdisk: what `Reservations.export` gives; and whether its
-    write cache is on, as a client saved it.
+    """Registrations (initiator port to key), and the reservation, of one vdisk: what `Reservations.export` gives; whether its
+    write cache is on, as a client saved it; and whether a sanitize operation that has not ended may be given up (None: there is none).
     """
 
     registrations: dict[str, int]
@@ -26,6 +26,7 @@ class Kept(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     kind: int
     generation: int
     write_cache: bool = True
+    sanitize_unrestricted_exit: bool | None = None
 
 
 class StoredReservations(Versioned, frozen=True, kw_only=True):

@@ -13,6 +13,7 @@ from protocol.scsi import sense
 from protocol.scsi.abort import tasks_of
 from protocol.scsi.logical_unit import LogicalUnit, UnitNexus
 from protocol.scsi.plan import Operation
+from protocol.scsi.sense import Sense
 from protocol.volume import Buffer
 
 if TYPE_CHECKING:
@@ -44,11 +45,14 @@ class GatedStart:
         self._unit.gate.leave()
 
     def _begin(self) -> None:
-        task = self._task
+        task, sanitization = self._task, self._unit.sanitization
         if task.aborted:
             self._unit.gate.leave()
             return
         task.watchers = (*task.watchers, self)
+        if sanitization is not None and not (sanitization.failed and task.detached):
+            task.refuse(sanitization.cause())  # it began while this command waited, and nothing may be written any more
+            return
         task.start(self._data)
         self._unit.volume.settle()  # the turn may have come in another session's wake-up
 
@@ -90,6 +94,11 @@ class WriteTask(Task):
     def total_bytes(self) -> int:
         """Size of the buffer once data are solicited."""
         return self._total
+
+    @property
+    def detached(self) -> bool:
+        """A sanitize operation, which does not end with its command."""
+        return self._operation.detached
 
     def begin(self, pdu: Pdu) -> None:
         """Take the command's immediate data; run, wait for unsolicited data, or solicit."""
@@ -188,6 +197,11 @@ class WriteTask(Task):
         """Hand over to the operation; `_done` follows, perhaps before this returns."""
         self.busy = not self._operation.detached
         self._operation.start(data, self._done)
+
+    def refuse(self, cause: Sense) -> None:
+        """End without having started."""
+        self.end(self.r2t_count, cause)
+        self.phase.wake()
 
     def _done(self, error: Exception | None) -> None:
         if self.let_go():

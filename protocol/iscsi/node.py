@@ -11,7 +11,8 @@ from uuid import UUID
 from protocol.iscsi.chap import Challenges, ChapSecrets
 from protocol.iscsi.errors import OutOfResources
 from protocol.scsi.limits import PHYSICAL_BLOCK_EXPONENT
-from protocol.scsi.logical_unit import LogicalUnit, Nexus
+from protocol.scsi.logical_unit import LogicalUnit, Nexus, Sanitization
+from protocol.scsi.turns import Turns
 from protocol.volume import BlockVolume, Completion
 
 _TSIH_MAX = 0xFFFF
@@ -65,16 +66,20 @@ class TargetDirectory(Protocol):
 
 
 class ReservationKeeper(Protocol):
-    """Keeps persistent reservations (APTPL, SPC-4 5.13.5) and the saved caching mode page over restarts."""
+    """Keeps over restarts: persistent reservations (APTPL, SPC-4 5.13.5), the saved caching mode page, an unfinished sanitize operation.
+
+    State is what `Reservations.export` gives, with ``write_cache`` (missing: True) and ``sanitize_unrestricted_exit`` (missing: there is
+    no such operation) beside it.
+    """
 
     def kept(self, uuid: UUID) -> dict[str, Any] | None:
-        """What `Reservations.restore` takes, of an earlier run, and ``write_cache`` (True where it is missing); None for nothing."""
+        """State of an earlier run; None for nothing."""
 
     def keep(self, uuid: UUID, state: dict[str, Any] | None, done: Completion) -> None:
-        """Make durable what `Reservations.export` gave, and ``write_cache`` (None: nothing is to be kept), then call ``done``."""
+        """Make the state durable (None: nothing is to be kept), then call ``done``."""
 
 
-# What is kept where only a mode page was saved.
+# What is kept where nobody is registered.
 NO_RESERVATIONS: Final[dict[str, Any]] = {"registrations": {}, "holder": None, "kind": 0, "generation": 0}
 SessionKey = tuple[str, int, str]
 
@@ -109,6 +114,8 @@ class TargetNode:
     reservations: ReservationKeeper | None = None
     # What initiators are told of physical blocks (`LogicalUnit`). There are some that take no disk with other ones than of 512 bytes.
     physical_block_exponent: int = PHYSICAL_BLOCK_EXPONENT
+    # The daemon gives it the event loop's ``call_soon``.
+    turns: Turns = field(default_factory=Turns)
     challenges: Challenges = field(default_factory=Challenges)
     sessions: dict[SessionKey, NodeSession] = field(default_factory=dict)
     units: dict[UUID, LogicalUnit] = field(default_factory=dict)
@@ -140,7 +147,7 @@ class TargetNode:
         return unit
 
     def _new_unit(self, volume: BlockVolume) -> LogicalUnit:
-        unit = LogicalUnit(volume, self.physical_block_exponent)
+        unit = LogicalUnit(volume, self.physical_block_exponent, self.turns)
         keeper = self.reservations
         if keeper is not None:
             kept = keeper.kept(volume.uuid)
@@ -166,6 +173,12 @@ class TargetNode:
     def _forget_unused(self, unit: LogicalUnit) -> None:
         if not unit.in_use and self.units.get(unit.uuid) is unit:
             del self.units[unit.uuid]
+            unit.retire()
+
+    def volume_deleted(self, uuid: UUID) -> None:
+        """What its unit held beyond its sessions (`LogicalUnit.in_use`) is for nobody any more."""
+        unit = self.units.pop(uuid, None)
+        if unit is not None:
             unit.retire()
 
     def lun_mapped(self, target_name: str, lun: int, volume: BlockVolume) -> None:
@@ -222,15 +235,19 @@ class TargetNode:
 
 
 def _to_keep(unit: LogicalUnit) -> dict[str, Any] | None:
-    reservations = unit.reservations
-    registered = bool(reservations.survives_power_loss and reservations.registrations)
-    if not registered and unit.saved_write_cache:
-        return None
-    kept = reservations.export() if registered else NO_RESERVATIONS
-    return kept if unit.saved_write_cache else {**kept, "write_cache": False}
+    reservations, beside = unit.reservations, dict[str, Any]()
+    if not unit.saved_write_cache:
+        beside["write_cache"] = False
+    if unit.sanitization is not None:
+        beside["sanitize_unrestricted_exit"] = unit.sanitization.unrestricted_exit
+    if reservations.survives_power_loss and reservations.registrations:
+        return reservations.export() | beside
+    return NO_RESERVATIONS | beside if beside else None
 
 
-def _restore(unit: LogicalUnit, write_cache: bool = True, **reservations: Any) -> None:
+def _restore(unit: LogicalUnit, write_cache: bool = True, sanitize_unrestricted_exit: bool | None = None, **reservations: Any) -> None:
     unit.write_cache = unit.saved_write_cache = write_cache
+    if sanitize_unrestricted_exit is not None:
+        unit.sanitization = Sanitization(sanitize_unrestricted_exit, failed=True)  # it was broken off: SBC-3 4.11.4
     if reservations["registrations"]:
         unit.reservations.restore(**reservations)

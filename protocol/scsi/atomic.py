@@ -34,7 +34,7 @@ def compare_and_write(request: Request) -> Plan:
             unit.volume.write(offset, view[length:], fua, done)
             unit.volume.settle()
 
-        Scan(unit.volume, offset, length, Comparison(view[:length], repeated=False).check, compared).start()
+        Scan(unit, offset, length, Comparison(view[:length], repeated=False).check, compared).start()
 
     return Operation(2 * length, start, needs_owned_data=True, exact=True, exclusive=True)
 
@@ -65,7 +65,7 @@ def or_write(request: Request) -> Plan:
             unit.volume.write(offset, merged, bool(cdb[1] & _FUA) or not unit.write_cache, done)
             unit.volume.settle()
 
-        Scan(unit.volume, offset, usable, merge, read_through).start()
+        Scan(unit, offset, usable, merge, read_through).start()
 
     return Operation(length, start, needs_owned_data=True, exclusive=True)
 

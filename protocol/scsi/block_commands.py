@@ -78,14 +78,14 @@ def verify(request: Request) -> Plan:
         raise CheckCondition(sense.invalid_field_in_cdb(1, 2))
     if length == 0:
         return NO_DATA
-    volume = request.unit.volume
+    unit = request.unit
 
     def start(data: Buffer, done: Completion) -> None:
         usable = length if mode == 0 else min(length, len(data) - len(data) % SECTOR_BYTES)
         if mode == 0x06:
             usable = length if len(data) >= SECTOR_BYTES else 0
         check = None if mode == 0 else Comparison(data, repeated=mode == 0x06).check
-        Scan(volume, offset, usable, check, done).start()
+        Scan(unit, offset, usable, check, done).start()
 
     wanted = {0x00: 0, 0x02: length, 0x06: SECTOR_BYTES}[mode]
     return Operation(wanted, start, writing=False, needs_owned_data=True)
@@ -99,7 +99,7 @@ def write_and_verify(request: Request) -> Plan:
         raise CheckCondition(sense.invalid_field_in_cdb(1, 2))
     if length == 0:
         return NO_DATA
-    volume = request.unit.volume
+    unit = request.unit
 
     def start(data: Buffer, done: Completion) -> None:
         usable = len(data) - len(data) % SECTOR_BYTES
@@ -108,9 +108,9 @@ def write_and_verify(request: Request) -> Plan:
             if error is not None:
                 done(error)
                 return
-            Scan(volume, offset, usable, Comparison(data, repeated=False).check if mode else None, done).start()
+            Scan(unit, offset, usable, Comparison(data, repeated=False).check if mode else None, done).start()
 
-        volume.write(offset, memoryview(data)[:usable], True, written)
+        unit.volume.write(offset, memoryview(data)[:usable], True, written)
 
     return Operation(length, start, needs_owned_data=True)
 

@@ -1,8 +1,8 @@
 """One EXTENDED COPY under way: its segments one after the other, by reference where the volumes can, else piece by piece.
 
 The copy manager has no state but this object and its `CopyProgress`. Each change goes through the gate of the unit that it changes
-(`Gate.enter_outside`), so that COMPARE AND WRITE there stays one operation, and is settled at once. A completion that comes at once is a
-turn of the loop in `run`, not a call deeper.
+(`Gate.enter_outside`), so that COMPARE AND WRITE there stays one operation, and is settled at once. Each piece has a turn of the event
+loop of its own.
 """
 
 import errno
@@ -62,30 +62,22 @@ def pieces_of(segment: Segment, by_reference: bool) -> list[_Piece]:
 class CopyJob:
     """Carries out the segments; ``done`` is called once, with the first error or None."""
 
-    __slots__ = ("_answered", "_done", "_pieces", "_progress", "_running", "_segments")
+    __slots__ = ("_done", "_pieces", "_progress", "_segments")
 
     def __init__(self, segments: list[Segment], progress: CopyProgress, done: Completion) -> None:
         self._segments = segments[::-1]
         self._progress = progress
         self._done = done
         self._pieces: list[_Piece] = []
-        self._running = False
-        self._answered = True
 
     def run(self) -> None:
-        """Go on until something has to be waited for, or the end."""
-        if self._running:
-            return
-        self._running = True
-        while self._answered and self._progress.running:
-            if not self._segments:
-                self._end(None)
-            elif self._segments[-1].length_bytes == 0:
-                self._segment_ended()
-            else:
-                self._answered = False
-                self._begin_piece()
-        self._running = False
+        """Wait for the turn of the next piece, or end."""
+        while self._segments and self._segments[-1].length_bytes == 0:
+            self._segment_ended()
+        if self._segments:
+            self._segments[-1].destination.turns.take(self._begin_piece)
+        else:
+            self._end(None)
 
     def _begin_piece(self) -> None:
         segment = self._segments[-1]
@@ -104,7 +96,7 @@ class CopyJob:
         target.settle()
         start, at = segment.source_offset + piece.start, segment.offset + piece.start
         if piece.by_reference and isinstance(target, CopiesByReference):
-            target.copy_from(source, start, at, piece.size, self._ended)
+            target.copy_from(source, start, at, piece.size, segment.destination.durably(self._ended))
             return
         try:
             data = source.try_read(start, piece.size)
@@ -141,7 +133,7 @@ class CopyJob:
             self._pieces += _cut_up(piece.start, piece.start + piece.size)[::-1]
         else:
             self._end(error)
-        self._answered = True
+            return
         self.run()
 
     def _segment_ended(self) -> None:

@@ -13,6 +13,10 @@ from collections import deque
 from collections.abc import Callable
 
 
+def _nothing() -> None:
+    """Where nobody has to know."""
+
+
 class Gate:
     """``state_changed`` is called when the gate opens or closes."""
 
@@ -55,6 +59,10 @@ class Gate:
         """Such a change has ended."""
         self._outside -= 1
         self.leave()
+
+    def retire(self) -> None:
+        """Nobody has to know any more whether it is open. What runs or waits goes on as it would have."""
+        self._state_changed = _nothing
 
     def leave(self) -> None:
         """A change that the gate counts has ended."""

@@ -41,7 +41,10 @@ THRESHOLD_EXPONENT: Final = 11
 # GET LBA STATUS looks at this much at a time; a client goes on from where the answer ends.
 LBA_STATUS_SECTORS_MAX: Final = 1 << 21
 LBA_STATUS_DESCRIPTORS_MAX: Final = 255
-# One read of a verify or compare; the event loop is given back between two pieces.
+# One piece of a command that takes long, and has a turn of the event loop for each (`protocol.scsi.turns`).
 PIECE_BYTES: Final = 256 * 1024
+# Less than this takes no turn: as many as a session may have under way (COMMAND_WINDOW) are a few milliseconds, and COMPARE AND WRITE, on
+# which clusters wait, is answered in the wake-up that brought it.
+AT_ONCE_BYTES_MAX: Final = 16 * 1024
 # A nexus that never looks at its unit attentions must not make the queue grow (SAM-5 5.14: the oldest may be dropped).
 UNIT_ATTENTIONS_MAX: Final = 16

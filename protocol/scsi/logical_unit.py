@@ -17,6 +17,7 @@ from protocol.scsi.gate import Gate
 from protocol.scsi.limits import PHYSICAL_BLOCK_EXPONENT, SECTOR_BYTES, UNIT_ATTENTIONS_MAX
 from protocol.scsi.reservations import Reservations
 from protocol.scsi.sense import Sense
+from protocol.scsi.turns import Turns
 from protocol.volume import BlockVolume, Completion
 
 
@@ -60,12 +61,14 @@ class LogicalUnit:
         "saved_write_cache",
         "software_write_protect",
         "started",
+        "turns",
         "volume",
         "write_cache",
     )
 
-    def __init__(self, volume: BlockVolume, physical_block_exponent: int = PHYSICAL_BLOCK_EXPONENT) -> None:
+    def __init__(self, volume: BlockVolume, physical_block_exponent: int = PHYSICAL_BLOCK_EXPONENT, turns: Turns | None = None) -> None:
         self.volume = volume
+        self.turns = Turns() if turns is None else turns
         self.physical_block_exponent = physical_block_exponent
         self.capacity_bytes = volume.size_bytes - volume.size_bytes % SECTOR_BYTES
         self.nexuses: list[UnitNexus] = []
@@ -113,6 +116,19 @@ class LogicalUnit:
             self.capacity_bytes = size
             self.attention(sense.CAPACITY_DATA_CHANGED)
 
+    def durably(self, done: Completion) -> Completion:
+        """What to give to a change that cannot ask for FUA: ``done`` itself, or with the write cache switched off a flush before it."""
+        if self.write_cache:
+            return done
+
+        def changed(error: Exception | None) -> None:
+            if error is not None:
+                done(error)
+            else:
+                self.volume.flush(done)
+
+        return changed
+
     def attention(self, cause: Sense, except_for: "UnitNexus | None" = None) -> None:
         """Queue a unit attention for every nexus, or for every other one."""
         for nexus in self.nexuses:
@@ -130,7 +146,7 @@ class LogicalUnit:
 
     def retire(self) -> None:
         """Nobody will use this object again: end the ring of references, in which it would keep its volume."""
-        self.gate = Gate(_nothing)
+        self.gate.retire()
         self.reservations.changed = _nothing
         self.keep_reservations = _keep_nothing
 

@@ -6,7 +6,7 @@ from typing import Final
 from protocol.scsi import limits, opcodes, sense
 from protocol.scsi.command import NO_DATA, Command, Request, check_range, usage
 from protocol.scsi.errors import CheckCondition
-from protocol.scsi.limits import PIECE_BYTES, SECTOR_BYTES, SECTOR_SHIFT
+from protocol.scsi.limits import AT_ONCE_BYTES_MAX, PIECE_BYTES, SECTOR_BYTES, SECTOR_SHIFT
 from protocol.scsi.logical_unit import LogicalUnit
 from protocol.scsi.plan import Operation, Plan, Query, QueryDone
 from protocol.volume import BlockVolume, Buffer, Completion, ReportsAllocation
@@ -69,51 +69,45 @@ def unmap(request: Request) -> Plan:
         except CheckCondition as error:
             done(error)
             return
-        _Unmapping(unit.volume, extents, done).step()
+        _Unmapping(unit.volume, extents, unit.durably(done)).step()
 
     return Operation(list_bytes, start)
 
 
 class _PatternWrite:
-    """Writes one sector again and again over a range, a piece at a time.
+    """Writes one sector again and again over a range, in pieces, each in a turn of its own.
 
-    The next piece starts when the last one is complete, and each piece is settled at once: the pattern buffer lives as long as this
-    object does. A completion that comes at once is a turn of the loop in `run`, not a call deeper.
+    The next piece waits until the last one is complete, and each is settled at once: the pattern buffer lives as long as this object does.
     """
 
-    __slots__ = ("_answered", "_done", "_end", "_offset", "_pattern", "_running", "_volume")
+    __slots__ = ("_done", "_end", "_offset", "_pattern", "_unit")
 
-    def __init__(self, volume: BlockVolume, offset: int, length: int, sector: bytes, done: Completion) -> None:
-        self._volume = volume
+    def __init__(self, unit: LogicalUnit, offset: int, length: int, sector: bytes, done: Completion) -> None:
+        self._unit = unit
         self._offset = offset
         self._end = offset + length
         self._pattern = memoryview(sector * (min(PIECE_BYTES, length) // SECTOR_BYTES))
-        self._done = done
-        self._running = False
-        self._answered = True
+        self._done = unit.durably(done)
 
-    def run(self) -> None:
-        """Write until a piece has to be waited for, or the end."""
-        if self._running:
-            return
-        self._running = True
-        while self._answered and self._offset < self._end:
-            size = min(len(self._pattern), self._end - self._offset)
-            offset = self._offset
-            self._offset += size
-            self._answered = False
-            self._volume.write(offset, self._pattern[:size], False, self._written)
-            self._volume.settle()
-        self._running = False
-        if self._answered:
-            self._done(None)
+    def start(self) -> None:
+        """Begin: little is written now."""
+        if self._end - self._offset <= AT_ONCE_BYTES_MAX:
+            self._step()
+        else:
+            self._unit.turns.take(self._step)
+
+    def _step(self) -> None:
+        volume, offset = self._unit.volume, self._offset
+        size = min(len(self._pattern), self._end - offset)
+        self._offset += size
+        volume.write(offset, self._pattern[:size], False, self._written)
+        volume.settle()
 
     def _written(self, error: Exception | None) -> None:
-        if error is not None:
+        if error is None and self._offset < self._end:
+            self._unit.turns.take(self._step)
+        else:
             self._done(error)
-            return
-        self._answered = True
-        self.run()
 
 
 def _same_range(request: Request) -> tuple[int, int]:
@@ -132,16 +126,16 @@ def write_same(request: Request) -> Plan:
     if flags & _ANCHOR:
         raise CheckCondition(sense.invalid_field_in_cdb(1, 4))  # ANC_SUP is 0: nothing here can be anchored
     offset, length = _same_range(request)
-    volume = request.unit.volume
+    unit = request.unit
 
     def start(data: Buffer, done: Completion) -> None:
         sector = _ZERO_SECTOR if flags & _NDOB else bytes(data[:SECTOR_BYTES])
         if sector != _ZERO_SECTOR:
-            _PatternWrite(volume, offset, length, sector, done).run()
+            _PatternWrite(unit, offset, length, sector, done).start()
         elif flags & _UNMAP:
-            volume.unmap(offset, length, done)
+            unit.volume.unmap(offset, length, unit.durably(done))
         else:
-            volume.write_zeros(offset, length, False, done)
+            unit.volume.write_zeros(offset, length, not unit.write_cache, done)
 
     return Operation(0 if flags & _NDOB else SECTOR_BYTES, start, exact=True)
 

@@ -1,8 +1,9 @@
 """SANITIZE (SBC-3 4.11, 5.30): every sector of the unit is overwritten or deallocated, and nothing else is possible meanwhile.
 
 The operation belongs to the logical unit and not to the command or the session that began it: resets, aborts and the end of the
-session leave it alone. It goes through the volume in steps, each made durable before the next begins, so that the event loop is given
-back. A pool writes nothing in place: that the old blocks are unreachable is what is promised, and snapshots keep theirs.
+session leave it alone, and one that a restart of the daemon broke off has failed (`ReservationKeeper` keeps that it began). It goes
+through the volume in steps, each made durable before the next begins, so that the event loop is given back. A pool writes nothing in
+place: that the old blocks are unreachable is what is promised, and snapshots keep theirs.
 """
 
 from typing import Final
@@ -81,26 +82,39 @@ class _Sanitizing:
         self._run()
 
     def _end(self, error: Exception | None) -> None:
+        if error is not None:
+            self._kept(error)
+            return
+        self._unit.sanitization = None
+        self._unit.keep_reservations(self._kept)
+
+    def _kept(self, error: Exception | None) -> None:
         """A failure stays with the unit until another operation succeeds, or the client gives up (SBC-3 4.11.4)."""
-        unit = self._unit
-        if error is None:
-            unit.sanitization = None
-        else:
+        if error is not None:
+            self._unit.sanitization = self._state
             self._state.failed = True
-        unit.state_changed()
+        self._unit.state_changed()
         self._done(None if error is None else CheckCondition(sense.SANITIZE_FAILED))
 
 
 def _begin(request: Request, sector: bytes | None, done: Completion) -> None:
-    """Overwrite with ``sector``, or deallocate where there is none. With IMMED the command ends now."""
-    unit = request.unit
+    """Overwrite with ``sector``, or deallocate where there is none. With IMMED the command ends when that it began is durable."""
+    unit, before = request.unit, request.unit.sanitization
     state = unit.sanitization = Sanitization(bool(request.cdb[1] & _AUSE))
     unit.state_changed()
-    if request.cdb[1] & _IMMED:
-        done(None)
-        _Sanitizing(unit, state, sector, _tell_nobody).start()
-    else:
-        _Sanitizing(unit, state, sector, done).start()
+
+    def kept(error: Exception | None) -> None:
+        if error is not None:  # nothing was changed yet
+            unit.sanitization = before
+            unit.state_changed()
+            done(error)
+        elif request.cdb[1] & _IMMED:
+            done(None)
+            _Sanitizing(unit, state, sector, _tell_nobody).start()
+        else:
+            _Sanitizing(unit, state, sector, done).start()
+
+    unit.keep_reservations(kept)
 
 
 def _tell_nobody(_error: Exception | None) -> None:
@@ -152,12 +166,17 @@ def exit_failure_mode(request: Request) -> Plan:
     if any(request.cdb[7:9]):
         raise CheckCondition(sense.invalid_field_in_cdb(7))
     unit = request.unit
-    if unit.sanitization is not None:
-        if not unit.sanitization.unrestricted_exit:
-            raise CheckCondition(sense.invalid_field_in_cdb(1, 4))
+    if unit.sanitization is None:
+        return NO_DATA
+    if not unit.sanitization.unrestricted_exit:
+        raise CheckCondition(sense.invalid_field_in_cdb(1, 4))
+
+    def start(_data: Buffer, done: Completion) -> None:
         unit.sanitization = None
         unit.state_changed()
-    return NO_DATA
+        unit.keep_reservations(done)
+
+    return Operation(0, start, writing=False)
 
 
 COMMANDS: Final = tuple(

@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 from protocol.scsi import sense
 from protocol.scsi.errors import CheckCondition
-from protocol.scsi.limits import PIECE_BYTES, SECTOR_BYTES
+from protocol.scsi.limits import AT_ONCE_BYTES_MAX, PIECE_BYTES, SECTOR_BYTES
+from protocol.scsi.logical_unit import LogicalUnit
 from protocol.scsi.sense import MISCOMPARE, Sense
-from protocol.volume import BlockVolume, Buffer, Completion
+from protocol.volume import Buffer, Completion
 
 Check = Callable[[int, Buffer], None]
 
@@ -49,12 +50,13 @@ def miscompare_at(offset_bytes: int) -> Sense:
 
 
 class Scan:
-    """Reads ``length_bytes`` in pieces through the I/O threads, giving each to ``check``; ends at the first error."""
+    """Reads ``length_bytes`` in pieces, each in a turn of its own, giving each to ``check``; ends at the first error."""
 
-    __slots__ = ("_check", "_done", "_length", "_offset", "_position", "_volume")
+    __slots__ = ("_check", "_done", "_length", "_offset", "_position", "_turns", "_volume")
 
-    def __init__(self, volume: BlockVolume, offset_bytes: int, length_bytes: int, check: Check | None, done: Completion) -> None:
-        self._volume = volume
+    def __init__(self, unit: LogicalUnit, offset_bytes: int, length_bytes: int, check: Check | None, done: Completion) -> None:
+        self._volume = unit.volume
+        self._turns = unit.turns
         self._offset = offset_bytes
         self._length = length_bytes
         self._check = check
@@ -62,24 +64,24 @@ class Scan:
         self._position = 0
 
     def start(self) -> None:
-        """Read the pieces that are at hand in a loop, and wait for the first that is not."""
-        while self._position < self._length:
-            size = min(PIECE_BYTES, self._length - self._position)
-            try:
-                piece = self._volume.try_read(self._offset + self._position, size)
-                if piece is None:
-                    self._volume.read(self._offset + self._position, size, self._arrived)
-                    return
-                self._look(piece)
-            except Exception as error:  # noqa: BLE001 - whatever the volume raises carries an errno; the completion makes sense data of it
-                self._done(error)
-                return
-        self._done(None)
+        """Begin: little is looked at now."""
+        if self._length <= AT_ONCE_BYTES_MAX:
+            self._step()
+        else:
+            self._turns.take(self._step)
 
-    def _look(self, piece: Buffer) -> None:
-        if self._check is not None:
-            self._check(self._position, piece)
-        self._position += len(piece)
+    def _step(self) -> None:
+        """Look at the next piece if it is at hand, or wait for it."""
+        at, size = self._offset + self._position, min(PIECE_BYTES, self._length - self._position)
+        try:
+            piece = self._volume.try_read(at, size)
+        except Exception as error:  # noqa: BLE001 - whatever the volume raises carries an errno; the completion makes sense data of it
+            self._done(error)
+            return
+        if piece is None:
+            self._volume.read(at, size, self._arrived)
+        else:
+            self._arrived(piece, None)
 
     def _arrived(self, piece: Buffer | None, error: Exception | None) -> None:
         if error is None and piece is not None:
@@ -87,7 +89,12 @@ class Scan:
                 self._look(piece)
             except CheckCondition as failed:
                 error = failed
-        if error is not None:
+        if error is None and self._position < self._length:
+            self._turns.take(self._step)
+        else:
             self._done(error)
-            return
-        self.start()
+
+    def _look(self, piece: Buffer) -> None:
+        if self._check is not None:
+            self._check(self._position, piece)
+        self._position += len(piece)

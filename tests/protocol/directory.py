@@ -1,8 +1,11 @@
-"""A target directory for tests: a dict of targets, and a record of the sessions."""
+"""A target directory for tests: a dict of targets, and a record of the sessions; and a keeper of what outlives a restart."""
+
+from typing import Any
+from uuid import UUID
 
 from protocol.iscsi.chap import ChapSecrets
 from protocol.iscsi.node import SessionView, TargetDefinition, TargetNode
-from protocol.volume import BlockVolume
+from protocol.volume import BlockVolume, Completion
 
 TARGET = "iqn.2026-01.io.cleaved:disk"
 INITIATOR = "iqn.2026-01.io.example:host"
@@ -45,3 +48,22 @@ class RecordedNode(TargetNode):
 def recorded(volumes: dict[int, BlockVolume], chap: ChapSecrets | None = None, discovery: ChapSecrets | None = None) -> RecordedNode:
     """A node over a `MemoryDirectory`."""
     return RecordedNode(MemoryDirectory(volumes, chap, discovery))
+
+
+class Keeper:
+    """Keeps what it is given; completions wait while ``held`` is a list."""
+
+    def __init__(self) -> None:
+        self.states: dict[UUID, dict[str, Any] | None] = {}
+        self.held: list[Completion] | None = None
+        self.error: Exception | None = None
+
+    def kept(self, uuid: UUID) -> dict[str, Any] | None:
+        return self.states.get(uuid)
+
+    def keep(self, uuid: UUID, state: dict[str, Any] | None, done: Completion) -> None:
+        self.states[uuid] = state
+        if self.held is None:
+            done(self.error)
+        else:
+            self.held.append(done)

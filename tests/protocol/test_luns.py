@@ -1,14 +1,12 @@
 """Several logical units behind one target, some of which come and go under open sessions; portals; what outlives a restart."""
 
-from typing import Any
 from uuid import UUID
 
 import pytest
 
 from protocol.iscsi.initiator_task import CommandFailed
-from protocol.volume import Completion
 from tests.protocol.coupling import Coupling, settings
-from tests.protocol.directory import INITIATOR, TARGET, RecordedNode, recorded
+from tests.protocol.directory import INITIATOR, TARGET, Keeper, RecordedNode, recorded
 from tests.protocol.exchanges import Results
 from tests.protocol.memory_volume import MemoryVolume
 
@@ -101,6 +99,24 @@ def test_commands_under_way_on_a_lun_that_goes_end_as_they_would_have(write: boo
     assert second.data[:512] == (b"\x33" * 512 if write else bytes(512))
 
 
+def test_a_lun_that_goes_while_its_gate_is_closed_leaves_no_command_behind() -> None:
+    disk = volume(1)
+    node = recorded({0: disk})
+    pair = session(node)
+    disk.hold_reads = True
+    swapped, written = Results(), Results()
+    pair.initiator.submit(0, bytes((0x89, *bytes(12), 1, 0, 0)), swapped, data=bytes(512) + b"n" * 512)
+    pair.initiator.submit_write(0, 4096, b"w" * 4096, written)
+    pair.run()
+    node.lun_unmapped(TARGET, 0, disk)
+    assert not node.units
+    disk.hold_reads = False
+    disk.release()
+    pair.run()
+    assert swapped.data == written.data == b"" and pair.target.commands_in_flight == 0
+    assert disk.data[:1] == b"n" and disk.data[4096:8192] == b"w" * 4096
+
+
 def test_a_lun_comes_and_goes_under_the_fast_path() -> None:
     first, second = volume(1), volume(2)
     node = recorded({0: first})
@@ -173,25 +189,6 @@ def test_discovery_tells_all_portals_and_names_in_any_case() -> None:
 
 
 # --- Reservations over a restart ------------------------------------------------------------------------------------------
-
-
-class Keeper:
-    """Keeps what it is given; completions wait while ``held`` is a list."""
-
-    def __init__(self) -> None:
-        self.states: dict[UUID, dict[str, Any] | None] = {}
-        self.held: list[Completion] | None = None
-        self.error: Exception | None = None
-
-    def kept(self, uuid: UUID) -> dict[str, Any] | None:
-        return self.states.get(uuid)
-
-    def keep(self, uuid: UUID, state: dict[str, Any] | None, done: Completion) -> None:
-        self.states[uuid] = state
-        if self.held is None:
-            done(self.error)
-        else:
-            self.held.append(done)
 
 
 def register(pair: Coupling, key: int, aptpl: bool = True) -> Results:

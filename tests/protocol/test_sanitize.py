@@ -8,16 +8,17 @@ from protocol.iscsi import task_management
 from protocol.iscsi.initiator_task import CommandFailed
 from protocol.scsi import limits
 from tests.protocol.coupling import Coupling, coupled, settings
-from tests.protocol.directory import recorded
+from tests.protocol.directory import Keeper, recorded
 from tests.protocol.exchanges import Results, manage
-from tests.protocol.memory_volume import MemoryVolume
+from tests.protocol.memory_volume import MemoryVolume, VolumeError
 from tests.protocol.test_scsi_identity import fails
 
 SIZE = 4 * limits.SANITIZE_STEP_BYTES
 OVERWRITE, ERASE, EXIT = 1, 2, 0x1F
 IN_PROGRESS, FAILED, BAD_CDB, BAD_LIST = (2, 4, 0x1B), (3, 0x31, 3), (5, 0x24, 0), (5, 0x26, 0)
 IMMED, AUSE = 0x80, 0x20
-READ, TEST_UNIT_READY = bytes((0x28, 0, 0, 0, 0, 0, 0, 0, 1, 0)), bytes(6)
+READ, WRITE = bytes((0x28, 0, 0, 0, 0, 0, 0, 0, 1, 0)), bytes((0x2A, 0, 0, 0, 0, 0, 0, 0, 1, 0))
+TEST_UNIT_READY = bytes(6)
 
 
 @pytest.fixture
@@ -30,6 +31,14 @@ def volume() -> MemoryVolume:
 @pytest.fixture
 def pair(volume: MemoryVolume) -> Coupling:
     return coupled(volume)
+
+
+def kept_session(keeper: Keeper, volume: MemoryVolume) -> Coupling:
+    node = recorded({0: volume})
+    node.reservations = keeper
+    pair = Coupling(node, settings()).login()
+    node.unit_for(volume).nexuses[0].take_attention()
+    return pair
 
 
 def sanitize(action: int, size: int = 0, flags: int = 0) -> bytes:
@@ -154,6 +163,74 @@ def test_it_waits_for_the_writes_before_it(pair, volume):
     assert volume.unmapped == [] and write.got == results.got == []
     finish(pair, volume)
     assert write.data == results.data == b"" and volume.data == bytes(SIZE)
+
+
+@pytest.mark.parametrize("flags", [0, IMMED])
+def test_a_write_that_waited_behind_it_is_refused_or_comes_after_it(pair, volume, flags):
+    volume.hold_writes = True
+    begin(pair, WRITE, bytes(512))
+    sanitized = begin(pair, sanitize(OVERWRITE, 5, flags), pattern(b"x"))
+    written = begin(pair, WRITE, b"w" * 512)
+    again = begin(pair, sanitize(ERASE))
+    finish(pair, volume)
+    assert sanitized.data == b""
+    if flags:
+        for refused in (written.failure, again.failure):
+            assert (refused.key, refused.asc, refused.ascq) == IN_PROGRESS
+        assert volume.data == b"x" * SIZE
+    else:
+        assert written.data == again.data == b"" and volume.data == bytes(SIZE)
+
+
+@pytest.mark.parametrize("flags", [0, AUSE, IMMED])
+def test_one_that_a_restart_broke_off_has_failed(volume, flags):
+    keeper = Keeper()
+    pair = kept_session(keeper, volume)
+    volume.hold_writes = True
+    keeper.held = []
+    begin(pair, sanitize(OVERWRITE, 5, flags), pattern(b"x"))
+    assert not volume.held  # nothing is overwritten before it is durable that it will be
+    keeper.held.pop()(None)
+    assert volume.held
+    volume.hold_writes, keeper.held = False, None
+    pair = kept_session(keeper, volume)  # another life
+    fails(pair, READ, FAILED)
+    if flags == AUSE:
+        pair.command(sanitize(EXIT))
+    else:
+        fails(pair, sanitize(EXIT), BAD_CDB)
+        pair.command(sanitize(ERASE))
+    assert keeper.states == {volume.uuid: None}
+    pair.command(READ, read_bytes=512)
+
+
+@pytest.mark.parametrize("before", ["nothing", "failed"])
+def test_one_that_cannot_be_kept_does_not_begin(volume, before):
+    keeper = Keeper()
+    pair = kept_session(keeper, volume)
+    if before == "failed":
+        volume.fail_writes = errno.EIO
+        fails(pair, sanitize(OVERWRITE, 5), FAILED, data=pattern(b"x"))
+        volume.fail_writes = None
+    keeper.error = VolumeError(errno.EROFS)
+    fails(pair, sanitize(OVERWRITE, 5), (7, 0x27, 0), data=pattern(b"x"))
+    assert volume.data == b"a" * SIZE
+    if before == "failed":
+        fails(pair, READ, FAILED)
+    else:
+        pair.command(READ, read_bytes=512)
+
+
+def test_the_end_of_one_that_cannot_be_kept_is_a_failure(volume):
+    keeper = Keeper()
+    pair = kept_session(keeper, volume)
+    keeper.held = []
+    answer = begin(pair, sanitize(ERASE))
+    keeper.held.pop()(None)
+    keeper.held.pop()(VolumeError(errno.EROFS))
+    pair.run()
+    assert (answer.failure.key, answer.failure.asc) == (3, 0x31)
+    fails(pair, READ, FAILED)
 
 
 def test_a_failure_stays_until_it_is_given_up_or_done_again(pair, volume):

@@ -5,8 +5,9 @@ import pytest
 from protocol.iscsi import task_management
 from protocol.iscsi.initiator_task import CommandFailed
 from tests.protocol.coupling import Coupling
+from tests.protocol.directory import Keeper
 from tests.protocol.exchanges import manage
-from tests.protocol.test_luns import Keeper, kept_node, keys, ready, register, session
+from tests.protocol.test_luns import kept_node, keys, ready, register, session
 
 # MODE SELECT(6) with PF and SP, and without SP; page controls of MODE SENSE(6).
 SAVE, SELECT = 0x11, 0x10
