@@ -8,19 +8,21 @@ Such a change is not in the intent log, whose records name blocks that are new: 
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from storage.errors import OutOfRange, VolumeClosed
 from storage.images.read_path import load_path
 from storage.layout import BLOCK_BYTES, FIELDS_MASK, FIELDS_SHIFT, HOLE, KIND_SNAPSHOT, KIND_VDISK, ZERO_POINTER
 from storage.slices import Slicer
+from storage.tree.node import FIELD_DTYPE
 
 if TYPE_CHECKING:
     from storage.consistency.epoch import Epoch
     from storage.images.image import Image
     from storage.tree.node import Node
 
-# VBN, and CRC32C with birth as the field has them.
-Pointer = tuple[int, int]
+# Fields of pointer blocks, FIELD_DTYPE.
+Fields = npt.NDArray[np.void]
 
 
 async def copy_blocks(source: "Image", source_fbn: int, image: "Image", fbn: int, count: int) -> None:
@@ -65,21 +67,33 @@ def _check_both(source: "Image", image: "Image", end: int) -> None:
         raise OutOfRange(f"{image.label} shrank to {image.limit_bytes} bytes while this copy was under way")
 
 
-def _pointers(source: "Image", fbn: int, count: int) -> list[Pointer] | None:
+def _pointers(source: "Image", fbn: int, count: int) -> Fields | None:
     """What the source's blocks point at, through its backing stores; None when a pointer block must be loaded first."""
-    found: list[Pointer] = []
-    for here in range(fbn, fbn + count):
-        at: Image | None = source
-        pointer: Pointer = (HOLE, 0)
-        while at is not None:
-            node = at.tree.peek(here >> FIELDS_SHIFT)
+    found = np.zeros(count, dtype=FIELD_DTYPE)
+    at, reach = source, count
+    while True:
+        if not _fill_holes(at, fbn, found[:reach]):
+            return None
+        reach = min(reach, at.backing_blocks - fbn)
+        if at.backing is None or reach <= 0 or (found["vbn"][:reach] != HOLE).all():
+            return found
+        at = at.backing
+
+
+def _fill_holes(image: "Image", fbn: int, found: Fields) -> bool:
+    """Give the holes of ``found`` the fields of one image; False when a pointer block must be loaded first."""
+    done = 0
+    while done < len(found):
+        low = (fbn + done) & FIELDS_MASK
+        part = found[done : done + FIELDS_MASK + 1 - low]
+        holes = part["vbn"] == HOLE
+        if holes.any():
+            node = image.tree.peek((fbn + done) >> FIELDS_SHIFT)
             if node is None:
-                return None
-            slot = (here & FIELDS_MASK) * 2
-            pointer = (node.q[slot], node.q[slot + 1])
-            at = at.backing if pointer[0] == HOLE and here < at.backing_blocks else None
-        found.append(pointer)
-    return found
+                return False
+            part[holes] = node.fields()[low : low + len(part)][holes]
+        done += len(part)
+    return True
 
 
 def _mark_shared(image: "Image", epoch: "Epoch") -> None:
@@ -99,12 +113,13 @@ def _let_go(image: "Image", epoch: "Epoch", node: "Node", fbn: int, count: int) 
         image.job.holes_hidden()
 
 
-def _install(image: "Image", epoch: "Epoch", node: "Node", fbn: int, pointers: list[Pointer]) -> None:
+def _install(image: "Image", epoch: "Epoch", node: "Node", fbn: int, pointers: Fields) -> None:
     """Point at the source's blocks; what reads as zeros there becomes a zero pointer, which hides whatever is behind."""
-    for here, (vbn, tail) in enumerate(pointers, fbn):
-        slot = (here & FIELDS_MASK) * 2
-        node.q[slot], node.q[slot + 1] = (vbn, tail) if vbn > ZERO_POINTER else (ZERO_POINTER, 0)
-    vbns = np.array([vbn for vbn, _ in pointers if vbn > ZERO_POINTER], dtype=np.uint64)
+    zeros = pointers["vbn"] <= ZERO_POINTER
+    pointers[zeros] = (ZERO_POINTER, 0, 0)
+    low = fbn & FIELDS_MASK
+    node.fields()[low : low + len(pointers)] = pointers
+    vbns = pointers["vbn"][~zeros]
     epoch.added.append(vbns)
     epoch.by_reference = True
     image.used_blocks += len(vbns)
