@@ -139,6 +139,8 @@ class Pool:
     async def _start(self) -> None:
         if self._superblock.unknown_ro_compat:
             self._state.fail("it has features that this version can only read past: use a newer cleaved to write")
+        else:
+            await self._sync_what_is_there()
         await read_table(self._state, self._table, self._catalogue)
         await self._configuration.load()
         self._splits.take_up()
@@ -155,6 +157,15 @@ class Pool:
             self._post_reclaim(self._catalogue.image(number))
         self._state.on_event("pool.opened", path=self._device.path, cp_number=self._superblock.cp_number, images=len(self._catalogue),
                              records_replayed=replayed.records, changes_replayed=replayed.entries)  # fmt: skip
+
+    async def _sync_what_is_there(self) -> None:
+        """What the last process wrote may be in the page cache only. Nothing must be built on that: blocks that its consistency point freed
+        would be written over while the durable one still needs them.
+        """
+        try:
+            await self._device.sync()
+        except StorageError as error:
+            self._state.fail(f"what the pool holds cannot be made durable: {error}")
 
     async def _replay(self) -> Replayed:
         with self._state.allocator.replaying():

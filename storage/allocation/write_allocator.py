@@ -62,6 +62,11 @@ class Window:
         self.end = 0
         self.runs: list[tuple[int, int]] = []
 
+    @property
+    def left_blocks(self) -> int:
+        """Blocks that are left to hand out. Not for the hot path: it counts the runs."""
+        return self.end - self.next + sum(end - first for first, end in self.runs)
+
     def advance(self) -> bool:
         """Move on to the next run when the current one is used up. False: the window is empty."""
         while self.next == self.end:
@@ -235,7 +240,7 @@ class WriteAllocator:
         while self.free_now - count < self.reserve_blocks:
             if not await self.reclaim():
                 raise PoolFull("the pool is full: delete snapshots or vdisks, or grow the pool")
-        await self._refill(self._data)
+        await self._refill(self._data, count)
 
     async def prepare_nodes(self, epoch: Epoch, for_reclaim: bool = False) -> None:
         """Wait until ``take_node`` has a chance. Raises PoolFull when no freed block is on its way."""
@@ -248,11 +253,13 @@ class WriteAllocator:
                 raise PoolFull("the pool is full, its reserve included: delete snapshots or vdisks, or grow the pool")
         await self._refill(self._nodes)
 
-    async def _refill(self, window: Window) -> None:
-        """Fill a window, loading map blocks as needed; ends empty-handed after one circle round the pool."""
+    async def _refill(self, window: Window, count: int = 1) -> None:
+        """Fill a window until it has ``count`` blocks, loading map blocks as needed; ends empty-handed after one circle round the pool."""
         for _ in range(2 * region_count(self._size_blocks) // REGIONS_PER_FILL + 4):
-            if window.next < window.end or window.runs or self._fill(window):
+            if window.left_blocks >= count:
                 return
+            if self._fill(window):
+                continue
             await self._active_map.load(self._wait_for)
             await asyncio.sleep(0)
         other = self._nodes if window is self._data else self._data
@@ -261,10 +268,14 @@ class WriteAllocator:
     # --- Claiming ----------------------------------------------------------------------------------------------
 
     def _fill(self, window: Window) -> bool:
-        """Claim free runs for ``window`` from a roomy region, else from the cursor on. False: nothing was found in the regions at hand."""
-        if self._claim_roomy(window):
-            window.runs.reverse()
-            return True
+        """Claim free runs for ``window``, to be used after those that it has left. False: nothing was found in the regions at hand."""
+        left, window.runs = window.runs, []
+        found = self._claim_roomy(window) or self._claim_from_cursor(window)
+        window.runs.reverse()
+        window.runs += left
+        return found
+
+    def _claim_from_cursor(self, window: Window) -> bool:
         wanted = window.size_blocks
         regions = region_count(self._size_blocks)
         for _ in range(min(REGIONS_PER_FILL, regions + 1)):
@@ -279,7 +290,6 @@ class WriteAllocator:
             if wanted <= 0:
                 break
             self._cursor = (region + 1) % regions * REGION_BLOCKS
-        window.runs.reverse()
         return bool(window.runs)
 
     def _claim_roomy(self, window: Window) -> bool:

@@ -99,6 +99,14 @@ class Ring:
             sequence += 1
         return found
 
+    def holds_from(self, sequence: int) -> bool:
+        """Whether a record of ``sequence`` or above lies in the ring: it was not synced, and those before it are lost."""
+        for start in range(0, len(self._data), BLOCK_BYTES):
+            magic, _, found, *_ = RECORD_HEAD.unpack_from(self._data, start)
+            if magic == RECORD_MAGIC and found >= sequence and self.record_at(start // BLOCK_BYTES) is not None:
+                return True
+        return False
+
     def later_than(self, sequence: int) -> Record | None:
         """Any record of a higher sequence anywhere in the ring that says ``sequence`` was durable."""
         for start in range(0, len(self._data), BLOCK_BYTES):
@@ -132,9 +140,10 @@ class Replay:
             self._state.allocator.adopt(run[0][3], len(run))
         await self._apply(entries)
         head_block = records[-1].block + records[-1].blocks if records else superblock.log_head_block
-        # A jump in the sequence: no leftover of a torn tail can ever be taken for a successor.
-        jump = ring.blocks if records else 0
-        return Replayed(head_block % ring.blocks, next_sequence + jump, bool(records), len(applied), len(entries))
+        # A jump in the sequence: nothing left of a torn tail can ever be taken for a successor, also where the tail is all that there is.
+        moved = bool(records) or ring.holds_from(next_sequence)
+        jump = ring.blocks if moved else 0
+        return Replayed(head_block % ring.blocks, next_sequence + jump, moved, len(applied), len(entries))
 
     async def _read_ring(self) -> bytearray:
         data = bytearray(self._superblock.log_blocks * BLOCK_BYTES)

@@ -201,3 +201,41 @@ async def test_a_full_pool_with_a_full_log_opens_again() -> None:
 def test_neighbours_on_the_device_are_read_together(vbns: list[int], expected: list[list[int]]) -> None:
     found = runs([(1, 0, 0, vbn, 1) for vbn in vbns])
     assert [[entry[3] for entry in run] for run in found] == expected
+
+
+async def test_a_record_left_behind_by_a_lost_one_never_follows_a_new_one() -> None:
+    """Found by review: older data came back over newer that was acknowledged as durable.
+
+    Power fails while records s and s+1 are not synced; only s+1 reaches the medium. The next life writes a record s of its own; after
+    a second crash the old s+1 would be its successor.
+    """
+    async with new_pool() as running:
+        await running.pool.vdisk_create("a", 1 << 20)
+        vbn = LOG_FIRST_VBN + running.pool._log.head_block
+        for fbn in range(130):  # more than one record holds
+            await running.write("a", fbn * BLOCK_BYTES, data(1))
+        lost_record = running.memory.copy()
+        lost_record._write([bytes(BLOCK_BYTES)], vbn * BLOCK_BYTES)
+    async with opened(lost_record) as running:
+        assert await running.read("a", 127 * BLOCK_BYTES, BLOCK_BYTES) == bytes(BLOCK_BYTES)
+        await running.write("a", 127 * BLOCK_BYTES, data(2), fua=True)
+        crashed = lost_record.copy()
+    async with opened(crashed) as running:
+        assert await running.read("a", 127 * BLOCK_BYTES, BLOCK_BYTES) == data(2)
+
+
+async def test_nothing_is_built_on_what_may_be_in_the_page_cache_only() -> None:
+    """Found by review: a killed daemon's superblock may be written and not synced; what it freed is still needed if it gets lost."""
+    async with new_pool() as running:
+        await running.pool.vdisk_create("a", 1 << 20)
+        await running.write("a", 0, data(1), fua=True)
+        found = running.memory.copy()
+    device = DelayDevice(found)
+    device.hold(SYNC)
+    before = found.copy()
+    opening = asyncio.create_task(open_on(found, device))
+    while not device.held(SYNC):
+        await asyncio.sleep(0)
+    assert found._pages == before._pages
+    device.release(SYNC)
+    await (await within(opening)).close()

@@ -190,6 +190,36 @@ async def test_batches_stay_contiguous_where_single_blocks_were_freed() -> None:
     assert following == list(range(following[0], following[0] + 16)) and following[0] >= REGION_BLOCKS
 
 
+async def test_a_window_with_less_than_is_wanted_waits_for_the_next_map_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by review: with a few blocks left and the next region's map not in memory, a write went round for ever without a turn."""
+    pool = await fresh(TWO_REGIONS)
+    allocator, active_map = pool._state.allocator, pool._active_map
+    present, absent = active_map.peek_used, {1}
+    monkeypatch.setattr(type(active_map), "peek_used", lambda self, region: None if region in absent else present(region))
+
+    async def load(self: object, region: int) -> None:
+        absent.discard(region)
+
+    monkeypatch.setattr(type(active_map), "load", load)
+    allocator._cursor = REGION_BLOCKS - 30  # thirty blocks to the end of the first region
+    assert allocator.take(48) is None
+    for _ in range(3):
+        await allocator.prepare_data(48)
+        if (extents := allocator.take(48)) is not None:
+            break
+    assert len(vbns(extents)) == 48
+
+
+async def test_the_last_free_blocks_may_lie_in_the_other_window() -> None:
+    """Found by review: a pool of some 100 MiB that got full hung instead of saying so."""
+    pool = await fresh(TWO_REGIONS)
+    allocator = pool._state.allocator
+    allocator.take_node(Epoch(9))  # its window now holds a thousand blocks
+    taken = await take_all(allocator, 64)
+    assert allocator.reserve_blocks <= allocator.free_now < allocator.reserve_blocks + 64
+    assert len(set(taken)) == len(taken)
+
+
 async def test_room_for_new_images_is_asked_for() -> None:
     pool = await fresh(SMALL_BLOCKS)
     allocator = pool._state.allocator
