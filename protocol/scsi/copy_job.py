@@ -6,7 +6,7 @@ loop of its own.
 """
 
 import errno
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from protocol.scsi import sense
@@ -20,13 +20,38 @@ _BLOCK_BYTES: Final = PHYSICAL_BLOCK_SECTORS * SECTOR_BYTES
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """``length_bytes`` of ``source`` are to be found in ``destination`` afterwards. Both ranges have been checked."""
+    """``length_bytes`` of ``source`` are to be found in ``destination`` afterwards. Both ranges have been checked.
+
+    ``count``: how many segments of the client's list this is.
+    """
 
     source: LogicalUnit
     source_offset: int
     destination: LogicalUnit
     offset: int
     length_bytes: int
+    count: int = 1
+
+
+def joined(segments: list[Segment]) -> list[Segment]:
+    """The same copies with as few segments: a descriptor says 32 MiB at most, and each copy by reference has to be made durable.
+
+    Within one unit they are left alone: there a segment may read what the one before it wrote.
+    """
+    found: list[Segment] = []
+    for following in segments:
+        last = found[-1] if found else None
+        if last is not None and _continues(last, following):
+            found[-1] = replace(last, length_bytes=last.length_bytes + following.length_bytes, count=last.count + 1)
+        else:
+            found.append(following)
+    return found
+
+
+def _continues(last: Segment, following: Segment) -> bool:
+    units = last.source is following.source and last.destination is following.destination and last.source is not last.destination
+    size = last.length_bytes
+    return units and last.source_offset + size == following.source_offset and last.offset + size == following.offset
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +90,7 @@ class CopyJob:
     __slots__ = ("_done", "_pieces", "_progress", "_segments")
 
     def __init__(self, segments: list[Segment], progress: CopyProgress, done: Completion) -> None:
-        self._segments = segments[::-1]
+        self._segments = joined(segments)[::-1]
         self._progress = progress
         self._done = done
         self._pieces: list[_Piece] = []
@@ -137,8 +162,7 @@ class CopyJob:
         self.run()
 
     def _segment_ended(self) -> None:
-        self._segments.pop()
-        self._progress.segments += 1
+        self._progress.segments += self._segments.pop().count
 
     def _end(self, error: Exception | None) -> None:
         self._progress.running = False

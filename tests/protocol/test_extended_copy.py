@@ -286,7 +286,7 @@ def test_compare_and_write_of_the_destination_is_not_cut_in_two():
     pair = session(source, destination)
     names = [target(naa(pair, 0)), target(naa(pair, 1))]
     destination.hold_writes = True
-    parameters, copied, compared = copy_list(names, [segment(0, 1, 8, 0, 0), segment(0, 1, 8, 8, 8)]), Results(), Results()
+    parameters, copied, compared = copy_list(names, [segment(0, 1, 8, 0, 0), segment(0, 1, 8, 9, 8)]), Results(), Results()
     pair.initiator.submit(0, cdb(len(parameters)), copied, data=parameters)
     pair.run()
     new = bytes(source.data[:512]) + b"\xaa" * 512
@@ -304,7 +304,24 @@ def test_compare_and_write_of_the_destination_is_not_cut_in_two():
     destination.release()
     pair.run()
     assert (copied.data, unit.gate.closed) == (b"", False)
-    assert destination.data[512:8192] == source.data[512:8192]
+    assert destination.data[512:8192] == source.data[512:4096] + source.data[4608:8704]
+
+
+def test_segments_that_continue_each_other_are_one_copy_and_count_as_they_were_given():
+    source, destination = sharing(1), sharing(2)
+    pair = session(source, destination)
+    names = [target(naa(pair, 0)), target(naa(pair, 1))]
+    row = [segment(0, 1, 2048, at, at + 16) for at in (0, 2048, 4096)]
+    copy(pair, copy_list(names, [*row, segment(0, 1, 0, 6144, 6160), segment(0, 1, 8, 0, 6160), segment(1, 0, 8, 8, 6168)]))
+    assert destination.shared == [(0, 8192, 3 * 2048 * 512), (0, 6160 * 512, 4096)] and source.shared == [(4096, 6168 * 512, 4096)]
+    assert status(pair) == (1, 6, (3 * 2048 + 16) * 512)
+
+
+def test_within_one_disk_a_segment_reads_what_the_one_before_wrote():
+    volume = sharing(1)
+    pair, first = session(volume), bytes(volume.data[:4096])
+    copy(pair, copy_list([target(naa(pair, 0))], [segment(0, 0, 8, at, at + 8) for at in range(0, 32, 8)]))
+    assert volume.data[: 5 * 4096] == first * 5
 
 
 def test_many_segments_that_end_at_once_do_not_nest():
