@@ -4,7 +4,8 @@ Data lies in its final place before a record lists where; replay verifies each b
 
 Two things bring changes into the log:
 - ``note``, after each batch of writes: the record goes to the device *without a sync*. That costs one short write, and means that a crash
-  of the process (kill -9, out of memory) loses nothing that was acknowledged, as long as the machine goes on.
+  of the process (kill -9, out of memory) loses nothing that was acknowledged, as long as the machine goes on. Where the record cannot
+  be written at once, the acknowledgement waits (``when_noted``).
 - ``flush``: one sync makes all records and their data durable, shared by all flushes that wait (group commit).
 
 Invariants:
@@ -26,7 +27,7 @@ from storage.layout import BLOCK_BYTES
 from storage.slices import Slicer
 from storage.state import PoolState
 
-FlushCompletion = Callable[[Exception | None], None]
+Completion = Callable[[Exception | None], None]
 
 # Records filled by one ``note``: about half a millisecond; the rest follows with the next one, or with a flush.
 RECORDS_PER_NOTE = 16
@@ -39,15 +40,17 @@ class IntentLog:
 
     __slots__ = (
         "_blocks",
-        "_committing",
         "_durable_sequence",
+        "_flushing",
+        "_in_threads",
         "_mark_sequence",
+        "_noting",
         "_open",
         "_pool_uuid",
         "_state",
         "_unwritten",
         "_used_blocks",
-        "_waiting",
+        "_worker",
         "commits",
         "durable_by_cp",
         "head_block",
@@ -61,10 +64,14 @@ class IntentLog:
         self._open: LogRecord | None = None
         # Records that the device did not take at once, oldest first; the open one may be the last of them.
         self._unwritten: list[LogRecord] = []
+        # Whether the threads are writing the first of them: none may overtake it.
+        self._in_threads = False
         self._mark_sequence = 0
         self._used_blocks = 0
-        self._waiting: list[FlushCompletion] = []
-        self._committing: asyncio.Task[None] | None = None
+        # Who waits until everything is in the log, and who until it is durable as well; one Task serves both.
+        self._noting: list[Completion] = []
+        self._flushing: list[Completion] = []
+        self._worker: asyncio.Task[None] | None = None
         self.commits = 0
         # Makes everything durable by a consistency point instead; set by it.
         self.durable_by_cp: Callable[[], asyncio.Future[None]]
@@ -91,8 +98,8 @@ class IntentLog:
 
     # --- Noting changes --------------------------------------------------------------------------------------------
 
-    def note(self) -> None:
-        """Write what is not logged yet, as far as that is possible at once and without a sync; what is left waits for a flush.
+    def note(self) -> bool:
+        """Write what is not logged yet, as far as that is possible at once and without a sync. Returns whether that is all there is.
 
         Called between writes, so that all of them that were begun are there whole.
         """
@@ -114,6 +121,12 @@ class IntentLog:
             if not self._unwritten or self._unwritten[-1] is not record:
                 self._unwritten.append(record)
         self._write_out()
+        return not self._unwritten and self._next_epoch() is None
+
+    def when_noted(self, done: Completion) -> None:
+        """Call ``done`` when every change installed before this call is in the log: for who was told False by ``note``."""
+        self._noting.append(done)
+        self._work()
 
     def _next_epoch(self) -> Epoch | None:
         """The epoch whose changes are to be logged next: all of the frozen one's first."""
@@ -141,6 +154,8 @@ class IntentLog:
     def _write_out(self) -> None:
         """Write records that are not on the device as they are, in their order, until it would have to be waited for."""
         device = self._state.device
+        if self._in_threads:
+            return
         try:
             while self._unwritten and device.try_writev((self._unwritten[0].buf,), self._unwritten[0].offset_bytes, BLOCK_BYTES):
                 del self._unwritten[0]
@@ -149,34 +164,38 @@ class IntentLog:
 
     # --- Flushing --------------------------------------------------------------------------------------------------
 
-    def flush(self, done: FlushCompletion) -> None:
+    def flush(self, done: Completion) -> None:
         """Make every change installed before this call durable, then call ``done``."""
-        self._waiting.append(done)
-        if self._committing is None:
-            self._committing = asyncio.get_running_loop().create_task(self._commit_all())
+        self._flushing.append(done)
+        self._work()
 
     async def drain(self) -> None:
-        """Wait until no flush is waiting or under way."""
-        while self._committing is not None:
-            await asyncio.shield(self._committing)
+        """Wait until nobody waits for the log any more."""
+        while self._worker is not None:
+            await asyncio.shield(self._worker)
 
-    async def _commit_all(self) -> None:
+    def _work(self) -> None:
+        if self._worker is None:
+            self._worker = asyncio.get_running_loop().create_task(self._serve())
+
+    async def _serve(self) -> None:
         try:
-            while self._waiting:
-                waiting, self._waiting = self._waiting, []
+            while self._noting or self._flushing:
+                noting, self._noting = self._noting, []
+                flushing, self._flushing = self._flushing, []
                 error: Exception | None = None
                 try:
-                    await self._commit()
+                    await self._commit(durable=bool(flushing))
                 except Exception as failure:  # noqa: BLE001
-                    # Whatever it was: each flush is answered, and the next ones are taken.
+                    # Whatever it was: everybody is answered, and the next ones are served.
                     error = as_storage_error(failure)
-                for done in waiting:
+                for done in (*noting, *flushing):
                     done(error)
         finally:
-            self._committing = None
+            self._worker = None
 
-    async def _commit(self) -> None:
-        """Log what is not logged yet, then sync. Raises DeviceFailed, PoolReadOnly."""
+    async def _commit(self, durable: bool) -> None:
+        """Log what is not logged yet, and sync if it is to be durable. Raises DeviceFailed, PoolReadOnly."""
         state, slicer = self._state, Slicer()
         state.check_writable()
         while self._next_epoch() is not None:
@@ -185,24 +204,36 @@ class IntentLog:
             if self._next_epoch() is not None and self.next_sequence == before:
                 break
             await slicer.breathe()
-        if self._next_epoch() is not None or any(epoch is not None and epoch.by_reference for epoch in (state.frozen, state.epoch)):
+        by_reference = any(epoch is not None and epoch.by_reference for epoch in (state.frozen, state.epoch))
+        if self._next_epoch() is not None or (durable and by_reference):
             await asyncio.shield(self.durable_by_cp())
             return
         state.check_writable()  # noting may just have failed
-        await self._sync()
-        self.commits += 1
-
-    async def _sync(self) -> None:
-        """Make all records that there are now durable, with their data. The open one is closed: nobody may write over it any more."""
-        state = self._state
-        self._open = None
-        last_sequence = self.next_sequence - 1
-        records, self._unwritten = self._unwritten, []
         try:
-            for record in records:
-                await state.device.writev((record.buf,), record.offset_bytes)
-            await state.device.sync()
+            await self._put_down(durable)
         except DeviceFailed as failure:
             state.fail(f"the device failed to make data durable: {failure}")
             raise
-        self._durable_sequence = max(self._durable_sequence, last_sequence)
+
+    async def _put_down(self, durable: bool) -> None:
+        """Have all records that there are now written, and synced with their data if asked for."""
+        # The open one is closed: nobody may change what a thread writes, nor write over what is durable.
+        self._open = None
+        last_sequence = self.next_sequence - 1
+        await self._write_rest(last_sequence)
+        if durable:
+            await self._state.device.sync()
+            self._durable_sequence = max(self._durable_sequence, last_sequence)
+            self.commits += 1
+
+    async def _write_rest(self, last_sequence: int) -> None:
+        """Write by the threads, one after the other, what the device does not take at once."""
+        while self._unwritten and self._unwritten[0].sequence <= last_sequence:
+            record = self._unwritten[0]
+            self._in_threads = True
+            try:
+                await self._state.device.writev((record.buf,), record.offset_bytes)
+            finally:
+                self._in_threads = False
+            if self._unwritten and self._unwritten[0] is record:  # else a consistency point has made it superfluous
+                del self._unwritten[0]

@@ -337,7 +337,7 @@ class Volume:
 
     def _written(self, batch: list[Write]) -> None:
         """Installed: note it in the log, and acknowledge, after a sync where durability was asked for."""
-        self._log.note()
+        noted = self._log.note()
         counters = self.counters
         counters.writes += len(batch)
         self.state.operations += len(batch)
@@ -345,8 +345,10 @@ class Volume:
             counters.written_bytes += len(data)
             if fua:
                 self._log.flush(done)
-            else:
+            elif noted:
                 done(None)
+            else:
+                self._log.when_noted(done)
 
     async def _write_later(self, batch: list[Write]) -> None:
         for write in batch:
@@ -391,7 +393,7 @@ class Volume:
             if offset + length > self.image.limit_bytes:
                 self._refuse(offset, length)
             await self._zero_range(offset, offset + length)
-            self._log.note()
+            noted = self._log.note()
         except Exception as error:  # noqa: BLE001
             done(as_storage_error(error))
             return
@@ -399,8 +401,10 @@ class Volume:
         self.state.operations += 1
         if fua:
             self._log.flush(done)
-        else:
+        elif noted:
             done(None)
+        else:
+            self._log.when_noted(done)
 
     async def _zero_range(self, start: int, end: int) -> None:
         first_whole = (start + BLOCK_MASK) & ~BLOCK_MASK

@@ -224,6 +224,6 @@ async def deleted(pool: Pool, name: str) -> bool:
 
 async def abandon_quietly(pool: Pool) -> None:
     """End the tasks of one pool only: another one is at work in the same loop."""
-    for task in (pool._points._task, pool._log._committing):
+    for task in (pool._points._task, pool._log._worker):
         if task is not None:
             task.cancel()

@@ -1,7 +1,7 @@
 """The intent log: group commit, room in the ring, and what a record says."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -9,10 +9,11 @@ from storage.consistency.epoch import Epoch, LogEntry
 from storage.consistency.intent_log import IntentLog
 from storage.consistency.log_record import ENTRIES_PER_RECORD, LogRecord
 from storage.consistency.replay import Ring
+from storage.device import Buffer, Device
 from storage.errors import StorageError
 from storage.layout import BLOCK_BYTES, LOG_FIRST_VBN
 from storage.state import PoolState
-from tests.storage.devices import SYNC, WRITE, DelayDevice, Fault, FaultyDevice, MemoryDevice
+from tests.storage.devices import SYNC, WRITE, DelayDevice, Fault, FaultyDevice, MemoryDevice, WrappedDevice
 from tests.storage.pools import LEAF_BYTES, data, new_pool, opened, within
 
 UUID_BYTES = bytes(range(16))
@@ -191,6 +192,36 @@ async def test_what_the_device_does_not_take_at_once_is_written_in_order_later()
     assert [record.entries[0][2] for record in records] == [0, 1, 2]
 
 
+class SometimesAtOnce(DelayDevice):
+    """What goes by the threads can be held; what is taken at once is on the device."""
+
+    refuses = True
+
+    def try_writev(self, buffers: Sequence[Buffer], offset_bytes: int, length_bytes: int) -> bool:
+        return not self.refuses and self.inner.try_writev(buffers, offset_bytes, length_bytes)
+
+
+async def test_a_record_is_not_overtaken_by_one_that_the_device_takes_at_once() -> None:
+    log = Log(SometimesAtOnce)
+    assert isinstance(log.device, SometimesAtOnce)
+    log.device.hold(WRITE)
+    log.change(ENTRIES_PER_RECORD)
+    assert not log.log.note()
+    noted: list[Exception | None] = []
+    log.log.when_noted(noted.append)
+    while not log.device.held(WRITE):
+        await asyncio.sleep(0)
+    log.device.refuses = False
+    log.change(1, 5)
+    assert not log.log.note()  # the first record is on its way
+    assert not noted and not log.ring().records_from(0, 1)
+    log.device.release(WRITE)
+    await log.log.drain()
+    assert noted == [None]
+    assert log.log.note()
+    assert [len(record.entries) for record in log.ring().records_from(0, 1)] == [ENTRIES_PER_RECORD, 1]
+
+
 @pytest.mark.parametrize("operation", [WRITE, SYNC])
 async def test_after_a_failed_commit_nothing_is_acknowledged_as_durable(operation: str) -> None:
     log = Log(lambda memory: FaultyDevice(memory, Fault(operation)))
@@ -232,9 +263,20 @@ async def test_invariant_1_what_was_flushed_or_written_with_fua_survives() -> No
         assert await running.read("a", 0, len(expected)) == bytes(4 * BLOCK_BYTES) + expected[4 * BLOCK_BYTES :]
 
 
-async def test_a_killed_process_loses_no_acknowledged_write() -> None:
-    """What was in the page cache is still there: all that was acknowledged, flushed or not, is found again at the next start."""
-    async with new_pool() as running:
+class NeverAtOnce(WrappedDevice):
+    """As a device is when much is dirty: whatever is written goes by the threads."""
+
+    def try_writev(self, buffers: Sequence[Buffer], offset_bytes: int, length_bytes: int) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("decorate", [lambda memory: memory, NeverAtOnce], ids=["at once", "by the threads"])
+async def test_a_killed_process_loses_no_acknowledged_write(decorate: Callable[[MemoryDevice], Device]) -> None:
+    """What was in the page cache is still there: all that was acknowledged, flushed or not, is found again at the next start.
+
+    By the threads: found by review, for acknowledgements did not wait for their records there.
+    """
+    async with new_pool(decorate=decorate) as running:
         await running.pool.vdisk_create("a", 4 * LEAF_BYTES)
         for index in range(300):
             await running.write("a", index * BLOCK_BYTES, data(index, 1))

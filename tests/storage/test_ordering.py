@@ -70,7 +70,7 @@ async def test_early_reuse_is_found() -> None:
 
 
 async def test_flush_without_sync_is_found() -> None:
-    async def nothing(self: IntentLog) -> None:
+    async def nothing(self: IntentLog, durable: bool) -> None:
         """Acknowledge without doing anything."""
 
     with mock.patch.object(IntentLog, "_commit", nothing):
