@@ -5,10 +5,9 @@ others find room beside them. The pace keeps a flood from taking the event loop'
 no session is served.
 """
 
-from collections import Counter
 from typing import Final, Protocol
 
-from daemon.logs import get_log
+from daemon.logs import Repeats
 
 # An initiator that starts logs in to all its targets by all its paths at once, some tens of connections, and tries again what is
 # refused. A stranger holds no more than this, each for LOGIN_SECONDS_MAX and LOGIN_BUFFER_BYTES at most (protocol.iscsi.limits).
@@ -30,7 +29,7 @@ class Admitted(Protocol):
 
     @property
     def logging_in(self) -> bool:
-        """It lives, and its login has not ended."""
+        """It lives, and is no normal session: its login has not ended, or led to discovery, which anybody may do."""
 
 
 class Admission:
@@ -43,7 +42,7 @@ class Admission:
         self._seen_seconds = 0.0
         self._connections = 0
         self._logging_in: dict[str, set[Admitted]] = {}
-        self._refused: Counter[str] = Counter()
+        self._refusals = Repeats("iscsi.refused")
 
     def wait_seconds(self, now_seconds: float) -> float:
         """How long the next connection has to wait for its turn; 0: not at all. ``now_seconds`` is of any monotonic clock."""
@@ -69,16 +68,11 @@ class Admission:
 
     def refused(self, peer: str, reason: str) -> None:
         """Log the first refusal for a reason at once, those that follow until `tick` as a number: a flood must not fill the log."""
-        self._refused[reason] += 1
-        if self._refused[reason] == 1:
-            get_log().warning("iscsi.refused", peer=peer, reason=reason, times=1)
+        self._refusals.log(reason, peer=peer)
 
     def tick(self) -> None:
         """Some time has passed: tell of what was refused beside what was logged."""
-        for reason, times in self._refused.items():
-            if times > 1:
-                get_log().warning("iscsi.refused", peer=None, reason=reason, times=times - 1)
-        self._refused.clear()
+        self._refusals.tick()
 
     def added(self, connection: Admitted, host: str) -> None:
         """A connection was taken."""

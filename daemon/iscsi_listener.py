@@ -8,12 +8,13 @@ import asyncio
 import socket
 from collections.abc import Callable
 from typing import Final, cast
+from uuid import UUID
 
 from daemon import runtime
 from daemon.acceptor import Acceptor
 from daemon.admission import Admission
 from daemon.config import Address, is_loopback
-from daemon.logs import get_log
+from daemon.logs import Repeats, get_log
 from protocol.iscsi import limits
 from protocol.iscsi.connection import TargetConnection
 from protocol.iscsi.node import SessionView, TargetNode
@@ -48,7 +49,9 @@ class IscsiListener:
         self._ticker: asyncio.TimerHandle | None = None
         self._empty: asyncio.Event = asyncio.Event()
         self._collect = collect
+        self._failures = Repeats("iscsi.failed")
         node.portals = self.portals_beside
+        node.turns.call_soon = asyncio.get_running_loop().call_soon
         self._ended = 0
         self._commands_seen = -1
 
@@ -83,6 +86,10 @@ class IscsiListener:
         """Tell every session of it."""
         self.node.volume_resized(volume)
 
+    def volume_deleted(self, uuid: UUID) -> None:
+        """Nobody can use it any more."""
+        self.node.volume_deleted(uuid)
+
     def lun_mapped(self, target_name: str, lun: int, volume: BlockVolume) -> None:
         """Tell every session of the target."""
         self.node.lun_mapped(target_name, lun, volume)
@@ -108,7 +115,7 @@ class IscsiListener:
         self.stop_accepting()
         await self._acceptor.opened()
         for connection in list(self.connections):
-            connection.shut_down()
+            connection.shut_down(timeout_seconds)
         try:
             await asyncio.wait_for(self._wait_empty(), timeout_seconds)
         except TimeoutError:
@@ -119,8 +126,10 @@ class IscsiListener:
         if self._ticker is not None:
             self._ticker.cancel()
 
-    def removed(self, connection: "IscsiProtocol") -> None:
+    def removed(self, connection: "IscsiProtocol", ended: TargetConnection) -> None:
         """A connection has ended."""
+        if ended.failure is not None:
+            self._failures.log(ended.failure, peer=ended.peer_address, initiator=ended.initiator_name, target=ended.target_name)
         self.connections.discard(connection)
         self.admission.removed(connection, connection.host)
         self._ended += 1
@@ -139,6 +148,7 @@ class IscsiListener:
         for connection in list(self.connections):
             connection.tick(now_seconds)
         self.admission.tick()
+        self._failures.tick()
         if self._ended:
             self._collect_ended()
 
@@ -166,7 +176,11 @@ class IscsiProtocol(asyncio.BufferedProtocol):
         """A client came."""
         transport = cast("asyncio.Transport", transport)  # uvloop's is one by shape, not by class
         self._transport = transport
-        peer = Address(*transport.get_extra_info("peername")[:2])
+        where = transport.get_extra_info("peername")
+        if where is None:
+            transport.abort()  # the client has gone again: a check of a load balancer, a scanner
+            return
+        peer = Address(*where[:2])
         self.host = peer.host
         if self._listener.admission.refusal(peer.host) is not None:
             transport.abort()  # others, taken in the same turn, were faster
@@ -198,7 +212,7 @@ class IscsiProtocol(asyncio.BufferedProtocol):
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.connection_lost()
-            self._listener.removed(self)
+            self._listener.removed(self, connection)
             # What refers to each other in a ring would keep its buffers until a garbage collection, and those are rare here.
             del self.get_buffer, self.buffer_updated
 
@@ -210,9 +224,11 @@ class IscsiProtocol(asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         """The client drains again."""
-        if self._connection is not None:
-            self._connection.resume_writing()
-        if not self._transport.is_closing():
+        connection = self._connection
+        if connection is not None:
+            connection.resume_writing()
+        # What went on by that may have filled the buffer again: then `pause_writing` was called within, and nothing may be read.
+        if not (self._transport.is_closing() or (connection is not None and connection.paused)):
             self._transport.resume_reading()
 
     @property
@@ -222,8 +238,9 @@ class IscsiProtocol(asyncio.BufferedProtocol):
 
     @property
     def logging_in(self) -> bool:
-        """The connection lives, and its login has not ended."""
-        return self._connection is not None and not self._connection.logged_in
+        """The connection lives, and is no normal session: anybody may discover, so a discovery session counts as a login does."""
+        connection = self._connection
+        return connection is not None and (connection.discovery or not connection.logged_in)
 
     def tick(self, now_seconds: float) -> None:
         """Time passes."""
@@ -239,12 +256,11 @@ class IscsiProtocol(asyncio.BufferedProtocol):
         assert isinstance(found, int)
         return found
 
-    def shut_down(self, timeout_seconds: float | None = None) -> None:
-        """Ask the initiator to log out, and close when it has; at the latest after ``timeout_seconds``, if given."""
-        if timeout_seconds is not None:
-            self._abort_in(timeout_seconds)
+    def shut_down(self, timeout_seconds: float) -> None:
+        """Ask the initiator to log out, and close when it has; at the latest after ``timeout_seconds``."""
+        self._abort_in(timeout_seconds)
         if self._connection is not None:
-            self._connection.shutdown()
+            self._connection.shutdown(int(timeout_seconds))
 
     def abort(self) -> None:
         """Close at once."""

@@ -5,6 +5,7 @@ Nothing is logged per I/O. What Python's own logging says (asyncio's complaints)
 
 import logging
 import sys
+from collections import Counter
 from typing import Any, Final
 
 import structlog
@@ -12,6 +13,9 @@ import structlog
 Log = structlog.typing.FilteringBoundLogger
 
 LEVELS: Final = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+# Different reasons that `Repeats` logs one by one until its tick; a stranger can make up as many as he wants.
+REASONS_MAX: Final = 20
+_OTHER_REASONS: Final = "other reasons"
 
 
 class _PythonLog(logging.Handler):
@@ -44,6 +48,32 @@ def set_up(level: str, log_format: str) -> None:
         cache_logger_on_first_use=False,
     )
     logging.basicConfig(handlers=[_PythonLog()], level=max(LEVELS[level], logging.INFO), force=True)
+
+
+class Repeats:
+    """Warnings of one kind that strangers can cause: a flood of them must not fill the log.
+
+    The first for a reason is logged at once, those that follow until `tick` as a number, with empty fields.
+    """
+
+    def __init__(self, event: str) -> None:
+        self._event = event
+        self._times: Counter[str] = Counter()
+
+    def log(self, reason: str, **fields: str) -> None:
+        """Once more."""
+        if reason not in self._times and len(self._times) >= REASONS_MAX:
+            reason = _OTHER_REASONS
+        self._times[reason] += 1
+        if self._times[reason] == 1:
+            get_log().warning(self._event, reason=reason, times=1, **fields)
+
+    def tick(self) -> None:
+        """Some time has passed: tell of what came beside what was logged."""
+        for reason, times in self._times.items():
+            if times > 1:
+                get_log().warning(self._event, reason=reason, times=times - 1)
+        self._times.clear()
 
 
 def get_log() -> Log:

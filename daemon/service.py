@@ -121,7 +121,7 @@ class ControlService:
         return await self._pool.vdisk_show(params.name)
 
     async def _vdisk_rename(self, params: methods.VdiskRename) -> Row:
-        with self._targets.claim(VDISK, params.new_name):
+        with self._targets.claim(VDISK, params.new_name, self._pool.volume(params.name)):
             await self._pool.vdisk_rename(params.name, params.new_name)
         return await self._pool.vdisk_show(params.new_name)
 
@@ -130,6 +130,7 @@ class ControlService:
         self._targets.check_unmapped(volume)
         await self._pool.vdisk_delete(params.name)
         await self._targets.forget(volume)
+        self._wire.volume_deleted(volume.uuid)
         await self._reservations.forget(volume.uuid)
         return {"name": params.name, "deleted": True}
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
+from uuid import UUID
 
 from daemon.access import Credentials
 from daemon.pool_interface import Row, Volumes
@@ -22,6 +23,9 @@ class Wire(Protocol):
 
     def volume_resized(self, volume: BlockVolume) -> None:
         """The volume has another size."""
+
+    def volume_deleted(self, uuid: UUID) -> None:
+        """The volume is no more."""
 
     def lun_mapped(self, target_name: str, lun: int, volume: BlockVolume) -> None:
         """The target has one LUN more."""

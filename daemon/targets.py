@@ -166,9 +166,13 @@ class Targets:
     # --- Created targets ---------------------------------------------------------------------------------------------
 
     @contextmanager
-    def claim(self, kind: str, name: str) -> Iterator[None]:
-        """While a VDISK or a TARGET is made: vdisks and created targets share one space of names. Raises Conflict."""
+    def claim(self, kind: str, name: str, volume: AttachableVolume | None = None) -> Iterator[None]:
+        """While a VDISK or a TARGET is made: vdisks and created targets share one space of names. Raises Conflict.
+
+        ``volume`` is of the vdisk that shall get this name, where there is one already.
+        """
         other = TARGET if kind == VDISK else VDISK
+        self._check_unused(name, None if volume is None else volume.uuid.hex)
         if self._in_making[other, name] or (kind == VDISK and TARGET_PREFIX + name in self.table.targets):
             raise Conflict(f"there is a {other} {name}, and both would be the target {TARGET_PREFIX}{name}: choose another name")
         self._in_making[kind, name] += 1
@@ -178,6 +182,15 @@ class Targets:
             self._in_making[kind, name] -= 1
             if not self._in_making[kind, name]:
                 del self._in_making[kind, name]
+
+    def _check_unused(self, name: str, key: str | None) -> None:
+        """Raise Conflict while sessions came by this name to what had it then: they would log in again to another disk, and write on."""
+        full = (TARGET_PREFIX + name).lower()
+        users = sorted(
+            opened.label for session, opened in self._sessions.items() if session.target_name.lower() == full and opened.key != key
+        )
+        if users:
+            raise Conflict(f"{', '.join(users)} came by the name {name} to another disk: end those sessions first, or choose another name")
 
     async def create(self, reference: str) -> Found:
         """A target without LUNs. Raises RequestError, Conflict, and what the pool raises."""

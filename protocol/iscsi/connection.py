@@ -72,7 +72,7 @@ class TargetConnection:
         self.initiator_name = ""
         self.target_name = ""
         self.tsih = 0
-        self.failure: str | None = None
+        self.failure: str | None = None  # why it was ended, unless that was in order
         self._send = send
         self._wake = wake
         self._close = close
@@ -138,7 +138,7 @@ class TargetConnection:
             if phase is not None:
                 phase.handle(pdu)
                 if phase.logged_out:
-                    self._end("logged out")
+                    self._end()
             else:
                 self._handle_login(pdu)
             if sender.pending_bytes >= limits.OUTPUT_BYTES_HIGH:
@@ -147,8 +147,11 @@ class TargetConnection:
     def flush_output(self) -> None:
         """Send what is pending. The daemon calls it once after each ``wake``."""
         self._woken = False
-        if not self._entered:
-            self._flush_now()
+        if self._entered:
+            return
+        self._flush_now()
+        if self._phase is not None and self._phase.logged_out:
+            self._end()
 
     def _flush_now(self) -> None:
         if self._sender.pending and not self._lost:
@@ -165,8 +168,12 @@ class TargetConnection:
         self._paused = True
 
     def resume_writing(self) -> None:
-        """The client drains: go on with reads under way, then with what has been received."""
+        """The client drains: go on with reads under way, then with what has been received.
+
+        That may call `pause_writing` again: whether to read is for ``paused`` to say.
+        """
         self._paused = False
+        self._active = True  # it takes what it is sent: a sign of life, though nothing is read of it meanwhile
         if self._phase is not None:
             self._phase.resume()
         self._process()
@@ -183,10 +190,11 @@ class TargetConnection:
             status = error.status if isinstance(error, LoginRefused) else LoginRefused.status
             self._sender.put(refusal(pdu, login.stat_sn, status))
             raise
+        finally:
+            self.initiator_name = login.initiator_name
         if result is None:
             return
         self._login = None
-        self.initiator_name = result.initiator_name
         if result.target is None:
             self._enter(result, login.stat_sn, Nexus(result.initiator_name, ""))
             return
@@ -239,13 +247,12 @@ class TargetConnection:
 
     def _fail(self, reason: str) -> None:
         self.failure = reason
-        self._end(reason)
+        self._end()
 
-    def _end(self, reason: str) -> None:
+    def _end(self) -> None:
         """Send what is pending, end the session, ask for the transport to be closed."""
         if self._closed:
             return
-        self.failure = self.failure or reason
         if self._phase is not None and not self._session_over:
             self._phase.settle()  # the writes of this wake-up are answered while that is possible
         self._flush_now()
@@ -279,7 +286,7 @@ class TargetConnection:
     def reinstated(self, drained: Callable[[], None]) -> None:
         """The same initiator port has logged in again: end at once (RFC 7143 6.3.5), and say when nothing touches a volume."""
         phase = self._phase
-        self._end("the initiator logged in again")
+        self._end()
         if phase is not None and phase.tasks:
             earlier = phase.when_drained
 
@@ -294,7 +301,7 @@ class TargetConnection:
 
     def terminated(self) -> None:
         """The target was reset cold."""
-        self._end("the target was reset")
+        self._end()
 
     def lun_mapped(self, lun: int, unit: LogicalUnit) -> None:
         """The session's target has one logical unit more."""
@@ -306,12 +313,12 @@ class TargetConnection:
         if self._phase is not None:
             self._phase.unmap_lun(lun)
 
-    def shutdown(self) -> None:
-        """Ask the initiator to log out; the daemon closes after LOGOUT_SECONDS. Before the full feature phase: close now."""
+    def shutdown(self, timeout_seconds: int) -> None:
+        """Ask the initiator to log out; the daemon closes after the timeout. Before the full feature phase: close now."""
         if self._phase is None:
-            self._end("shutting down")
+            self._end()
         elif not self._closed:
-            self._phase.ask_for_logout()
+            self._phase.ask_for_logout(timeout_seconds)
             self.flush_output()
 
     def tick(self, now_seconds: float) -> None:
@@ -323,6 +330,9 @@ class TargetConnection:
         if self._phase is None:
             if now_seconds - self._started_seconds > limits.LOGIN_SECONDS_MAX:
                 self._fail("the login took too long")
+            return
+        if self._phase.discovery and now_seconds - self._started_seconds > limits.DISCOVERY_SECONDS_MAX:
+            self._fail("the discovery session took too long")
             return
         if self._active:
             self._active = self._pinged = False
@@ -345,6 +355,16 @@ class TargetConnection:
     def logged_in(self) -> bool:
         """The login has ended well."""
         return self._phase is not None
+
+    @property
+    def discovery(self) -> bool:
+        """It is a discovery session."""
+        return self._phase is not None and self._phase.discovery
+
+    @property
+    def paused(self) -> bool:
+        """The client does not drain: nothing is to be read."""
+        return self._paused
 
     @property
     def commands_in_flight(self) -> int:

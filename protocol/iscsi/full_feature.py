@@ -98,6 +98,7 @@ class FullFeature:
         "initiator_name",
         "is_paused",
         "logged_out",
+        "logging_out",
         "max_cmd_sn",
         "nexus",
         "parameters",
@@ -154,6 +155,7 @@ class FullFeature:
         self.write_reserved = 0
         self.transfer_tag = 0
         self.ping_tag: int | None = None
+        self.logging_out = False  # a logout waits until no volume holds a command
         self.logged_out = False
         self.when_drained: Callable[[], None] | None = None
         self.task_management = TaskManagement(self)
@@ -172,6 +174,8 @@ class FullFeature:
 
     def handle(self, pdu: Pdu) -> None:
         """One PDU by the table of handlers. Raises ProtocolError where the connection must end."""
+        if self.logging_out:
+            return  # RFC 7143 11.14: nothing may come after a logout request
         if not pdu.data_intact:
             self._data_digest_failed(pdu)
             return
@@ -325,8 +329,17 @@ class FullFeature:
             outcome = _LOGOUT_NO_CONNECTION
         elif reason > LOGOUT_CLOSE_CONNECTION:
             outcome = _LOGOUT_NO_RECOVERY
-        self.logged_out = outcome == _LOGOUT_DONE
-        self.sender.put(self.numbered(LOGOUT_RESPONSE, pdu.itt, byte2=outcome))
+        if outcome != _LOGOUT_DONE:
+            self.sender.put(self.numbered(LOGOUT_RESPONSE, pdu.itt, byte2=outcome))
+            return
+        self.logging_out, self.fast = True, False
+
+        def drained() -> None:
+            self.logged_out = True
+            self.sender.put(self.numbered(LOGOUT_RESPONSE, pdu.itt, byte2=_LOGOUT_DONE))
+            self.wake()
+
+        self.abandon(drained)
 
     def _snack(self, pdu: Pdu) -> None:
         self.reject(pdu, REJECT_SNACK)  # at error recovery level 0 nothing is kept that could be sent again (RFC 7143 11.16)
@@ -468,12 +481,12 @@ class FullFeature:
         words = (self.ping_tag, self.stat_sn, self.exp_cmd_sn, self.max_cmd_sn, 0, 0, 0)
         self.sender.put(pack(NOP_IN, FINAL, RESERVED_TAG, words=words))
 
-    def ask_for_logout(self) -> None:
-        """Asynchronous message: the target wants the initiator to log out within LOGOUT_SECONDS."""
+    def ask_for_logout(self, timeout_seconds: int) -> None:
+        """Asynchronous message: the target wants the initiator to log out within this time (RFC 7143 11.9.1)."""
         stat_sn = self.stat_sn
         self.stat_sn = (stat_sn + 1) & SERIAL_MASK
         event = ASYNC_LOGOUT_REQUESTED << 24
-        words = (0, stat_sn, self.exp_cmd_sn, self.max_cmd_sn, event, limits.LOGOUT_SECONDS, 0)
+        words = (0, stat_sn, self.exp_cmd_sn, self.max_cmd_sn, event, timeout_seconds, 0)
         self.sender.put(pack(ASYNC_MESSAGE, FINAL, RESERVED_TAG, words=words))
 
     def map_lun(self, lun: int, unit: LogicalUnit) -> None:
@@ -489,7 +502,10 @@ class FullFeature:
             self.nexus.attention(sense.REPORTED_LUNS_CHANGED)
 
     def abandon(self, drained: Callable[[], None]) -> None:
-        """The session is over: abort everything, and call ``drained`` once no volume holds a command of it."""
+        """The session is over: abort everything, and call ``drained`` once no volume holds a command of it.
+
+        Called again, the later ``drained`` alone is called: a logout whose connection is lost needs no answer.
+        """
         self.settle()
         self.stalled.clear()
         for task in list(self.tasks.values()):

@@ -52,8 +52,10 @@ KEEP_ALIVE_SECONDS: Final = 15.0
 # It is dropped when the answer takes so long. Hosts that stand still for a while (migrated, suspended, a client program that sleeps for
 # a minute) keep their session; a host that died and comes back reinstates its own at once.
 KEEP_ALIVE_ANSWER_SECONDS: Final = 60.0
-# Asked to log out (asynchronous message), an initiator has this long.
+# Asked to log out (asynchronous message) because it may not go on, an initiator has this long.
 LOGOUT_SECONDS: Final = 5
+# A discovery session asks its questions and logs out; that anybody may open one must not fill places for good.
+DISCOVERY_SECONDS_MAX: Final = 60.0
 # Challenges of all connections of late: a response to one of them must not be got by sending it back to us as a challenge.
 CHALLENGES_REMEMBERED: Final = 4096
 CHALLENGE_BYTES: Final = 32

@@ -65,6 +65,7 @@ class RecordedWire:
 
     def __init__(self) -> None:
         self.resized: list[BlockVolume] = []
+        self.deleted: list[UUID] = []
         self.luns: list[tuple[str, str, int, str]] = []
         self.ended: list[SessionView] = []
 
@@ -73,6 +74,9 @@ class RecordedWire:
 
     def volume_resized(self, volume: BlockVolume) -> None:
         self.resized.append(volume)
+
+    def volume_deleted(self, uuid: UUID) -> None:
+        self.deleted.append(uuid)
 
     def lun_mapped(self, target_name: str, lun: int, volume: BlockVolume) -> None:
         self.luns.append(("mapped", target_name, lun, volume.name))

@@ -99,6 +99,13 @@ async def test_a_resize_is_told_to_the_wire(service: ControlService, wire: Recor
     assert [(volume.name, volume.size_bytes) for volume in wire.resized] == [("a", 2 * MIB)]
 
 
+async def test_a_deletion_is_told_to_the_wire(service: ControlService, wire: RecordedWire, pool: Pool) -> None:
+    await call(service, "vdisk.create", name="a", size_bytes=MIB)
+    uuid = pool.volume("a").uuid
+    await call(service, "vdisk.rm", name="a")
+    assert wire.deleted == [uuid]
+
+
 async def test_a_clone_that_is_split_at_once(service: ControlService) -> None:
     await call(service, "vdisk.create", name="a", size_bytes=MIB)
     await call(service, "snapshot.create", snapshots=["a@s"])

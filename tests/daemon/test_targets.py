@@ -3,8 +3,8 @@
 import pytest
 
 from daemon.config import Chap
-from daemon.targets import Targets
-from storage.errors import NotFound
+from daemon.targets import TARGET, VDISK, Targets
+from storage.errors import Conflict, NotFound
 from tests.daemon.fakes import MemoryPool
 
 PREFIX = "iqn.2026-01.io.cleaved:"
@@ -58,6 +58,26 @@ def test_sessions_attach_their_volume_until_they_close() -> None:
         targets.session_closed(session)
     assert pool.volumes["a"].labels == []
     assert targets.sessions() == []
+
+
+@pytest.mark.parametrize("kind", [VDISK, TARGET])
+def test_a_name_that_open_sessions_came_by_is_not_given_to_another_disk(kind: str) -> None:
+    pool = MemoryPool(Prod=4096, other=4096)
+    targets = Targets(pool, None)
+    session = Session(f"{PREFIX}Prod")
+    targets.session_opened(session)
+    renamed = pool.volumes["old"] = pool.volumes.pop("Prod")
+    renamed.name = "old"
+    for taken in ("Prod", "prod"):  # iSCSI names are compared in lower case
+        with pytest.raises(Conflict, match=r"test:i \(session 1\) came by the name"), targets.claim(kind, taken):
+            pass
+    with pytest.raises(Conflict), targets.claim(kind, "Prod", pool.volumes["other"]):
+        pass
+    with targets.claim(kind, "Prod", renamed), targets.claim(kind, "new"):
+        pass  # its own name may come back
+    targets.session_closed(session)
+    with targets.claim(kind, "prod"):
+        pass
 
 
 def test_a_vdisk_that_goes_while_somebody_logs_in_is_no_error() -> None:

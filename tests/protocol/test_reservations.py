@@ -283,6 +283,17 @@ def test_a_unit_kept_by_a_reservation_takes_over_the_volume_that_is_opened_next(
     assert len(report(again, 0)) == 16
 
 
+def test_a_unit_that_only_a_registration_keeps_goes_with_its_volume(node, volume):
+    pair = session(node, 1)
+    out(pair, REGISTER, 0, 1)
+    pair.initiator.logout(lambda _: None)
+    pair.run()
+    assert node.units
+    node.volume_deleted(volume.uuid)
+    node.volume_deleted(volume.uuid)
+    assert not node.units
+
+
 def test_the_fast_path_obeys(three):
     one, two, _ = three
     out(one, REGISTER, 0, 1)

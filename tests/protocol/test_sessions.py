@@ -13,7 +13,7 @@ from protocol.iscsi.pdu import FINAL, IMMEDIATE, RESERVED_TAG, Pdu, pack
 from protocol.volume import Buffer
 from tests.protocol.coupling import Coupling, Peer, coupled, feed, settings
 from tests.protocol.directory import TARGET, MemoryDirectory, RecordedNode, recorded
-from tests.protocol.exchanges import Results, answer_to, read, write
+from tests.protocol.exchanges import FIRST, Results, answer_to, read, write
 from tests.protocol.memory_volume import MemoryVolume
 
 SIZE = 8 << 20
@@ -44,6 +44,26 @@ def test_a_silent_peer_is_asked_and_then_dropped():
     assert pair.target.failure == "the initiator does not answer"
 
 
+def test_a_client_that_drains_slowly_lives():
+    pair = coupled(MemoryVolume(SIZE))
+    for now in range(0, 1000, 50):
+        pair.target.resume_writing()
+        pair.target.pause_writing()
+        pair.target.tick(float(now))
+    assert not pair.peer.closed
+
+
+def test_a_discovery_session_ends_after_a_while():
+    pair = Coupling(recorded({0: MemoryVolume(SIZE)}), settings(target_name="")).login()
+    assert pair.target.discovery
+    for now in range(int(limits.DISCOVERY_SECONDS_MAX) + 2):
+        assert not pair.peer.closed
+        pair.initiator.ping(lambda _: None)
+        pair.run()
+        pair.target.tick(float(now))
+    assert pair.target.failure == "the discovery session took too long"
+
+
 def test_logout_ends_the_session():
     pair = coupled(MemoryVolume(SIZE))
     answers: list[int] = []
@@ -56,6 +76,27 @@ def test_logout_ends_the_session():
     assert not pair.node.sessions and not pair.node.units
 
 
+@pytest.mark.parametrize("connection_lost", [False, True])
+def test_a_logout_is_answered_when_no_volume_holds_a_write(connection_lost):
+    volume = MemoryVolume(SIZE)
+    pair = coupled(volume)
+    volume.hold_writes = True
+    written = Results()
+    pair.initiator.submit_write(0, 0, bytes(512), written)
+    pair.run()
+    answers: list[int] = []
+    pair.initiator.logout(answers.append)
+    pair.run()
+    feed(pair.target, pack(pdu.NOP_OUT | IMMEDIATE, FINAL, 5, words=FIRST))
+    assert answers == [] and not pair.peer.sent and not pair.peer.closed  # nor is anything else
+    if connection_lost:
+        pair.target.connection_lost()
+    volume.release()
+    pair.run()
+    assert answers == ([] if connection_lost else [0]) and pair.peer.closed is not connection_lost
+    assert pair.target.failure is None and pair.node.directory.closed == [pair.target]
+
+
 def test_logout_of_another_connection_or_for_recovery_is_refused():
     for flags, cid, outcome in ((FINAL | 1, 9, 1), (FINAL | 2, 0, 2)):
         pair = coupled(MemoryVolume(SIZE))
@@ -66,7 +107,8 @@ def test_logout_of_another_connection_or_for_recovery_is_refused():
 
 def test_shutdown_asks_the_initiator_to_log_out():
     pair = coupled(MemoryVolume(SIZE))
-    pair.target.shutdown()
+    pair.target.shutdown(7)
+    assert pair.peer.sent[42:44] == bytes((0, 7))  # Parameter3
     pair.run()
     assert pair.initiator.logout_requested and not pair.peer.closed
 
