@@ -3,7 +3,7 @@
 The types of `storage` and `protocol` meet here: a pool's volume is a BlockVolume that can also be attached.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Protocol
 
 from daemon.sections import Configurable
@@ -36,6 +36,9 @@ class Volumes(Configurable, Protocol):
 
     def names(self) -> list[str]:
         """Names of the vdisks, sorted."""
+
+    def names_of_uuids(self, wanted: Collection[bytes]) -> dict[bytes, str]:
+        """Names of the vdisks of these UUIDs, as far as there are any."""
 
     async def vdisk_list(self) -> list[Row]:
         """All vdisks, sorted by name."""

@@ -64,12 +64,9 @@ class Targets:
     async def load(self) -> None:
         """Find the vdisks that the configuration names, at start. One that is no more (damaged) is logged, and its LUN absent."""
         wanted = {uuid for target in self.table.targets.values() for uuid in target.luns.values()} | set(self.access.acls)
-        wanted -= self.table.targets.keys()
-        if not wanted:
-            return
-        for row in await self._pool.vdisk_list():
-            if row["uuid"].replace("-", "") in wanted:
-                self._hold(self._pool.volume(row["name"]))
+        # What has a dot is the name of a created target, one that is no more perhaps; a UUID has none.
+        for name in self._pool.names_of_uuids({bytes.fromhex(uuid) for uuid in wanted if "." not in uuid}).values():
+            self._hold(self._pool.volume(name))
         for name, target in self.table.targets.items():
             for lun, uuid in target.luns.items():
                 if uuid in self._held:

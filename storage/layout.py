@@ -101,6 +101,7 @@ REASON_BYTES_MAX: Final = 200
 # magic, kind, name length, reason length, flags, uuid, size_bytes, root VBN, root CRC32C, root birth, levels, shared_cp,
 # used_blocks, created_ns, created_cp, origin (vdisk that a snapshot was taken of), backing, backing_blocks
 IMAGE_HEAD: Final = struct.Struct("<4sBBBB16sQQIIIIQQQQQQ")
+IMAGE_UUID_OFFSET: Final = 8
 IMAGE_NAME_OFFSET: Final = 128
 IMAGE_SPLIT_OFFSET: Final = 512
 # state, mode, flags, reserved, cursor (level-1 index), holes_total, holes_remaining, blocks_copied, blocks_shared,
@@ -148,6 +149,7 @@ CONFIGURATION_BYTES_MAX: Final = 64 << 20
 assert FIELD.size == FIELD_BYTES and FIELDS_PER_BLOCK == 1 << FIELDS_SHIFT
 assert SUPERBLOCK_HEAD.size <= METAFILE_ROOTS_OFFSET
 assert METAFILE_ROOTS_OFFSET + METAFILE_ROOT.size * len(METAFILES) <= SUPERBLOCK_CRC_OFFSET
+assert struct.calcsize("<4sBBBB") == IMAGE_UUID_OFFSET
 assert IMAGE_HEAD.size <= IMAGE_NAME_OFFSET and IMAGE_NAME_OFFSET + NAME_BYTES_MAX <= IMAGE_SPLIT_OFFSET
 assert IMAGE_SPLIT_OFFSET + IMAGE_SPLIT.size <= IMAGE_REASON_OFFSET
 assert IMAGE_REASON_OFFSET + REASON_BYTES_MAX <= IMAGE_RESERVED_OFFSET

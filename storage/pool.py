@@ -3,6 +3,7 @@
 import asyncio
 import time
 import uuid
+from collections.abc import Collection
 from typing import Any
 from uuid import UUID
 
@@ -328,6 +329,10 @@ class Pool:
     async def vdisk_list(self) -> list[dict[str, Any]]:
         """All vdisks, by name."""
         return await self._listing.all(KIND_VDISK)
+
+    def names_of_uuids(self, wanted: Collection[bytes]) -> dict[bytes, str]:
+        """Names of the vdisks of these UUIDs, as far as there are any."""
+        return self._catalogue.names_of_uuids(wanted)
 
     async def vdisk_show(self, name: str) -> dict[str, Any]:
         """One vdisk, or snapshot, with what it shares. Raises NotFound."""

@@ -5,13 +5,21 @@ vdisks fit; an Image object is made when somebody works with one, and lives as l
 """
 
 import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from weakref import WeakValueDictionary
 
 from storage.errors import BlockDamaged, Conflict, NotFound
 from storage.images.image import Image
 from storage.images.record import ImageRecord, decode
-from storage.layout import IMAGE_FLAG_DELETE_AFTER_SPLIT, IMAGE_SPLIT_OFFSET, KIND_DELETED, KIND_SNAPSHOT, KIND_VDISK, SPLIT_NONE
+from storage.layout import (
+    IMAGE_FLAG_DELETE_AFTER_SPLIT,
+    IMAGE_SPLIT_OFFSET,
+    IMAGE_UUID_OFFSET,
+    KIND_DELETED,
+    KIND_SNAPSHOT,
+    KIND_VDISK,
+    SPLIT_NONE,
+)
 from storage.state import PoolState
 
 
@@ -253,6 +261,16 @@ class Catalogue:
     def names_of_clones(self, image: Image) -> list[str]:
         """Full names of what stands on this snapshot, sorted."""
         return sorted(self.full_name(self.image(number)) for number in self.clones.get(image.number, ()))
+
+    def names_of_uuids(self, wanted: Collection[bytes]) -> dict[bytes, str]:
+        """Names of the vdisks of these UUIDs, as far as there are any: straight from the entries, of which there may be very many."""
+        found: dict[bytes, str] = {}
+        for name, number in self.vdisks.items():
+            image = self._live.get(number)
+            uuid = self._entries[number][IMAGE_UUID_OFFSET : IMAGE_UUID_OFFSET + 16] if image is None else image.uuid.bytes
+            if uuid in wanted:
+                found[uuid] = name
+        return found
 
     def numbers(self, kind: int) -> Iterator[int]:
         """Numbers of all images of a kind."""

@@ -1,6 +1,7 @@
 """A volume in memory that can be attached, and the little of a pool that `Targets` asks for."""
 
 import asyncio
+from collections.abc import Collection
 from typing import Any
 from uuid import UUID, uuid5
 
@@ -50,6 +51,9 @@ class MemoryPool:
 
     async def vdisk_list(self) -> list[dict[str, Any]]:
         return [{"name": name, "uuid": str(volume.uuid)} for name, volume in sorted(self.volumes.items())]
+
+    def names_of_uuids(self, wanted: Collection[bytes]) -> dict[bytes, str]:
+        return {volume.uuid.bytes: name for name, volume in self.volumes.items() if volume.uuid.bytes in wanted}
 
     def names(self) -> list[str]:
         return sorted(self.volumes)

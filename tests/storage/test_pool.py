@@ -1,6 +1,7 @@
 """The pool as the daemon calls it: what bad input gets, and that every message says cause and next step."""
 
 import asyncio
+import uuid
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -190,3 +191,17 @@ async def test_a_pool_that_went_read_only_can_still_be_checked() -> None:
         running.pool._state.fail("planted")
         report = await running.check()
         assert report["ok"]
+
+
+async def test_vdisks_are_found_by_their_uuids() -> None:
+    async with new_pool(8 << 20) as running:
+        made = {name: uuid.UUID((await running.pool.vdisk_create(name, 1 << 20))["uuid"]).bytes for name in ("a", "b", "c")}
+        await running.pool.snapshot_create([("a", "s")])
+        assert running.pool.names_of_uuids({made["a"], made["c"], bytes(16)}) == {made["a"]: "a", made["c"]: "c"}
+        await running.pool.vdisk_rename("a", "renamed")
+        await running.pool.vdisk_delete("c")
+        assert running.pool.names_of_uuids(set(made.values())) == {made["a"]: "renamed", made["b"]: "b"}
+        memory = running.memory.copy()
+    again = await open_on(memory)
+    assert again.pool.names_of_uuids(set(made.values())) == {made["a"]: "renamed", made["b"]: "b"}
+    await again.close()
