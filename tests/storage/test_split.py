@@ -7,7 +7,7 @@ import pytest
 
 from storage.backdoor.handler import BackdoorMessageHandler
 from storage.errors import BlockDamaged, Conflict, NotFound, RequestError, StorageError
-from storage.images.read_path import locate
+from storage.images.read_path import NOTHING, locate
 from storage.layout import BLOCK_BYTES
 from storage.split import job as split_job
 from storage.state import PoolState
@@ -136,9 +136,11 @@ async def test_a_client_write_that_comes_first_wins_and_the_copy_is_dropped() ->
         await running.until(lambda: delayed.device.held(WRITE) == 1)
         delayed.device.release(READ)
         await running.until(lambda: delayed.device.held(WRITE) > 1)  # the copies, behind the client's write
-        await running.zero("clone", 7 * BLOCK_BYTES, BLOCK_BYTES)
+        zero = running.begin_zero("clone", 7 * BLOCK_BYTES, BLOCK_BYTES)
+        await running.until(lambda: locate(running.image("clone"), 7) == NOTHING)
         delayed.device.release(WRITE)
         await within(write)
+        await within(zero)
         shown = await ended(running)
         assert shown["blocks_copied"] == 298
         expected = content[: 5 * BLOCK_BYTES] + data(2) + content[6 * BLOCK_BYTES : 7 * BLOCK_BYTES] + bytes(BLOCK_BYTES)
