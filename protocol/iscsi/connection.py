@@ -225,7 +225,8 @@ class TargetConnection:
         window_end = (result.cmd_sn + limits.COMMAND_WINDOW - 1) & 0xFFFFFFFF
         self._sender.put(result.final_header(self.tsih, result.cmd_sn, window_end), result.final_text)
         portal = self.portal_address
-        text = TextExchange(lambda: self.node.directory.names_for(self.initiator_name, portal), lambda: self.node.portals(portal))
+        node = self.node
+        text = TextExchange(lambda: node.directory.names_for(result.initiator_name, portal), lambda: node.portals(portal), node.turns)
         self._phase = FullFeature(
             result,
             nexus,

@@ -166,9 +166,13 @@ class FullFeature:
         self.terminate_target = terminate_target
         self.fast = fast_path.eligible(self)
         self.free_writes: list[fast_path.FastWrite] = []
-        self.fast_read_max = min(self.parameters.peer_data_segment_bytes, self.parameters.max_burst_bytes, limits.READ_PIECE_BYTES)
+        self.lengths_changed()
         self.fast_write_max = self.parameters.unsolicited_bytes if self.parameters.immediate_data else 0
         self.commands = self.read_bytes = self.write_bytes = 0
+
+    def lengths_changed(self) -> None:
+        """The initiator has declared another MaxRecvDataSegmentLength."""
+        self.fast_read_max = min(self.parameters.peer_data_segment_bytes, self.parameters.max_burst_bytes, limits.READ_PIECE_BYTES)
 
     # --- Requests -------------------------------------------------------------------------------------------------
 

@@ -43,8 +43,9 @@ WRITE_BUFFER_BYTES: Final = 64 * 1024 * 1024
 READ_PIECE_BYTES: Final = 256 * 1024
 # Replies are handed to the socket when this much has gathered, even in the middle of a wake-up.
 OUTPUT_BYTES_HIGH: Final = 1024 * 1024
-# A text response is split into PDUs; a SendTargets answer of this size names some 10,000 targets.
-TEXT_RESPONSE_BYTES_MAX: Final = 2 * 1024 * 1024
+# One PDU of a text response has no more, whatever the initiator takes: the names of some 3,000 targets, a millisecond's work. There are
+# initiators that cannot ask for a second piece, and offer this much.
+TEXT_PIECE_BYTES: Final = 256 * 1024
 TEXT_REQUEST_BYTES_MAX: Final = 16384
 
 # A silent peer is asked (NOP-In) after this time.

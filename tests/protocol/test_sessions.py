@@ -12,8 +12,8 @@ from protocol.iscsi.initiator_task import ConnectionEnded
 from protocol.iscsi.pdu import FINAL, IMMEDIATE, RESERVED_TAG, Pdu, pack
 from protocol.volume import Buffer
 from tests.protocol.coupling import Coupling, Peer, coupled, feed, settings
-from tests.protocol.directory import TARGET, MemoryDirectory, RecordedNode, recorded
-from tests.protocol.exchanges import FIRST, Results, answer_to, read, write
+from tests.protocol.directory import recorded
+from tests.protocol.exchanges import FIRST, Results, read, write
 from tests.protocol.memory_volume import MemoryVolume
 
 SIZE = 8 << 20
@@ -184,36 +184,6 @@ def test_requests_under_way_end_with_the_connection():
     pair.run()
     pair.initiator.connection_lost()
     assert all(isinstance(result.got[0][1], ConnectionEnded) for result in results)
-
-
-# --- Text in the full feature phase --------------------------------------------------------------------------------------
-
-
-def test_a_long_list_of_targets_comes_in_pieces():
-    directory = MemoryDirectory({0: MemoryVolume(SIZE)})
-    directory.targets.update({f"{TARGET}-{number:05}": {} for number in range(5000)})
-    pair = Coupling(RecordedNode(directory), settings(target_name="", data_segment_bytes=8192)).login()
-    found: list[list[tuple[str, str]]] = []
-    pair.initiator.send_targets(found.append)
-    pair.run()
-    assert [value for key, value in found[0] if key == "TargetName"] == sorted(directory.targets)
-
-
-def text_answer(pair: Coupling, body: bytes) -> bytes:
-    head = pack(pdu.TEXT_REQUEST | IMMEDIATE, FINAL, 1, length=len(body), words=(RESERVED_TAG, 1, 0, 0, 0, 0, 0))
-    return bytes(answer_to(pair, head + body + bytes(-len(body) % 4)).data)
-
-
-def test_text_of_a_normal_session():
-    pair = coupled(MemoryVolume(SIZE))
-    own = f"TargetName={TARGET}\0TargetAddress=127.0.0.1:3260,1\0".encode()
-    assert text_answer(pair, b"SendTargets=\0") == own
-    assert text_answer(pair, b"SendTargets=" + TARGET.encode() + b"\0") == own
-    assert text_answer(pair, b"SendTargets=All\0") == b"SendTargets=Reject\0"
-    assert text_answer(pair, b"SendTargets=iqn.other\0") == b""
-    assert text_answer(pair, b"MaxBurstLength=512\0X-unknown=1\0") == b"MaxBurstLength=Reject\0X-unknown=NotUnderstood\0"
-    assert text_answer(pair, b"MaxRecvDataSegmentLength=1024\0") == b""
-    assert read(pair, 0, 8192) == bytes(8192)
 
 
 # --- Backpressure ---------------------------------------------------------------------------------------------------------
