@@ -55,17 +55,16 @@ class Targets:
         self._pool = pool
         self.access = AccessControl(pool, chap, open_access)
         self.table = TargetTable(pool)
-        # Volumes of the vdisks that the configuration names, by UUID: who holds a volume sees its vdisk renamed.
+        # Volumes of the vdisks that are mapped into created targets, by UUID: who holds a volume sees its vdisk renamed. Of those that only
+        # have a list, of which there may be as many as vdisks, nothing is held.
         self._held: dict[str, AttachableVolume] = {}
         self._sessions: dict[SessionView, _Session] = {}
         self._numbers = itertools.count(1)
         self._in_making: Counter[tuple[str, str]] = Counter()
 
     async def load(self) -> None:
-        """Find the vdisks that the configuration names, at start. One that is no more (damaged) is logged, and its LUN absent."""
-        wanted = {uuid for target in self.table.targets.values() for uuid in target.luns.values()} | set(self.access.acls)
-        # What has a dot is the name of a created target, one that is no more perhaps; a UUID has none.
-        for name in self._pool.names_of_uuids({bytes.fromhex(uuid) for uuid in wanted if "." not in uuid}).values():
+        """Find the vdisks that are mapped, at start. One that is no more (damaged) is logged, and its LUN absent."""
+        for name in self._names_of({uuid for target in self.table.targets.values() for uuid in target.luns.values()}).values():
             self._hold(self._pool.volume(name))
         for name, target in self.table.targets.items():
             for lun, uuid in target.luns.items():
@@ -74,16 +73,31 @@ class Targets:
                 else:
                     get_log().warning("target.lun_missing", target=name, lun=lun, vdisk_uuid=uuid)
 
-    def _hold(self, volume: AttachableVolume) -> str:
-        uuid = volume.uuid.hex
-        self._held[uuid] = volume
-        return uuid
+    def _hold(self, volume: AttachableVolume) -> None:
+        self._held[volume.uuid.hex] = volume
+
+    def _let_go(self, volume: AttachableVolume) -> None:
+        """It was taken out of a target."""
+        if not self.table.places_of(volume.uuid.hex):
+            self._held.pop(volume.uuid.hex, None)
+
+    def _names_of(self, uuids: set[str]) -> dict[str, str]:
+        """Names of vdisks by their UUIDs, as they are called now."""
+        return (
+            {raw.hex(): name for raw, name in self._pool.names_of_uuids({bytes.fromhex(uuid) for uuid in uuids}).items()} if uuids else {}
+        )
+
+    def _with_lists(self) -> dict[str, str]:
+        """Names of the vdisks that have a list of their own, by UUID."""
+        # What has a dot is the name of a created target, one that is no more perhaps; a UUID has none.
+        return self._names_of({key for key in self.access.acls if "." not in key})
 
     # --- What the wire asks (TargetDirectory) ----------------------------------------------------------------------
 
     def names_for(self, initiator_name: str, portal: str) -> list[str]:
         """What this initiator may use, through every portal."""
-        restricted = {volume.name: keys for uuid, volume in self._held.items() if (keys := self._lists_of_vdisk(uuid))}
+        named = self._with_lists() | {uuid: volume.name for uuid, volume in self._held.items()}
+        restricted = {name: keys for uuid, name in named.items() if (keys := self._lists_of_vdisk(uuid))}
         names = [name for name, keys in restricted.items() if self.access.allows(keys, initiator_name)]
         if self.access.open_access:
             names += [name for name in self._pool.names() if name not in restricted]
@@ -209,6 +223,7 @@ class Targets:
         await self.table.remove(found.name)
         for volume in found.luns.values():
             volume.detach(_mapping_label(found.name))
+            self._let_go(volume)
         await self.access.clear(found.key)
         return found.name
 
@@ -250,6 +265,7 @@ class Targets:
         volume = found.luns.get(lun)
         if volume is not None:
             volume.detach(_mapping_label(found.name))
+            self._let_go(volume)
         for opened in self._sessions.values():
             if opened.key == found.key and lun in opened.volumes:
                 opened.volumes.pop(lun).detach(opened.label)
@@ -260,14 +276,12 @@ class Targets:
     async def allow(self, reference: str, initiators: list[str]) -> Found:
         """Put initiators on a target's list. Raises NotFound, Conflict, and what the pool raises."""
         found = self.named(reference)
-        if found.key not in self.table.targets:
-            self._hold(found.luns[0])
         await self.access.add(found.key, initiators)
         return found
 
     async def forget(self, volume: AttachableVolume) -> None:
         """The vdisk was deleted. Raises what the pool raises."""
-        if self._held.pop(volume.uuid.hex, None) is not None:
+        if volume.uuid.hex in self.access.acls:
             await self.access.clear(volume.uuid.hex)
 
     def check_unmapped(self, volume: AttachableVolume) -> None:
@@ -304,11 +318,8 @@ class Targets:
 
     def lists(self) -> list[Row]:
         """Every target that has a list of initiators, sorted by name."""
-        rows: list[Row] = []
-        for key, initiators in self.access.acls.items():
-            created = key in self.table.targets
-            if created or key in self._held:
-                rows.append({"target": key if created else TARGET_PREFIX + self._held[key].name, "initiators": initiators})
+        names = {uuid: TARGET_PREFIX + name for uuid, name in self._with_lists().items()} | {name: name for name in self.table.targets}
+        rows: list[Row] = [{"target": names[key], "initiators": initiators} for key, initiators in self.access.acls.items() if key in names]
         return sorted(rows, key=lambda row: str(row["target"]))
 
     def sessions(self) -> list[Row]:

@@ -266,8 +266,8 @@ class Catalogue:
         """Names of the vdisks of these UUIDs, as far as there are any: straight from the entries, of which there may be very many."""
         found: dict[bytes, str] = {}
         for name, number in self.vdisks.items():
-            image = self._live.get(number)
-            uuid = self._entries[number][IMAGE_UUID_OFFSET : IMAGE_UUID_OFFSET + 16] if image is None else image.uuid.bytes
+            # One that is not written yet is in hand.
+            uuid = self._entries[number][IMAGE_UUID_OFFSET : IMAGE_UUID_OFFSET + 16] or self._live[number].uuid.bytes
             if uuid in wanted:
                 found[uuid] = name
         return found
