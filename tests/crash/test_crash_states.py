@@ -41,6 +41,7 @@ SHORT = {
 LONG_SEEDS = (5, 1, 2, 3)
 
 
+@pytest.mark.disorder
 @pytest.mark.parametrize("canary", CANARIES, ids=lambda canary: canary.__name__)
 def test_planted_bug_is_found(canary: Canary) -> None:
     enumerator = Enumerator(1, use_every=1 << 30, failures_max=1)
@@ -58,6 +59,7 @@ def test_planted_bug_is_found(canary: Canary) -> None:
     assert enumerator.tally.failures
 
 
+@pytest.mark.disorder
 def test_failure_is_replayed_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
     enumerator = Enumerator(5, use_every=1 << 30, failures_max=1)
     with planted(CANARIES[0]):

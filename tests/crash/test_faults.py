@@ -17,7 +17,7 @@ from storage.pool import Pool
 from tests.crash.determinism import SteadyPace, VirtualLoop, repeatable, run_to_the_end
 from tests.crash.oracle import SECTORS_PER_BLOCK, Model
 from tests.crash.recording import PageDevice, Pages, RecordingDevice
-from tests.crash.session import CACHE_BYTES, Session, abandon, read_block
+from tests.crash.session import CACHE_BYTES, Session, abandon, read_block, waiter
 from tests.crash.verify import Verification, image_names, nothing
 from tests.crash.workloads import POOL_BYTES, make_base
 from tests.storage.devices import DISCARD, READ, SYNC, WRITE, Fault, FaultyDevice
@@ -53,35 +53,109 @@ async def delete_clone(session: Session) -> None:
         pass
 
 
-OPERATIONS: dict[str, Operation] = {
-    "write": lambda session: session.write("a", 10 * BLOCK, 2 * BLOCK),
-    "write_part": lambda session: session.write("c", 2 * BLOCK + 1, 3),
-    "write_fua": lambda session: session.write("c", 3 * BLOCK, BLOCK, fua=True),
-    "unmap": lambda session: session.unmap("c", 0, 4 * BLOCK + 3),
-    "flush": lambda session: session.flush("a"),
-    "consistency_point": lambda session: session.consistency_point(),
-    "create": lambda session: session.create("new", 700),
-    "resize_down": lambda session: session.resize("a", 200),
-    "resize_up": lambda session: session.resize("a", 70_000),
-    "rename": lambda session: rename(session),
-    "snapshot": lambda session: session.snapshot_create("a", "new"),
-    "snapshot_delete": delete_snapshot,
-    "clone": lambda session: session.clone_create("a", "base", "new"),
-    "delete": delete_clone,
-    "split_copy": lambda session: split(session, "copy"),
-    "split_share": lambda session: split(session, "share"),
-    "split_estimate": lambda session: session.pool.split_estimate("c"),
-    "show": lambda session: session.pool.vdisk_show("c"),
-    "list": lambda session: session.pool.snapshot_list(),
-    "check": lambda session: session.pool.check(verify_data=True),
-}
-
-
 async def rename(session: Session) -> None:
     after = session.model.begin()
     after["z"] = after.pop("c")
     await session.pool.vdisk_rename("c", "z")
     session.model.acknowledged()
+
+
+async def steer_split(session: Session) -> None:
+    pool = session.pool
+    await session.split_start("c")
+    await pool.split_pause("c")
+    await session.step()
+    await pool.split_resume("c")
+    await session.step()
+    await pool.split_cancel("c")
+    session.model.all_durable()
+
+
+async def configure(session: Session) -> None:
+    try:
+        await session.pool.configure("section", bytes(9000))
+    except StorageError:
+        assert session.pool.configuration("section") == b"", "what could not be stored is shown"
+        raise
+    assert session.pool.configuration("section") == bytes(9000)
+
+
+async def snapshot_group(session: Session) -> None:
+    after = session.model.begin()
+    after["a@g"], after["c@g"] = after["a"].copy(), after["c"].copy()
+    await session.pool.snapshot_create([("a", "g"), ("c", "g")])
+    session.model.acknowledged()
+
+
+async def read_everything(session: Session) -> None:
+    for name in sorted(image_names(session.pool)):
+        for fbn in (0, 2, 255, 256, 299):
+            assert await read_block(session.pool.volume(name), fbn) == session.model.disks[name].read(fbn)
+
+
+async def copy_from(session: Session) -> None:
+    """Two blocks of the vdisk's become the clone's, by reference."""
+    source, target = session.model.disks["a"], session.model.disks["c"]
+    target.write(40 * BLOCK, source.read(2) + source.read(3))
+    future, done = waiter()
+    session.pool.volume("c").copy_from(session.pool.volume("a"), 2 * 4096, 40 * 4096, 2 * 4096, done)
+    await future
+    target.durable_range(40 * BLOCK, 2 * BLOCK)
+
+
+async def allocation(session: Session) -> None:
+    future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+    def done(runs: Any, error: Exception | None) -> None:
+        if not future.cancelled():
+            future.set_result(runs) if error is None else future.set_exception(error)
+
+    volume = session.pool.volume("c")
+    volume.allocation(0, volume.size_bytes, done)
+    assert await future
+
+
+async def scrub(session: Session) -> None:
+    await session.pool.scrub_start(1 << 40)
+    while await session.step():
+        pass
+    shown = session.pool.scrub_show()
+    if shown["state"] != "done" or shown["damages"]:
+        raise StorageError(f"the scrub is {shown['state']}, with {len(shown['damages'])} damages")
+
+
+OPERATIONS: dict[str, Operation] = {
+    "write": lambda session: session.write("a", 10 * BLOCK, 2 * BLOCK),
+    "write_part": lambda session: session.write("c", 2 * BLOCK + 1, 3),
+    "write_fua": lambda session: session.write("c", 3 * BLOCK, BLOCK, fua=True),
+    "unmap": lambda session: session.unmap("c", 0, 4 * BLOCK + 3),
+    "write_long": lambda session: session.write("a", 60 * BLOCK, 70 * BLOCK),
+    "write_atomic": lambda session: session.write_atomic("a", 240, 32, fua=True),
+    "write_zeros": lambda session: session.client.write_zeros("a", 30 * BLOCK, 4 * BLOCK + 3, fua=True),
+    "copy_from": copy_from,
+    "read": read_everything,
+    "allocation": allocation,
+    "flush": lambda session: session.flush("a"),
+    "consistency_point": lambda session: session.consistency_point(),
+    "create": lambda session: session.create("new", 700),
+    "resize_down": lambda session: session.resize("a", 200),
+    "resize_up": lambda session: session.resize("a", 70_000),
+    "rename": rename,
+    "snapshot": lambda session: session.snapshot_create("a", "new"),
+    "snapshot_group": snapshot_group,
+    "snapshot_delete": delete_snapshot,
+    "clone": lambda session: session.clone_create("a", "base", "new"),
+    "delete": delete_clone,
+    "split_copy": lambda session: split(session, "copy"),
+    "split_share": lambda session: split(session, "share"),
+    "split_steered": steer_split,
+    "split_estimate": lambda session: session.pool.split_estimate("c"),
+    "show": lambda session: session.pool.vdisk_show("c"),
+    "list": lambda session: session.pool.snapshot_list(),
+    "configure": configure,
+    "check": lambda session: session.pool.check(verify_data=True),
+    "scrub": scrub,
+}
 
 
 @pytest.fixture(scope="module")
@@ -194,11 +268,74 @@ def fault_name(fault: Fault) -> str:
 @pytest.mark.parametrize("fault", FAULTS, ids=fault_name)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_every_device_call_may_fail(base: tuple[Pages, Model], name: str, fault: Fault) -> None:
+    until_untouched(fault, lambda numbered: bool(in_virtual_time(fail_once(base, OPERATIONS[name], numbered))))
+
+
+# --- Opening and closing -------------------------------------------------------------------------------------------
+
+
+async def left_by_a_crash(base: tuple[Pages, Model]) -> tuple[Pages, Model]:
+    """A pool with a log to replay, a split to go on with, and a deleted image to take apart."""
+    recording = RecordingDevice(POOL_BYTES, base[0], nothing)
+    session = await opened(recording, base[1])
+    await session.snapshot_delete("a", "spare")
+    await session.split_start("c")
+    await session.write("a", 2 * BLOCK, BLOCK)
+    await session.unmap("c", 0, 2 * BLOCK)
+    await session.write_atomic("a", 250, 8, fua=True)
+    await abandon(session.pool)
+    return dict(recording.pages), session.model
+
+
+async def open_once(left: tuple[Pages, Model], fault: Fault) -> bool:
+    """Whether the fault was met. A pool opens or is refused; either way everything is there when the device is sound again."""
+    recording = RecordingDevice(POOL_BYTES, left[0], nothing)
+    device = FaultyDevice(recording, fault)
+    try:
+        pool = await Pool.open_on(device, CACHE_BYTES)
+    except StorageError:
+        assert asyncio.all_tasks() == {asyncio.current_task()}, "a pool that did not open goes on"
+        recording.close()
+    else:
+        await abandon(pool)
+    for pages in (recording.base, recording.pages):
+        await Verification(dict(pages), POOL_BYTES, left[1].expectation()).run(use=False)
+    return device.calls[fault.operation] >= fault.nth
+
+
+async def close_once(base: tuple[Pages, Model], fault: Fault) -> bool:
+    """Whether the fault was met. The device is released whatever happens."""
+    recording = RecordingDevice(POOL_BYTES, base[0], nothing)
+    device = FaultyDevice(recording)
+    session = await opened(device, base[1])
+    device.calls.clear()
+    device.faults = [fault]
+    await session.pool.close()
+    met = device.calls[fault.operation] >= fault.nth
+    assert recording.closed and asyncio.all_tasks() == {asyncio.current_task()}
+    if not met:
+        session.model.all_durable()
+    await Verification(recording.base, POOL_BYTES, session.model.expectation()).run(use=False)
+    return met
+
+
+def until_untouched(fault: Fault, once: Callable[[Fault], bool]) -> None:
+    """For n = 1 until it passes untouched."""
     for nth in range(1, CALLS_MAX):
-        numbered = Fault(fault.operation, nth, fault.errno, fault.forever, fault.partial_bytes)
-        if not in_virtual_time(fail_once(base, OPERATIONS[name], numbered)):
+        if not once(Fault(fault.operation, nth, fault.errno, fault.forever, fault.partial_bytes)):
             return
-    raise AssertionError(f"{name} does not come to an end of its device calls")
+    raise AssertionError("it does not come to an end of its device calls")
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=fault_name)
+def test_every_device_call_of_an_open_may_fail(base: tuple[Pages, Model], fault: Fault) -> None:
+    left = in_virtual_time(left_by_a_crash(base))
+    until_untouched(fault, lambda numbered: bool(in_virtual_time(open_once(left, numbered))))
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=fault_name)
+def test_every_device_call_of_a_close_may_fail(base: tuple[Pages, Model], fault: Fault) -> None:
+    until_untouched(fault, lambda numbered: bool(in_virtual_time(close_once(base, numbered))))
 
 
 # --- Cancellation ------------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """Every pool that a test of the store opens or formats is held to the order of its writes (tests/storage/ordering.py)."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -11,7 +13,14 @@ from tests.storage.ordering import OrderingChecker
 
 
 @pytest.fixture(autouse=True)
-def order_is_held(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def order_is_held() -> Iterator[None]:
+    with holding_order():
+        yield
+
+
+@contextmanager
+def holding_order() -> Iterator[None]:
+    """Every pool within has the checker around its device; raises AssertionError for what it found."""
     original_init, original_flush = Pool.__init__, IntentLog.flush
 
     def init(self: Pool, device: Any, *arguments: Any, **options: Any) -> None:
@@ -31,8 +40,7 @@ def order_is_held(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
         original_flush(self, checked)
 
-    monkeypatch.setattr(Pool, "__init__", init)
-    monkeypatch.setattr(IntentLog, "flush", flush)
     OrderingChecker.violations.clear()
-    yield
+    with mock.patch.object(Pool, "__init__", init), mock.patch.object(IntentLog, "flush", flush):
+        yield
     assert not OrderingChecker.violations, OrderingChecker.violations[:5]
