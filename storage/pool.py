@@ -267,16 +267,28 @@ class Pool:
         }
 
     async def check(self, verify_data: bool = False) -> dict[str, Any]:
-        """Check the state of the last consistency point while the pool goes on; its blocks are kept from reuse meanwhile."""
+        """Check the state of the last consistency point while the pool goes on; its blocks are kept from reuse meanwhile.
+
+        Raises Conflict when the pool ran out of other space.
+        """
         while self._state.read_only_reason is None:
             await self._points.request()
             if self._state.frozen is None:
                 break
-        epoch = self._state.begin_read()
+        state = self._state
+        epoch = state.begin_read()
+        task = asyncio.create_task(check_live(self._device, await self._durable_superblock(), verify_data))
+        state.checks.add(task)
         try:
-            report = await check_live(self._device, await self._durable_superblock(), verify_data)
+            report = await task
+        except asyncio.CancelledError:
+            current = asyncio.current_task()
+            if current is not None and current.cancelling():
+                raise
+            raise Conflict("the pool ran short of space, and the check was keeping what was freed: free some, and run it again") from None
         finally:
-            self._state.end_read(epoch)
+            state.checks.discard(task)
+            state.end_read(epoch)
         return report.as_dict()
 
     async def scrub_start(self, rate_max_bytes: int | None = None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from storage.tree.node import NodeCache
 if TYPE_CHECKING:
     from storage.allocation.share_map import ShareMap
     from storage.allocation.write_allocator import WriteAllocator
+    from storage.check import CheckReport
 
 EventSink = Callable[..., None]
 
@@ -35,6 +36,7 @@ class PoolState:
     __slots__ = (
         "allocator",
         "cache",
+        "checks",
         "device",
         "discarding",
         "epoch",
@@ -61,6 +63,8 @@ class PoolState:
         # Set whenever freed blocks came back to the allocator.
         self.released = asyncio.Event()
         self.cache = NodeCache(cache_bytes)
+        # Live checks under way. They pin all blocks that were in use when they began, for as long as they take.
+        self.checks: set[asyncio.Task[CheckReport]] = set()
         self.read_only_reason: str | None = None
         self.operations = 0
         self.on_event: EventSink = no_events
@@ -89,6 +93,25 @@ class PoolState:
         epoch.readers -= 1
         if not epoch.readers and self.retired:
             self.release_retired()
+
+    def retire(self, epoch: Epoch) -> None:
+        """The epoch is durable: what it freed waits only for older reads now.
+
+        While a long one goes on, epochs without readers are put together, or what they hold would grow with every consistency point.
+        """
+        last = self.retired[-1] if len(self.retired) > 1 else None
+        if last is not None and not last.readers and not epoch.readers:
+            last.absorb(epoch)
+        else:
+            self.retired.append(epoch)
+        self.release_retired()
+
+    async def room_from_retired(self) -> None:
+        """Wait until freed blocks come back that reads, or the device's discards, keep from that. Checks are ended, for they take long."""
+        for task in self.checks:
+            task.cancel()
+        self.released.clear()
+        await self.released.wait()
 
     def release_retired(self) -> None:
         """Hand the freed blocks of durable epochs back to the allocator, oldest first, as far as no reader is left.

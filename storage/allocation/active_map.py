@@ -104,7 +104,7 @@ class ActiveMap:
                 self._state.fail(f"a block of region {region} was freed that is not in use: run `cleaved check`")
             bits &= ~mask
             self._state.allocator.hold(region, mask)
-            epoch.held.append((region, mask))
+            epoch.hold(region, mask)
             change -= len(returned)
         memoryview(summary.buf).cast("H")[region & (SUMMARIES_PER_BLOCK - 1)] += change
         self.used_blocks += change

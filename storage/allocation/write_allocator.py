@@ -231,7 +231,7 @@ class WriteAllocator:
     def check_room(self, images: int = 0, blocks: int = 0) -> None:
         """Raise PoolFull when there is no room for so many more table entries, or blocks of the configuration."""
         if self.free_now - images * ENTRY_BLOCKS - blocks <= self.client_floor:
-            raise PoolFull("the pool is full: delete snapshots or vdisks, or grow the pool")
+            raise PoolFull("the pool is full: delete snapshots or vdisks")
 
     # --- Waiting -----------------------------------------------------------------------------------------------
 
@@ -239,7 +239,7 @@ class WriteAllocator:
         """Wait until ``take(count)`` has a chance. Raises PoolFull when no freed block is on its way."""
         while self.free_now - count < self.reserve_blocks:
             if not await self.reclaim():
-                raise PoolFull("the pool is full: delete snapshots or vdisks, or grow the pool")
+                raise PoolFull("the pool is full: delete snapshots or vdisks")
         await self._refill(self._data, count)
 
     async def prepare_nodes(self, epoch: Epoch, for_reclaim: bool = False) -> None:
@@ -250,7 +250,7 @@ class WriteAllocator:
             wanted += NODES_ROOM
         while self.free_now <= wanted:
             if within_point or not await self.reclaim():
-                raise PoolFull("the pool is full, its reserve included: delete snapshots or vdisks, or grow the pool")
+                raise PoolFull("the pool is full, its reserve included: delete snapshots or vdisks")
         await self._refill(self._nodes)
 
     async def _refill(self, window: Window, count: int = 1) -> None:
@@ -379,9 +379,9 @@ class WriteAllocator:
         """``bits`` are clear in the map from now on, but must not be handed out before ``release``."""
         self._held[region] = self._held.get(region, NO_BITS) | bits
 
-    def release(self, held: list[tuple[int, Bits]]) -> None:
+    def release(self, held: dict[int, Bits]) -> None:
         """What an epoch held is available again: it is durable, and no reader from before is left."""
-        for region, bits in held:
+        for region, bits in held.items():
             left = self._held[region] & ~bits
             if left.any():
                 self._held[region] = left

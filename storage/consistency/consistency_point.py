@@ -112,8 +112,7 @@ class ConsistencyPoints:
         before = state.allocator.free_now
         await self.request()
         while state.retired and state.allocator.free_now <= before:
-            state.released.clear()  # older reads still pin what was freed
-            await state.released.wait()
+            await state.room_from_retired()
         return state.allocator.free_now > before
 
     # --- The loop --------------------------------------------------------------------------------------------------
@@ -188,6 +187,9 @@ class ConsistencyPoints:
 
     async def _consistency_point(self) -> None:
         state = self._state
+        # A consistency point that frees nothing yet eats from the reserve: there must not be many of them.
+        while state.retired and state.allocator.free_now <= state.allocator.client_floor:
+            await state.room_from_retired()
         epoch = state.epoch
         head_block, head_sequence, used_at_mark = self._log.mark()
         state.frozen, state.epoch = epoch, Epoch(epoch.number + 1)
@@ -281,8 +283,7 @@ class ConsistencyPoints:
         followers, epoch.when_durable = epoch.when_durable, []
         for follow in followers:
             follow()
-        state.retired.append(epoch)
-        state.release_retired()
+        state.retire(epoch)
 
 
 def settle_root_crc(image: Image, entry: bytearray, root_crcs: dict[int, int]) -> None:

@@ -83,8 +83,8 @@ class Epoch:
         self.readers = 0
         # Long runs (first VBN, length) that trims and deletions freed: the device may have that space back before it is reused.
         self.discards: list[tuple[int, int]] = []
-        # After the maps were written: (region, bits) that stay unavailable until this epoch is released.
-        self.held: list[tuple[int, npt.NDArray[np.uint8]]] = []
+        # After the maps were written: the bits of each region that stay unavailable until this epoch is released.
+        self.held: dict[int, npt.NDArray[np.uint8]] = {}
         # What must not begin before the changes that it follows from are durable: taking a deleted image apart, say.
         self.when_durable: list[Callable[[], None]] = []
 
@@ -134,6 +134,17 @@ class Epoch:
         self.logged += count
         del ends[: bisect_right(ends, self.logged)]
         return taken
+
+    def hold(self, region: int, bits: npt.NDArray[np.uint8]) -> None:
+        """Keep ``bits`` of a region unavailable until this epoch is released."""
+        held = self.held.get(region)
+        self.held[region] = bits if held is None else held | bits
+
+    def absorb(self, later: "Epoch") -> None:
+        """Release what ``later`` holds together with what this one holds. Neither has readers: an older epoch keeps both waiting."""
+        for region, bits in later.held.items():
+            self.hold(region, bits)
+        self.discards += later.discards
 
     def count_pointer(self, vbn: int, change: int) -> None:
         """Note ``change`` more references to the pointer block at ``vbn``."""

@@ -100,7 +100,7 @@ class Lifecycle:
         volume = self._volume_of(image)
         if volume is None:
             volume = Volume(image, name, self._log, self._counters.setdefault(image.number, Counters()))
-            volume.on_unused = self.delete_marked
+            volume.on_unused = partial(self._unused, image)
             self._volumes[image.number] = volume
         if self._closing:
             volume.close()
@@ -236,7 +236,7 @@ class Lifecycle:
             await volume.drain()
             await self._points.request(lambda: self._delete_now(image))
         except BaseException:
-            if not self._closing:
+            if not self._closing and image.kind == KIND_VDISK:
                 volume.reopen()
             raise
         finally:
@@ -348,7 +348,10 @@ class Lifecycle:
     def delete_marked(self) -> None:
         """Delete in the background the snapshots that are marked for it and were still in use when their last clone let go."""
         for number in self._catalogue.marked_snapshots():
-            image = self._catalogue.image(number)
+            self._unused(self._catalogue.image(number))
+
+    def _unused(self, image: Image) -> None:
+        if image.flags & IMAGE_FLAG_DELETE_AFTER_SPLIT:
             # Nobody waits for it: if it fails, the next open tries again.
             self._points.request(partial(self._delete_if_marked, image)).add_done_callback(asyncio.Future.exception)
 

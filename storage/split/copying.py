@@ -28,6 +28,29 @@ if TYPE_CHECKING:
 COPY_BYTES_MAX = FIELDS_PER_BLOCK * BLOCK_BYTES
 
 
+class CopyBuffers:
+    """Buffers of COPY_BYTES_MAX for all splits of a pool, which copy one after the other; a new one each time would cost as much to map
+    and clear as to copy.
+    """
+
+    def __init__(self, kept_max: int) -> None:
+        self._kept_max = kept_max
+        self._free: list[bytearray] = []
+
+    def take(self) -> bytearray:
+        """A buffer with whatever was in it."""
+        return self._free.pop() if self._free else bytearray(COPY_BYTES_MAX)
+
+    def give_back(self, buffer: bytearray) -> None:
+        """No write uses it any more."""
+        if len(self._free) < self._kept_max:
+            self._free.append(buffer)
+
+    def clear(self) -> None:
+        """No split runs."""
+        self._free.clear()
+
+
 async def read_behind(clone: "Image", holes: Holes, buffer: bytearray) -> memoryview:
     """The data behind the holes, verified, as the first part of ``buffer`` (COPY_BYTES_MAX). Raises BlockDamaged, DeviceFailed."""
     state = clone.state

@@ -10,8 +10,8 @@ Invariants:
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from time import perf_counter
+from typing import Protocol
 
 from storage.errors import StorageError
 from storage.images.backing import next_index
@@ -50,13 +50,13 @@ Copy = tuple[Holes, "asyncio.Task[Extents]", bytearray]
 class SplitJob:
     """The work behind one clone's split (a ``backdoor.handler.Work``). The image's ``split`` record holds all that lasts."""
 
-    def __init__(self, image: Image, release: "Release", stopped: "Stopped") -> None:
+    def __init__(self, image: Image, buffers: copying.CopyBuffers, owner: "Owner") -> None:
         self.image = image
         self.record = image.split
         self.progress = Progress()
         self.gone = False
-        self._release = release
-        self._stopped = stopped
+        self._buffers = buffers
+        self._owner = owner
         self._count_at = 0
         self._counting = not self.counted
         self._since_point = 0
@@ -65,8 +65,6 @@ class SplitJob:
         self._spoiled = False
         # Set fields below each level-2 block of the backing store, as counted: a whole one can be shared without walking it again.
         self._level2_holes: dict[int, int] = {}
-        # Those that no write uses now; at most BLOCKS_IDLE.
-        self._buffers: list[bytearray] = []
         image.job = self
 
     @property
@@ -89,6 +87,7 @@ class SplitJob:
         self.gone = True
         if self.image.job is self:
             self.image.job = None
+        self._owner.gone(self)
 
     # --- What clients do meanwhile ---------------------------------------------------------------------------------
 
@@ -130,7 +129,7 @@ class SplitJob:
     async def failed(self, error: StorageError) -> None:
         """The last message raised ``error``."""
         if not self.gone:
-            await self._stopped(self, error)
+            await self._owner.stopped(self, error)
 
     # --- Counting ----------------------------------------------------------------------------------------------------
 
@@ -187,7 +186,7 @@ class SplitJob:
         if self.gone or self.record.state != SPLIT_RUNNING:
             return None
         if following is None:
-            await self._release(self)
+            await self._owner.release(self)
             return None
         self.image.touch()
         self.record.cursor = max(self.record.cursor, following)
@@ -204,8 +203,7 @@ class SplitJob:
                 holes = await holes_at(self.image, index)
                 index += 1
                 if len(holes):
-                    # A new MiB each time would cost as much to map and clear as to copy.
-                    buffer = self._buffers.pop() if self._buffers else bytearray(copying.COPY_BYTES_MAX)
+                    buffer = self._buffers.take()
                     data = await copying.read_behind(self.image, holes, buffer)
                     started.append((holes, asyncio.create_task(copying.write_copy(self.image, data, piece)), buffer))
                 await slicer.breathe()
@@ -217,7 +215,7 @@ class SplitJob:
         while started and not self.gone:
             holes, writing, buffer = started[0]
             extents = await writing
-            self._buffers.append(buffer)
+            self._buffers.give_back(buffer)
             installed = await copying.install_copy(self.image, holes, extents)
             del started[0]
             self._replaced(installed)
@@ -250,7 +248,7 @@ class SplitJob:
         while perf_counter() < until and not self.gone:
             index = await next_index(self.image, self.record.cursor)
             if index is None:
-                await self._release(self)
+                await self._owner.release(self)
                 return None
             done, following = await self._share_at(index)
             shared += done
@@ -282,5 +280,14 @@ class SplitJob:
         return "counting" if self._counting and self.record.state in (SPLIT_RUNNING, SPLIT_PAUSED) else "splitting"
 
 
-Release = Callable[[SplitJob], Awaitable[None]]
-Stopped = Callable[[SplitJob, StorageError], Awaitable[None]]
+class Owner(Protocol):
+    """What a job tells whoever started it."""
+
+    async def release(self, job: SplitJob) -> None:
+        """No hole is left: end the association."""
+
+    async def stopped(self, job: SplitJob, error: StorageError) -> None:
+        """A message failed."""
+
+    def gone(self, job: SplitJob) -> None:
+        """It does nothing any more."""

@@ -26,7 +26,8 @@ from storage.layout import (
 )
 from storage.slices import Slicer
 from storage.split import states
-from storage.split.job import SplitJob
+from storage.split.copying import CopyBuffers
+from storage.split.job import BLOCKS_IDLE, SplitJob
 from storage.split.loading import holes_at
 from storage.state import PoolState
 
@@ -46,6 +47,7 @@ class SplitService:
         self._handler = handler
         self._lifecycle = lifecycle
         self._jobs: dict[int, SplitJob] = {}
+        self._buffers = CopyBuffers(BLOCKS_IDLE)
         # Images whose association has ended in a consistency point that is not durable yet: a crash would bring it back.
         self._releasing: set[int] = set()
 
@@ -54,7 +56,7 @@ class SplitService:
         for number in list(self._catalogue.numbers(KIND_VDISK)):
             if self._catalogue.split_state(number) in (SPLIT_RUNNING, SPLIT_PAUSED):
                 try:
-                    self._jobs[number] = SplitJob(self._catalogue.image(number), self._release, self._stopped)
+                    self._jobs[number] = SplitJob(self._catalogue.image(number), self._buffers, self)
                 except StorageError as error:
                     # Its backing store's entry is damaged: this clone cannot be used, all others can.
                     self._state.on_event("split.lost", number=number, error=str(error))
@@ -83,8 +85,7 @@ class SplitService:
         image.split = SplitRecord(
             state=following, mode=SPLIT_MODES.index(mode), rate_min_bytes=low, rate_max_bytes=high, started_ns=time.time_ns()
         )
-        self._jobs = {number: job for number, job in self._jobs.items() if not job.gone}  # those whose clones were deleted
-        job = self._jobs[image.number] = SplitJob(image, self._release, self._stopped)
+        job = self._jobs[image.number] = SplitJob(image, self._buffers, self)
         # Not left to this call: it may be cancelled, and the split goes on all the same.
         self._state.epoch.when_durable.append(partial(self._started, job, mode))
         await self._points.request()
@@ -123,7 +124,7 @@ class SplitService:
             self._handler.post(image.job)
 
     def _end(self, image: Image) -> None:
-        job = self._jobs.pop(image.number, None)
+        job = self._jobs.get(image.number)
         if job is not None:
             if image.split.state != SPLIT_DONE:
                 image.touch()
@@ -133,7 +134,7 @@ class SplitService:
 
     # --- What jobs report ----------------------------------------------------------------------------------------
 
-    async def _release(self, job: SplitJob) -> None:
+    async def release(self, job: SplitJob) -> None:
         """No hole is left: the association ends, and with it the snapshot if it is marked for that."""
         image = job.image
         released: list[bool] = []
@@ -169,7 +170,7 @@ class SplitService:
             blocks_shared=image.split.blocks_shared,
         )  # fmt: skip
 
-    async def _stopped(self, job: SplitJob, error: StorageError) -> None:
+    async def stopped(self, job: SplitJob, error: StorageError) -> None:
         """A message failed: a full pool pauses the split, anything else ends it; both keep the reason."""
         image = job.image
         if image.split.state != SPLIT_RUNNING:
@@ -182,6 +183,13 @@ class SplitService:
             self._end(image)
         self._state.on_event(f"split.{SPLIT_STATES[image.split.state]}", vdisk=image.name, reason=str(error))
         self._state.wanted()
+
+    def gone(self, job: SplitJob) -> None:
+        """The split has ended, or its clone is being deleted."""
+        if self._jobs.get(job.image.number) is job:
+            del self._jobs[job.image.number]
+        if not self._jobs:
+            self._buffers.clear()
 
     # --- Showing -------------------------------------------------------------------------------------------------
 
@@ -228,7 +236,7 @@ class SplitService:
 
     def list(self) -> list[dict[str, Any]]:
         """All splits that are running or paused."""
-        under_way = [job.image for _, job in sorted(self._jobs.items()) if not job.gone]
+        under_way = [job.image for _, job in sorted(self._jobs.items())]
         return [self._describe(image) for image in under_way if image.split.state in (SPLIT_RUNNING, SPLIT_PAUSED)]
 
     async def estimate(self, name: str) -> dict[str, Any]:

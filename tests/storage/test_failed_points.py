@@ -106,7 +106,7 @@ async def test_a_trim_after_a_release_that_failed_brings_nothing_back() -> None:
         assert isinstance(job, SplitJob)
         while await running.holes("clone"):
             await step(running.pool)
-        call = await failure.freeze(running.pool._splits._release(job))
+        call = await failure.freeze(running.pool._splits.release(job))
         assert running.image("clone").backing is None
         await running.zero("clone", 0, 4 * BLOCK_BYTES)
         await failure.fail(call)

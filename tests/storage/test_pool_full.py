@@ -5,7 +5,7 @@ from contextlib import suppress
 
 import pytest
 
-from storage.errors import PoolFull
+from storage.errors import Conflict, PoolFull
 from storage.layout import BLOCK_BYTES
 from tests.storage.pools import LEAF_BYTES, SMALL_POOL_BYTES, OpenPool, backed_clone, data, new_pool, within
 
@@ -50,6 +50,55 @@ async def test_a_nearly_full_pool_takes_overwrites_for_ever_as_their_old_blocks_
         for round_ in range(20):
             await running.write("a", 0, data(round_, 8))
             assert await running.read("a", 0, 8 * BLOCK_BYTES) == data(round_, 8)
+
+
+async def test_a_check_that_keeps_freed_blocks_is_ended_when_clients_need_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by review: overwriting a few blocks filled the pool while a check ran, and every write hung until its end."""
+    monkeypatch.setattr("storage.pool.check_live", endless_check)
+    async with new_pool(SMALL_POOL_BYTES) as running:
+        await running.pool.vdisk_create("a", MANY_BYTES)
+        check = asyncio.create_task(running.pool.check())
+        await running.until(lambda: bool(running.pool._state.checks))
+        for turn in range(3 * SMALL_POOL_BYTES // BLOCK_BYTES // 64):
+            await running.write("a", 0, data(turn, 64))
+        with pytest.raises(Conflict, match="run it again"):
+            await within(check)
+        monkeypatch.undo()
+
+
+async def test_consistency_points_do_not_eat_the_reserve_while_a_check_keeps_what_they_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by review: each takes new blocks for the maps and frees none; the pool went read-only in the end."""
+    monkeypatch.setattr("storage.pool.check_live", endless_check)
+    async with new_pool(SMALL_POOL_BYTES) as running:
+        await running.pool.vdisk_create("a", MANY_BYTES)
+        await fill(running, "a")
+        check = asyncio.create_task(running.pool.check())
+        await running.until(lambda: bool(running.pool._state.checks))
+        for turn in range(200):
+            await running.pool.vdisk_rename("ab"[turn % 2], "ba"[turn % 2])
+        assert not running.pool.show()["read_only"]
+        with pytest.raises(Conflict, match="run it again"):
+            await within(check)
+        monkeypatch.undo()
+
+
+async def test_what_waits_for_a_check_does_not_grow_with_the_number_of_consistency_points() -> None:
+    async with new_pool() as running:
+        state = running.pool._state
+        await running.pool.vdisk_create("a", MANY_BYTES)
+        pinned = state.begin_read()
+        for turn in range(30):
+            await running.write("a", 0, data(turn, 8))
+            await running.checkpoint()
+        assert len(state.retired) <= 3
+        assert state.allocator.held_blocks >= 29 * 8
+        state.end_read(pinned)
+        await running.until(lambda: not state.retired)
+        assert not state.allocator.held_blocks
+
+
+async def endless_check(*_: object) -> None:
+    await asyncio.Event().wait()
 
 
 async def test_a_vdisk_can_be_deleted_when_clients_have_used_up_their_part_of_the_reserve() -> None:

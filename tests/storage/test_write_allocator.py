@@ -155,7 +155,7 @@ async def test_what_an_epoch_holds_is_not_handed_out_before_its_release() -> Non
     assert allocator.held_blocks == 100
     taken = await take_all(allocator, 1)
     assert not set(taken) & set(range(1000, 1100))
-    allocator.release([(0, held)])
+    allocator.release({0: held})
     assert allocator.held_blocks == 0
     more = await take_all(allocator, 1)
     assert not set(taken) & set(more) and len(more) == 100
@@ -184,7 +184,7 @@ async def test_batches_stay_contiguous_where_single_blocks_were_freed() -> None:
     freed = packed(np.concatenate((np.arange(20000, 30000, 2), np.arange(31000, 31015), np.arange(32000, 32016))))
     allocator.settle(0, freed)
     allocator.hold(0, freed)
-    allocator.release([(0, freed)])
+    allocator.release({0: freed})
     assert allocator.take(16) == [(32000, 16)]
     following = vbns(allocator.take(16))
     assert following == list(range(following[0], following[0] + 16)) and following[0] >= REGION_BLOCKS
