@@ -16,11 +16,13 @@ import msgspec
 
 from daemon.units import parse_size
 from protocol.control.limits import CHAP_CHARACTERS_MAX, CHAP_SECRET_CHARACTERS_MIN
+from storage.layout import BLOCK_BYTES, POOL_BLOCKS_MIN
 
 CONTROL_PATH_DEFAULT: Final = "/run/cleaved/control.sock"
 CACHE_BYTES_MIN: Final = 8 << 20  # below this a single consistency point would push the working set out
 # A Unix socket's address holds 108 bytes with the final zero (unix(7)).
 CONTROL_PATH_BYTES_MAX: Final = 107
+_POOL_BYTES_MIN: Final = POOL_BLOCKS_MIN * BLOCK_BYTES
 
 Value = TypeVar("Value")
 
@@ -142,11 +144,10 @@ def build(tables: dict[str, Any]) -> Config:
         found = msgspec.convert(tables, FileLayout)
     except msgspec.ValidationError as error:
         raise ConfigError(_explain(str(error), tables)) from None
-    size = found.pool.size
-    listen = tuple(option_value("iscsi.listen", text, parse_address) for text in found.iscsi.listen)
+    listen = _listen(found.iscsi.listen)
     return Config(
         pool_path=_not_empty("pool.path", found.pool.path),
-        pool_size_bytes=None if size is None else option_value("pool.size", size, parse_size),
+        pool_size_bytes=None if found.pool.size is None else _pool_size_bytes(found.pool.size),
         cache_bytes=_cache_bytes(found.pool.cache),
         soft_threshold_percent=found.pool.soft_threshold_percent,
         iscsi_listen=listen,
@@ -184,6 +185,17 @@ def is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
 
 
+def _listen(texts: tuple[str, ...]) -> tuple[Address, ...]:
+    """At least one, and each once; port 0 is another one each time."""
+    addresses = tuple(option_value("iscsi.listen", text, parse_address) for text in texts)
+    if not addresses:
+        raise ConfigError("iscsi.listen: no address, so that nobody could use the pool; give one, as in 127.0.0.1:3260")
+    for address in addresses:
+        if address.port and addresses.count(address) > 1:
+            raise ConfigError(f"iscsi.listen: {address} stands there twice; give it once")
+    return addresses
+
+
 def _open_access(wanted: bool | None, listen: tuple[Address, ...]) -> bool:
     """Open where only this machine can come; elsewhere somebody must have said what is meant."""
     exposed = next((address for address in listen if not is_loopback(address.host)), None)
@@ -200,6 +212,13 @@ def _not_empty(option: str, text: str) -> str:
     if not text or "\0" in text:
         raise ConfigError(f"{option}: {text!r} is not a path; give the path of a file or of a block device")
     return text
+
+
+def _pool_size_bytes(text: str) -> int:
+    size_bytes = option_value("pool.size", text, parse_size)
+    if size_bytes < _POOL_BYTES_MIN:
+        raise ConfigError(f"pool.size: {text!r} is too small; at least {_POOL_BYTES_MIN >> 20}MiB are needed")
+    return size_bytes
 
 
 def _cache_bytes(text: str) -> int:

@@ -10,6 +10,8 @@ from typing import Final
 
 SIZE_UNITS: Final = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40, "PiB": 1 << 50}
 DURATION_UNITS: Final = {"ms": Fraction(1, 1000), "s": Fraction(1), "m": Fraction(60), "h": Fraction(3600), "d": Fraction(86400)}
+# Of everything that is counted in bytes here and on the wire, more than any pool can have.
+SIZE_BYTES_MAX: Final = (1 << 63) - 1
 _QUANTITY: Final = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,10})?) ?([A-Za-z]*)", re.ASCII)
 
 
@@ -25,6 +27,8 @@ def parse_size(text: str) -> int:
     size_bytes = Fraction(matched[1]) * SIZE_UNITS[matched[2]]
     if size_bytes.denominator != 1:
         raise UnitError(f"{text!r} is no whole number of bytes")
+    if size_bytes > SIZE_BYTES_MAX:
+        raise UnitError(f"{text!r} is too large; a size is below 8192PiB")
     return int(size_bytes)
 
 

@@ -60,7 +60,14 @@ class SnapshotReference(click.ParamType[str]):
         return str(value)
 
 
-SIZE: Final = Quantity("SIZE", parse_size)
+def _vdisk_size(text: str) -> int:
+    size_bytes = parse_size(text)
+    if size_bytes == 0:
+        raise UnitError(f"{text!r} is no size of a vdisk; write a size above zero, as in 10GiB")
+    return size_bytes
+
+
+SIZE: Final = Quantity("SIZE", _vdisk_size)
 RATE: Final = Quantity("SIZE/s", parse_rate)
 DURATION: Final = Quantity("DURATION", parse_duration)
 SNAPSHOT: Final = SnapshotReference()

@@ -21,11 +21,13 @@ def qemu(where: Row) -> list[str]:
 
 
 def open_iscsi(where: Row) -> list[str]:
-    """Discovery and login with iscsiadm."""
+    """Login with iscsiadm, after discovery, or where that asks for CHAP too, of a node that is written down by hand."""
     portal, target = where["portals"][0], where["target"]
     node = f"iscsiadm -m node -T {target} -p {portal}"
-    lines = [f"iscsiadm -m discovery -t sendtargets -p {portal}"]
-    if where["chap"]:
+    if not where["chap"]:
+        lines = [f"iscsiadm -m discovery -t sendtargets -p {portal}"]
+    else:
+        lines = [f"{node} -o new"]
         settings = ("authmethod -v CHAP", "username -v USER", "password -v SECRET")
         lines += [f"{node} -o update -n node.session.auth.{setting}" for setting in settings]
     return [*lines, f"{node} --login"]

@@ -24,16 +24,24 @@ from protocol.control.limits import (
 # A vdisk's name ends an iSCSI name, where RFC 7143 4.2.7.1 allows letters, digits, dash, dot and colon; the underscore is an
 # addition that initiators take too. Nothing else, so that names need no quoting in URLs and shells.
 _NAME: Final = r"[A-Za-z0-9][A-Za-z0-9._:-]*"
-Name = Annotated[str, msgspec.Meta(min_length=1, max_length=NAME_CHARACTERS_MAX, pattern=rf"^{_NAME}\Z")]
-Reference = Annotated[str, msgspec.Meta(min_length=3, max_length=REFERENCE_CHARACTERS_MAX, pattern=rf"^{_NAME}@{_NAME}\Z")]
+_NAME_PATTERN: Final = rf"^{_NAME}\Z"
+_REFERENCE_PATTERN: Final = rf"^{_NAME}@{_NAME}\Z"
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=NAME_CHARACTERS_MAX, pattern=_NAME_PATTERN)]
+Reference = Annotated[str, msgspec.Meta(min_length=3, max_length=REFERENCE_CHARACTERS_MAX, pattern=_REFERENCE_PATTERN)]
 # RFC 7143 4.2.7.2, in the characters that need no preparation (4.2.7.1), and the underscore, which initiators use too.
 ISCSI_NAME: Final = (
     r"(?:[iI][qQ][nN]\.[0-9]{4}-[0-9]{2}\.[A-Za-z0-9][A-Za-z0-9._:-]*"
     r"|[eE][uU][iI]\.[0-9A-Fa-f]{16}|[nN][aA][aA]\.[0-9A-Fa-f]{16}(?:[0-9A-Fa-f]{16})?)"
 )
-Initiator = Annotated[str, msgspec.Meta(max_length=ISCSI_NAME_CHARACTERS_MAX, pattern=rf"^{ISCSI_NAME}\Z")]
+_ISCSI_PATTERN: Final = rf"^{ISCSI_NAME}\Z"
+Initiator = Annotated[str, msgspec.Meta(max_length=ISCSI_NAME_CHARACTERS_MAX, pattern=_ISCSI_PATTERN)]
 # An iSCSI name, or what follows the prefix that the daemon gives: the characters are the same.
-TargetReference = Annotated[str, msgspec.Meta(min_length=1, max_length=ISCSI_NAME_CHARACTERS_MAX, pattern=rf"^{_NAME}\Z")]
+TargetReference = Annotated[str, msgspec.Meta(min_length=1, max_length=ISCSI_NAME_CHARACTERS_MAX, pattern=_NAME_PATTERN)]
+_PATTERN_WORDS: Final = {
+    _NAME_PATTERN: "a name of letters, digits, '.', '_', '-' and ':' that begins with a letter or digit",
+    _REFERENCE_PATTERN: "VDISK@SNAPSHOT, each a name of letters, digits, '.', '_', '-' and ':'",
+    _ISCSI_PATTERN: "an iSCSI name, as in iqn.1993-08.org.debian:01:9a3c",
+}
 Lun = Annotated[int, msgspec.Meta(ge=0, le=LUN_MAX)]
 ChapName = Annotated[str, msgspec.Meta(min_length=1, max_length=CHAP_CHARACTERS_MAX)]
 ChapSecret = Annotated[str, msgspec.Meta(min_length=CHAP_SECRET_CHARACTERS_MIN, max_length=CHAP_CHARACTERS_MAX)]
@@ -256,7 +264,14 @@ def validate(method: str, params: Any) -> Params:
     try:
         return msgspec.convert(_named(params), known.params)
     except msgspec.ValidationError as error:
-        raise ControlError(INVALID_PARAMS, f"{method}: {error}", f"{method} takes {_signature(known.params)}") from None
+        raise ControlError(INVALID_PARAMS, f"{method}: {_in_words(str(error))}", f"{method} takes {_signature(known.params)}") from None
+
+
+def _in_words(message: str) -> str:
+    """A pattern that a name must match is what msgspec shows; people are told what it says."""
+    for pattern, words in _PATTERN_WORDS.items():
+        message = message.replace(f"`str` matching regex {pattern!r}", words)
+    return message
 
 
 def _named(params: Any) -> Any:

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import ClassVar, Final
 
-from protocol.iscsi import fast_path, limits
+from protocol.iscsi import announced, fast_path, limits
 from protocol.iscsi.data_in import DataIn, QueryAnswer, ReadStream, residual_flags
 from protocol.iscsi.data_out import WriteTask
 from protocol.iscsi.errors import ProtocolError
@@ -19,6 +19,7 @@ from protocol.iscsi.login import LoginResult
 from protocol.iscsi.pdu import (
     ASYNC_LOGOUT_REQUESTED,
     ASYNC_MESSAGE,
+    ATTRIBUTE,
     DATA_OUT,
     FINAL,
     HEADER,
@@ -41,6 +42,7 @@ from protocol.iscsi.pdu import (
     SCSI_RESPONSE,
     SERIAL_HALF,
     SERIAL_MASK,
+    SIMPLE,
     SNACK_REQUEST,
     TASK_MANAGEMENT_REQUEST,
     TEXT_REQUEST,
@@ -69,6 +71,7 @@ _LOGOUT_NO_CONNECTION: Final = 1
 _LOGOUT_NO_RECOVERY: Final = 2
 _SEQUENCED: Final = frozenset((NOP_OUT, SCSI_COMMAND, TASK_MANAGEMENT_REQUEST, TEXT_REQUEST, LOGOUT_REQUEST))
 _BATCHED: Final = frozenset((opcodes.READ_10, opcodes.READ_12, opcodes.READ_16, opcodes.WRITE_10, opcodes.WRITE_12, opcodes.WRITE_16))
+_UNORDERED: Final = frozenset((0, SIMPLE))  # untagged counts as simple
 _WITH_TRANSFER_TAG: Final = frozenset((NOP_IN, TEXT_RESPONSE))
 
 
@@ -242,30 +245,18 @@ class FullFeature:
         if not pdu.immediate:
             self._open_window()
 
-    def _unsolicited_fault(self, pdu: Pdu) -> Sense | None:
-        """What is wrong with the data that a command brings or announces unasked."""
-        size, parameters = len(pdu.data), self.parameters
-        if not pdu.flags & WRITE:
-            return sense.UNEXPECTED_UNSOLICITED_DATA if size else None
-        if (size and not parameters.immediate_data) or (not pdu.flags & FINAL and parameters.initial_r2t):
-            return sense.UNEXPECTED_UNSOLICITED_DATA
-        return sense.INCORRECT_AMOUNT_OF_DATA if size > min(parameters.unsolicited_bytes, pdu.expected_length) else None
-
     def _execute(self, pdu: Pdu) -> None:
         """Check the command and carry out its plan."""
         self.commands += 1
-        if pdu.header[32] not in _BATCHED:
-            self.settle()  # what changes or reports more than sectors must see the writes before it
+        if pdu.header[32] not in _BATCHED or pdu.flags & ATTRIBUTE not in _UNORDERED:
+            self.settle()  # what changes or reports more than sectors, or is to come in order, must see the writes before it
         lun = decode_lun(pdu.lun)
         mapped = self.nexus.units.get(lun)
         task = Task(self, pdu.itt, mapped, pdu.expected_length, pdu.immediate)
         try:
-            fault = self._unsolicited_fault(pdu)
-            if fault is not None:
-                raise CheckCondition(fault)
+            announced.check_unsolicited(pdu, self.parameters)
             plan = dispatch.prepare(self.nexus, lun, pdu.cdb)
-            if isinstance(plan, Operation) and plan.exact and plan.data_bytes != (pdu.expected_length if pdu.flags & WRITE else 0):
-                raise CheckCondition(sense.INVALID_FIELD_IN_CDB)
+            announced.check_direction(pdu, plan)
         except ScsiError as error:
             self._begin(task)
             task.end(cause=error.sense if isinstance(error, CheckCondition) else None, status=error.status, moved=0)
@@ -306,8 +297,7 @@ class FullFeature:
         ReadStream(task, task.mapped.unit.volume, plan.offset_bytes, size).pump()
 
     def _take_data(self, pdu: Pdu, mapped: UnitNexus | None, plan: Operation) -> None:
-        announced = pdu.expected_length if pdu.flags & WRITE else 0
-        task = WriteTask(self, pdu, mapped, plan, announced)
+        task = WriteTask(self, pdu, mapped, plan, pdu.expected_length if pdu.flags & WRITE else 0)
         self._begin(task)
         self.write_bytes += task.total_bytes
         task.begin(pdu)

@@ -97,7 +97,7 @@ def _device_identification(request: Request) -> bytes:
 
 def _extended_inquiry(_request: Request) -> bytes:
     body = bytearray(60)
-    body[1] = 0x07  # HEADSUP, ORDSUP, SIMPSUP: the task attributes that are accepted
+    body[1] = 0x01  # SIMPSUP alone: ordered commands are taken, but what waits for data or the disk is not waited for
     body[2] = 0x01  # V_SUP: there is a write cache
     return bytes(body)
 

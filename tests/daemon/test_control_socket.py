@@ -312,6 +312,14 @@ async def test_waiting_for_a_split_that_pauses_fails_with_the_reason(server: Con
     assert "cleavectl split show web1" in messages
 
 
+@pytest.mark.parametrize(("size", "words"), [("0", "above zero"), ("99999999TiB", "8192PiB"), ("10GB", "10GiB")])
+async def test_what_is_no_size_of_a_vdisk_is_a_usage_error(server: ControlServer, size: str, words: str) -> None:
+    for command in (("create", "a", "--size"), ("resize", "a")):
+        status, _, messages = await cleavectl(server, "vdisk", *command, size)
+        assert status == 2
+        assert words in messages
+
+
 async def test_a_failed_check_is_exit_1(server: ControlServer, script: Script) -> None:
     script.answers["pool.check"] = {"ok": False, "errors": ["VBN 7 is used twice"]}
     status, output, _ = await cleavectl(server, "pool", "check")
@@ -339,3 +347,4 @@ async def test_connect_prints_what_a_client_needs(server: ControlServer, script:
     _, output, _ = await cleavectl(server, "connect", "a", "--client", kind, "--portal", "san:1")
     assert "USER" in output
     assert "san:1" in output or "name='san'" in output
+    assert "discovery" not in output  # it would ask for CHAP as well

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.units import SIZE_UNITS, UnitError, format_duration, format_size, parse_duration, parse_rate, parse_size
+from daemon.units import SIZE_BYTES_MAX, SIZE_UNITS, UnitError, format_duration, format_size, parse_duration, parse_rate, parse_size
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,12 @@ def test_a_part_of_a_byte_is_refused() -> None:
 
 @given(st.integers(0, 2**60), st.sampled_from(sorted(SIZE_UNITS)))
 def test_any_whole_number_of_any_unit(count: int, unit: str) -> None:
-    assert parse_size(f"{count}{unit}") == count * SIZE_UNITS[unit]
+    size_bytes = count * SIZE_UNITS[unit]
+    if size_bytes <= SIZE_BYTES_MAX:
+        assert parse_size(f"{count}{unit}") == size_bytes
+    else:
+        with pytest.raises(UnitError, match="8192PiB"):
+            parse_size(f"{count}{unit}")
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("30s", 30), ("500ms", 0.5), ("5m", 300), ("2h", 7200), ("1d", 86400), ("1.5s", 1.5)])

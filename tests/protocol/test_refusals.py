@@ -127,6 +127,27 @@ def test_unsolicited_data_that_were_not_agreed_on(flags, length, expected, chang
     assert (answer.opcode, answer.byte3, answer.data[2 + 2] & 15, tuple(answer.data[2 + 12 : 2 + 14])) == (pdu.SCSI_RESPONSE, 2, 0xB, asc)
 
 
+@pytest.mark.parametrize(("flags", "opcode"), [(0xC1, 0x2A), (0xC1, 0x0A), (0xA1, 0x28), (0xA1, 0x12)])
+def test_data_that_are_announced_in_the_other_direction(flags, opcode):
+    volume = MemoryVolume(SIZE)
+    pair = coupled(volume)
+    length = 512 if flags & pdu.WRITE else 0
+    answer = answer_to(pair, command_pdu(flags, 9, opcode, length=length) + bytes(length))
+    assert (answer.opcode, answer.byte3) == (pdu.SCSI_RESPONSE, 2)
+    assert (answer.data[2 + 2] & 15, tuple(answer.data[2 + 12 : 2 + 14])) == (5, (0x24, 0))
+
+
+@pytest.mark.parametrize("attribute", [2, 3])
+def test_an_ordered_read_sees_the_write_before_it(attribute):
+    pair = coupled(MemoryVolume(SIZE))
+    write = command_pdu(pdu.FINAL | pdu.WRITE | pdu.SIMPLE, 8, 0x2A, length=512, cmd_sn=1) + b"n" * 512
+    read = command_pdu(pdu.FINAL | pdu.READ | attribute, 9, 0x28, cmd_sn=2)
+    feed(pair.target, write + read)
+    sent = pair.peer.take()
+    assert sent[0] == pdu.SCSI_RESPONSE and sent[48] == pdu.DATA_IN
+    assert sent[96:] == b"n" * 512
+
+
 def test_a_command_in_a_discovery_session_ends_the_connection():
     node = recorded({0: MemoryVolume(SIZE)})
     pair = Coupling(node, settings(target_name="")).login()
