@@ -9,6 +9,7 @@ pointer is installed all the same, so that reading it is an error and not old da
 that record was never acknowledged, and replay ends before it.
 """
 
+import asyncio
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -148,9 +149,10 @@ class Replay:
     async def _read_ring(self) -> bytearray:
         data = bytearray(self._superblock.log_blocks * BLOCK_BYTES)
         view = memoryview(data)
-        for start in range(0, len(data), READ_BLOCKS * BLOCK_BYTES):
-            part = view[start : start + READ_BLOCKS * BLOCK_BYTES]
-            await self._state.device.readv((part,), LOG_FIRST_VBN * BLOCK_BYTES + start)
+        starts = range(0, len(data), READ_BLOCKS * BLOCK_BYTES)
+        parts = [(view[start : start + READ_BLOCKS * BLOCK_BYTES], LOG_FIRST_VBN * BLOCK_BYTES + start) for start in starts]
+        # All at once: what the device has to fetch, it fetches together.
+        await asyncio.gather(*(self._state.device.readv((part,), offset) for part, offset in parts))
         return data
 
     def _look_for_a_gap(self, ring: Ring, missing: int) -> None:
