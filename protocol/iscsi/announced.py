@@ -21,15 +21,13 @@ def check_unsolicited(pdu: Pdu, parameters: Parameters) -> None:
 
 
 def check_direction(pdu: Pdu, plan: Plan) -> None:
-    """Raise CheckCondition where data are announced the other way than the plan moves them, or not as many as an exact one wants.
+    """Raise CheckCondition where a write's PDU announces a read, or not as many data as an exact plan wants.
 
-    GOOD would say that they were moved: a WRITE whose PDU announces a read, say, would have written nothing.
+    GOOD would say that they were written. (A read whose PDU announces a write is GOOD, and brings no data: libiscsi's suite wants it so.)
     """
+    if not isinstance(plan, Operation):
+        return
     out_bytes = pdu.expected_length if pdu.flags & WRITE else 0
-    in_bytes = pdu.expected_length if pdu.flags & READ else 0
-    if isinstance(plan, Operation):
-        wrong = (plan.data_bytes and in_bytes) or (plan.exact and plan.data_bytes != out_bytes)
-    else:
-        wrong = out_bytes
-    if wrong:
+    reversed_way = plan.data_bytes and pdu.expected_length and pdu.flags & READ
+    if reversed_way or (plan.exact and plan.data_bytes != out_bytes):
         raise CheckCondition(sense.INVALID_FIELD_IN_CDB)

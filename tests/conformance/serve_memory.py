@@ -84,7 +84,8 @@ class Endpoint(asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         self._connection.resume_writing()
-        self._transport.resume_reading()
+        if not self._connection.paused:
+            self._transport.resume_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._connection.failure:
@@ -100,6 +101,7 @@ async def serve(options: argparse.Namespace) -> None:
     user, _, secret = options.chap.partition(":")
     chap = ChapSecrets(user, secret.encode()) if user else None
     node = TargetNode(MemoryDirectory(dict(volumes), chap, chap))
+    node.turns.call_soon = asyncio.get_running_loop().call_soon
     server = await asyncio.get_running_loop().create_server(lambda: Endpoint(node), "127.0.0.1", options.port)
     gc.freeze()
     print("ready", server.sockets[0].getsockname()[1], flush=True)
