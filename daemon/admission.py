@@ -63,7 +63,7 @@ class Admission:
         # Those that have logged in since are found here, where it matters, so that a login needs to tell nobody.
         waiting -= {connection for connection in waiting if not connection.logging_in}
         if len(waiting) >= LOGINS_PER_ADDRESS_MAX:
-            return f"{LOGINS_PER_ADDRESS_MAX} connections of this address have not logged in"
+            return f"{LOGINS_PER_ADDRESS_MAX} connections of this address are logging in or discovering"
         return None
 
     def refused(self, peer: str, reason: str) -> None:

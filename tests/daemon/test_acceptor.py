@@ -136,6 +136,22 @@ async def test_without_file_descriptors_it_tries_again_later(
     end(clients)
 
 
+@pytest.mark.logs("connection_made")
+async def test_a_connection_whose_making_fails_is_waited_for_by_nobody(acceptor: Acceptor, made: list[Endpoint]) -> None:
+    def failing(self: Endpoint, transport: asyncio.BaseTransport) -> None:
+        made.append(self)
+        self.transport = transport
+        raise OSError(errno.ENOTCONN, "gone")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Endpoint, "connection_made", failing)
+        (address,) = await acceptor.listen(Address("127.0.0.1", 0))
+        clients = connected(address, 1)
+        await until(lambda: len(made) == 1)
+        await acceptor.opened()
+    end(clients)
+
+
 async def test_a_name_that_stands_for_a_taken_address_is_listened_on_nowhere(acceptor: Acceptor) -> None:
     (address,) = await acceptor.listen(Address("127.0.0.1", 0))
     with pytest.raises(OSError, match="in use"):
