@@ -48,6 +48,18 @@ async def test_a_saved_write_cache_is_there_at_the_next_start(pool: MemoryPool, 
         assert kept is not None and kept.get("write_cache", True) is write_cache
 
 
+@pytest.mark.parametrize("unrestricted", [True, False])
+async def test_an_unfinished_sanitize_operation_is_there_at_the_next_start(
+    pool: MemoryPool, store: ReservationStore, unrestricted: bool
+) -> None:
+    store.keep(A, {**state(), "sanitize_unrestricted_exit": unrestricted}, lambda _: None)
+    await store.drain()
+    assert ReservationStore(pool).kept(A) == {**state(), "sanitize_unrestricted_exit": unrestricted}
+    store.keep(A, state(), lambda _: None)
+    await store.drain()
+    assert ReservationStore(pool).kept(A) == state()
+
+
 async def test_what_is_stored_already_is_answered_at_once(pool: MemoryPool, store: ReservationStore) -> None:
     done: list[Exception | None] = []
     store.keep(A, None, done.append)
