@@ -12,7 +12,7 @@ from protocol.iscsi import chap, login, pdu, text
 from protocol.iscsi.chap import ChapSecrets
 from protocol.iscsi.errors import IscsiError
 from protocol.iscsi.pdu import pack
-from protocol.scsi import dispatch
+from protocol.scsi import dispatch, transport_id
 from protocol.scsi.command import Command
 from protocol.scsi.errors import ScsiError, sense_of
 from protocol.scsi.logical_unit import LogicalUnit, Nexus
@@ -141,12 +141,15 @@ def _shapes(naa: bytes) -> dict[int, tuple[bytes, ...]]:
     copy = bytes((1, 0, 0, 32)) + bytes(4) + (56).to_bytes(4, "big") + bytes(4) + target + segment * 2
     unmap = bytes((0, 38, 0, 32)) + bytes(4) + (bytes(7) + b"\x08" + bytes(3) + b"\x08" + bytes(4)) * 2
     reserve = bytes(8) + bytes(7) + b"\x01" + bytes(4) + b"\x01" + bytes(3)
+    ids = transport_id.encode(f"{INITIATOR},i,0x000000000002") + transport_id.encode(f"{INITIATOR},i,0x000000000001")
+    with_ports = reserve[:20] + b"\x09" + reserve[21:] + len(ids).to_bytes(4, "big") + ids
+    move = reserve[8:16] + reserve[8:16] + bytes((0, 1, 0, 1)) + (len(ids) // 2).to_bytes(4, "big") + ids[: len(ids) // 2]
     return {
         0x15: (bytes(4) + mode_pages, bytes((0, 0, 0, 8)) + bytes(8) + mode_pages),
         0x55: (bytes(8) + mode_pages,),
         0x42: (unmap,),
         0x48: (b"\x01\0\0\x04abcd",),
-        0x5F: (reserve, reserve[8:16] + reserve[:8] + reserve[16:]),
+        0x5F: (reserve, reserve[8:16] + reserve[:8] + reserve[16:], with_ports, move),
         0x83: (copy,),
     }
 
