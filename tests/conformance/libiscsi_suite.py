@@ -23,8 +23,8 @@ from daemon.initiator import LUN, Initiator
 from tests.daemon.programs import Daemon
 
 PROGRAM = "iscsi-test-cu"
-# Sanitize.Reset sleeps for a minute where the operation is still under way; nothing else takes half a minute.
-TEST_SECONDS_MAX = 180
+# Nothing but Sanitize.Reset takes half a minute; that looks once a minute until the disk is overwritten, however slow the machine is.
+TEST_SECONDS_MAX, WIDE_TEST_SECONDS_MAX = 180, 900
 VDISK, WIDE_VDISK = "conformance", "wide"
 VDISK_BYTES, POOL_SIZE = 256 << 20, "2GiB"
 # This wants a disk that takes seconds to overwrite: it looks after three, resets, and looks again. Zeros take no space in the pool.
@@ -68,11 +68,11 @@ class Outcome:
     reason: str = ""
 
 
-async def _output_of(*command: str) -> tuple[int, str] | None:
+async def _output_of(*command: str, seconds_max: int = TEST_SECONDS_MAX) -> tuple[int, str] | None:
     """Exit status and all output; None where it took too long."""
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT)
     try:
-        output, _ = await asyncio.wait_for(process.communicate(), TEST_SECONDS_MAX)
+        output, _ = await asyncio.wait_for(process.communicate(), seconds_max)
     except TimeoutError:
         process.kill()
         await process.wait()
@@ -105,7 +105,8 @@ def judge(name: str, status: int, output: str) -> Outcome:
 
 async def run_test(name: str, urls: list[str]) -> Outcome:
     """Run one test; the second URL is the second path."""
-    done = await _output_of(PROGRAM, "--dataloss", "--allow-sanitize", "--fail", "--test", name, *urls)
+    seconds_max = WIDE_TEST_SECONDS_MAX if name == ON_WIDE_VDISK else TEST_SECONDS_MAX
+    done = await _output_of(PROGRAM, "--dataloss", "--allow-sanitize", "--fail", "--test", name, *urls, seconds_max=seconds_max)
     outcome = Outcome(name, "timeout") if done is None else judge(name, *done)
     if outcome.verdict in {"fail", "timeout"} and name in CONTRADICTORY:
         return Outcome(name, "contradictory", CONTRADICTORY[name])
@@ -135,7 +136,7 @@ class Disks:
         self.urls = urls
         self._daemon = daemon
         self._small_blocks = small_blocks or urls
-        self._wide: list[str] = []
+        self._wide_made = 0
 
     async def urls_for(self, name: str) -> list[str]:
         """Both paths to the disk that the test wants."""
@@ -143,10 +144,13 @@ class Disks:
             return self._small_blocks
         if name != ON_WIDE_VDISK or self._daemon is None:
             return self.urls
-        if not self._wide:
-            await self._daemon.ctl("vdisk", "create", WIDE_VDISK, "--size", f"{await self._wide_mib()}MiB")
-            self._wide = [url.replace(f":{VDISK}/", f":{WIDE_VDISK}/") for url in self.urls]
-        return self._wide
+        # A new one for each run: what was wide enough in an earlier one need not be now.
+        if self._wide_made:
+            await self._daemon.ctl("vdisk", "rm", f"{WIDE_VDISK}-{self._wide_made}")
+        self._wide_made += 1
+        wide = f"{WIDE_VDISK}-{self._wide_made}"
+        await self._daemon.ctl("vdisk", "create", wide, "--size", f"{await self._wide_mib()}MiB")
+        return [url.replace(f":{VDISK}/", f":{wide}/") for url in self.urls]
 
     async def _wide_mib(self) -> int:
         """As much as this machine overwrites in OVERWRITE_SECONDS."""
