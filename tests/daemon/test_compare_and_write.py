@@ -63,7 +63,7 @@ async def test_counters_lose_no_step_while_the_clone_is_split(tmp_path: Path) ->
         await daemon.ctl("clone", "create", "golden@v1", "clone")
         clients = [await Copier.connect(host, int(port), daemon.url("clone").split("/")[3]) for _ in range(SESSIONS)]
         await daemon.ctl("split", "start", "clone", "--max-rate", f"{DISK_MIB // 2}MiB/s")
-        rounds = []
+        rounds: list[list[int]] = []
         while not rounds or (await daemon.ctl("split", "show", "clone"))["state"] != "done":
             rounds += await asyncio.gather(*(raise_many(client, len(rounds) + number) for number, client in enumerate(clients)))
         expected = [sum(column) for column in zip(*rounds, strict=True)]
