@@ -14,8 +14,8 @@ from daemon.admission import Admission
 from daemon.config import Address
 from daemon.logs import get_log
 
-# Waits for 5 s at the slowest pace: an initiator gives a login 15 s.
-BACKLOG: Final = 512
+# The last of so many waits for 6 s at the slowest pace: an initiator gives a login 15 s.
+BACKLOG: Final = 256
 # Where this process or the machine has no more file descriptors: until some are closed.
 EXHAUSTED_SECONDS: Final = 1.0
 _EXHAUSTED: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
@@ -93,13 +93,16 @@ class Acceptor:
                 self._pause(EXHAUSTED_SECONDS)
             return  # or the client went away before its turn
         peer = Address(*where[:2])
+        if _gone(taken):
+            self._admission.spend(taken=False)  # who connects only to go away keeps others waiting little longer
+            taken.close()
+            return
         reason = self._admission.refusal(peer.host)
         self._admission.spend(taken=reason is None)
         if reason is not None:
             self._admission.refused(str(peer), reason)
             taken.close()
             return
-        taken.setblocking(False)
         opening = self._loop.create_task(self._open(taken))
         self._opening.add(opening)
         opening.add_done_callback(self._opening.discard)
@@ -109,6 +112,17 @@ class Acceptor:
             await self._loop.connect_accepted_socket(self._protocol, taken)
         except OSError:
             taken.close()  # the client went away
+
+
+def _gone(taken: socket.socket) -> bool:
+    """Whether the client has closed or reset the connection before its turn came."""
+    taken.setblocking(False)
+    try:
+        return taken.recv(1, socket.MSG_PEEK) == b""
+    except BlockingIOError:
+        return False  # it is there, and has not said anything yet
+    except OSError:
+        return True
 
 
 def _bound(family: int, where: object) -> socket.socket:

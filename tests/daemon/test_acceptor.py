@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import socket
+import struct
 from collections.abc import AsyncIterator, Callable
 
 import pytest
@@ -104,6 +105,22 @@ async def test_the_pace_goes_on_by_itself(acceptor: Acceptor, made: list[Endpoin
     admission._credit, admission._seen_seconds = 0.0, asyncio.get_running_loop().time()
     clients = connected(address, 3)
     await until(lambda: len(made) == 3)
+    end(clients)
+
+
+@pytest.mark.parametrize("how", ["closed", "reset"])
+async def test_who_went_away_in_the_backlog_costs_little(acceptor: Acceptor, made: list[Endpoint], admission: Admission, how: str) -> None:
+    (address,) = await acceptor.listen(Address("127.0.0.1", 0))
+    gone = connected(address, 20)
+    for client in gone:
+        if how == "reset":
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+    clients = connected(address, 1)
+    clients[0].sendall(b"first bytes")
+    admission._pace, admission._credit, admission._seen_seconds = 1e-3, 3.5, asyncio.get_running_loop().time()
+    await until(lambda: len(made) == 1)
+    assert admission._credit == pytest.approx(0.5, abs=0.01)
     end(clients)
 
 
