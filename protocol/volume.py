@@ -74,8 +74,8 @@ class BlockVolume(Protocol):
 class ReportsAllocation(Protocol):
     """What a volume may have in addition: it can say which ranges are allocated. One that cannot counts as allocated throughout."""
 
-    def allocation(self, offset_bytes: int, length_bytes: int, done: AllocationCompletion) -> None:
-        """Report the state of a range. A clone's holes that read through to its backing store count as allocated."""
+    def allocation(self, offset_bytes: int, length_bytes: int, runs_max: int, done: AllocationCompletion) -> None:
+        """Report the state of a range, in about ``runs_max`` runs. Holes that read through to a backing store count as allocated."""
 
 
 @runtime_checkable

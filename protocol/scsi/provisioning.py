@@ -142,7 +142,7 @@ def write_same(request: Request) -> Plan:
 
 def _encode_runs(lba: int, runs: list[tuple[int, bool]]) -> bytes:
     body = b""
-    for length, allocated in runs[: limits.LBA_STATUS_DESCRIPTORS_MAX]:
+    for length, allocated in runs:
         sectors = length >> SECTOR_SHIFT
         body += _LBA_STATUS.pack(lba, sectors, _MAPPED if allocated else _DEALLOCATED)
         lba += sectors
@@ -150,19 +150,23 @@ def _encode_runs(lba: int, runs: list[tuple[int, bool]]) -> bytes:
 
 
 def get_lba_status(request: Request) -> Plan:
-    """GET LBA STATUS: mapped or deallocated, run by run, from the LBA on; the answer may end before the disk does."""
+    """GET LBA STATUS: mapped or deallocated, run by run, from the LBA on; the answer may end before the disk does.
+
+    No more runs are looked for than the client has room for: QEMU asks for one, before many a read.
+    """
     lba = int.from_bytes(request.cdb[2:10], "big")
     allocation = int.from_bytes(request.cdb[10:14], "big")
     unit = request.unit
     offset, length = check_range(unit, lba, min(limits.LBA_STATUS_SECTORS_MAX, max(1, unit.sectors - lba)))
     volume = unit.volume
+    runs_max = max(1, min(limits.LBA_STATUS_DESCRIPTORS_MAX, (allocation - _LBA_STATUS_HEAD.size) // _LBA_STATUS.size))
 
     def start(done: QueryDone) -> None:
         def reported(runs: list[tuple[int, bool]] | None, error: Exception | None) -> None:
-            done(None if runs is None else _encode_runs(lba, runs)[:allocation], error)
+            done(None if runs is None else _encode_runs(lba, runs[:runs_max])[:allocation], error)
 
         if isinstance(volume, ReportsAllocation):
-            volume.allocation(offset, length, reported)
+            volume.allocation(offset, length, runs_max, reported)
         else:
             reported([(length, True)], None)
 

@@ -15,20 +15,22 @@ if TYPE_CHECKING:
 
 # (blocks, whether they are allocated); neighbours differ.
 Run = tuple[int, bool]
-# A report may end early. This much is more than any client asks for at once, and takes a few milliseconds (in slices).
-RUNS_MAX = 1024
-INDEXES_MAX = 1024
+# A report may end early. This many level-1 blocks are 64 MiB of data, and less than a millisecond; what is empty costs nothing.
+INDEXES_MAX = 64
 
 
-async def allocated_runs(image: "Image", first: int, count: int) -> list[Run]:
-    """Runs from block ``first`` on, in order, for ``count`` blocks or fewer, at least one. Raises BlockDamaged, DeviceFailed."""
+async def allocated_runs(image: "Image", first: int, count: int, runs_max: int) -> list[Run]:
+    """Runs from block ``first`` on, in order, for ``count`` blocks or fewer: at least one, and ``runs_max`` whole ones if there are.
+
+    Raises BlockDamaged, DeviceFailed.
+    """
     runs: list[Run] = []
     at, end, slicer = first, first + count, Slicer()
     for _ in range(INDEXES_MAX):
         index = await _next_existing(image, at >> FIELDS_SHIFT)
         start = end if index is None else min(end, max(at, index << FIELDS_SHIFT))
         _append(runs, start - at, False)
-        if index is None or start == end or len(runs) > RUNS_MAX:
+        if index is None or start == end or len(runs) > runs_max:
             break
         at = min(end, (index + 1) << FIELDS_SHIFT)
         await _append_block(image, index, start, at, runs)

@@ -421,15 +421,15 @@ class Volume:
         if end_whole < end:
             await self._write_one(end_whole, bytes(end - end_whole))
 
-    def allocation(self, offset_bytes: int, length_bytes: int, done: AllocationCompletion) -> None:
+    def allocation(self, offset_bytes: int, length_bytes: int, runs_max: int, done: AllocationCompletion) -> None:
         """Which runs from the offset on are allocated, in order; it may end early. What shows through holes counts as allocated."""
-        self._spawn(self._allocation(offset_bytes, length_bytes, done))
+        self._spawn(self._allocation(offset_bytes, length_bytes, runs_max, done))
 
-    async def _allocation(self, offset: int, length: int, done: AllocationCompletion) -> None:
+    async def _allocation(self, offset: int, length: int, runs_max: int, done: AllocationCompletion) -> None:
         try:
             self.check_range(offset, length)
             first = offset >> 12
-            blocks = await allocated_runs(self.image, first, (offset + length + BLOCK_MASK >> 12) - first)
+            blocks = await allocated_runs(self.image, first, (offset + length + BLOCK_MASK >> 12) - first, runs_max)
         except Exception as error:  # noqa: BLE001
             done(None, as_storage_error(error))
             return

@@ -37,7 +37,7 @@ class FileVolume(MemoryVolume):
     def try_read(self, offset_bytes: int, length_bytes: int) -> Buffer:
         return os.pread(self._fd, length_bytes, offset_bytes)
 
-    def allocation(self, offset_bytes: int, length_bytes: int, done: AllocationCompletion) -> None:
+    def allocation(self, offset_bytes: int, length_bytes: int, runs_max: int, done: AllocationCompletion) -> None:
         done([(length_bytes, True)], None)
 
     def _change(self, offset: int, data: Buffer, done: Completion) -> None:

@@ -112,7 +112,7 @@ async def allocation(session: Session) -> None:
             future.set_result(runs) if error is None else future.set_exception(error)
 
     volume = session.pool.volume("c")
-    volume.allocation(0, volume.size_bytes, done)
+    volume.allocation(0, volume.size_bytes, 1024, done)
     assert await future
 
 

@@ -99,7 +99,7 @@ class MemoryVolume:
     def write_zeros(self, offset_bytes: int, length_bytes: int, fua: bool, done: Completion) -> None:
         self._change(offset_bytes, bytes(length_bytes), done)
 
-    def allocation(self, offset_bytes: int, length_bytes: int, done: AllocationCompletion) -> None:
+    def allocation(self, offset_bytes: int, length_bytes: int, runs_max: int, done: AllocationCompletion) -> None:
         """What is not zeros counts as allocated, in blocks of 4 KiB; no more than 4 MiB are looked at."""
         length_bytes = min(length_bytes, 4 << 20)
         runs: list[tuple[int, bool]] = []
