@@ -13,6 +13,7 @@ from storage.errors import BlockDamaged, RequestError
 from storage.layout import BLOCK_BYTES, CONFIGURATION_BYTES_MAX, CONFIGURATION_HEAD, FIELDS_PER_BLOCK, TREE_LEVELS_MAX, tree_levels
 from storage.slices import Slicer
 from storage.state import PoolState
+from storage.tree.attempt import when_possible
 from storage.tree.buffer_tree import BufferTree
 
 
@@ -77,11 +78,10 @@ class Configuration:
         epoch.configuration = None
         blocks = -(-len(data) // BLOCK_BYTES)
         self.size_blocks = max(self.size_blocks, blocks)
-        while not self._tree.grow(max(self._tree.levels, tree_levels(blocks)), epoch):
-            await self._state.allocator.prepare_nodes(epoch)
+        levels = tree_levels(blocks)
+        await when_possible(self._state, lambda: self._tree.grow(levels, epoch))
         for index in range(blocks):
-            while (node := self._tree.writable(index, epoch, 0)) is None:
-                await self._tree.prepare(index, epoch, 0)
+            node = await when_possible(self._state, partial(self._tree.writable, index, epoch, 0))
             node.buf[:] = data[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES].ljust(BLOCK_BYTES, b"\0")
             await slicer.breathe()
         self._state.allocator.redeem(promised)

@@ -190,12 +190,12 @@ class Pool:
         self._state.on_event("pool.closed", cp_number=self._superblock.cp_number)
         self._device.close()
 
-    async def _reclaim(self) -> bool:
-        """Make freed blocks available, those that background reclaim is still collecting included. False: there are none.
+    async def _reclaim(self, blocks: int) -> bool:
+        """Make freed blocks available, those that background reclaim is still collecting included. False: so many are not on their way.
 
         The background itself does not wait for reclaim: that is a message in the same queue, and would wait for it in turn.
         """
-        if await self._points.reclaim():
+        if await self._points.reclaim(blocks):
             return True
         if in_background.get() or not self._handler.holds(Reclaim) or self._state.read_only_reason is not None:
             return False

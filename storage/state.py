@@ -5,14 +5,14 @@ The event loop thread owns all of it (design section 3): everything between two 
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from storage.consistency.epoch import Epoch
 from storage.device import Device
 from storage.errors import PoolReadOnly, StorageError
 from storage.layout import BLOCK_BYTES
-from storage.tree.node import NodeCache
+from storage.tree.node import Hold, NodeCache
 
 if TYPE_CHECKING:
     from storage.allocation.share_map import ShareMap
@@ -41,6 +41,7 @@ class PoolState:
         "discarding",
         "epoch",
         "frozen",
+        "missing",
         "on_event",
         "operations",
         "read_only_reason",
@@ -63,6 +64,8 @@ class PoolState:
         # Set whenever freed blocks came back to the allocator.
         self.released = asyncio.Event()
         self.cache = NodeCache(cache_bytes)
+        # Brings what an attempt that just answered None found missing (storage.tree.attempt).
+        self.missing: Callable[[Hold], Awaitable[None]] | None = None
         # Live checks under way. They pin all blocks that were in use when they began, for as long as they take.
         self.checks: set[asyncio.Task[CheckReport]] = set()
         self.read_only_reason: str | None = None
@@ -70,6 +73,12 @@ class PoolState:
         self.on_event: EventSink = no_events
         # Set by the consistency point: call it to ask for one soon.
         self.wanted: Callable[[], None] = lambda: None
+
+    def take_missing(self) -> Callable[[Hold], Awaitable[None]]:
+        """What brings that for want of which an attempt has just answered None."""
+        bring, self.missing = self.missing, None
+        assert bring is not None, "an attempt that answers None says what it waits for"
+        return bring
 
     def fail(self, reason: str) -> None:
         """Stop taking changes, for good: nothing after this is acknowledged as durable (design section 4)."""

@@ -15,8 +15,9 @@ from storage.consistency.epoch import Epoch
 from storage.layout import BLOCK_BYTES, REGION_BLOCKS, SUMMARIES_PER_BLOCK
 from storage.slices import CHUNK, Slicer, VbnArray, as_array, concatenated, in_thread_if_large
 from storage.state import PoolState
+from storage.tree.attempt import when_possible
 from storage.tree.buffer_tree import BufferTree
-from storage.tree.node import Node
+from storage.tree.node import Hold, Node
 
 Bits = npt.NDArray[np.uint8]
 REGION_SHIFT = REGION_BLOCKS.bit_length() - 1
@@ -62,10 +63,10 @@ class ActiveMap:
         node = self.summary_tree.peek(region >> SUMMARIES_SHIFT, 0)
         return None if node is None else memoryview(node.buf).cast("H")[region & (SUMMARIES_PER_BLOCK - 1)]
 
-    async def load(self, region: int) -> None:
-        """Bring the region's map block and summary into memory. Raises BlockDamaged, DeviceFailed."""
-        await self.summary_tree.load(region >> SUMMARIES_SHIFT, 0)
-        await self.tree.load(region, 0)
+    async def load(self, region: int, hold: Hold) -> None:
+        """Bring the region's map block and summary into memory, and hold them. Raises BlockDamaged, DeviceFailed."""
+        hold.keep(await self.summary_tree.load(region >> SUMMARIES_SHIFT, 0))
+        hold.keep(await self.tree.load(region, 0))
 
     async def apply(self, epoch: Epoch, slicer: Slicer) -> None:
         """Enter what the epoch allocated and freed into the maps, until writing the maps needs nothing more."""
@@ -87,8 +88,7 @@ class ActiveMap:
 
     async def _change(self, epoch: Epoch, region: int, taken: npt.NDArray[np.intp] | None, returned: npt.NDArray[np.intp] | None) -> None:
         """Set and clear bits of one region; what is cleared stays held until the epoch is released."""
-        node = await self._writable(self.tree, epoch, region)
-        summary = await self._writable(self.summary_tree, epoch, region >> SUMMARIES_SHIFT)
+        node, summary = await when_possible(self._state, lambda: self._writable(epoch, region))
         bits = np.frombuffer(node.buf, dtype=np.uint8)
         change = 0
         if taken is not None:
@@ -109,12 +109,11 @@ class ActiveMap:
         memoryview(summary.buf).cast("H")[region & (SUMMARIES_PER_BLOCK - 1)] += change
         self.used_blocks += change
 
-    async def _writable(self, tree: BufferTree, epoch: Epoch, index: int) -> Node:
-        while True:
-            node = tree.writable(index, epoch, 0)
-            if node is not None:
-                return node
-            await tree.prepare(index, epoch, 0)
+    def _writable(self, epoch: Epoch, region: int) -> tuple[Node, Node] | None:
+        """The region's map block and the one of its summary, free to be changed in the same step."""
+        node = self.tree.writable(region, epoch, 0)
+        summary = self.summary_tree.writable(region >> SUMMARIES_SHIFT, epoch, 0) if node is not None else None
+        return (node, summary) if node is not None and summary is not None else None
 
 
 async def _extents_array(extents: list[tuple[int, int]], slicer: Slicer) -> npt.NDArray[np.uint64]:

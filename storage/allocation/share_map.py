@@ -5,7 +5,6 @@ Counts of *pointer* blocks decide whether a node must be unshared before it chan
 ``try_count`` adds the changes that the current and the frozen epoch hold (``Epoch.pointer_delta``) to what the map says.
 """
 
-import asyncio
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy.typing as npt
 from storage.consistency.epoch import Epoch
 from storage.layout import SHARES_PER_BLOCK
 from storage.slices import Slicer, VbnArray, as_array, concatenated, in_thread_if_large
+from storage.tree.attempt import when_possible
 from storage.tree.buffer_tree import BufferTree
 from storage.tree.node import HOLES, Node
 
@@ -33,7 +33,7 @@ class ShareMap:
         self.tree = tree
 
     def try_count(self, vbn: int) -> int | None:
-        """Extra references to the pointer block at ``vbn`` now, or None when the map's block has to be loaded first (``load``)."""
+        """Extra references to the pointer block at ``vbn`` now, or None when the map's block has to be loaded first (``state.missing``)."""
         node = self.tree.peek(vbn >> SHARES_SHIFT, 0)
         if node is None:
             return None
@@ -44,15 +44,9 @@ class ShareMap:
             count += state.frozen.pointer_delta.get(vbn, 0)
         return count
 
-    async def load(self, vbn: int) -> None:
-        """Bring the map's block for ``vbn`` into memory. Raises BlockDamaged, DeviceFailed."""
-        await self.tree.load(vbn >> SHARES_SHIFT, 0)
-
     async def count(self, vbn: int) -> int:
-        """``try_count``, waiting where it must."""
-        while (count := self.try_count(vbn)) is None:
-            await self.load(vbn)
-        return count
+        """``try_count``, waiting where it must. Raises BlockDamaged, DeviceFailed."""
+        return await when_possible(self._state, lambda: self.try_count(vbn))
 
     async def apply(self, epoch: Epoch, slicer: Slicer) -> None:
         """Enter the epoch's references into the map; what lost its last one joins ``epoch.freed_arrays``."""
@@ -80,7 +74,8 @@ class ShareMap:
 
     async def _apply_block(self, epoch: Epoch, block: int, vbns: VbnArray, net: npt.NDArray[np.int64]) -> None:
         """One block of the map. From the node in hand to the end there is no await, so ``try_count`` never sees half of it."""
-        node = await self._node_for(epoch, block, bool((net > 0).any()))
+        grows = bool((net > 0).any())
+        node = await when_possible(self._state, lambda: self._node_for(epoch, block, grows))
         at = (vbns & np.uint64(SHARES_PER_BLOCK - 1)).astype(np.intp)
         counts = np.frombuffer(node.buf, dtype="<u4")
         changed = counts[at].astype(np.int64) + net
@@ -95,17 +90,10 @@ class ShareMap:
         for vbn in vbns.tolist() if epoch.pointer_delta else ():
             epoch.pointer_delta.pop(vbn, None)
 
-    async def _node_for(self, epoch: Epoch, block: int, grows: bool) -> Node:
+    def _node_for(self, epoch: Epoch, block: int, grows: bool) -> Node | None:
         """The map's block, writable unless it is a hole and stays one."""
-        while True:
-            node = self.tree.peek(block, 0)
-            if node is HOLES and not grows:
-                return node
-            node = self.tree.writable(block, epoch, 0)
-            if node is not None:
-                return node
-            await self.tree.prepare(block, epoch, 0)
-            await asyncio.sleep(0)
+        node = self.tree.peek(block, 0)
+        return node if node is None or (node is HOLES and not grows) else self.tree.writable(block, epoch, 0)
 
 
 def _summed(vbns: VbnArray, weights: npt.NDArray[np.float64]) -> tuple[VbnArray, npt.NDArray[np.int64]]:

@@ -11,6 +11,7 @@ The cursor sweeps the pool in circles; full regions are skipped by the region su
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +20,7 @@ from storage.allocation.active_map import NO_BITS, REGION_SHIFT, ActiveMap, Bits
 from storage.consistency.epoch import Epoch
 from storage.errors import PoolFull
 from storage.layout import FIELDS_PER_BLOCK, REGION_BLOCKS, SHARES_PER_BLOCK, SUMMARIES_PER_BLOCK, region_count, tree_levels
+from storage.tree.node import Hold
 
 if TYPE_CHECKING:
     from storage.state import PoolState
@@ -35,18 +37,18 @@ REGIONS_PER_FILL = 8
 # this in use are asked, and only for runs of so many blocks: batches must stay contiguous, for their reads as well.
 ROOMY_USED_MAX = REGION_BLOCKS // 2
 ROOMY_RUN_BLOCKS_MIN = 16
-# The reserve has three parts, so that a full pool can still do what must be possible on it (design section 6, invariant 6):
-# - for consistency points alone: every block of the maps once (a consistency point may have to rewrite them all), and the upper part
-#   of the vdisk table. Table entries are not in it: whoever touches an image has promised the blocks that its entry takes.
-# - for taking deleted images apart; and
-# - for the pointer blocks of clients, who may go on for a while where they need no new data blocks.
+# A full pool must still do what must be possible on it (design section 6, invariant 6), whatever clients did before. So what is kept back
+# is not given to whoever comes first: from top to bottom,
+# - the trees of clients may grow in the first part (a trim in a clone, say, that needs no block for data);
+# - the second is *lent*: a change that gives back with its consistency point what it takes (it moves nodes that are not shared, or
+#   overwrites data of its own) may go down here, and waits for that consistency point where others have borrowed all. So trims,
+#   shrinking and overwriting what is not shared go on for ever. Data leaves half of it to nodes, and both leave a quarter to deletions;
+# - the rest is for consistency points: every block of the maps once (one may have to rewrite them all), and the upper part of the vdisk
+#   table. Table entries are not in it: whoever touches an image has promised the blocks that its entry takes.
 POINT_BLOCKS_EXTRA = 48
-# Of each of the other two parts: 1/256 of the pool; a few paths to the leaves on a small pool, 16 MiB on a large one.
-PART_BLOCKS_MIN = 32
+# Each of the first two: 1/256 of the pool; a few paths to the leaves on a small pool, 16 MiB on a large one.
+PART_BLOCKS_MIN = 48
 PART_BLOCKS_MAX = 4096
-# Who found no block for a node waits for at least this many: every path to the leaves that a large write changes, and an entry. With
-# less it would dirty the upper part of its path, wait for a consistency point, and dirty it again in the next epoch, for ever.
-NODES_ROOM = 32
 # What a touched image's entry may take: itself, and the level-1 block of the table above it.
 ENTRY_BLOCKS = 2
 
@@ -100,7 +102,7 @@ def region_bits(first: int, end: int) -> Iterator[tuple[int, Bits]]:
         yield region, np.packbits(mask, bitorder="little")
 
 
-async def nothing_on_its_way() -> bool:
+async def nothing_on_its_way(blocks: int) -> bool:
     """The answer to who waits for freed blocks while there are no consistency points yet."""
     return False
 
@@ -119,11 +121,13 @@ class WriteAllocator:
         "_size_blocks",
         "_state",
         "_wait_for",
+        "borrow_floor",
         "client_floor",
         "free_now",
+        "move_floor",
+        "point_floor",
         "promised_blocks",
         "reclaim",
-        "reclaim_floor",
         "reserve_blocks",
     )
 
@@ -143,44 +147,57 @@ class WriteAllocator:
         self.free_now = size_blocks - active_map.used_blocks
         self.promised_blocks = 0
         part = max(PART_BLOCKS_MIN, min(PART_BLOCKS_MAX, size_blocks // 256))
-        self.reclaim_floor = map_blocks(size_blocks) + POINT_BLOCKS_EXTRA
-        self.client_floor = self.reclaim_floor + part
+        self.point_floor = map_blocks(size_blocks) + POINT_BLOCKS_EXTRA
+        self.move_floor = self.point_floor + part // 4
+        self.borrow_floor = self.point_floor + part // 2
+        self.client_floor = self.point_floor + part
         self.reserve_blocks = self.client_floor + part
-        # Waits until the freed blocks of now can be used again; False when there are none.
-        self.reclaim: Callable[[], Awaitable[bool]] = nothing_on_its_way
+        # Waits until freed blocks can be used again; False when fewer than so many are on their way.
+        self.reclaim: Callable[[int], Awaitable[bool]] = nothing_on_its_way
 
     # --- Handing out -------------------------------------------------------------------------------------------
 
-    def take(self, count: int) -> list[tuple[int, int]] | None:
-        """Extents (first VBN, length) of ``count`` blocks for data. None: wait with ``prepare_data``, and try again.
+    def take(self, count: int, borrowed: bool = False) -> list[tuple[int, int]] | None:
+        """Extents (first VBN, length) of ``count`` blocks for data. None: nothing was taken, and ``state.missing`` is what to wait for.
 
-        Whoever takes them enters them into ``Epoch.allocated`` in the same step that installs the pointers (a bit is set only
-        together with the pointer that uses it), or gives them back.
+        ``borrowed``: at least as many blocks come back with the next consistency point. Whoever takes them enters them into
+        ``Epoch.allocated`` in the same step that installs the pointers (a bit is set only together with the pointer that uses it), or gives
+        them back.
         """
+        floor = self.borrow_floor if borrowed else self.reserve_blocks
         window = self._data
         first = window.next
-        if first + count <= window.end and self.free_now - count >= self.reserve_blocks:
+        if first + count <= window.end and self.free_now - count >= floor:
             window.next = first + count
             self.free_now -= count
             return [(first, count)]
-        return self._take_scattered(count)
+        if self.free_now - count >= floor and self._fill_up(window, count):
+            return self._take_scattered(count)
+        self._state.missing = partial(self._bring, window, count, floor)
+        return None
 
-    def _take_scattered(self, count: int) -> list[tuple[int, int]] | None:
-        if self.free_now - count < self.reserve_blocks:
-            return None
+    def is_short(self, count: int) -> bool:
+        """Whether ``take`` finds no room for so many new blocks, but might for borrowed ones."""
+        return self.free_now - count < self.reserve_blocks
+
+    def _take_scattered(self, count: int) -> list[tuple[int, int]]:
         window = self._data
         extents: list[tuple[int, int]] = []
+        self.free_now -= count
         while count:
-            if not window.advance() and not self._fill(window):
-                window.runs.extend((first, first + length) for first, length in extents)
-                return None
             window.advance()
             length = min(count, window.end - window.next)
             extents.append((window.next, length))
             window.next += length
             count -= length
-        self.free_now -= sum(length for _, length in extents)
         return extents
+
+    def _fill_up(self, window: Window, count: int) -> bool:
+        """Fill a window until it has ``count`` blocks, from what is in memory."""
+        while window.left_blocks < count:
+            if not self._fill(window):
+                return False
+        return True
 
     def give_back(self, extents: list[tuple[int, int]]) -> None:
         """What ``take`` handed out and nobody used, whatever was written there."""
@@ -191,23 +208,37 @@ class WriteAllocator:
             else:
                 self._data.runs.append((first, first + length))
 
-    def take_node(self, epoch: Epoch, for_reclaim: bool = False) -> int:
-        """A VBN for a node, or 0: wait with ``prepare_nodes``, and try again. A consistency point may use the whole reserve."""
-        if self.free_now <= self._floor(epoch, for_reclaim):
-            return 0
+    def nodes_at_hand(self, count: int, floor: int, entry: bool) -> bool:
+        """Whether ``take_node`` has ``count`` VBNs above the floor, and room for a table entry beside them if wanted.
+
+        False: ``state.missing`` is what to wait for.
+        """
+        wanted = count + ENTRY_BLOCKS if entry else count
         window = self._nodes
-        if window.next == window.end and not window.advance() and not (self._fill(window) and window.advance()):
-            return 0
+        if self.free_now - wanted >= floor and (window.end - window.next >= count or self._fill_up(window, count)):
+            return True
+        self._state.missing = partial(self._bring, window, wanted, floor)
+        return False
+
+    def take_node(self, epoch: Epoch) -> int:
+        """A VBN for a node, one of those that ``nodes_at_hand`` has found."""
+        window = self._nodes
+        found = window.advance()
+        assert found, "taken without asking for it"
         vbn = window.next
         window.next = vbn + 1
         self.free_now -= 1
         epoch.allocated.append((vbn, 1))
         return vbn
 
-    def _floor(self, epoch: Epoch, for_reclaim: bool) -> int:
+    def floor(self, epoch: Epoch, grows: bool) -> int:
+        """What must be left free when nodes are taken in an epoch. A consistency point may use the whole reserve.
+
+        ``grows``: the tree takes more than it gives back.
+        """
         if epoch is self._state.frozen:
             return -self.promised_blocks
-        return self.reclaim_floor if for_reclaim else self.client_floor
+        return self.client_floor if grows else self.move_floor
 
     def promise(self, blocks: int = ENTRY_BLOCKS) -> None:
         """Something changed that the next consistency point will write (an image's entry): nobody may take the last blocks before."""
@@ -222,11 +253,12 @@ class WriteAllocator:
     @contextmanager
     def replaying(self) -> Iterator[None]:
         """Replay must succeed: it may take what clients may not, since it repeats what was possible before."""
-        floor, self.client_floor = self.client_floor, self.reclaim_floor
+        floors = self.client_floor, self.move_floor
+        self.client_floor = self.move_floor = self.point_floor
         try:
             yield
         finally:
-            self.client_floor = floor
+            self.client_floor, self.move_floor = floors
 
     def check_room(self, images: int = 0, blocks: int = 0) -> None:
         """Raise PoolFull when there is no room for so many more table entries, or blocks of the configuration."""
@@ -235,32 +267,22 @@ class WriteAllocator:
 
     # --- Waiting -----------------------------------------------------------------------------------------------
 
-    async def prepare_data(self, count: int) -> None:
-        """Wait until ``take(count)`` has a chance. Raises PoolFull when no freed block is on its way."""
-        while self.free_now - count < self.reserve_blocks:
-            if not await self.reclaim():
-                raise PoolFull("the pool is full: delete snapshots or vdisks")
-        await self._refill(self._data, count)
+    async def _bring(self, window: Window, count: int, floor: int, hold: Hold) -> None:
+        """Wait until there are ``count`` blocks above the floor, and in the window. Raises PoolFull when too few are on their way."""
+        within_point = floor <= 0
+        while self.free_now - count < floor:
+            if within_point or not await self.reclaim(floor + count - self.free_now):
+                raise PoolFull("the pool is full: delete snapshots or vdisks, or trim what is not needed")
+        await self._refill(window, count, hold)
 
-    async def prepare_nodes(self, epoch: Epoch, for_reclaim: bool = False) -> None:
-        """Wait until ``take_node`` has a chance. Raises PoolFull when no freed block is on its way."""
-        within_point = epoch is self._state.frozen  # as of now: it may become so while this waits
-        wanted = self._floor(epoch, for_reclaim)
-        if self.free_now <= wanted:
-            wanted += NODES_ROOM
-        while self.free_now <= wanted:
-            if within_point or not await self.reclaim():
-                raise PoolFull("the pool is full, its reserve included: delete snapshots or vdisks")
-        await self._refill(self._nodes)
-
-    async def _refill(self, window: Window, count: int = 1) -> None:
+    async def _refill(self, window: Window, count: int, hold: Hold) -> None:
         """Fill a window until it has ``count`` blocks, loading map blocks as needed; ends empty-handed after one circle round the pool."""
         for _ in range(2 * region_count(self._size_blocks) // REGIONS_PER_FILL + 4):
             if window.left_blocks >= count:
                 return
             if self._fill(window):
                 continue
-            await self._active_map.load(self._wait_for)
+            await self._active_map.load(self._wait_for, hold)
             await asyncio.sleep(0)
         other = self._nodes if window is self._data else self._data
         self._release_window(other)

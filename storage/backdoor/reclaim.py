@@ -45,7 +45,7 @@ class Reclaim:
         image = self._image
         tree = image.tree
         shared = await self._drop_shared_root()
-        index = None if shared else await first_block(tree, tree.levels, 0, self._next_index)
+        index = None if shared else await first_block(tree, self._next_index)
         if index is None:
             await self._clear_entry()
             return None

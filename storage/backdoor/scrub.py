@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from crc32c import crc32c
 
+from storage.device import read_all
 from storage.errors import BlockDamaged, StorageError
 from storage.images.read_path import Location, runs
 from storage.layout import BLOCK_BYTES, FIELDS_SHIFT, ZERO_POINTER
@@ -90,9 +91,9 @@ class Scrub:
                 self._end()
                 return None
         where, tree, metafile = self._tree
-        if metafile and self._pool.frozen is not None:
-            return 0  # a consistency point is changing it: some of its blocks are not on the device yet
         node = await self._find(where, tree, tree.levels, 0)
+        if metafile and self._pool.frozen is not None:
+            return 0  # a consistency point is changing it: some of its blocks are not on the device yet. From here on nothing waits
         if node is None:
             self._tree = None
             return 0
@@ -148,11 +149,12 @@ class Scrub:
         """Read the blocks, neighbours together, and compare."""
         locations: list[Location] = [(vbn, crc) for _, vbn, crc, _ in checks]
         data = memoryview(bytearray(len(checks) * BLOCK_BYTES))
-        device = self._pool.device
         epoch = self._pool.begin_read()
         try:
-            for start, vbn, length in runs(locations):
-                await device.readv((data[start * BLOCK_BYTES : (start + length) * BLOCK_BYTES],), vbn * BLOCK_BYTES)
+            await read_all(
+                self._pool.device,
+                ((data[at * BLOCK_BYTES : (at + length) * BLOCK_BYTES], vbn * BLOCK_BYTES) for at, vbn, length in runs(locations)),
+            )
         finally:
             self._pool.end_read(epoch)
         for position, (fbn, vbn, crc, what) in enumerate(checks):

@@ -29,9 +29,12 @@ from storage.images.record import KIND_OFFSET, ROOT_FIELD_OFFSET
 from storage.layout import BLOCK_BYTES, CONFIGURATION, FIELD, FIELDS_MASK, FIELDS_SHIFT, HOLE, VDISK_TABLE, ZERO_POINTER, tree_levels
 from storage.slices import Slicer, dispose
 from storage.state import PoolState
+from storage.tree.attempt import when_possible
 from storage.tree.buffer_tree import BufferTree
 
 AtFreeze = Callable[[], None]
+# The frozen epoch, and what the log says of itself at the freeze: block and sequence of its next record, blocks used.
+Frozen = tuple[Epoch, tuple[int, int, int]]
 
 # How old a change may get before it is written: bounds what replay has to do after a crash, and how long freed space waits.
 INTERVAL_SECONDS = 5.0
@@ -103,14 +106,16 @@ class ConsistencyPoints:
         self._wake.set()
         return future
 
-    async def reclaim(self) -> bool:
-        """Make freed blocks available. False: none are on their way."""
+    async def reclaim(self, blocks: int) -> bool:
+        """Make freed blocks available. False: fewer than ``blocks`` are on their way, so that waiting for them would help nobody."""
         state = self._state
-        on_their_way = [epoch for epoch in (state.epoch, state.frozen) if epoch is not None and epoch.frees]
-        if not on_their_way and not state.retired:
+        epochs = [epoch for epoch in (state.epoch, state.frozen) if epoch is not None]
+        on_their_way = sum(epoch.freed_estimate for epoch in epochs) + state.allocator.held_blocks + state.allocator.promised_blocks
+        if on_their_way < blocks and not any(epoch.when_durable for epoch in epochs):
             return False
         before = state.allocator.free_now
-        await self.request()
+        if any(epoch.frees for epoch in epochs) or state.allocator.promised_blocks:
+            await self.request()
         while state.retired and state.allocator.free_now <= before:
             await state.room_from_retired()
         return state.allocator.free_now > before
@@ -140,15 +145,16 @@ class ConsistencyPoints:
 
     async def _take(self) -> None:
         """One consistency point, and the answers to all who wait for it."""
-        waiting, self._waiting = self._waiting, []
+        waiting: list[asyncio.Future[None]] = []
         error: Exception | None = None
         try:
+            await self._room_for_one()
             # First of all: on a pool that takes no changes, no change must be made in memory either.
             self._state.check_writable()
-            waiting = self._run_at_freeze(waiting)
-            if self._state.epoch.changed or self.log_moved:
+            frozen = self._freeze(waiting)
+            if frozen is not None:
                 started = perf_counter()
-                await self._consistency_point()
+                await self._consistency_point(frozen)
                 self.seconds_last = perf_counter() - started
         except PoolReadOnly as failure:
             error = failure
@@ -159,7 +165,10 @@ class ConsistencyPoints:
         if error is not None and not self._failed:
             self._failed = True
             self.on_failure()
-        for _, future in waiting:
+        if error is not None:
+            waiting += [future for _, future in self._waiting]
+            self._waiting = []
+        for future in waiting:
             if future.done():
                 continue  # whoever asked has gone
             if error is None:
@@ -168,32 +177,55 @@ class ConsistencyPoints:
                 future.set_exception(error)
         self._due_at = perf_counter() + INTERVAL_SECONDS
 
-    @staticmethod
-    def _run_at_freeze(waiting: list[tuple[AtFreeze | None, asyncio.Future[None]]]) -> list[tuple[AtFreeze | None, asyncio.Future[None]]]:
-        """Run what belongs to the freeze; those whose part fails are answered at once, the others returned."""
-        left = []
-        for at_freeze, future in waiting:
+    async def _room_for_one(self) -> None:
+        """A consistency point that frees nothing yet eats from the reserve: there must not be many of them."""
+        state = self._state
+        while state.retired and state.allocator.free_now <= state.allocator.client_floor:
+            await state.room_from_retired()
+
+    def _freeze(self, waiting: list[asyncio.Future[None]]) -> Frozen | None:
+        """The freeze, one step: run what belongs to it, and let the epochs change places. None: there is nothing to write.
+
+        Appends to ``waiting`` who is answered when this consistency point is durable.
+        """
+        self._run_at_freeze(waiting)
+        state = self._state
+        epoch = state.epoch
+        if not epoch.changed and not self.log_moved:
+            return None
+        mark = self._log.mark()
+        state.frozen, state.epoch = epoch, Epoch(epoch.number + 1)
+        return epoch, mark
+
+    def _run_at_freeze(self, waiting: list[asyncio.Future[None]]) -> None:
+        """Run what belongs to the freeze; those whose part fails are answered at once.
+
+        Each may touch table entries, which this consistency point must have room for: where the reserve has no more, the rest waits for the
+        next one.
+        """
+        allocator = self._state.allocator
+        at, changed = 0, False
+        for at_freeze, future in self._waiting:
+            if changed and allocator.free_now < allocator.point_floor:
+                self._wake.set()
+                break
+            at += 1
             try:
                 if at_freeze is not None and not future.cancelled():
                     at_freeze()
+                    changed = True
             except Exception as error:  # noqa: BLE001
                 # Also what is no StorageError: a mistake in one change must not end the consistency points of all.
                 future.set_exception(error)
                 continue
-            left.append((at_freeze, future))
-        return left
+            waiting.append(future)
+        del self._waiting[:at]
 
     # --- One consistency point ---------------------------------------------------------------------------------------
 
-    async def _consistency_point(self) -> None:
-        state = self._state
-        # A consistency point that frees nothing yet eats from the reserve: there must not be many of them.
-        while state.retired and state.allocator.free_now <= state.allocator.client_floor:
-            await state.room_from_retired()
-        epoch = state.epoch
-        head_block, head_sequence, used_at_mark = self._log.mark()
-        state.frozen, state.epoch = epoch, Epoch(epoch.number + 1)
-        slicer = Slicer()
+    async def _consistency_point(self, frozen: Frozen) -> None:
+        epoch, (head_block, head_sequence, used_at_mark) = frozen
+        state, slicer = self._state, Slicer()
         writer = NodeWriter(state, epoch, slicer)
         await writer.write_dirty()
         entries = await self._write_entries(epoch, writer, slicer)
@@ -232,17 +264,17 @@ class ConsistencyPoints:
 
     async def _point_at_entry(self, epoch: Epoch, image: Image, entry: bytearray | None) -> int:
         """Enter the new location of an entry (None: it is cleared) into the table's tree; returns its VBN."""
-        table = self._table
         levels = tree_levels(image.number + 1)
-        while levels > table.levels and not table.grow(levels, epoch):
-            await self._state.allocator.prepare_nodes(epoch)
-        while True:
-            node = table.writable(image.number >> FIELDS_SHIFT, epoch)
-            vbn = self._state.allocator.take_node(epoch) if entry is not None and node is not None else HOLE
-            if node is not None and (vbn or entry is None):
-                break
-            await table.prepare(image.number >> FIELDS_SHIFT, epoch)
-        slot = (image.number & FIELDS_MASK) * 2
+        await when_possible(self._state, lambda: self._table.grow(levels, epoch))
+        return await when_possible(self._state, lambda: self._point_at_entry_now(epoch, image.number, entry))
+
+    def _point_at_entry_now(self, epoch: Epoch, number: int, entry: bytearray | None) -> int | None:
+        allocator = self._state.allocator
+        node = self._table.writable(number >> FIELDS_SHIFT, epoch)
+        if node is None or (entry is not None and not allocator.nodes_at_hand(1, allocator.floor(epoch, grows=True), entry=False)):
+            return None
+        vbn = allocator.take_node(epoch) if entry is not None else HOLE
+        slot = (number & FIELDS_MASK) * 2
         if node.q[slot] > ZERO_POINTER:
             epoch.freed.append(node.q[slot])
         node.q[slot] = vbn
@@ -284,6 +316,7 @@ class ConsistencyPoints:
         for follow in followers:
             follow()
         state.retire(epoch)
+        state.cache.trim()
 
 
 def settle_root_crc(image: Image, entry: bytearray, root_crcs: dict[int, int]) -> None:

@@ -20,10 +20,9 @@ from storage.errors import BlockDamaged
 from storage.images.catalogue import Catalogue
 from storage.images.image import Image
 from storage.images.trim import trim_blocks
-from storage.images.write_path import install, writable_now
+from storage.images.write_path import indexes_of, install, nodes_of, plan_for
 from storage.layout import (
     BLOCK_BYTES,
-    FIELDS_SHIFT,
     LOG_FIRST_VBN,
     RECORD_CRC_OFFSET,
     RECORD_ENTRY,
@@ -33,6 +32,7 @@ from storage.layout import (
 )
 from storage.slices import Slicer
 from storage.state import PoolState
+from storage.tree.attempt import when_possible
 
 Entry = tuple[int, int, int, int, int]
 # Blocks of the ring, or of neighbouring data, read at once.
@@ -225,14 +225,10 @@ class Replay:
 
     async def _install(self, image: Image, entries: list[Entry]) -> None:
         targets = [(fbn, crc) for _, crc, fbn, _, _ in entries]
-        while True:
-            epoch = self._state.epoch
-            nodes = writable_now(image, epoch, targets)
-            if nodes is not None:
-                break
-            for index in dict.fromkeys(fbn >> FIELDS_SHIFT for fbn, _ in targets):
-                await image.tree.prepare(index, epoch)
-        install(image, epoch, nodes, targets, [(run[0][3], len(run)) for run in runs(entries)])
+        indexes = indexes_of(targets)
+        plan = await when_possible(self._state, lambda: plan_for(image, self._state.epoch, indexes))
+        image.tree.carry_out(plan)
+        install(image, plan.epoch, nodes_of(image, indexes), targets, [(run[0][3], len(run)) for run in runs(entries)])
 
 
 def runs(entries: Sequence[Entry]) -> Iterator[Sequence[Entry]]:

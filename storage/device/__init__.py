@@ -6,5 +6,6 @@ Everything above uses only ``Device`` and ``open_device`` / ``create_file``; whi
 from storage.device.file import create_file
 from storage.device.interface import Buffer, Device, WritableBuffer
 from storage.device.opening import open_device
+from storage.device.reading import read_all
 
-__all__ = ["Buffer", "Device", "WritableBuffer", "create_file", "open_device"]
+__all__ = ["Buffer", "Device", "WritableBuffer", "create_file", "open_device", "read_all"]

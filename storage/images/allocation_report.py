@@ -1,14 +1,17 @@
 """Which ranges of a volume are allocated: what GET LBA STATUS and block status ask. Empty subtrees are skipped, whatever their size."""
 
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
-from storage.images.backing import fields_behind, load_chain, next_index
-from storage.layout import FIELDS_PER_BLOCK, FIELDS_SHIFT, HOLE, ZERO_POINTER
+from storage.images.backing import fields_behind, peek_next, visible_slots
+from storage.layout import FIELDS_SHIFT, HOLE, ZERO_POINTER
 from storage.slices import Slicer
-from storage.tree.search import first_block
+from storage.tree.attempt import when_possible
+from storage.tree.search import peek_first
 
 if TYPE_CHECKING:
     from storage.images.image import Image
@@ -27,10 +30,10 @@ async def allocated_runs(image: "Image", first: int, count: int, runs_max: int) 
     runs: list[Run] = []
     at, end, slicer = first, first + count, Slicer()
     for _ in range(INDEXES_MAX):
-        index = await _next_existing(image, at >> FIELDS_SHIFT)
-        start = end if index is None else min(end, max(at, index << FIELDS_SHIFT))
+        index = await when_possible(image.state, partial(_next_existing, image, at >> FIELDS_SHIFT))
+        start = min(end, max(at, index << FIELDS_SHIFT))
         _append(runs, start - at, False)
-        if index is None or start == end or len(runs) > runs_max:
+        if start == end or len(runs) > runs_max:
             break
         at = min(end, (index + 1) << FIELDS_SHIFT)
         await _append_block(image, index, start, at, runs)
@@ -40,25 +43,24 @@ async def allocated_runs(image: "Image", first: int, count: int, runs_max: int) 
     return runs
 
 
-async def _next_existing(image: "Image", index: int) -> int | None:
-    """The first level-1 index from there on that exists in the image or behind it."""
-    found = [await first_block(image.tree, image.tree.levels, 0, index), await next_index(image, index)]
-    return min((here for here in found if here is not None), default=None)
+def _next_existing(image: "Image", index: int) -> int | None:
+    """The first level-1 index from there on that exists in the image or behind it, else NOWHERE; None: it has to be waited for."""
+    own = peek_first(image.tree, index)
+    behind = peek_next(image, index) if own is not None else None
+    return min(own, behind) if own is not None and behind is not None else None
+
+
+def _flags(image: "Image", index: int) -> npt.NDArray[np.bool_] | None:
+    """Which blocks of level-1 block ``index`` have data, in the image or behind it; None: it has to be waited for."""
+    own = image.tree.peek(index)
+    behind = fields_behind(image, index, (own.vbns() == HOLE) & visible_slots(image, index)) if own is not None else None
+    return (own.vbns() > ZERO_POINTER) | (behind["vbn"] > ZERO_POINTER) if own is not None and behind is not None else None
 
 
 async def _append_block(image: "Image", index: int, start: int, end: int, runs: list[Run]) -> None:
     """Add the runs of blocks [start, end), which lie in level-1 block ``index``."""
-    while True:
-        own = image.tree.peek(index)
-        if own is not None:
-            holes = own.vbns() == HOLE
-            holes &= image.backing_blocks - (index << FIELDS_SHIFT) > np.arange(FIELDS_PER_BLOCK)
-            behind = fields_behind(image, index, holes)
-            if behind is not None:
-                break
-        await load_chain(image, index)
     low = start - (index << FIELDS_SHIFT)
-    flags = ((own.vbns() > ZERO_POINTER) | (behind["vbn"] > ZERO_POINTER))[low : low + end - start]
+    flags = (await when_possible(image.state, lambda: _flags(image, index)))[low : low + end - start]
     breaks = [0, *(np.flatnonzero(np.diff(flags)) + 1).tolist(), len(flags)]
     for here, following in pairwise(breaks):
         _append(runs, following - here, bool(flags[here]))

@@ -1,4 +1,8 @@
-"""What lies behind a clone: its backing store, that one's own backing store, and so on, each only below its ``backing_blocks``."""
+"""What lies behind a clone: its backing store, that one's own backing store, and so on, each only below its ``backing_blocks``.
+
+A clone and what is behind it are looked through in one step, never with a wait in between: a split moves data from behind to the
+clone and then ends the association, so that who looked at the clone before and behind it afterwards would see the data nowhere.
+"""
 
 from typing import TYPE_CHECKING
 
@@ -6,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from storage.layout import FIELDS_PER_BLOCK, FIELDS_SHIFT, HOLE
+from storage.tree.attempt import when_possible
 from storage.tree.node import FIELD_DTYPE
-from storage.tree.search import first_block
+from storage.tree.search import NOWHERE, peek_first
 
 if TYPE_CHECKING:
     from storage.images.image import Image
@@ -40,23 +45,26 @@ def fields_behind(clone: "Image", index: int, wanted: npt.NDArray[np.bool_]) -> 
     return fields
 
 
-async def load_chain(clone: "Image", index: int) -> None:
-    """Load the pointer blocks of the clone and of everything behind it. Raises BlockDamaged, DeviceFailed."""
-    image: Image | None = clone
-    while image is not None:
-        await image.tree.load(index)
-        image = image.backing
+def peek_next(clone: "Image", index: int) -> int | None:
+    """The first level-1 index from ``index`` on where anything behind the clone has a pointer block, NOWHERE if there is none.
 
-
-async def next_index(clone: "Image", index: int) -> int | None:
-    """The first level-1 index from ``index`` on where anything behind the clone has a pointer block; None when there is none."""
+    None: ``state.missing`` is what to wait for.
+    """
     limit = clone.backing_blocks
-    found: int | None = None
+    found = NOWHERE
     image = clone.backing
     while image is not None and limit:
-        here = await first_block(image.tree, image.tree.levels, 0, index)
-        if here is not None and here << FIELDS_SHIFT < limit and (found is None or here < found):
-            found = here
+        here = peek_first(image.tree, index)
+        if here is None:
+            return None
+        if here << FIELDS_SHIFT < limit:
+            found = min(found, here)
         limit = min(limit, image.backing_blocks)
         image = image.backing
     return found
+
+
+async def next_index(clone: "Image", index: int) -> int | None:
+    """``peek_next``, waiting where it must; None when there is none. Raises BlockDamaged, DeviceFailed."""
+    found = await when_possible(clone.state, lambda: peek_next(clone, index))
+    return None if found == NOWHERE else found

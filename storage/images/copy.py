@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from storage.errors import OutOfRange, VolumeClosed
-from storage.images.read_path import load_path
 from storage.layout import BLOCK_BYTES, FIELDS_MASK, FIELDS_SHIFT, HOLE, KIND_SNAPSHOT, KIND_VDISK, ZERO_POINTER
 from storage.slices import Slicer
+from storage.tree.attempt import when_possible
 from storage.tree.node import FIELD_DTYPE
 
 if TYPE_CHECKING:
@@ -37,22 +37,25 @@ async def copy_blocks(source: "Image", source_fbn: int, image: "Image", fbn: int
 
 
 async def _copy_within_block(source: "Image", source_fbn: int, image: "Image", fbn: int, count: int) -> None:
-    """The part that lies in one level-1 block of the destination. From finding the pointers to the end nothing waits."""
-    while True:
-        epoch = image.state.epoch
-        node = image.tree.writable(fbn >> FIELDS_SHIFT, epoch)
-        if node is None:
-            await image.tree.prepare(fbn >> FIELDS_SHIFT, epoch)
-            continue
-        pointers = _pointers(source, source_fbn, count)
-        if pointers is not None:
-            break
-        await load_path(source, source_fbn, count)
+    """The part that lies in one level-1 block of the destination."""
+    await when_possible(image.state, lambda: _copy_now(source, source_fbn, image, fbn, count))
+
+
+def _copy_now(source: "Image", source_fbn: int, image: "Image", fbn: int, count: int) -> bool | None:
+    """Find the pointers and take them, in one step. None: nothing was changed; ``state.missing`` is what to wait for."""
     _check_both(source, image, fbn + count)
+    pointers = _pointers(source, source_fbn, count)
+    if pointers is None:
+        return None
+    epoch = image.state.epoch
+    node = image.tree.writable(fbn >> FIELDS_SHIFT, epoch)
+    if node is None:
+        return None
     _mark_shared(source, epoch)
     _mark_shared(image, epoch)
     _let_go(image, epoch, node, fbn, count)
     _install(image, epoch, node, fbn, pointers)
+    return True
 
 
 def _check_both(source: "Image", image: "Image", end: int) -> None:

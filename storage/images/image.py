@@ -46,7 +46,7 @@ class Image:
         self.split: SplitRecord = record.split
         # The running split, which must hear of every hole that a client fills.
         self.job: SplitJob | None = None
-        # What is being done to the image and rules out other changes of it ("resize", "delete"), for messages.
+        # What is being done to the image and rules out other changes of it ("grow", "shrink", "delete"), for messages.
         self.busy: str | None = None
         self.epoch: Epoch | None = None
         self.tree = BufferTree(state, self.label, record.levels, record.root, record.shared_cp, self)

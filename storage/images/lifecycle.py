@@ -34,6 +34,7 @@ from storage.layout import (
     tree_levels,
 )
 from storage.state import PoolState
+from storage.tree.attempt import when_possible
 
 # A subset of what iSCSI names may hold (RFC 7143 4.2.7), since a vdisk's name becomes part of one; '@' divides vdisk and snapshot.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]*")
@@ -152,7 +153,7 @@ class Lifecycle:
             try:
                 await self._points.request(at_freeze)
             except PoolFull:
-                if not await self._state.allocator.reclaim():
+                if not await self._state.allocator.reclaim(1):
                     raise
             else:
                 return
@@ -185,7 +186,7 @@ class Lifecycle:
         """Grow or shrink a vdisk; what lies beyond a smaller end is gone for good. Raises NotFound, Conflict, RequestError, PoolFull."""
         check_size(size_bytes)
         image = self._catalogue.vdisk(name)
-        self._claim(image, "resize")
+        self._claim(image, "grow" if size_bytes > image.size_bytes else "shrink")
         try:
             if size_bytes > image.size_bytes:
                 await self._grow(image, size_bytes)
@@ -197,32 +198,40 @@ class Lifecycle:
 
     async def _grow(self, image: Image, size_bytes: int) -> None:
         levels = tree_levels(size_bytes // BLOCK_BYTES)
-        while not image.tree.grow(levels, self._state.epoch):
-            await self._state.allocator.prepare_nodes(self._state.epoch)
+        await when_possible(self._state, lambda: image.tree.grow(levels, self._state.epoch))
 
         def at_freeze() -> None:
             image.touch()
             image.size_bytes = size_bytes
+            # Not left to this call: it may be cancelled, and the vdisk is larger all the same.
+            self._state.epoch.when_durable.append(partial(self._grown, image))
 
         await self._points.request(at_freeze)
-        image.limit_bytes = size_bytes
+
+    @staticmethod
+    def _grown(image: Image) -> None:
+        """Only now: what clients write beyond the old end must not be lost with the new size."""
+        if image.busy != "shrink":  # that may follow one that was cancelled, and has taken the tail from clients already
+            image.limit_bytes = image.size_bytes
 
     async def _shrink(self, image: Image, size_bytes: int) -> None:
         """Clients lose the tail at once; the size changes when the tail is trimmed, so that it can never come back by growing again."""
-        before = image.limit_bytes
-        image.limit_bytes = size_bytes
-        try:
-            await trim_blocks(image, size_bytes // BLOCK_BYTES, (before - size_bytes) // BLOCK_BYTES)
-        except BaseException:
-            image.limit_bytes = before
-            raise
 
         def at_freeze() -> None:
             image.touch()
             image.size_bytes = size_bytes
             image.backing_blocks = min(image.backing_blocks, image.size_blocks)
 
-        await self._points.request(at_freeze)
+        before, image.limit_bytes = image.limit_bytes, size_bytes
+        try:
+            await trim_blocks(image, size_bytes // BLOCK_BYTES, (before - size_bytes) // BLOCK_BYTES)
+            await self._points.request(at_freeze)
+        except BaseException:
+            # Also when this was cancelled: what the freeze has not changed by now it will not change any more. Where a consistency point
+            # failed, clients stay below what may be trimmed.
+            if self._state.read_only_reason is None:
+                image.limit_bytes = image.size_bytes
+            raise
 
     async def delete(self, name: str) -> None:
         """Delete a vdisk; its blocks come free in the background. Raises NotFound, Conflict (sessions, snapshots)."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from crc32c import crc32c
 
-from storage.images.write_path import Buffer, Extents, Target, split_blocks, writable_now, write_extents, write_now
+from storage.images.write_path import Buffer, Extents, Target, plan_for, split_blocks, take_now, write_now, write_out
 from storage.layout import BLOCK_BYTES, FIELDS_MASK, FIELDS_PER_BLOCK, FIELDS_SHIFT, HOLE, ZERO_BLOCK_CRC, ZERO_POINTER
 
 if TYPE_CHECKING:
@@ -43,12 +43,14 @@ def _write_piece(image: "Image", fbn: int, piece: memoryview) -> bool:
         split_blocks(fbn, piece, targets, buffers)
         return write_now(image, targets, buffers)
     epoch = image.state.epoch
-    first_of_each_node = [(fbn, 0), *((at, 0) for at in range((fbn | FIELDS_MASK) + 1, fbn + len(crcs), FIELDS_PER_BLOCK))]
-    if writable_now(image, epoch, first_of_each_node) is None:
+    count = len(crcs)
+    plan = plan_for(image, epoch, range(fbn >> FIELDS_SHIFT, (fbn + count - 1 >> FIELDS_SHIFT) + 1))
+    if plan is None:
         return False
-    extents = write_extents(image, [piece], len(crcs))
-    if extents is None:
+    extents = take_now(image, plan, range(fbn, fbn + count), count)
+    if extents is None or not write_out(image, [piece], extents):
         return False
+    image.tree.carry_out(plan)
     install_run(image, epoch, fbn, crcs, extents)
     return True
 

@@ -4,8 +4,10 @@ from typing import TYPE_CHECKING
 
 from crc32c import crc32c
 
+from storage.device import read_all
 from storage.errors import BlockDamaged, DeviceFailed, StorageError
 from storage.layout import BLOCK_BYTES, FIELDS_MASK, FIELDS_PER_BLOCK, FIELDS_SHIFT, HOLE, ZERO_POINTER
+from storage.tree.attempt import when_possible
 
 if TYPE_CHECKING:
     from storage.images.image import Image
@@ -163,34 +165,17 @@ def try_read_blocks(image: "Image", fbn: int, count: int) -> bytearray | None:
 async def read_blocks(image: "Image", fbn: int, count: int) -> bytearray:
     """``count`` whole blocks, waiting for the device where it must. Raises BlockDamaged, DeviceFailed."""
     state = image.state
-    while True:
-        locations = locate_range(image, fbn, count)
-        if locations is not None:
-            break
-        await load_path(image, fbn, count)
+    locations = await when_possible(state, lambda: locate_range(image, fbn, count))
     data = bytearray(count * BLOCK_BYTES)
     view = memoryview(data)
-    epoch = state.begin_read()
+    epoch = state.begin_read()  # in the step that found them: from here on nothing is written over them
     try:
-        reads = []
-        for index, vbn, length in runs(locations):
-            part = view[index * BLOCK_BYTES : (index + length) * BLOCK_BYTES]
-            if not state.device.try_readv((part,), vbn * BLOCK_BYTES):
-                reads.append(state.device.readv((part,), vbn * BLOCK_BYTES))
-        for read in reads:
-            await read
+        await read_all(
+            state.device, ((view[at * BLOCK_BYTES : (at + length) * BLOCK_BYTES], vbn * BLOCK_BYTES) for at, vbn, length in runs(locations))
+        )
     finally:
         state.end_read(epoch)
     bad = first_damaged(locations, view)
     if bad is not None:
         raise damaged(image, fbn + bad, locations[bad][0])
     return data
-
-
-async def load_path(image: "Image", fbn: int, count: int) -> None:
-    """Load the pointer blocks of the image, and of everything behind it, that ``locate_range`` needs."""
-    at: Image | None = image
-    while at is not None:
-        for index in range(fbn >> FIELDS_SHIFT, (fbn + count - 1 >> FIELDS_SHIFT) + 1):
-            await at.tree.load(index)
-        at = at.backing

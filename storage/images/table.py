@@ -20,14 +20,14 @@ async def read_table(state: PoolState, table: BufferTree, catalogue: Catalogue) 
     """List all images in the catalogue. A damaged entry is reported, and the rest is served. Raises BlockDamaged, DeviceFailed."""
     slicer = Slicer()
     fields: list[EntryField] = []
-    index = await first_block(table, table.levels, 0, 0)
+    index = await first_block(table, 0)
     while index is not None:
         node = await table.load(index)
         rows = node.fields()
         slots = (rows["vbn"] > ZERO_POINTER).nonzero()[0].tolist()
         fields.extend((int(rows["vbn"][slot]), int(rows["crc"][slot]), index << FIELDS_SHIFT | slot) for slot in slots)
         await slicer.breathe()
-        index = await first_block(table, table.levels, 0, index + 1)
+        index = await first_block(table, index + 1)
     fields.sort()
     start = 0
     for at in range(1, len(fields) + 1):

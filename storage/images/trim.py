@@ -12,6 +12,7 @@ import numpy as np
 
 from storage.layout import FIELDS_MASK, FIELDS_PER_BLOCK, FIELDS_SHIFT, HOLE, ZERO_POINTER
 from storage.slices import Slicer
+from storage.tree.attempt import when_possible
 from storage.tree.node import Node
 
 if TYPE_CHECKING:
@@ -81,8 +82,9 @@ class _Trim:
                 return
             else:
                 await self._trim_node(level - 1, child)
-                if not covered or await self._collapse(level, index, child):
-                    return
+                if covered:
+                    await self._collapse(level, index, child)
+                return
 
     def _visible(self, fbn: int) -> bool:
         """Whether something may be seen through a hole at ``fbn``."""
@@ -109,23 +111,35 @@ class _Trim:
 
     async def _cut(self, level: int, index: int, child: int) -> bool:
         """Let go of a whole child: a level-1 block, or any shared one when nothing is counted. False: it must be walked."""
-        state, tree = self.image.state, self.tree
-        while True:
-            block = await tree.load(child, level - 1)
-            if block.tree is None:
-                return False
-            shared = block.birth <= tree.shared_cp and await state.share_map.count(block.vbn) > 0
-            if level > 2 and not shared:
-                return False
-            node = await tree.make_writable(index, level)
-            # Those two may have waited: what they found must still hold in the step that follows.
-            again = tree.peek(child, level - 1)
-            count = 0 if block.birth > tree.shared_cp else state.share_map.try_count(block.vbn)
-            if again is block and count is not None and (count > 0) == shared:
-                break
-        self._let_go(block, shared, state.epoch)
+        return await when_possible(self.image.state, lambda: self._cut_now(level, index, child))
+
+    def _cut_now(self, level: int, index: int, child: int) -> bool | None:
+        """Look at the child, and let go of it, in one step. None: nothing was changed."""
+        tree, state = self.tree, self.image.state
+        block = tree.peek(child, level - 1)
+        if block is None:
+            return None
+        if block.tree is None:
+            return False
+        node = self._parent_writable(block, level, index)
+        if node is None:
+            return None
+        # Only now: making the parent writable may have given the child one more reference.
+        count = state.share_map.try_count(block.vbn) if block.birth <= tree.shared_cp else 0
+        if count is None:
+            return None
+        if level > 2 and not count:
+            return False
+        self._let_go(block, count > 0, state.epoch)
         self._hide(node, child, FIELDS_SHIFT * (level - 1))
         return True
+
+    def _parent_writable(self, block: Node, level: int, index: int) -> Node | None:
+        """The pointer block above ``block``, with what ``block`` shares at hand. None: nothing was changed."""
+        tree = self.tree
+        if block.birth <= tree.shared_cp and self.image.state.share_map.try_count(block.vbn) is None:
+            return None
+        return tree.writable(index, self.image.state.epoch, level)
 
     def _let_go(self, block: Node, shared: bool, epoch: "Epoch") -> None:
         """Settle the reference to a child, and to the data below it unless others still refer to the child."""
@@ -156,24 +170,25 @@ class _Trim:
             for index in [index for index in nodes if index >> shift == block.index]:
                 self.tree.forget(nodes[index], epoch)
 
-    async def _collapse(self, level: int, index: int, child: int) -> bool:
-        """After everything below a covered child was trimmed: replace it by a zero pointer. False: somebody wrote there meanwhile."""
+    async def _collapse(self, level: int, index: int, child: int) -> None:
+        """After everything below a covered child was trimmed: replace it by a zero pointer, unless somebody wrote there meanwhile."""
+        await when_possible(self.image.state, lambda: self._collapse_now(level, index, child))
+
+    def _collapse_now(self, level: int, index: int, child: int) -> bool | None:
         state, tree = self.image.state, self.tree
-        node = await tree.make_writable(index, level)
         block = tree.peek(child, level - 1)
         if block is None:
-            await tree.load(child, level - 1)
-            return False
+            return None
         if block.tree is None:
             return True
         if self.image.backing is not None and not (block.vbns() == ZERO_POINTER).all():
             return True  # holes that nothing is seen through may stay, and writes that came meanwhile do
         if (block.vbns() > ZERO_POINTER).any():
             return True
+        node = self._parent_writable(block, level, index)
+        if node is None:
+            return None
         count = state.share_map.try_count(block.vbn) if block.birth <= tree.shared_cp else 0
-        if count is None:
-            await state.share_map.load(block.vbn)
-            return False
         if count:
             state.epoch.count_pointer(block.vbn, -1)  # a snapshot was taken meanwhile
         else:
@@ -184,14 +199,21 @@ class _Trim:
 
     async def _trim_fields(self, index: int) -> None:
         """Trim fields of one level-1 block."""
-        tree = self.tree
+        await when_possible(self.image.state, lambda: self._trim_fields_now(index))
+
+    def _trim_fields_now(self, index: int) -> bool | None:
+        image, tree = self.image, self.tree
         low = max(0, self.first - index * FIELDS_PER_BLOCK)
         high = min(FIELDS_PER_BLOCK, self.end - index * FIELDS_PER_BLOCK)
-        fields = (await tree.load(index)).fields()[low:high]
-        if not len(fields) or not self._changes(fields, index * FIELDS_PER_BLOCK + low):
-            return
-        node = await tree.make_writable(index)
-        image, epoch = self.image, self.image.state.epoch
+        found = tree.peek(index)
+        if found is None:
+            return None
+        if not self._changes(found.fields()[low:high], index * FIELDS_PER_BLOCK + low):
+            return True
+        epoch = image.state.epoch
+        node = tree.writable(index, epoch)
+        if node is None:
+            return None
         fields = node.fields()[low:high]
         set_fields = fields[fields["vbn"] > ZERO_POINTER]
         image.touch()
@@ -203,6 +225,7 @@ class _Trim:
         fields["crc"] = fields["birth"] = 0
         if self.keep_count:
             epoch.unlogged.append((image.number, 0, index * FIELDS_PER_BLOCK + low, ZERO_POINTER, high - low))
+        return True
 
     def _changes(self, fields: "np.ndarray[tuple[int], np.dtype[np.void]]", fbn: int) -> bool:
         """Whether trimming these fields would change what they say."""

@@ -9,6 +9,8 @@ import numpy as np
 
 from storage.layout import FIELDS_PER_BLOCK, SHARES_PER_BLOCK, ZERO_POINTER
 from storage.slices import Slicer
+from storage.tree.attempt import when_possible
+from storage.tree.node import HOLES, Node
 
 if TYPE_CHECKING:
     from storage.images.image import Image
@@ -21,12 +23,20 @@ async def exclusive_blocks(image: "Image") -> int:
     return await _exclusive_below(image, image.tree.levels, 0, Slicer())
 
 
+def _own_node(image: "Image", level: int, index: int) -> Node | None:
+    """The pointer block if it is the image's alone, HOLES if it is shared or does not exist; None: it has to be waited for."""
+    tree = image.tree
+    node = tree.peek(index, level)
+    if node is None or node.tree is None or node.birth > tree.shared_cp:
+        return node
+    count = image.state.share_map.try_count(node.vbn)
+    return None if count is None else HOLES if count else node
+
+
 async def _exclusive_below(image: "Image", level: int, index: int, slicer: Slicer) -> int:
-    tree, share_map = image.tree, image.state.share_map
-    node = await tree.load(index, level)
+    tree = image.tree
+    node = await when_possible(image.state, lambda: _own_node(image, level, index))
     if node.tree is None:
-        return 0
-    if node.birth <= tree.shared_cp and await share_map.count(node.vbn):
         return 0
     if level == 1:
         fields = node.fields()

@@ -44,6 +44,9 @@ Write = tuple[int, Buffer, bool, Completion]
 BLOCK_MASK = BLOCK_BYTES - 1
 # A batch above this goes by the I/O threads anyway, and one write at a time, so that no copy of a large batch is made.
 BATCH_BYTES_MAX = 1 << 20
+# Where a full pool lends blocks, a write is done in pieces of this many bytes. What is not longer is there entirely or not at all
+# (protocol.volume, ATOMIC_WRITE_BYTES_MAX).
+SHORT_WRITE_BYTES = 128 << 10
 
 
 class VolumeUsage(NamedTuple):
@@ -372,10 +375,14 @@ class Volume:
                 old = await read_path.read_blocks(self.image, first, count)
                 old[offset & BLOCK_MASK : (offset & BLOCK_MASK) + len(data)] = data
                 data = old
-            targets: list[write_path.Target] = []
-            buffers: list[Buffer] = []
-            write_path.split_blocks(first, data, targets, buffers)
-            await write_path.write_blocks(self.image, targets, buffers)
+            # On a full pool what is borrowed must come back before more is: such a write is several (but none that may be atomic).
+            step = SHORT_WRITE_BYTES if self.state.allocator.is_short(count) else len(data)
+            view = memoryview(data)
+            for at in range(0, len(data), step):
+                targets: list[write_path.Target] = []
+                buffers: list[Buffer] = []
+                write_path.split_blocks(first + (at >> 12), view[at : at + step], targets, buffers)
+                await write_path.write_blocks(self.image, targets, buffers)
 
     # --- Trimming and flushing -----------------------------------------------------------------------------------
 

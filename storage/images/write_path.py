@@ -1,15 +1,21 @@
 """Writing: whole blocks go to newly allocated VBNs first, and their pointers are installed afterwards, all of a write in one step.
 
+A write that is refused has changed nothing: the pointer blocks are planned first, and made writable only when data and all are there.
+On a full pool a write that only replaces blocks of its own *borrows* its new ones (storage.allocation.write_allocator).
+
 Data that is all zeros is stored as zero pointers. A field's old block is let go of in the same step: known to be free if it was
 born after the image was last shared, else left to the share map.
 """
 
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from crc32c import crc32c
 
-from storage.errors import OutOfRange, StorageError, VolumeClosed
+from storage.errors import OutOfRange, PoolFull, StorageError, VolumeClosed
 from storage.layout import BLOCK_BYTES, FIELDS_MASK, FIELDS_SHIFT, HOLE, KIND_VDISK, ZERO_BLOCK, ZERO_BLOCK_CRC, ZERO_POINTER
+from storage.tree.attempt import when_possible
+from storage.tree.buffer_tree import Plan
 from storage.tree.node import Node
 
 if TYPE_CHECKING:
@@ -111,90 +117,135 @@ def install(image: "Image", epoch: "Epoch", nodes: dict[int, Node], targets: lis
     epoch.allocated.extend(extents)
 
 
-def writable_now(image: "Image", epoch: "Epoch", targets: list[Target]) -> dict[int, Node] | None:
-    """The level-1 blocks of the targets, writable, or None when one has to be waited for."""
+def plan_for(image: "Image", epoch: "Epoch", indexes: Iterable[int]) -> Plan | None:
+    """What makes these level-1 blocks writable, with everything it needs at hand; None when something has to be waited for."""
     tree = image.tree
     listed = tree.nodes[1]
-    nodes: dict[int, Node] = {}
-    for fbn, _ in targets:
-        index = fbn >> FIELDS_SHIFT
-        if index in nodes:
-            continue
+    plan = Plan(epoch)
+    for index in indexes:
         node = listed.get(index)
         if node is None or node.epoch is not epoch:
-            node = tree.writable(index, epoch)
-            if node is None:
+            if not tree.plan(plan, index):
                 return None
-        nodes[index] = node
-    return nodes
+        else:
+            node.referenced = True
+    return plan if tree.at_hand(plan) else None
+
+
+def indexes_of(targets: list[Target]) -> list[int]:
+    """The level-1 blocks that the targets lie in."""
+    if len(targets) == 1:
+        return [targets[0][0] >> FIELDS_SHIFT]
+    return list(dict.fromkeys([fbn >> FIELDS_SHIFT for fbn, _ in targets]))
+
+
+def nodes_of(image: "Image", indexes: list[int]) -> dict[int, Node]:
+    """The level-1 blocks themselves, that a plan has made writable."""
+    listed = image.tree.nodes[1]
+    return {index: listed[index] for index in indexes}
+
+
+def replaces_own(image: "Image", fbns: Iterable[int]) -> bool:
+    """Whether every one of these blocks has a VBN that no other image can refer to, so that as much comes free as a write of them takes.
+
+    Of level-1 blocks that are in memory: False where one is not.
+    """
+    listed, shared_cp = image.tree.nodes[1], image.tree.shared_cp
+    for fbn in fbns:
+        node = listed.get(fbn >> FIELDS_SHIFT)
+        slot = (fbn & FIELDS_MASK) * 2
+        if node is None or node.q[slot] <= ZERO_POINTER or node.q[slot + 1] >> 32 <= shared_cp:
+            return False
+    return True
 
 
 def write_now(image: "Image", targets: list[Target], buffers: list[Buffer]) -> bool:
     """Allocate, write and install without waiting. False: nothing was changed. Raises DeviceFailed, BlockDamaged."""
-    state = image.state
-    epoch = state.epoch
-    nodes = writable_now(image, epoch, targets)
-    if nodes is None:
+    epoch = image.state.epoch
+    indexes = indexes_of(targets)
+    plan = plan_for(image, epoch, indexes)
+    if plan is None:
         return False
-    extents = write_extents(image, buffers, sum(map(len, buffers)) // BLOCK_BYTES)
-    if extents is None:
+    count = sum(map(len, buffers)) // BLOCK_BYTES
+    extents = take_now(image, plan, [fbn for fbn, crc in targets if crc != ZERO_CRC], count) if count else []
+    if extents is None or not write_out(image, buffers, extents):
         return False
-    install(image, epoch, nodes, targets, extents)
+    image.tree.carry_out(plan)
+    install(image, epoch, nodes_of(image, indexes), targets, extents)
     return True
 
 
-def write_extents(image: "Image", buffers: list[Buffer], count: int) -> Extents | None:
-    """Allocate ``count`` blocks and write the buffers to them, at once. None: nothing was changed. Raises DeviceFailed."""
-    if not count:
-        return []
-    state = image.state
-    extents = state.allocator.take(count)
-    if extents is None:
+def take_now(image: "Image", plan: Plan, fbns: Sequence[int], count: int) -> Extents | None:
+    """Blocks for data, and the plan's nodes still at hand beside them. None: nothing was taken; ``state.missing`` is what to wait for."""
+    allocator = image.state.allocator
+    borrowed = allocator.is_short(count) and not plan.grows and replaces_own(image, fbns)
+    extents = allocator.take(count, borrowed)
+    if extents is not None and not image.tree.at_hand(plan):
+        allocator.give_back(extents)
         return None
-    try:
-        for part, offset, length in slices_by_extent(buffers, extents):
-            if not state.device.try_writev(part, offset, length):
-                state.allocator.give_back(extents)
-                return None
-    except StorageError:
-        state.allocator.give_back(extents)
-        raise
     return extents
+
+
+def write_out(image: "Image", buffers: list[Buffer], extents: Extents) -> bool:
+    """Write the buffers to their blocks, at once. False: they were given back. Raises DeviceFailed."""
+    device, allocator = image.state.device, image.state.allocator
+    try:
+        for part, offset, length in slices_by_extent(buffers, extents) if extents else ():
+            if not device.try_writev(part, offset, length):
+                allocator.give_back(extents)
+                return False
+    except StorageError:
+        allocator.give_back(extents)
+        raise
+    return True
 
 
 async def write_blocks(image: "Image", targets: list[Target], buffers: list[Buffer]) -> None:
     """The same, waiting where it must. Raises PoolFull, DeviceFailed, BlockDamaged, OutOfRange (the image shrank meanwhile)."""
     state = image.state
     count = sum(map(len, buffers)) // BLOCK_BYTES
-    extents = await take_extents(image, count)
+    fbns = [fbn for fbn, crc in targets if crc != ZERO_CRC]
+    extents, borrowed = await when_possible(state, lambda: _take_for(image, targets, fbns, count)) if count else ([], False)
     try:
         for part, offset, length in slices_by_extent(buffers, extents) if count else ():
             if not state.device.try_writev(part, offset, length):
                 await state.device.writev(part, offset)
-        while True:
-            nodes = writable_now(image, state.epoch, targets)
-            if nodes is not None:
-                break
-            for index in dict.fromkeys(fbn >> FIELDS_SHIFT for fbn, _ in targets):
-                await image.tree.prepare(index, state.epoch)
-        state.check_writable()
-        if image.kind != KIND_VDISK:
-            raise VolumeClosed(f"{image.label} was deleted while this write was under way")
-        if targets[-1][0] * BLOCK_BYTES >= image.limit_bytes:
-            raise OutOfRange(f"{image.label} shrank to {image.limit_bytes} bytes while this write was under way")
+        await when_possible(state, lambda: _install_now(image, targets, fbns if borrowed else [], extents))
     except Exception:
         # Not after a cancellation: the device may still be writing there, so those blocks stay claimed until the pool is closed.
         state.allocator.give_back(extents)
         raise
-    install(image, state.epoch, nodes, targets, extents)
 
 
-async def take_extents(image: "Image", count: int) -> Extents:
-    """Blocks for data, waiting for freed ones to become available. Raises PoolFull."""
+def _take_for(image: "Image", targets: list[Target], fbns: list[int], count: int) -> tuple[Extents, bool] | None:
+    """Blocks for data, and whether they are borrowed: then the pointer blocks are looked at, to see that the write gives some back."""
     allocator = image.state.allocator
-    while count:
-        extents = allocator.take(count)
-        if extents is not None:
-            return extents
-        await allocator.prepare_data(count)
-    return []
+    plan = Plan(image.state.epoch)
+    short = allocator.is_short(count)
+    if short and not all(image.tree.plan(plan, index) for index in indexes_of(targets)):
+        return None
+    extents = take_now(image, plan, fbns, count)
+    return None if extents is None else (extents, short)
+
+
+def _install_now(image: "Image", targets: list[Target], borrowed: list[int], extents: Extents) -> bool | None:
+    """Look whether the write is still possible, and install it, in one step. None: nothing was changed, and it has to be waited for.
+
+    ``borrowed``: the blocks whose old ones must come free for it.
+    """
+    state = image.state
+    epoch = state.epoch
+    state.check_writable()
+    if image.kind != KIND_VDISK:
+        raise VolumeClosed(f"{image.label} was deleted while this write was under way")
+    if targets[-1][0] * BLOCK_BYTES >= image.limit_bytes:
+        raise OutOfRange(f"{image.label} shrank to {image.limit_bytes} bytes while this write was under way")
+    indexes = indexes_of(targets)
+    plan = plan_for(image, epoch, indexes)
+    if plan is None:
+        return None
+    if borrowed and (plan.grows or not replaces_own(image, borrowed)):
+        raise PoolFull(f"{image.label}: the pool is full, and this write shares blocks with a snapshot by now: delete snapshots or vdisks")
+    image.tree.carry_out(plan)
+    install(image, epoch, nodes_of(image, indexes), targets, extents)
+    return True

@@ -13,12 +13,14 @@ import numpy as np
 import numpy.typing as npt
 from crc32c import crc32c
 
+from storage.device import read_all
 from storage.errors import StorageError
-from storage.images.backing import load_chain, visible_slots
+from storage.images.backing import visible_slots
 from storage.images.read_path import Location, damaged, runs
-from storage.images.write_path import Extents, take_extents
+from storage.images.write_path import Extents
 from storage.layout import BLOCK_BYTES, FIELDS_MASK, FIELDS_PER_BLOCK, FIELDS_SHIFT, HOLE
-from storage.split.loading import Holes, find_holes
+from storage.split.loading import Holes, find_holes, shared_block
+from storage.tree.attempt import when_possible
 
 if TYPE_CHECKING:
     from storage.images.image import Image
@@ -58,10 +60,9 @@ async def read_behind(clone: "Image", holes: Holes, buffer: bytearray) -> memory
     view = memoryview(buffer)[: len(locations) * BLOCK_BYTES]
     epoch = state.begin_read()
     try:
-        for start, vbn, length in runs(locations):
-            part = view[start * BLOCK_BYTES : (start + length) * BLOCK_BYTES]
-            if not state.device.try_readv((part,), vbn * BLOCK_BYTES):
-                await state.device.readv((part,), vbn * BLOCK_BYTES)
+        await read_all(
+            state.device, ((view[at * BLOCK_BYTES : (at + length) * BLOCK_BYTES], vbn * BLOCK_BYTES) for at, vbn, length in runs(locations))
+        )
     finally:
         state.end_read(epoch)
     at = 0
@@ -82,7 +83,8 @@ def pieces(extents: Extents, piece_bytes: int) -> Iterator[tuple[int, int]]:
 async def write_copy(clone: "Image", data: memoryview, piece_bytes: int) -> Extents:
     """Write the data to newly allocated blocks, in pieces of at most ``piece_bytes``. Raises PoolFull, DeviceFailed."""
     device = clone.state.device
-    extents = await take_extents(clone, len(data) // BLOCK_BYTES)
+    count = len(data) // BLOCK_BYTES
+    extents = await when_possible(clone.state, lambda: clone.state.allocator.take(count))
     at = 0
     try:
         for offset, length in pieces(extents, piece_bytes):
@@ -100,7 +102,7 @@ async def write_copy(clone: "Image", data: memoryview, piece_bytes: int) -> Exte
 async def install_copy(clone: "Image", holes: Holes, extents: Extents) -> int:
     """Compare and set: point at the copies those fields that are still holes. Returns how many were. Raises PoolFull, DeviceFailed."""
     state = clone.state
-    node = await clone.tree.make_writable(holes.index)
+    node = await clone.tree.make_writable(holes.index)  # to the end nothing waits
     epoch = state.epoch
     fields = node.fields()
     vbns = np.concatenate([np.arange(first, first + length, dtype=np.uint64) for first, length in extents])
@@ -121,14 +123,19 @@ async def install_copy(clone: "Image", holes: Holes, extents: Extents) -> int:
 
 async def share_fields(clone: "Image", index: int) -> int:
     """Share mode for one level-1 block. Returns how many holes were replaced. Raises PoolFull, DeviceFailed, BlockDamaged."""
-    while True:
-        node = await clone.tree.make_writable(index)
-        holes = find_holes(clone, index)
-        if holes is not None:
-            break
-        await load_chain(clone, index)
+    return await when_possible(clone.state, lambda: _share_fields_now(clone, index))
+
+
+def _share_fields_now(clone: "Image", index: int) -> int | None:
+    """Find the holes and take the pointers behind them, in one step. None: nothing was changed."""
+    holes = find_holes(clone, index)
+    if holes is None:
+        return None
     if not len(holes):
         return 0
+    node = clone.tree.writable(index, clone.state.epoch)
+    if node is None:
+        return None
     mark_shared(clone)
     node.fields()[holes.slots] = holes.fields
     clone.state.epoch.added.append(vbns_of(holes))
@@ -147,23 +154,37 @@ def mark_shared(clone: "Image") -> None:
     clone.tree.shared_cp = clone.state.epoch.number
 
 
-async def share_block(clone: "Image", index: int, level: int, field: tuple[int, int, int], blocks: int) -> bool:
-    """Share a whole pointer block of the backing store, ``blocks`` set fields below it. False: the clone no longer has a hole there."""
+async def share_block(clone: "Image", index: int, level: int, blocks: int | None) -> int:
+    """Share a whole pointer block of the backing store, ``blocks`` set fields below it (None: of level 1, to be counted).
+
+    Returns how many holes that replaced; 0 where it is not possible (any more). Raises PoolFull, DeviceFailed, BlockDamaged.
+    """
+    return await when_possible(clone.state, lambda: _share_block_now(clone, index, level, blocks))
+
+
+def _share_block_now(clone: "Image", index: int, level: int, blocks: int | None) -> int | None:
+    """Look whether the block can be shared, and share it, in one step. None: nothing was changed."""
     tree, state = clone.tree, clone.state
+    field = shared_block(clone, index, level)
+    if field is None:
+        return 0
+    if blocks is None:
+        holes = find_holes(clone, index)
+        if holes is None:
+            return None
+        blocks = len(holes)
     vbn, crc, birth = field
-    if level == tree.levels:
-        if tree.root_vbn != HOLE:
-            return False
-        mark_shared(clone)
-        tree.root_vbn, tree.root_crc, tree.root_birth = vbn, crc, birth
-    else:
-        parent = await tree.make_writable(index >> FIELDS_SHIFT, level + 1)
+    if level < tree.levels:
+        parent = tree.writable(index >> FIELDS_SHIFT, state.epoch, level + 1)
+        if parent is None:
+            return None
         slot = (index & FIELDS_MASK) * 2
-        if parent.q[slot] != HOLE:
-            return False
         mark_shared(clone)
         parent.q[slot] = vbn
         parent.q[slot + 1] = crc | birth << 32
+    else:
+        mark_shared(clone)
+        tree.root_vbn, tree.root_crc, tree.root_birth = vbn, crc, birth
     state.epoch.count_pointer(vbn, 1)
     clone.used_blocks += blocks
-    return True
+    return blocks

@@ -30,7 +30,7 @@ from storage.layout import (
 )
 from storage.slices import Slicer
 from storage.split import copying
-from storage.split.loading import Holes, holes_at, shared_block
+from storage.split.loading import Holes, holes_at
 from storage.split.progress import Progress
 
 # Level-1 blocks that one message copies: several when idle, so that reads and writes overlap; one under load, to be met seldom.
@@ -260,17 +260,13 @@ class SplitJob:
     async def _share_at(self, index: int) -> tuple[int, int]:
         """Share what begins at level-1 block ``index``. Returns the holes replaced, and where to go on."""
         image = self.image
-        if not index % FIELDS_PER_BLOCK and index // FIELDS_PER_BLOCK in self._level2_holes and self.counted:
-            field = shared_block(image, index >> FIELDS_SHIFT, 2)
-            holes = self._level2_holes[index // FIELDS_PER_BLOCK]
-            if field is not None and await copying.share_block(image, index >> FIELDS_SHIFT, 2, field, holes):
+        counted = self._level2_holes.get(index // FIELDS_PER_BLOCK)
+        if not index % FIELDS_PER_BLOCK and counted and self.counted:
+            holes = await copying.share_block(image, index >> FIELDS_SHIFT, 2, counted)
+            if holes:
                 return holes, index + FIELDS_PER_BLOCK
-        field = shared_block(image, index, 1)
-        if field is not None:
-            holes = len(await holes_at(image, index))
-            if await copying.share_block(image, index, 1, field, holes):
-                return holes, index + 1
-        return await copying.share_fields(image, index), index + 1
+        holes = await copying.share_block(image, index, 1, None)
+        return holes or await copying.share_fields(image, index), index + 1
 
     # --- Showing -----------------------------------------------------------------------------------------------------
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from storage.images.backing import fields_behind, load_chain, visible_slots
+from storage.images.backing import fields_behind, visible_slots
 from storage.layout import FIELDS_MASK, FIELDS_SHIFT, HOLE, ZERO_POINTER
+from storage.tree.attempt import when_possible
 from storage.tree.buffer_tree import BufferTree
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class Holes:
 
 
 def find_holes(clone: "Image", index: int) -> Holes | None:
-    """The special loading function for level-1 block ``index``, or None when a pointer block must be loaded first (``load_chain``)."""
+    """The special loading function for level-1 block ``index``, or None: ``state.missing`` is what to wait for."""
     own = clone.tree.peek(index)
     if own is None:
         return None
@@ -46,9 +47,7 @@ def find_holes(clone: "Image", index: int) -> Holes | None:
 
 async def holes_at(clone: "Image", index: int) -> Holes:
     """``find_holes``, waiting where it must."""
-    while (holes := find_holes(clone, index)) is None:
-        await load_chain(clone, index)
-    return holes
+    return await when_possible(clone.state, lambda: find_holes(clone, index))
 
 
 def shared_block(clone: "Image", index: int, level: int) -> tuple[int, int, int] | None:

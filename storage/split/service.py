@@ -250,6 +250,8 @@ class SplitService:
             blocks += len(await holes_at(image, index))
             await slicer.breathe()
             index = await next_index(image, index + 1)
+        if image.backing is None:
+            raise Conflict(f"the split of {name} has ended meanwhile: it has no backing store any more")
         return {
             "name": name,
             "blocks_to_copy": blocks,

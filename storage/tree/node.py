@@ -1,12 +1,19 @@
 """Nodes: 4096-byte blocks of a buffer tree held in memory, and the cache that bounds how many.
 
 A node is *clean* (``epoch`` is None: the device holds the same bytes at ``vbn``), *dirty* (``epoch`` is the current epoch) or
-*frozen* (``epoch`` is the one that the running consistency point writes; a change copies the bytes first). Only clean nodes
-are evicted. Level 0 nodes are blocks of metafiles; data blocks of vdisks are never nodes.
+*frozen* (``epoch`` is the one that the running consistency point writes; a change copies the bytes first). Level 0 nodes are
+blocks of metafiles; data blocks of vdisks are never nodes.
+
+When a node may go (all of it is needed; each has cost an acknowledged write when it was missing):
+- Only clean nodes are evicted, and only in a turn of the event loop of its own. So no step, however much it loads, loses a node
+  that it has in hand: what a lookup returned stays listed until the next await.
+- Over an await a node stays only if a ``Hold`` keeps it. Whoever waits without one looks it up again before it is changed.
 """
 
+import asyncio
 from collections import deque
-from typing import TYPE_CHECKING
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -24,12 +31,17 @@ NODE_OVERHEAD_BYTES = 512
 NODE_BYTES = BLOCK_BYTES + NODE_OVERHEAD_BYTES
 # Fewer than this many nodes would thrash on a single deep tree's path.
 CACHE_NODES_MIN = 256
+# For each node that comes in above the limit so many of the oldest are looked at. More than one may go, so that a cache that grew while
+# all was dirty comes back to its limit.
+LOOKS_A_NODE = 8
+# At about 0.1 us each, this many take a small part of a turn.
+LOOKS_A_TURN = 512
 
 
 class Node:
     """One block of a buffer tree in memory. ``q`` is the block as 512 u64: VBN of field i at 2i, CRC32C and birth at 2i+1."""
 
-    __slots__ = ("birth", "buf", "epoch", "index", "level", "q", "referenced", "tree", "vbn")
+    __slots__ = ("birth", "buf", "epoch", "holds", "index", "level", "q", "referenced", "tree", "vbn")
 
     def __init__(self, tree: "BufferTree | None", level: int, index: int, buf: bytearray, vbn: int, birth: int) -> None:
         self.tree = tree
@@ -41,6 +53,8 @@ class Node:
         self.birth = birth
         self.epoch: Epoch | None = None
         self.referenced = True
+        # How many waiting operations need it to stay in memory.
+        self.holds = 0
 
     def fields(self) -> npt.NDArray[np.void]:
         """The 256 fields as a structured array (vbn, crc, birth) over the node's own bytes."""
@@ -72,39 +86,90 @@ HOLES = Node(None, 1, 0, filled_buffer(0), 0, 0)
 ZEROS = Node(None, 1, 0, filled_buffer(ZERO_POINTER), 0, 0)
 
 
-class NodeCache:
-    """Keeps at most ``size_bytes`` of nodes, by second chance: what was used since the last sweep stays, dirty nodes always do."""
+class Hold:
+    """Keeps nodes in memory that a waiting operation needs together, until it has taken its step (``with cache.hold() as hold``)."""
 
-    __slots__ = ("_queue", "nodes_max")
+    __slots__ = ("_cache", "_nodes")
+
+    def __init__(self, cache: "NodeCache") -> None:
+        self._cache = cache
+        self._nodes: list[Node] = []
+
+    def keep(self, node: Node) -> None:
+        """Keep this one, too. HOLES and ZEROS are always there."""
+        if node.tree is not None:
+            node.holds += 1
+            self._cache.held += 1
+            self._nodes.append(node)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for node in self._nodes:
+            node.holds -= 1
+        self._cache.held -= len(self._nodes)
+        self._nodes.clear()
+
+
+class NodeCache:
+    """Keeps about ``size_bytes`` of nodes, by second chance: what was used since the last sweep stays, dirty and held nodes always do.
+
+    One step may take it above the limit by what it loads; the next turn of the event loop brings it back. ``held`` counts what Holds keep.
+    """
+
+    __slots__ = ("_evicting", "_looks_due", "_queue", "held", "nodes_max")
 
     def __init__(self, size_bytes: int) -> None:
         self.nodes_max = max(CACHE_NODES_MIN, size_bytes // NODE_BYTES)
+        self.held = 0
         self._queue: deque[Node] = deque()
+        self._evicting = False
+        self._looks_due = 0
 
     def __len__(self) -> int:
         return len(self._queue)
 
+    def hold(self) -> Hold:
+        """What keeps nodes from being evicted while an operation waits."""
+        return Hold(self)
+
     def add(self, node: Node) -> None:
-        """Take in a node that its tree has just listed, and evict others when over the limit."""
+        """Take in a node that its tree has just listed. Evicts nothing within this step."""
         self._queue.append(node)
         if len(self._queue) > self.nodes_max:
-            self._evict()
+            self._evict_soon(LOOKS_A_NODE)
+
+    def trim(self) -> None:
+        """Many nodes have become clean: what is above the limit may go now."""
+        if len(self._queue) > self.nodes_max:
+            self._evict_soon(2 * len(self._queue))
+
+    def _evict_soon(self, looks: int) -> None:
+        self._looks_due += looks
+        if not self._evicting:
+            self._evicting = True
+            asyncio.get_running_loop().call_soon(self._evict)
 
     def _evict(self) -> None:
-        """Look at a few of the oldest nodes: bounded work a call, so that a cache full of dirty nodes costs no stall.
-
-        More than one may go, so that a cache that grew while all was dirty comes back to its limit.
+        """Look at some of the oldest nodes: bounded work a turn, and no more in all than was asked for, so that a cache full of dirty nodes
+        costs no stall.
         """
         queue = self._queue
-        for _ in range(8):
-            if len(queue) <= self.nodes_max:
-                return
+        looks = min(self._looks_due, LOOKS_A_TURN)
+        self._looks_due -= looks
+        while looks and len(queue) > self.nodes_max:
+            looks -= 1
             node = queue.popleft()
             tree = node.tree
             if tree is None or tree.nodes[node.level].get(node.index) is not node:
                 continue  # cut off from its tree meanwhile
-            if node.referenced or node.epoch is not None:
+            if node.referenced or node.epoch is not None or node.holds:
                 node.referenced = False
                 queue.append(node)
                 continue
             del tree.nodes[node.level][node.index]
+        if self._looks_due and len(queue) > self.nodes_max:
+            asyncio.get_running_loop().call_soon(self._evict)
+        else:
+            self._evicting, self._looks_due = False, 0
