@@ -73,9 +73,13 @@ class ShareMap:
         return await in_thread_if_large(len(everything), _summed, everything, weights)
 
     async def _apply_block(self, epoch: Epoch, block: int, vbns: VbnArray, net: npt.NDArray[np.int64]) -> None:
-        """One block of the map. From the node in hand to the end there is no await, so ``try_count`` never sees half of it."""
+        """One block of the map."""
         grows = bool((net > 0).any())
         node = await when_possible(self._state, lambda: self._node_for(epoch, block, grows))
+        self._change_block(epoch, node, vbns, net)
+
+    def _change_block(self, epoch: Epoch, node: Node, vbns: VbnArray, net: npt.NDArray[np.int64]) -> None:
+        """All of it in one step, so that ``try_count`` never sees half of it."""
         at = (vbns & np.uint64(SHARES_PER_BLOCK - 1)).astype(np.intp)
         counts = np.frombuffer(node.buf, dtype="<u4")
         changed = counts[at].astype(np.int64) + net

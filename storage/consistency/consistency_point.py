@@ -282,8 +282,18 @@ class ConsistencyPoints:
         return vbn
 
     async def _write_superblock(self, epoch: Epoch, head_block: int, head_sequence: int) -> None:
-        state, superblock = self._state, self._superblock
+        state = self._state
         await state.device.sync()
+        block = self._next_superblock(epoch, head_block, head_sequence)
+        await self._write_block(block, epoch.number & 1)
+        await state.device.sync()
+        # The other copy follows without a sync of its own: the first one is durable, and the next consistency point writes over it only
+        # after a sync. So damage to either copy costs nothing (docs/design.md, "Superblocks").
+        await self._write_block(block, ~epoch.number & 1)
+
+    def _next_superblock(self, epoch: Epoch, head_block: int, head_sequence: int) -> bytearray:
+        """The superblock that names what was written, all of it as of one moment."""
+        superblock = self._superblock
         superblock.cp_number = epoch.number
         superblock.used_blocks = self._active_map.used_blocks
         superblock.log_head_block, superblock.log_head_sequence = head_block, head_sequence
@@ -293,12 +303,7 @@ class ConsistencyPoints:
         configuration.size_blocks = max(configuration.size_blocks, self._configuration.size_blocks)
         for root, tree in zip(superblock.roots, self._metafiles, strict=True):
             write_root(root, tree)
-        block = superblock.encode()
-        await self._write_block(block, epoch.number & 1)
-        await state.device.sync()
-        # The other copy follows without a sync of its own: the first one is durable, and the next consistency point writes over it only
-        # after a sync. So damage to either copy costs nothing (docs/design.md, "Superblocks").
-        await self._write_block(block, ~epoch.number & 1)
+        return superblock.encode()
 
     async def _write_block(self, block: bytearray, vbn: int) -> None:
         device = self._state.device

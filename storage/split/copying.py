@@ -101,9 +101,15 @@ async def write_copy(clone: "Image", data: memoryview, piece_bytes: int) -> Exte
 
 async def install_copy(clone: "Image", holes: Holes, extents: Extents) -> int:
     """Compare and set: point at the copies those fields that are still holes. Returns how many were. Raises PoolFull, DeviceFailed."""
+    return await when_possible(clone.state, lambda: _install_copy_now(clone, holes, extents))
+
+
+def _install_copy_now(clone: "Image", holes: Holes, extents: Extents) -> int | None:
     state = clone.state
-    node = await clone.tree.make_writable(holes.index)  # to the end nothing waits
     epoch = state.epoch
+    node = clone.tree.writable(holes.index, epoch)
+    if node is None:
+        return None
     fields = node.fields()
     vbns = np.concatenate([np.arange(first, first + length, dtype=np.uint64) for first, length in extents])
     still = (fields["vbn"][holes.slots] == HOLE) & visible_slots(clone, holes.index)[holes.slots]

@@ -59,12 +59,12 @@ def early_reuse_of_freed_block(stack: ExitStack) -> None:
         pockets[id(self)] = []
         reused.clear()
 
-    def take(self: WriteAllocator, count: int) -> list[tuple[int, int]] | None:
+    def take(self: WriteAllocator, count: int, borrowed: bool = False) -> list[tuple[int, int]] | None:
         if count == 1 and pockets[id(self)]:
             vbn = pockets[id(self)].pop()
             reused.add(vbn)
             return [(vbn, 1)]
-        return original_take(self, count)
+        return original_take(self, count, borrowed)
 
     def install(image: Any, epoch: Any, nodes: Any, targets: Any, extents: list[tuple[int, int]]) -> None:
         original_install(image, epoch, nodes, targets, extents)

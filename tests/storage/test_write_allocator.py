@@ -1,5 +1,7 @@
 """The write allocator: contiguous where it can, never twice, never what is in use, never early; and nothing is lost."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -9,8 +11,10 @@ from storage.consistency.epoch import Epoch
 from storage.errors import PoolFull
 from storage.layout import LOG_FIRST_VBN, REGION_BLOCKS, log_blocks
 from storage.pool import Pool
+from storage.tree.attempt import when_possible
+from storage.tree.node import Hold
 from tests.storage.devices import MemoryDevice
-from tests.storage.pools import data, new_pool
+from tests.storage.pools import data, new_pool, within
 
 SMALL_BLOCKS = 2048
 TWO_REGIONS = 2 * REGION_BLOCKS
@@ -35,14 +39,26 @@ async def take_all(allocator: WriteAllocator, count: int) -> list[int]:
     """Take ``count`` blocks at a time until the allocator says that the pool is full."""
     taken: list[int] = []
     while True:
-        extents = allocator.take(count)
-        if extents is not None:
-            taken += vbns(extents)
-            continue
         try:
-            await allocator.prepare_data(count)
+            taken += vbns(await take(allocator, count))
         except PoolFull:
             return taken
+
+
+async def take(allocator: WriteAllocator, count: int, borrowed: bool = False) -> list[tuple[int, int]]:
+    """``WriteAllocator.take``, waiting where it must."""
+    return await when_possible(allocator._state, lambda: allocator.take(count, borrowed))
+
+
+async def take_nodes(allocator: WriteAllocator, epoch: Epoch, grows: bool) -> int:
+    """Take nodes one at a time until the allocator says that the pool is full; returns how many."""
+    for count in itertools.count():
+        try:
+            await when_possible(allocator._state, lambda: allocator.nodes_at_hand(1, allocator.floor(epoch, grows), entry=False) or None)
+        except PoolFull:
+            return count
+        allocator.take_node(epoch)
+    raise AssertionError
 
 
 async def test_a_batch_is_one_run() -> None:
@@ -84,46 +100,36 @@ async def test_what_is_given_back_is_handed_out_again() -> None:
     assert set(vbns(one) + vbns(two)) <= set(taken) and len(set(taken)) == len(taken)
 
 
-async def test_nodes_may_take_what_data_may_not_and_consistency_points_the_rest() -> None:
+async def test_what_grows_what_moves_and_consistency_points_have_each_a_part_of_the_reserve() -> None:
     pool = await fresh(SMALL_BLOCKS)
     state, allocator = pool._state, pool._state.allocator
     await take_all(allocator, 1)
-
-    async def nodes(epoch: Epoch, for_reclaim: bool) -> int:
-        count = 0
-        while True:
-            if allocator.take_node(epoch, for_reclaim):
-                count += 1
-                continue
-            try:
-                await allocator.prepare_nodes(epoch, for_reclaim)
-            except PoolFull:
-                return count
-
     epoch = state.epoch
-    assert await nodes(epoch, for_reclaim=False) == allocator.reserve_blocks - allocator.client_floor >= 32
-    assert await nodes(epoch, for_reclaim=True) == allocator.client_floor - allocator.reclaim_floor >= 32
+    assert await take_nodes(allocator, epoch, grows=True) == allocator.reserve_blocks - allocator.client_floor >= 32
+    with pytest.raises(PoolFull):
+        await take(allocator, allocator.client_floor - allocator.borrow_floor + 1, borrowed=True)
+    borrowed = await take(allocator, allocator.client_floor - allocator.borrow_floor, borrowed=True)
+    assert await take_nodes(allocator, epoch, grows=False) == allocator.borrow_floor - allocator.move_floor >= 8
+    assert allocator.move_floor - allocator.point_floor >= 8  # for the entries of what is deleted
+    allocator.give_back(borrowed)
+    with pytest.raises(PoolFull):
+        await take(allocator, 1)
+    epoch.allocated.extend(await take(allocator, allocator.free_now - allocator.borrow_floor, borrowed=True))
     allocator.promise()
     state.frozen, state.epoch = epoch, Epoch(epoch.number + 1)
-    assert await nodes(epoch, for_reclaim=False) == allocator.reclaim_floor
+    assert await take_nodes(allocator, epoch, grows=True) == allocator.borrow_floor
     assert allocator.free_now + allocator.promised_blocks == 0
-    extents = [vbn for vbn, _ in epoch.allocated]
-    assert len(set(extents)) == len(extents)
+    taken = vbns(epoch.allocated)
+    assert len(set(taken)) == len(taken)
 
 
 async def test_a_window_that_holds_the_last_blocks_gives_them_to_who_needs_them() -> None:
     """Data has claimed a window and stops at its floor; nodes find the rest of it."""
     pool = await fresh(SMALL_BLOCKS)
     allocator = pool._state.allocator
-    while allocator.free_now - 1 > allocator.reserve_blocks:
-        if allocator.take(1) is None:
-            await allocator.prepare_data(1)
+    await take_all(allocator, 1)
     assert allocator._data.next < allocator._data.end or allocator._data.runs
-    epoch = pool._state.epoch
-    for _ in range(allocator.reserve_blocks - allocator.client_floor):
-        while not allocator.take_node(epoch):
-            await allocator.prepare_nodes(epoch)
-    assert allocator.free_now == allocator.client_floor + 1
+    assert await take_nodes(allocator, pool._state.epoch, grows=True) == allocator.reserve_blocks - allocator.client_floor
 
 
 async def test_a_run_over_the_border_of_two_regions_is_given_back_whole() -> None:
@@ -131,11 +137,7 @@ async def test_a_run_over_the_border_of_two_regions_is_given_back_whole() -> Non
     allocator = pool._state.allocator
     taken: list[tuple[int, int]] = []
     while not taken or taken[-1][0] + taken[-1][1] <= REGION_BLOCKS + 16:
-        extents = allocator.take(16)
-        if extents is None:
-            await allocator.prepare_data(16)
-        else:
-            taken += extents
+        taken += await take(allocator, 16)
     before = [extent for extent in taken if extent[0] >= REGION_BLOCKS - 64]
     claimed = sum(map(count_bits, allocator._claimed.values()))
     allocator.give_back(before)
@@ -197,24 +199,20 @@ async def test_a_window_with_less_than_is_wanted_waits_for_the_next_map_block(mo
     present, absent = active_map.peek_used, {1}
     monkeypatch.setattr(type(active_map), "peek_used", lambda self, region: None if region in absent else present(region))
 
-    async def load(self: object, region: int) -> None:
+    async def load(self: object, region: int, hold: Hold) -> None:
         absent.discard(region)
 
     monkeypatch.setattr(type(active_map), "load", load)
     allocator._cursor = REGION_BLOCKS - 30  # thirty blocks to the end of the first region
     assert allocator.take(48) is None
-    for _ in range(3):
-        await allocator.prepare_data(48)
-        if (extents := allocator.take(48)) is not None:
-            break
-    assert len(vbns(extents)) == 48
+    assert len(vbns(await within(take(allocator, 48)))) == 48
 
 
 async def test_the_last_free_blocks_may_lie_in_the_other_window() -> None:
     """Found by review: a pool of some 100 MiB that got full hung instead of saying so."""
     pool = await fresh(TWO_REGIONS)
     allocator = pool._state.allocator
-    allocator.take_node(Epoch(9))  # its window now holds a thousand blocks
+    assert allocator.nodes_at_hand(1, 0, entry=False)  # its window now holds a thousand blocks
     taken = await take_all(allocator, 64)
     assert allocator.reserve_blocks <= allocator.free_now < allocator.reserve_blocks + 64
     assert len(set(taken)) == len(taken)
