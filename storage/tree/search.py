@@ -27,10 +27,12 @@ def _below(tree: BufferTree, level: int, at: int, index: int) -> int | None:
     if node.tree is None:
         return NOWHERE
     if level == 1:
-        return at
+        return at  # a tree of one level
     low = max(0, (index >> FIELDS_SHIFT * (level - 2)) - (at << FIELDS_SHIFT))
     for slot in (np.flatnonzero(node.vbns()[low:] > ZERO_POINTER) + low).tolist():
-        found = _below(tree, level - 1, at << FIELDS_SHIFT | slot, index)
+        child = at << FIELDS_SHIFT | slot
+        # That a level-1 block exists its field says, and the block need not be there for it.
+        found = _below(tree, level - 1, child, index) if level > 2 else child
         if found != NOWHERE:
             return found
     return NOWHERE

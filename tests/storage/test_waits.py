@@ -5,16 +5,19 @@ import gc
 import importlib
 import inspect
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 
+from storage.backdoor.scrub import Scrub
+from storage.device import Device, WritableBuffer
 from storage.errors import DeviceFailed, OutOfRange
 from storage.images.allocation_report import allocated_runs
 from storage.layout import BLOCK_BYTES
-from tests.storage.devices import READ, SYNC, DelayDevice, Fault, FaultyDevice
+from tests.storage.devices import READ, SYNC, DelayDevice, WrappedDevice
 from tests.storage.pools import LEAF_BYTES, OpenPool, backed_clone, data, new_pool, opened, within
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -74,30 +77,52 @@ async def test_many_commands_that_wait_at_once_all_end_with_the_smallest_cache()
         assert running.pool._state.cache.held == 0
 
 
-async def test_an_allocation_report_sees_data_that_a_split_moves_meanwhile() -> None:
-    """It looked through the clone, waited, and then looked behind an association that had ended: all of it was "deallocated"."""
-    async with new_pool() as running:
-        await backed_clone(running, 1024)
-        await running.pool.snapshot_create([("clone", "kept")])  # so that the clone's own blocks are clean, and go with the cache
-        memory = await running.crashed()
-    device = DelayDevice(memory)
-    async with opened(memory, device) as running:
-        await running.pool.split_start("clone", "share")
-        await running.pool.split_pause("clone")
-        make_cache_tiny(running, 0)
+class HoldingDevice(WrappedDevice):
+    """Keeps all that is read from some VBNs waiting until ``gate`` is set; with ``failing`` every read that waits fails."""
+
+    def __init__(self, inner: Device) -> None:
+        super().__init__(inner)
+        self.vbns: set[int] = set()
+        self.gate = asyncio.Event()
+        self.waiting = 0
+        self.failing = False
+
+    def try_readv(self, buffers: Sequence[WritableBuffer], offset_bytes: int) -> bool:
+        return not self.failing and offset_bytes // BLOCK_BYTES not in self.vbns and self.inner.try_readv(buffers, offset_bytes)
+
+    def readv(self, buffers: Sequence[WritableBuffer], offset_bytes: int) -> "asyncio.Future[None]":
+        return asyncio.get_running_loop().create_task(self._read_later(buffers, offset_bytes))
+
+    async def _read_later(self, buffers: Sequence[WritableBuffer], offset_bytes: int) -> None:
+        if offset_bytes // BLOCK_BYTES in self.vbns:
+            self.waiting += 1
+            await self.gate.wait()
         await asyncio.sleep(0)
-        for tree in (running.image("clone").tree, running.image("base@snap").tree):
-            for nodes in tree.nodes:
-                nodes.clear()
-        device.hold(READ)
-        report = asyncio.create_task(allocated_runs(running.image("clone"), 0, 1024, 1024))
-        await running.until(lambda: device.held(READ) > 0)
-        device.release(READ)
-        await running.pool.split_resume("clone")
-        found = await within(report)
-        await running.split_ended("clone")
-        assert found == [(1024, True)]
-        assert await within(allocated_runs(running.image("clone"), 0, 1024, 1024)) == [(1024, True)]
+        if self.failing:
+            raise DeviceFailed("planted")
+        await self.inner.readv(buffers, offset_bytes)
+
+
+async def test_an_allocation_report_sees_data_that_a_split_moves_meanwhile() -> None:
+    """It looked through the clone, waited there, and then looked behind an association that had ended: all of it was "deallocated"."""
+    async with new_pool() as running:
+        await backed_clone(running, 512)
+        await running.write("clone", 3 * LEAF_BYTES, data(9))
+        await running.checkpoint()
+        leaf = running.image("clone").tree.nodes[1][3].vbn
+        memory = await running.crashed()
+    device = HoldingDevice(memory)
+    async with opened(memory, device) as running:
+        image = running.image("clone")
+        assert await running.read("clone", 2 * LEAF_BYTES, BLOCK_BYTES) == bytes(BLOCK_BYTES)  # the root is in memory, leaf 3 is not
+        device.vbns.add(leaf)
+        report = asyncio.create_task(allocated_runs(image, 0, 1024, 1024))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        await running.pool.split_start("clone", "share")
+        assert (await running.split_ended("clone"))["state"] == "done"
+        device.gate.set()
+        assert await within(report) == [(512, True), (256, False), (1, True), (255, False)]
 
 
 @pytest.mark.parametrize("mode", ["copy", "share"])
@@ -244,30 +269,47 @@ async def test_when_several_reads_of_one_command_fail_each_failure_is_seen() -> 
             await running.write("a", fbn * BLOCK_BYTES, data(fbn))
         await running.checkpoint()
         memory = await running.crashed(miss_rate=1.0, deferred=True)
-    faulty = FaultyDevice(memory)
-    async with opened(memory, faulty) as running:
+    device = HoldingDevice(memory)
+    async with opened(memory, device) as running:
         await running.read("a", 0, BLOCK_BYTES)
-        faulty.faults.append(Fault(READ, nth=faulty.calls[READ] + 1, forever=True))
+        device.failing = True
         with pytest.raises(DeviceFailed):
             await running.read("a", 0, 16 * BLOCK_BYTES)
-        faulty.faults.clear()
+        device.failing = False
         gc.collect()
     assert unseen == []
 
 
-async def test_a_scrub_that_waits_while_a_consistency_point_begins_reports_no_damage() -> None:
+async def test_a_scrub_that_waits_while_a_consistency_point_begins_does_not_look_at_what_it_is_writing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """It looked whether one was under way, and waited then: blocks of a metafile that were not written yet counted as damaged."""
-    async with new_pool(deferred=True, miss_rate=1.0, turns_max=8, seed=5) as running:
+    async with new_pool(decorate=DelayDevice) as running:
+        device, state = running.device, running.pool._state
         await running.pool.vdisk_create("a", 16 * LEAF_BYTES)
-        for index in range(16):
-            await running.write("a", index * LEAF_BYTES, data(index, 4))
-        make_cache_tiny(running)
-        for turn in range(6):
-            await running.pool.scrub_start(1 << 40)
-            while running.pool.scrub_show()["state"] == "running":
-                await running.write("a", turn % 16 * LEAF_BYTES, data(100 + turn, 4))
-                await running.checkpoint()
-            assert running.pool.scrub_show()["damages"] == []
+        find, verify = Scrub._find, Scrub._verify
+        met: list[str] = []
+
+        async def find_slowly(self: Scrub, where: str, *place: Any) -> Any:
+            found = await find(self, where, *place)
+            if where == "active map" and not met and place[1] == place[0].levels:
+                device.hold(SYNC)
+                await running.write("a", 0, data(1))
+                state.wanted()
+                await running.until(lambda: state.frozen is not None)
+                met.append(where)
+                asyncio.get_running_loop().call_later(0.01, device.release, SYNC)
+            return found
+
+        async def verify_at_rest(self: Scrub, where: str, tree: Any, node: Any) -> int:
+            assert tree.image is not None or state.frozen is None, where
+            return await verify(self, where, tree, node)
+
+        monkeypatch.setattr(Scrub, "_find", find_slowly)
+        monkeypatch.setattr(Scrub, "_verify", verify_at_rest)
+        await running.pool.scrub_start(1 << 40)
+        await running.until(lambda: running.pool.scrub_show()["state"] != "running")
+        assert met and running.pool.scrub_show()["state"] == "done" and running.pool.scrub_show()["damages"] == []
 
 
 async def test_a_write_beyond_the_end_that_a_shrink_has_set_meanwhile_changes_nothing() -> None:
