@@ -44,6 +44,15 @@ class ShareMap:
             count += state.frozen.pointer_delta.get(vbn, 0)
         return count
 
+    def try_unshared(self, vbns: list[int]) -> bool | None:
+        """Whether none of these data blocks has an extra reference now, or is about to get one; None when the map must be loaded first."""
+        for vbn in vbns:
+            count = self.try_count(vbn)
+            if count != 0:
+                return None if count is None else False
+        pending = [array for epoch in (self._state.epoch, self._state.frozen) if epoch is not None for array in epoch.added]
+        return not any(np.isin(vbns, array).any() for array in pending)
+
     async def count(self, vbn: int) -> int:
         """``try_count``, waiting where it must. Raises BlockDamaged, DeviceFailed."""
         return await when_possible(self._state, lambda: self.try_count(vbn))

@@ -46,8 +46,8 @@ ROOMY_RUN_BLOCKS_MIN = 16
 # - the rest is for consistency points: every block of the maps once (one may have to rewrite them all), and the upper part of the vdisk
 #   table. Table entries are not in it: whoever touches an image has promised the blocks that its entry takes.
 POINT_BLOCKS_EXTRA = 48
-# Each of the first two: 1/256 of the pool; a few paths to the leaves on a small pool, 16 MiB on a large one.
-PART_BLOCKS_MIN = 48
+# Each of the first two: 1/256 of the pool, up to 16 MiB; on a small pool so much that half of it is an atomic write (128 KiB).
+PART_BLOCKS_MIN = 64
 PART_BLOCKS_MAX = 4096
 # What a touched image's entry may take: itself, and the level-1 block of the table above it.
 ENTRY_BLOCKS = 2

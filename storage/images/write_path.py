@@ -145,18 +145,21 @@ def nodes_of(image: "Image", indexes: list[int]) -> dict[int, Node]:
     return {index: listed[index] for index in indexes}
 
 
-def replaces_own(image: "Image", fbns: Iterable[int]) -> bool:
-    """Whether every one of these blocks has a VBN that no other image can refer to, so that as much comes free as a write of them takes.
+def replaces_own(image: "Image", fbns: Iterable[int]) -> bool | None:
+    """Whether every one of these blocks has a VBN that nobody else refers to, so that as much comes free as a write of them takes.
 
-    Of level-1 blocks that are in memory: False where one is not.
+    Of level-1 blocks that are in memory: False where one is not. None: a share count has to be waited for. For full pools only.
     """
     listed, shared_cp = image.tree.nodes[1], image.tree.shared_cp
+    maybe_shared: list[int] = []
     for fbn in fbns:
         node = listed.get(fbn >> FIELDS_SHIFT)
         slot = (fbn & FIELDS_MASK) * 2
-        if node is None or node.q[slot] <= ZERO_POINTER or node.q[slot + 1] >> 32 <= shared_cp:
+        if node is None or node.q[slot] <= ZERO_POINTER:
             return False
-    return True
+        if node.q[slot + 1] >> 32 <= shared_cp:
+            maybe_shared.append(node.q[slot])
+    return not maybe_shared or image.state.share_map.try_unshared(maybe_shared)
 
 
 def write_now(image: "Image", targets: list[Target], buffers: list[Buffer]) -> bool:
@@ -179,6 +182,8 @@ def take_now(image: "Image", plan: Plan, fbns: Sequence[int], count: int) -> Ext
     """Blocks for data, and the plan's nodes still at hand beside them. None: nothing was taken; ``state.missing`` is what to wait for."""
     allocator = image.state.allocator
     borrowed = allocator.is_short(count) and not plan.grows and replaces_own(image, fbns)
+    if borrowed is None:
+        return None
     extents = allocator.take(count, borrowed)
     if extents is not None and not image.tree.at_hand(plan):
         allocator.give_back(extents)
@@ -244,7 +249,10 @@ def _install_now(image: "Image", targets: list[Target], borrowed: list[int], ext
     plan = plan_for(image, epoch, indexes)
     if plan is None:
         return None
-    if borrowed and (plan.grows or not replaces_own(image, borrowed)):
+    own = not borrowed or (not plan.grows and replaces_own(image, borrowed))
+    if own is None:
+        return None
+    if not own:
         raise PoolFull(f"{image.label}: the pool is full, and this write shares blocks with a snapshot by now: delete snapshots or vdisks")
     image.tree.carry_out(plan)
     install(image, epoch, nodes_of(image, indexes), targets, extents)

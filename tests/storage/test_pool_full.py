@@ -7,7 +7,7 @@ import pytest
 
 from storage.errors import Conflict, PoolFull
 from storage.layout import BLOCK_BYTES
-from tests.storage.pools import LEAF_BYTES, SMALL_POOL_BYTES, OpenPool, backed_clone, data, new_pool, within
+from tests.storage.pools import LEAF_BYTES, SMALL_POOL_BYTES, OpenPool, backed_clone, data, new_pool, opened, within
 
 MANY_BYTES = 1 << 30
 
@@ -184,3 +184,137 @@ async def test_blocks_that_are_not_in_use_are_all_available_again() -> None:
         await running.until(lambda: running.pool._state.discarding is None)
         assert not allocator.promised_blocks
         assert allocator.free_now == size - running.pool.show()["used_bytes"] // BLOCK_BYTES
+
+
+async def refuse(running: OpenPool, name: str, first_bytes: int, count: int) -> None:
+    """Writes to fresh places, none of which the pool has room for."""
+    for index in range(count):
+        with pytest.raises(PoolFull):
+            await running.write(name, first_bytes + index * LEAF_BYTES, data(index))
+
+
+async def test_a_refused_write_changes_nothing() -> None:
+    """Each made a level-1 block all the same, until the reserve was eaten, and took a consistency point of its own."""
+    async with new_pool(SMALL_POOL_BYTES) as running:
+        await running.pool.vdisk_create("a", 4 * MANY_BYTES)
+        await fill(running, "a")
+        await running.checkpoint()
+        await running.checkpoint()
+        before = running.pool.show()
+        await refuse(running, "a", MANY_BYTES, 600)
+        await refuse(running, "a", MANY_BYTES + 512, 100)  # parts of blocks
+        assert not running.pool._state.epoch.dirty
+        await running.checkpoint()
+        after = running.pool.show()
+        assert after["used_bytes"] == before["used_bytes"] and after["available_bytes"] == before["available_bytes"]
+        assert after["cp_number"] <= before["cp_number"] + 1
+
+
+async def exhaust(running: OpenPool, name: str) -> None:
+    """Everything that a client can do to use up a pool: data, zeros, parts of blocks, trims of single blocks, all at once."""
+    await fill(running, name)
+    works = []
+    for index in range(300):
+        at = MANY_BYTES + index * LEAF_BYTES
+        works += [
+            running.write(name, at, bytes(BLOCK_BYTES)),
+            running.write(name, at + 512, data(index)),
+            running.write(name, at, data(index, 64)),
+            running.zero(name, at + BLOCK_BYTES, BLOCK_BYTES),
+            running.write(name, index * BLOCK_BYTES, data(index)),
+        ]
+    outcomes = await within(asyncio.gather(*works, return_exceptions=True))
+    assert all(outcome is None or isinstance(outcome, PoolFull) for outcome in outcomes)
+    assert any(isinstance(outcome, PoolFull) for outcome in outcomes)
+    for turn in range(4):
+        await running.checkpoint()
+        await asyncio.sleep(0.01)
+        await refuse(running, name, 2 * MANY_BYTES + 64 * turn * LEAF_BYTES, 64)
+
+
+async def test_a_client_that_uses_up_a_pool_can_always_trim_and_go_on() -> None:
+    async with new_pool(SMALL_POOL_BYTES) as running:
+        await running.pool.vdisk_create("a", 4 * MANY_BYTES)
+        for turn in range(4):
+            await exhaust(running, "a")
+            await running.zero("a", 3 * BLOCK_BYTES, BLOCK_BYTES)  # a single block
+            await running.zero("a", turn * LEAF_BYTES, LEAF_BYTES)
+            await running.write("a", turn * LEAF_BYTES, data(turn, 128))
+            assert await running.read("a", turn * LEAF_BYTES, 128 * BLOCK_BYTES) == data(turn, 128)
+        await running.zero("a", 0, 4 * MANY_BYTES)
+        await running.checkpoint()
+        await running.until(lambda: not running.pool._state.retired)
+        assert running.pool.space()[1] > SMALL_POOL_BYTES * 3 // 4
+
+
+async def test_a_used_up_pool_with_one_vdisk_can_be_shrunk_and_its_vdisk_deleted() -> None:
+    async with new_pool(SMALL_POOL_BYTES) as running:
+        await running.pool.vdisk_create("a", 4 * MANY_BYTES)
+        await exhaust(running, "a")
+        await running.pool.vdisk_resize("a", 2 * LEAF_BYTES)
+        await running.pool.snapshot_create([("a", "s")])
+        await running.write("a", 0, data(1, 64))
+        await running.pool.vdisk_resize("a", 4 * MANY_BYTES)
+        await exhaust(running, "a")
+        await running.pool.snapshot_delete("a", "s")
+        await running.pool.vdisk_delete("a")
+        await running.reclaimed()
+        await running.pool.vdisk_create("b", MANY_BYTES)
+        assert await fill(running, "b") > 1024
+
+
+async def test_a_used_up_pool_goes_on_after_a_restart() -> None:
+    async with new_pool(SMALL_POOL_BYTES) as running:
+        await running.pool.vdisk_create("a", 4 * MANY_BYTES)
+        await exhaust(running, "a")
+        memory = await running.crashed()
+    async with opened(memory) as running:
+        await running.zero("a", 0, LEAF_BYTES)
+        await running.write("a", 0, data(5, 64))
+        assert await running.read("a", 0, 64 * BLOCK_BYTES) == data(5, 64)
+
+
+async def test_overwriting_what_is_not_shared_works_on_a_full_pool() -> None:
+    async with new_pool(SMALL_POOL_BYTES) as running:
+        await running.pool.vdisk_create("a", 4 * MANY_BYTES)
+        written = await fill(running, "a")
+        for turn in range(3):
+            for fbn in range(0, written - 300, 97):
+                await running.write("a", fbn * BLOCK_BYTES, data(turn * 1000 + fbn, 3))
+                assert await running.read("a", fbn * BLOCK_BYTES, 3 * BLOCK_BYTES) == data(turn * 1000 + fbn, 3)
+            await running.write("a", 0, data(turn, 1024))  # more than is lent at a time
+            assert await running.read("a", 0, 1024 * BLOCK_BYTES) == data(turn, 1024)
+            await running.write("a", 512, data(turn)[:1024])
+        await running.pool.vdisk_create("b", MANY_BYTES)
+        with pytest.raises(PoolFull):
+            await running.write("b", 0, data(1))
+
+
+async def test_overwriting_what_a_snapshot_shares_is_refused_on_a_full_pool_and_nothing_is_lost_by_it() -> None:
+    async with new_pool(SMALL_POOL_BYTES) as running:
+        await running.pool.vdisk_create("a", 4 * MANY_BYTES)
+        await running.write("a", 0, data(1, 256))
+        await running.pool.snapshot_create([("a", "s")])
+        await running.pool.vdisk_create("b", 4 * MANY_BYTES)
+        await exhaust(running, "b")
+        writes = [running.write("a", fbn * BLOCK_BYTES, data(2)) for fbn in range(256)]
+        outcomes = await within(asyncio.gather(*writes, return_exceptions=True))
+        assert any(isinstance(outcome, PoolFull) for outcome in outcomes)
+        for fbn, outcome in enumerate(outcomes):
+            expected = data(2) if outcome is None else data(1, 256)[fbn * BLOCK_BYTES : (fbn + 1) * BLOCK_BYTES]
+            assert await running.read("a", fbn * BLOCK_BYTES, BLOCK_BYTES) == expected
+        await running.pool.snapshot_delete("a", "s")
+        await running.reclaimed()
+        await running.write("a", 0, data(3, 256))
+        assert await running.read("a", 0, 256 * BLOCK_BYTES) == data(3, 256)
+
+
+async def test_very_many_deletions_at_once_fit_into_the_reserve_of_a_full_pool() -> None:
+    async with new_pool(SMALL_POOL_BYTES) as running:
+        for number in range(200):
+            await running.pool.vdisk_create(f"v{number}", 1 << 20)
+        await running.pool.vdisk_create("a", 4 * MANY_BYTES)
+        await exhaust(running, "a")
+        await within(asyncio.gather(*(running.pool.vdisk_delete(f"v{number}") for number in range(200))))
+        assert not running.pool.show()["read_only"]
+        await running.reclaimed()
