@@ -63,6 +63,8 @@ class Admin:
                 answer = await call()
             except StorageError as error:
                 if self.session.land(change.flight, error):
+                    if self.session.read_only and self.session.device.failures:
+                        return  # its superblock may have reached the device, though its sync failed: the next opening shows it
                     del self.changes[change]
                     change.not_made(False)
                     if not allowed(error):
@@ -281,7 +283,7 @@ class Admin:
         """A block, tried again while the device is in trouble; None when the snapshot is on its way out."""
         for _ in range(20):
             volume = self.session.data.volume(disk)
-            if volume is None or self.session.closing or self.session.read_only:
+            if volume is None or disk.gone or self.session.closing or self.session.read_only:
                 return None
             answer: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
 

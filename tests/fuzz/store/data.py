@@ -25,7 +25,7 @@ class Data:
 
     def volume(self, disk: Disk) -> Any:
         """What a session that is logged in holds; None where the name leads nowhere just now."""
-        if disk.volume is None:
+        if disk.volume is None and not disk.gone:
             try:
                 disk.volume = self.session.pool.volume(disk.full_name)
             except NotFound:

@@ -56,7 +56,7 @@ class FuzzDevice:
         self.manner = manner
         self.trouble = Trouble()
         self.failures = 0
-        self.dead = False
+        self.dead = self.closed = False
         self._random = Random(seed)
         self._clock = 0
         # Page -> (when, content), from the durable content on; the last one is what is read.
@@ -66,7 +66,7 @@ class FuzzDevice:
     # --- The device ------------------------------------------------------------------------------------------------
 
     def try_readv(self, buffers: Sequence[WritableBuffer], offset_bytes: int) -> bool:
-        if self.dead or self.manner.read_misses and self._random.random() < self.manner.read_misses:
+        if self.dead or self.closed or self.manner.read_misses and self._random.random() < self.manner.read_misses:
             return False
         if self.trouble.reads:
             self._fails("reads", errno.EIO, "read")
@@ -74,7 +74,7 @@ class FuzzDevice:
         return True
 
     def try_writev(self, buffers: Sequence[Buffer], offset_bytes: int, length_bytes: int) -> bool:
-        if self.dead or self.manner.write_misses and self._random.random() < self.manner.write_misses:
+        if self.dead or self.closed or self.manner.write_misses and self._random.random() < self.manner.write_misses:
             return False
         data = pages_of(buffers)
         assert offset_bytes % PAGE == 0 and len(data) * PAGE == length_bytes and offset_bytes + length_bytes <= self.size_bytes
@@ -131,14 +131,16 @@ class FuzzDevice:
     def close(self) -> None:
         for future in list(self._pending):
             self._carry_out(future)
-        self.dead = True
+        self.closed = True
 
     # --- When --------------------------------------------------------------------------------------------------------
 
     def _submit(self, work: Callable[[], None], writes: tuple[list[bytes], int] | None) -> Future[None]:
         loop = asyncio.get_running_loop()
         future: Future[None] = loop.create_future()
-        if self.dead:
+        if self.closed:
+            future.set_exception(device_error(self.path, "do anything", OSError(errno.EBADF, "closed")))
+        if self.dead or self.closed:
             return future
         self._pending[future] = (work, writes)
         manner, chance = self.manner, self._random.random()
