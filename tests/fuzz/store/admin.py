@@ -458,7 +458,7 @@ class Admin:
         async def call() -> None:
             report = await session.pool.check(verify_data=True)
             session.tally.checks += 1
-            if not report["ok"] and session.device.failures == flight.failures:
+            if not report["ok"] and session.device.failures == flight.failures and not session.closing:
                 raise Wrong(f"the check says: {report['errors'][:3]}")
 
         self.carry_out(Change(flight, lambda _: True, nothing, nothing), call, lambda error: isinstance(error, Conflict))

@@ -143,8 +143,8 @@ class Lives:
         """Names, sizes and backing stores are those that were acknowledged."""
         session, world = self.session, self.session.world
         rows = {row["name"]: row for row in [*await session.pool.vdisk_list(), *await session.pool.snapshot_list()]}
-        for snapshot in list(world.unsure()):
-            if snapshot.full_name not in rows and not world.surely_standing_on(snapshot):
+        while gone := [one for one in world.unsure() if one.full_name not in rows and not world.surely_standing_on(one)]:
+            for snapshot in gone:  # and then perhaps the one behind it
                 world.forget(snapshot)
         known = {disk.full_name: disk for disk in world.all()}
         if known.keys() != rows.keys():

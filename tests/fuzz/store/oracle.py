@@ -130,6 +130,9 @@ class Moment:
 
     earliest: int
     latest: int = FOREVER
+    # The writes that say so.
+    after: str = ""
+    before: str = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -400,7 +403,7 @@ class Judge:
         if len(values) == 1 or len(matching) > 1:
             return
         seen = matching[0][0]
-        self._moment(seen, values)
+        self._moment(lba, seen, values)
         for value in values:
             write = value[0]
             if write is seen:
@@ -408,16 +411,17 @@ class Judge:
             elif write.start > seen.end:
                 self._missed[write] = lba
 
-    def _moment(self, seen: Write, values: list[Value]) -> None:
+    def _moment(self, lba: int, seen: Write, values: list[Value]) -> None:
         moment = self.image.moment
         if moment is None:
             return
-        moment.earliest = max(moment.earliest, seen.start)
+        if seen.start > moment.earliest:
+            moment.earliest, moment.after = seen.start, f"{seen.what} at LBA {lba} of {self.image.name}"
         for write, _, _ in values:
-            if write.acknowledged and write.start > seen.end:
-                moment.latest = min(moment.latest, write.end)
+            if write.acknowledged and write.start > seen.end and write.end < moment.latest:
+                moment.latest, moment.before = write.end, f"{write.what} at LBA {lba} of {self.image.name}"
         if moment.earliest > moment.latest:
-            raise Wrong(f"{self.what}: {self.image.name} holds {seen.what}, but not what was acknowledged before that began")
+            raise Wrong(f"{self.what}: it holds {moment.after}, but not {moment.before}, acknowledged before that began")
 
     def end(self) -> None:
         for write, lba in self._seen.items():

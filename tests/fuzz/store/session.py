@@ -232,6 +232,8 @@ class Session:
             try:
                 await asyncio.wait_for(self.landed.wait(), PATIENCE_SECONDS)
             except TimeoutError:
+                if self.trace is not None:
+                    self.trace(self.waiting())
                 if not self.flying:
                     raise Wrong(f"{self.tasks} do not end") from None
                 oldest = next(iter(self.flying.values()))
@@ -239,10 +241,24 @@ class Session:
         if self.wrong is not None:
             raise self.wrong
 
+    def waiting(self) -> str:
+        """Where all tasks stand, for who looks into a hang."""
+        found = []
+        for task in asyncio.all_tasks():
+            frames, coroutine = [], task.get_coro()
+            while coroutine is not None and hasattr(coroutine, "cr_frame") and coroutine.cr_frame is not None:
+                frames.append(f"{coroutine.__qualname__}:{coroutine.cr_frame.f_lineno}")
+                coroutine = coroutine.cr_await
+            found.append(" > ".join(frames))
+        return "\n".join(sorted(found))
+
     async def patiently(self, what: str, work: Coroutine[Any, Any, Any]) -> Any:
+        task = asyncio.get_running_loop().create_task(work)
         try:
-            return await asyncio.wait_for(work, PATIENCE_SECONDS)
+            return await asyncio.wait_for(asyncio.shield(task), PATIENCE_SECONDS)
         except TimeoutError:
+            if self.trace is not None:
+                self.trace(self.waiting())
             raise Wrong(f"{what} did not end in {PATIENCE_SECONDS:.0f} s") from None
 
     # --- Running -----------------------------------------------------------------------------------------------------
