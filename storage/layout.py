@@ -142,6 +142,16 @@ RECORD_ENTRY: Final = struct.Struct("<IIQQQ")
 # (as versions before wrote them) say nothing.
 RECORD_TAIL: Final = struct.Struct("<16s")
 
+# --- How far the counters go -------------------------------------------------------------------------------------------
+
+# Consistency points are counted in a u32 (the birth of a field). From the first of these on the pool says so; at the last it takes no more
+# changes, with as many numbers left as nobody can need for reading it.
+CP_WARNED_FROM: Final = 1 << 31
+CP_LAST: Final = (1 << 32) - (1 << 20)
+# References to one block beyond the first: what the share map can hold, and from where on nothing may be done that leads to more.
+SHARES_MAX: Final = (1 << 32) - 1
+SHARES_CROWDED: Final = 1 << 31
+
 # --- Configuration --------------------------------------------------------------------------------------------------
 
 # Length of the msgpack map that follows, section name to bytes; it may go over any number of the metafile's blocks.

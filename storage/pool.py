@@ -138,6 +138,7 @@ class Pool:
         return pool
 
     async def _start(self) -> None:
+        self._points.check_number()
         if self._superblock.unknown_ro_compat:
             self._state.fail("it has features that this version can only read past: use a newer cleaved to write")
         else:

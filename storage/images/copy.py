@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from storage.errors import OutOfRange, VolumeClosed
+from storage.errors import NotByReference, OutOfRange, VolumeClosed
 from storage.images.read_path import load_path
 from storage.layout import BLOCK_BYTES, FIELDS_MASK, FIELDS_SHIFT, HOLE, KIND_SNAPSHOT, KIND_VDISK, ZERO_POINTER
 from storage.slices import Slicer
@@ -49,6 +49,7 @@ async def _copy_within_block(source: "Image", source_fbn: int, image: "Image", f
             break
         await load_path(source, source_fbn, count)
     _check_both(source, image, fbn + count)
+    image.state.share_map.check_room(NotByReference)
     _mark_shared(source, epoch)
     _mark_shared(image, epoch)
     _let_go(image, epoch, node, fbn, count)
