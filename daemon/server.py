@@ -34,6 +34,7 @@ EVENT_LEVELS: Final = {
     "block.damaged": "error",
     "image.damaged": "error",
     "log.record_damaged": "error",
+    "log.record_mended": "warning",
     "log.unreadable": "warning",
     "references.crowded": "warning",
     "pool.cp_number_high": "warning",

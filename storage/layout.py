@@ -135,6 +135,7 @@ RECORD_MAGIC: Final = b"cLOG"
 # durable_sequence (every record up to this one, with its data, was durable when this was last written), first 8 bytes of the pool UUID,
 # entry count, length of the record in blocks
 RECORD_HEAD: Final = struct.Struct("<4sIQQQ8sII")
+RECORD_CRC: Final = struct.Struct("<I")
 RECORD_CRC_OFFSET: Final = 4
 # image number, CRC32C, FBN, VBN, run length in blocks (1 for data; any for zero pointers)
 RECORD_ENTRY: Final = struct.Struct("<IIQQQ")

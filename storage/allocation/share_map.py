@@ -124,7 +124,7 @@ class ShareMap:
         self._crowded = (self._crowded - set(vbns.tolist())) | crowded
         if (changed > SHARES_MAX).any():
             worst = int(vbns[int(np.argmax(changed))])
-            self._state.fail(f"the block at VBN {worst} has more references than can be counted ({SHARES_MAX}): copy the vdisks into a new pool")
+            self._state.fail(f"the block at VBN {worst} has more references than can be counted: copy the vdisks into a new pool")
         return np.minimum(changed, SHARES_MAX)
 
     async def _node_for(self, epoch: Epoch, block: int, grows: bool) -> Node:

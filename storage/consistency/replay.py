@@ -66,6 +66,8 @@ class Replay:
         records = ring.records_from(superblock.log_head_sequence)
         missing = ring.missing(superblock.log_head_block, superblock.log_head_sequence, records)
         self._durable = max((record.durable_sequence for record in records), default=0)
+        records += await self._mend(ring, missing)
+        records.sort(key=attrgetter("sequence"))
         applied = [record for record in records if record.entries and record.cp_number > superblock.cp_number]
         lost = [one for one in missing if self._is_needed(one, records)]
         parts: list[Record | Missing] = [*applied, *lost]
@@ -93,6 +95,17 @@ class Replay:
         # A jump in the sequence: nothing left of a torn tail can ever be taken for a successor, also where the tail is all that there is.
         moved = last is not None or bool(ring.unreadable)
         return Replayed(head_block, next_sequence + (ring.blocks if moved else 0), moved, applied, entries)
+
+    async def _mend(self, ring: Ring, missing: list[Missing]) -> list[Record]:
+        """Take out of ``missing`` the records in which a single bit was flipped, if they were durable and all of their data verify."""
+        mended: list[Record] = []
+        for one in [one for one in missing if one.sequence <= self._durable and not one.unreadable]:
+            record = ring.mended(one)
+            if record is not None and not await self._damaged_entries(record):
+                mended.append(record)
+                missing.remove(one)
+                self._state.on_event("log.record_mended", sequence=one.sequence, vbn=LOG_FIRST_VBN + one.block)
+        return mended
 
     # --- What is there, and what is not ----------------------------------------------------------------------------
 

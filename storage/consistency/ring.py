@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 from crc32c import crc32c
 
 from storage.consistency.epoch import LogEntry, follows
+from storage.consistency.one_bit import flipped_bit
 from storage.consistency.superblock import Superblock
 from storage.device import Device
 from storage.errors import PoolRefused, StorageError
 from storage.layout import (
     BLOCK_BYTES,
     LOG_FIRST_VBN,
+    RECORD_CRC,
     RECORD_CRC_OFFSET,
     RECORD_ENTRY,
     RECORD_HEAD,
@@ -91,7 +93,7 @@ class Ring:
         if RECORD_HEAD.size + count * RECORD_ENTRY.size > blocks * BLOCK_BYTES - RECORD_TAIL.size:
             return None
         whole = bytearray().join(self.block_bytes((block + step) % self.blocks) for step in range(blocks))
-        whole[RECORD_CRC_OFFSET : RECORD_CRC_OFFSET + 4] = bytes(4)
+        RECORD_CRC.pack_into(whole, RECORD_CRC_OFFSET, 0)
         return parsed(whole, block) if crc32c(whole) == crc else None
 
     def records_from(self, sequence: int) -> list[Record]:
@@ -115,6 +117,22 @@ class Ring:
         if (block != head_block or sequence == head_sequence) and (last.unreadable or self._begun_at(block, sequence)):
             missing.append(last)
         return missing
+
+    def mended(self, missing: Missing) -> Record | None:
+        """The record that lies there if a single flipped bit is all that is wrong with it. For records that nobody can have torn."""
+        block = bytearray(self.block_bytes(missing.block))
+        (stored,) = RECORD_CRC.unpack_from(block, RECORD_CRC_OFFSET)
+        RECORD_CRC.pack_into(block, RECORD_CRC_OFFSET, 0)
+        difference = crc32c(block) ^ stored
+        bit = flipped_bit(BLOCK_BYTES, difference) if difference & (difference - 1) else None  # else it is one of the CRC32C's own
+        if bit is not None:
+            block[bit[0]] ^= bit[1]
+        elif difference & (difference - 1):
+            return None
+        record = parsed(block, missing.block)
+        magic, _, _, _, _, pool, count, blocks = RECORD_HEAD.unpack_from(block)
+        fits = blocks == 1 and RECORD_HEAD.size + count * RECORD_ENTRY.size <= BLOCK_BYTES - RECORD_TAIL.size
+        return record if fits and magic == RECORD_MAGIC and pool == self._pool and record.sequence == missing.sequence else None
 
     def _missing(self, block: int, sequence: int) -> Missing:
         claims: list[LogEntry] = []

@@ -247,10 +247,6 @@ class SplitService:
 
     async def estimate(self, name: str) -> dict[str, Any]:
         """What a copy split of this clone would move now, and how long that takes on an idle daemon. Raises NotFound, Conflict."""
-        if not 0 <= min(low, high) <= max(low, high) <= RATE_BYTES_MAX:
-            raise RequestError(f"rates of {low} and {high} bytes a second cannot be: use 0 (not set) to {RATE_BYTES_MAX}")
-        if mode == "share":
-            self._state.share_map.check_room(Conflict)
         image = self._catalogue.vdisk(name)
         if image.backing is None:
             raise Conflict(f"{name} has no backing store: it is not a clone, or was split already")

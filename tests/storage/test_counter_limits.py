@@ -10,7 +10,7 @@ from storage.errors import Conflict, NotByReference, PoolReadOnly, RequestError
 from storage.layout import BLOCK_BYTES, CP_LAST, CP_WARNED_FROM, SHARES_CROWDED, SHARES_MAX
 from storage.pool import Pool
 from tests.storage.devices import MemoryDevice
-from tests.storage.pools import LEAF_BYTES, OpenPool, backed_clone, completion, data, new_pool, open_on, opened, settle, within
+from tests.storage.pools import LEAF_BYTES, POOL_BYTES, OpenPool, backed_clone, completion, data, new_pool, open_on, opened, settle, within
 
 
 async def at_point(number: int) -> MemoryDevice:

@@ -118,7 +118,7 @@ async def test_records_go_round_the_ring() -> None:
         log.change(ENTRIES_PER_RECORD * 2, round_)
         await log.flush()
         if round_ % 20 == 19:
-            head, sequence, _ = log.log.mark()
+            _, sequence, _ = log.log.mark()
             await log._point()
     assert log.points == 10
     log.change(ENTRIES_PER_RECORD * 5)
