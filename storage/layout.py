@@ -132,12 +132,26 @@ VDISK_BYTES_MAX: Final = 1 << 50
 
 RECORD_MAGIC: Final = b"cLOG"
 # magic, CRC32C of the whole record with this field zero, sequence, consistency point that will hold these changes,
-# durable_sequence (every record up to this one, and its data, is known to be durable), first 8 bytes of the pool UUID,
+# durable_sequence (every record up to this one, with its data, was durable when this was last written), first 8 bytes of the pool UUID,
 # entry count, length of the record in blocks
 RECORD_HEAD: Final = struct.Struct("<4sIQQQ8sII")
+RECORD_CRC: Final = struct.Struct("<I")
 RECORD_CRC_OFFSET: Final = 4
 # image number, CRC32C, FBN, VBN, run length in blocks (1 for data; any for zero pointers)
 RECORD_ENTRY: Final = struct.Struct("<IIQQQ")
+# The last bytes of a record's last block, which no entry reaches: bit n says that no write goes on from entry n to the next one. Zeros
+# (as versions before wrote them) say nothing.
+RECORD_TAIL: Final = struct.Struct("<16s")
+
+# --- How far the counters go -------------------------------------------------------------------------------------------
+
+# Consistency points are counted in a u32 (the birth of a field). From the first of these on the pool says so; at the last it takes no more
+# changes, with as many numbers left as nobody can need for reading it.
+CP_WARNED_FROM: Final = 1 << 31
+CP_LAST: Final = (1 << 32) - (1 << 20)
+# References to one block beyond the first: what the share map can hold, and from where on nothing may be done that leads to more.
+SHARES_MAX: Final = (1 << 32) - 1
+SHARES_CROWDED: Final = 1 << 31
 
 # --- Configuration --------------------------------------------------------------------------------------------------
 
@@ -154,6 +168,7 @@ assert IMAGE_HEAD.size <= IMAGE_NAME_OFFSET and IMAGE_NAME_OFFSET + NAME_BYTES_M
 assert IMAGE_SPLIT_OFFSET + IMAGE_SPLIT.size <= IMAGE_REASON_OFFSET
 assert IMAGE_REASON_OFFSET + REASON_BYTES_MAX <= IMAGE_RESERVED_OFFSET
 assert RECORD_HEAD.size == 48 and RECORD_ENTRY.size == 32
+assert (BLOCK_BYTES - RECORD_HEAD.size) % RECORD_ENTRY.size == RECORD_TAIL.size
 
 
 def tree_levels(size_blocks: int) -> int:

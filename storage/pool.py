@@ -138,11 +138,12 @@ class Pool:
         return pool
 
     async def _start(self) -> None:
+        self._points.check_number()
         if self._superblock.unknown_ro_compat:
             self._state.fail("it has features that this version can only read past: use a newer cleaved to write")
         else:
             await self._sync_what_is_there()
-        await read_table(self._state, self._table, self._catalogue)
+        await read_table(self._state, self._table, self._catalogue, self._superblock.roots[VDISK_TABLE].size_blocks)
         await self._configuration.load()
         self._splits.take_up()
         replayed = await self._replay()

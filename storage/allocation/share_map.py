@@ -3,34 +3,56 @@
 Counts of data blocks are needed only when a reference goes, and that is settled at the consistency point, a whole epoch at once.
 Counts of *pointer* blocks decide whether a node must be unshared before it changes, so they must be exact at every moment:
 ``try_count`` adds the changes that the current and the frozen epoch hold (``Epoch.pointer_delta``) to what the map says.
+
+A count is a u32 and must not wrap. A pointer block has at most one reference from each tree, so the number of images (each of which takes a
+block of the table) bounds its count. A data block can have any number: copies by reference give one more for each block of the destination,
+share-mode splits and changes of shared pointer blocks one for each field that is copied. 256 of them lie on one pointer block of their own,
+so 2^31 of them take 32 GiB of pointer blocks, and from there to 2^32 it is 32 GiB more. Each consistency point looks at every count that it
+changes. Past SHARES_CROWDED what leads to more references is refused (``check_room``): no new snapshots, share-mode splits or copies by
+reference until the count has come down. What writes to blocks that are shared already can still add goes on; should it ever come to
+SHARES_MAX, the pool goes read-only before that consistency point becomes the pool's.
 """
 
+import asyncio
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from storage.consistency.epoch import Epoch
-from storage.layout import SHARES_PER_BLOCK
+from storage.errors import RequestError
+from storage.layout import SHARES_CROWDED, SHARES_MAX, SHARES_PER_BLOCK
 from storage.slices import Slicer, VbnArray, as_array, concatenated, in_thread_if_large
 from storage.tree.attempt import when_possible
 from storage.tree.buffer_tree import BufferTree
-from storage.tree.node import HOLES, Node
+from storage.tree.node import HOLES, Hold, Node
 
 if TYPE_CHECKING:
     from storage.state import PoolState
 
+# How often a write to a full pool looks whether the consistency point under way has settled the counts. Rare.
+SETTLED_POLL_SECONDS = 0.001
 SHARES_SHIFT = SHARES_PER_BLOCK.bit_length() - 1
 
 
 class ShareMap:
     """Reads counts at any time; changes them only within a consistency point (``apply``)."""
 
-    __slots__ = ("_state", "tree")
+    __slots__ = ("_crowded", "_state", "tree")
 
     def __init__(self, state: "PoolState", tree: BufferTree) -> None:
         self._state = state
         self.tree = tree
+        # VBNs whose count was seen above SHARES_CROWDED.
+        self._crowded: set[int] = set()
+
+    def check_room(self, refusal: type[RequestError]) -> None:
+        """Raise ``refusal`` while some block has so many references that nothing may be done that leads to more."""
+        if self._crowded:
+            raise refusal(
+                f"the block at VBN {min(self._crowded)} has more than {SHARES_CROWDED} references, and the pool cannot count many more:"
+                " trim or delete copies of it first; data can still be copied without sharing it"
+            )
 
     def try_count(self, vbn: int) -> int | None:
         """Extra references to the pointer block at ``vbn`` now, or None when the map's block has to be loaded first (``state.missing``)."""
@@ -45,13 +67,21 @@ class ShareMap:
         return count
 
     def try_unshared(self, vbns: list[int]) -> bool | None:
-        """Whether none of these data blocks has an extra reference now, or is about to get one; None when the map must be loaded first."""
+        """Whether none of these data blocks has an extra reference now, or is about to get one; None: it has to be waited for."""
+        if self._state.frozen is not None:
+            self._state.missing = self._settled  # what that adds may be neither in its lists nor in the map
+            return None
         for vbn in vbns:
             count = self.try_count(vbn)
             if count != 0:
                 return None if count is None else False
-        pending = [array for epoch in (self._state.epoch, self._state.frozen) if epoch is not None for array in epoch.added]
-        return not any(np.isin(vbns, array).any() for array in pending)
+        return not any(np.isin(vbns, array).any() for array in self._state.epoch.added)
+
+    async def _settled(self, hold: Hold) -> None:
+        """Wait for the end of the consistency point under way."""
+        while self._state.frozen is not None:
+            self._state.check_writable()
+            await asyncio.sleep(SETTLED_POLL_SECONDS)
 
     async def count(self, vbn: int) -> int:
         """``try_count``, waiting where it must. Raises BlockDamaged, DeviceFailed."""
@@ -96,12 +126,25 @@ class ShareMap:
             worst = int(vbns[int(np.argmin(changed))])
             self._state.fail(f"the share map holds fewer references to VBN {worst} than are let go of: run `cleaved check`")
             changed = np.maximum(changed, -1)
+        if (changed > SHARES_CROWDED).any() or self._crowded:
+            changed = self._watched(vbns, changed)
         if (changed < 0).any():
             epoch.freed_arrays.append(vbns[changed < 0])
         if node is not HOLES:
             counts[at] = np.maximum(changed, 0)
         for vbn in vbns.tolist() if epoch.pointer_delta else ():
             epoch.pointer_delta.pop(vbn, None)
+
+    def _watched(self, vbns: VbnArray, changed: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Note which counts are far too high; returns them as the map can hold them. Fails the pool rather than let one wrap."""
+        crowded = set(vbns[changed > SHARES_CROWDED].tolist())
+        for vbn in sorted(crowded - self._crowded):
+            self._state.on_event("references.crowded", vbn=vbn, references_max=SHARES_CROWDED)
+        self._crowded = (self._crowded - set(vbns.tolist())) | crowded
+        if (changed > SHARES_MAX).any():
+            worst = int(vbns[int(np.argmax(changed))])
+            self._state.fail(f"the block at VBN {worst} has more references than can be counted: copy the vdisks into a new pool")
+        return np.minimum(changed, SHARES_MAX)
 
     def _node_for(self, epoch: Epoch, block: int, grows: bool) -> Node | None:
         """The map's block, writable unless it is a hole and stays one."""

@@ -26,7 +26,19 @@ from storage.errors import PoolReadOnly, VolumeClosed
 from storage.images.catalogue import Catalogue
 from storage.images.image import KIND_FREE, Image
 from storage.images.record import KIND_OFFSET, ROOT_FIELD_OFFSET
-from storage.layout import BLOCK_BYTES, CONFIGURATION, FIELD, FIELDS_MASK, FIELDS_SHIFT, HOLE, VDISK_TABLE, ZERO_POINTER, tree_levels
+from storage.layout import (
+    BLOCK_BYTES,
+    CONFIGURATION,
+    CP_LAST,
+    CP_WARNED_FROM,
+    FIELD,
+    FIELDS_MASK,
+    FIELDS_SHIFT,
+    HOLE,
+    VDISK_TABLE,
+    ZERO_POINTER,
+    tree_levels,
+)
 from storage.slices import Slicer, dispose
 from storage.state import PoolState
 from storage.tree.attempt import when_possible
@@ -78,6 +90,7 @@ class ConsistencyPoints:
         # Told once when nothing can become durable any more.
         self.on_failure: Callable[[], None] = lambda: None
         self._failed = False
+        self._number_told = False
         state.wanted = self._wake.set
         log.durable_by_cp = self.request
 
@@ -150,6 +163,7 @@ class ConsistencyPoints:
         try:
             await self._room_for_one()
             # First of all: on a pool that takes no changes, no change must be made in memory either.
+            self.check_number()
             self._state.check_writable()
             frozen = self._freeze(waiting)
             if frozen is not None:
@@ -176,6 +190,15 @@ class ConsistencyPoints:
             else:
                 future.set_exception(error)
         self._due_at = perf_counter() + INTERVAL_SECONDS
+
+    def check_number(self) -> None:
+        """Say that the numbers of consistency points will come to an end, and stop taking changes long before they do."""
+        number = self._state.epoch.number
+        if number >= CP_LAST:
+            self._state.fail(f"consistency point {number} is the last that a pool can count: copy its vdisks into a new pool")
+        elif number >= CP_WARNED_FROM and not self._number_told:
+            self._number_told = True
+            self._state.on_event("pool.cp_number_high", cp_number=number, cp_number_last=CP_LAST)
 
     async def _room_for_one(self) -> None:
         """A consistency point that frees nothing yet eats from the reserve: there must not be many of them."""

@@ -11,7 +11,9 @@ Two things bring changes into the log:
 Invariants:
 - Records have consecutive sequence numbers and lie one after the other in the ring; entries are in the order of the changes.
 - A record that was there when a sync was asked for is never written over until a consistency point has made it superfluous.
-- ``durable_sequence`` in a record is the highest one whose sync had succeeded when that record was begun.
+- ``durable_sequence`` in a record is the highest one whose sync had succeeded when that record was last written.
+- After a sync, before anybody is told, the newest record says so (``_say_durable``), without a sync of its own. So after the death of the
+  process replay knows what had been promised; after a loss of power it may not.
 - A record holds changes of one epoch and carries its number. Replay over consistency point n skips records up to n. Changes of the frozen
   epoch are logged before any of the current one, so the order of the ring is the order of the changes.
 - A consistency point moves the head to where the ring stood at its freeze.
@@ -118,8 +120,7 @@ class IntentLog:
                 self._open = None
                 continue
             record.add(entries)
-            if not self._unwritten or self._unwritten[-1] is not record:
-                self._unwritten.append(record)
+            self._to_be_written(record)
         self._write_out()
         return not self._unwritten and self._next_epoch() is None
 
@@ -140,7 +141,11 @@ class IntentLog:
         record = self._open
         if record is not None and record.room and record.cp_number == epoch.number:
             return record
-        if epoch.by_reference or self._used_blocks >= self._blocks:
+        return None if epoch.by_reference else self._begin_record(epoch)
+
+    def _begin_record(self, epoch: Epoch) -> LogRecord | None:
+        """A new record, the open one from now on; None when the ring is full."""
+        if self._used_blocks >= self._blocks:
             return None
         record = LogRecord(self.head_block, self.next_sequence, epoch.number, self._durable_sequence, self._pool_uuid)
         self.head_block = (self.head_block + 1) % self._blocks
@@ -150,6 +155,10 @@ class IntentLog:
         if self._used_blocks > self._blocks * FILL_WANTED and self._state.frozen is None:
             self._state.wanted()
         return record
+
+    def _to_be_written(self, record: LogRecord) -> None:
+        if not self._unwritten or self._unwritten[-1] is not record:
+            self._unwritten.append(record)
 
     def _write_out(self) -> None:
         """Write records that are not on the device as they are, in their order, until it would have to be waited for."""
@@ -217,14 +226,28 @@ class IntentLog:
 
     async def _put_down(self, durable: bool) -> None:
         """Have all records that there are now written, and synced with their data if asked for."""
-        # The open one is closed: nobody may change what a thread writes, nor write over what is durable.
-        self._open = None
+        # The open one is closed: nobody may change what a thread writes, nor write over what is durable. A mark holds nothing that anybody
+        # counts on, and stays open: flushes without a change between them take no room in the ring.
         last_sequence = self.next_sequence - 1
+        if self._open is not None and self._open.empty:
+            last_sequence -= 1
+        else:
+            self._open = None
         await self._write_rest(last_sequence)
         if durable:
             await self._state.device.sync()
-            self._durable_sequence = max(self._durable_sequence, last_sequence)
             self.commits += 1
+            if last_sequence > self._durable_sequence:
+                self._durable_sequence = last_sequence
+                self._say_durable()
+
+    def _say_durable(self) -> None:
+        """Have the newest record say what is durable now: the open one, or the next one, begun without entries as a mark."""
+        record = self._open or self._begin_record(self._state.epoch)
+        if record is not None:
+            record.say_durable(self._durable_sequence)
+            self._to_be_written(record)
+            self._write_out()
 
     async def _write_rest(self, last_sequence: int) -> None:
         """Write by the threads, one after the other, what the device does not take at once."""

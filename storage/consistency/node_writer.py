@@ -9,6 +9,8 @@ import asyncio
 from crc32c import crc32c
 
 from storage.consistency.epoch import Epoch
+from storage.device.waiting import all_of
+from storage.errors import DeviceFailed
 from storage.layout import BLOCK_BYTES, FIELDS_MASK, FIELDS_SHIFT, TREE_LEVELS_MAX
 from storage.slices import Slicer
 from storage.state import PoolState
@@ -93,8 +95,18 @@ class NodeWriter:
     async def write_blocks(self, blocks: list[tuple[int, bytearray]]) -> None:
         """Write (VBN, bytes) pairs, contiguous ones together. Raises DeviceFailed."""
         blocks.sort(key=lambda block: block[0])
-        device = self._state.device
         pending: list[asyncio.Future[None]] = []
+        try:
+            await self._submit(blocks, pending)
+        except DeviceFailed:
+            # Those under way are waited for all the same; what failed first is what is told.
+            await asyncio.gather(*pending, return_exceptions=True)
+            raise
+        self.blocks_written += len(blocks)
+        await all_of(pending)
+
+    async def _submit(self, blocks: list[tuple[int, bytearray]], pending: list[asyncio.Future[None]]) -> None:
+        device = self._state.device
         start = 0
         for at in range(1, len(blocks) + 1):
             if at < len(blocks) and blocks[at][0] == blocks[at - 1][0] + 1 and at - start < RUN_BLOCKS_MAX:
@@ -105,6 +117,3 @@ class NodeWriter:
                 pending.append(device.writev(buffers, offset))
             start = at
             await self._slicer.breathe()
-        self.blocks_written += len(blocks)
-        if pending:
-            await asyncio.gather(*pending)

@@ -3,54 +3,38 @@
 Nothing is written before the whole log was read and verified, and the consistency point that follows writes only where neither the
 old state nor any applied record lies. So a crash during replay leaves everything as it was, and replay can be repeated.
 
-How it ends: records are read while their sequence, pool and CRC32C are right. The last ones may be torn in another way: the record is
-there but not all of its data. Below the highest ``durable_sequence`` that any record states, a block that does not verify is damage: its
-pointer is installed all the same, so that reading it is an error and not old data, and it is reported. Above it, it is the torn tail:
-that record was never acknowledged, and replay ends before it.
+The rule (docs/on-disk-format.md, "Reading it after a crash"). Every record that is whole is used, wherever others are missing. Those up to
+the highest ``durable_sequence`` that any of them states must be there, with their data: what is not is damage. A block of data that does
+not verify gets its pointer all the same, so that reading it is an error and not old data, and is reported. A record that is missing leaves
+the pool read-only, for nobody knows for certain what it changed; the blocks that it seems to name read as errors. Above that sequence
+anything may be missing, for no flush was answered: a write of which a block does not verify is left out whole, and all others are applied.
 """
 
-import asyncio
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter, itemgetter
+from typing import Any
 
 from crc32c import crc32c
 
+from storage.consistency.epoch import LogEntry as Entry
+from storage.consistency.findings import Findings, Place, places
+from storage.consistency.ring import READ_BLOCKS, Missing, Record, Ring, read_ring, read_singly
 from storage.consistency.superblock import Superblock
-from storage.errors import BlockDamaged
+from storage.errors import BlockDamaged, DeviceFailed, StorageError
 from storage.images.catalogue import Catalogue
 from storage.images.image import Image
 from storage.images.trim import trim_blocks
 from storage.images.write_path import indexes_of, install, nodes_of, plan_for
-from storage.layout import (
-    BLOCK_BYTES,
-    LOG_FIRST_VBN,
-    RECORD_CRC_OFFSET,
-    RECORD_ENTRY,
-    RECORD_HEAD,
-    RECORD_MAGIC,
-    ZERO_POINTER,
-)
+from storage.layout import BLOCK_BYTES, HOLE, LOG_FIRST_VBN, ZERO_POINTER
 from storage.slices import Slicer
 from storage.state import PoolState
 from storage.tree.attempt import when_possible
 
-Entry = tuple[int, int, int, int, int]
-# Blocks of the ring, or of neighbouring data, read at once.
-READ_BLOCKS = 256
 # Data writes installed in one step.
 STEP_ENTRIES = 256
-
-
-@dataclass
-class Record:
-    """One record of the intent log, as read back."""
-
-    sequence: int
-    cp_number: int
-    durable_sequence: int
-    block: int
-    blocks: int
-    entries: list[Entry]
+# VBNs named in one event.
+NAMED_MAX = 64
 
 
 @dataclass
@@ -64,61 +48,6 @@ class Replayed:
     entries: int
 
 
-class Ring:
-    """The blocks of the intent log, read in."""
-
-    def __init__(self, data: bytes | bytearray, pool_uuid: bytes) -> None:
-        self._data = memoryview(data)
-        self.blocks = len(data) // BLOCK_BYTES
-        self._pool = pool_uuid[:8]
-
-    def record_at(self, block: int) -> Record | None:
-        """The record that begins there, or None."""
-        head = self._data[block * BLOCK_BYTES : block * BLOCK_BYTES + RECORD_HEAD.size]
-        magic, crc, sequence, cp_number, durable, pool, count, blocks = RECORD_HEAD.unpack(head)
-        if magic != RECORD_MAGIC or pool != self._pool or not 0 < blocks <= self.blocks:
-            return None
-        if RECORD_HEAD.size + count * RECORD_ENTRY.size > blocks * BLOCK_BYTES:
-            return None
-        whole = bytearray(self._data[block * BLOCK_BYTES : (block + blocks) * BLOCK_BYTES])
-        whole += self._data[: blocks * BLOCK_BYTES - len(whole)]
-        whole[RECORD_CRC_OFFSET : RECORD_CRC_OFFSET + 4] = bytes(4)
-        if crc32c(whole) != crc:
-            return None
-        end = RECORD_HEAD.size + count * RECORD_ENTRY.size
-        entries = list(RECORD_ENTRY.iter_unpack(memoryview(whole)[RECORD_HEAD.size : end]))
-        return Record(sequence, cp_number, durable, block, blocks, entries)
-
-    def records_from(self, block: int, sequence: int) -> list[Record]:
-        """All records from there on, as far as they follow one another."""
-        found: list[Record] = []
-        room = self.blocks
-        while (record := self.record_at(block)) is not None and record.sequence == sequence and record.blocks <= room:
-            found.append(record)
-            block = (block + record.blocks) % self.blocks
-            room -= record.blocks
-            sequence += 1
-        return found
-
-    def holds_from(self, sequence: int) -> bool:
-        """Whether a record of ``sequence`` or above lies in the ring: it was not synced, and those before it are lost."""
-        for start in range(0, len(self._data), BLOCK_BYTES):
-            magic, _, found, *_ = RECORD_HEAD.unpack_from(self._data, start)
-            if magic == RECORD_MAGIC and found >= sequence and self.record_at(start // BLOCK_BYTES) is not None:
-                return True
-        return False
-
-    def later_than(self, sequence: int) -> Record | None:
-        """Any record of a higher sequence anywhere in the ring that says ``sequence`` was durable."""
-        for start in range(0, len(self._data), BLOCK_BYTES):
-            magic, _, found, _, durable, *_ = RECORD_HEAD.unpack_from(self._data, start)
-            if magic == RECORD_MAGIC and found > sequence and durable >= sequence:
-                record = self.record_at(start // BLOCK_BYTES)
-                if record is not None:
-                    return record
-        return None
-
-
 class Replay:
     """Replays the log of one pool, while nobody else works on it."""
 
@@ -127,71 +56,181 @@ class Replay:
         self._superblock = superblock
         self._catalogue = catalogue
         self._slicer = Slicer()
+        self._findings = Findings()
+        self._durable = 0
+        self._first_free = LOG_FIRST_VBN + superblock.log_blocks
 
     async def run(self) -> Replayed:
-        """Apply the log. Raises BlockDamaged, DeviceFailed; damage that leaves the rest usable is reported and survived."""
+        """Apply the log. Raises PoolRefused (a log that cannot be); damage that leaves the rest usable is reported and survived."""
         superblock = self._superblock
-        ring = Ring(await self._read_ring(), superblock.uuid)
-        records = ring.records_from(superblock.log_head_block, superblock.log_head_sequence)
-        next_sequence = superblock.log_head_sequence + len(records)
-        self._look_for_a_gap(ring, next_sequence)
-        applied = await self._verified([record for record in records if record.cp_number > superblock.cp_number])
-        entries = [entry for record in applied for entry in record.entries]
+        ring = await read_ring(self._state.device, superblock)
+        records = ring.records_from(superblock.log_head_sequence)
+        missing = ring.missing(superblock.log_head_block, superblock.log_head_sequence, records)
+        self._durable = max((record.durable_sequence for record in records), default=0)
+        records += await self._mend(ring, missing)
+        records.sort(key=attrgetter("sequence"))
+        applied = [record for record in records if record.entries and record.cp_number > superblock.cp_number]
+        lost = [one for one in missing if self._is_needed(one, records)]
+        parts: list[Record | Missing] = [*applied, *lost]
+        for part in sorted(parts, key=attrgetter("sequence")):
+            if isinstance(part, Record):
+                await self._take(part)
+            else:
+                self._take_lost(part, ring)
+        entries = self._findings.to_apply()
         for run in runs(entries):
-            self._state.allocator.adopt(run[0][3], len(run))
+            if run[0][3] >= self._first_free:
+                self._state.allocator.adopt(run[0][3], len(run))
         await self._apply(entries)
-        head_block = records[-1].block + records[-1].blocks if records else superblock.log_head_block
+        self._report_unreadable(ring, missing)
+        self._report()
+        return self._outcome(ring, records, missing, len(applied), len(entries))
+
+    def _outcome(self, ring: Ring, records: list[Record], missing: list[Missing], applied: int, entries: int) -> Replayed:
+        superblock = self._superblock
+        parts: list[Record | Missing] = [*records, *missing]
+        last = max(parts, key=attrgetter("sequence"), default=None)
+        blocks = last.blocks if isinstance(last, Record) else 1
+        head_block = superblock.log_head_block if last is None else (last.block + blocks) % ring.blocks
+        next_sequence = superblock.log_head_sequence if last is None else last.sequence + 1
         # A jump in the sequence: nothing left of a torn tail can ever be taken for a successor, also where the tail is all that there is.
-        moved = bool(records) or ring.holds_from(next_sequence)
-        jump = ring.blocks if moved else 0
-        return Replayed(head_block % ring.blocks, next_sequence + jump, moved, len(applied), len(entries))
+        moved = last is not None or bool(ring.unreadable)
+        return Replayed(head_block, next_sequence + (ring.blocks if moved else 0), moved, applied, entries)
 
-    async def _read_ring(self) -> bytearray:
-        data = bytearray(self._superblock.log_blocks * BLOCK_BYTES)
-        view = memoryview(data)
-        starts = range(0, len(data), READ_BLOCKS * BLOCK_BYTES)
-        parts = [(view[start : start + READ_BLOCKS * BLOCK_BYTES], LOG_FIRST_VBN * BLOCK_BYTES + start) for start in starts]
-        # All at once: what the device has to fetch, it fetches together.
-        await asyncio.gather(*(self._state.device.readv((part,), offset) for part, offset in parts))
-        return data
+    async def _mend(self, ring: Ring, missing: list[Missing]) -> list[Record]:
+        """Take out of ``missing`` the records in which a single bit was flipped, if they were durable and all of their data verify."""
+        mended: list[Record] = []
+        for one in [one for one in missing if one.sequence <= self._durable and not one.unreadable]:
+            record = ring.mended(one)
+            if record is not None and not await self._damaged_entries(record):
+                mended.append(record)
+                missing.remove(one)
+                self._state.on_event("log.record_mended", sequence=one.sequence, vbn=LOG_FIRST_VBN + one.block)
+        return mended
 
-    def _look_for_a_gap(self, ring: Ring, missing: int) -> None:
-        """A later record that knows ``missing`` to be durable proves that the log is damaged, not torn."""
-        later = ring.later_than(missing)
-        if later is not None and later.cp_number > self._superblock.cp_number:
-            self._state.fail(
-                f"record {missing} of the intent log is damaged, later ones exist: acknowledged writes may be lost; restore a backup"
-            )
+    # --- What is there, and what is not ----------------------------------------------------------------------------
 
-    async def _verified(self, records: list[Record]) -> list[Record]:
-        """The records to apply: up to the torn tail."""
-        durable = max((record.durable_sequence for record in records), default=0)
-        for position, record in enumerate(records):
-            bad = await self._damaged_entries(record)
-            if not bad:
-                continue
-            if record.sequence > durable:
-                self._state.on_event("log.torn_tail", sequence=record.sequence, blocks_missing=len(bad))
-                return records[:position]
-            for number, _, fbn, vbn, _ in bad:
-                self._state.on_event("block.damaged", image=number, offset_bytes=fbn * BLOCK_BYTES, vbn=vbn, durable=True)
-        return records
+    def _is_needed(self, missing: Missing, records: list[Record]) -> bool:
+        """Whether a missing record may belong to a consistency point that the superblock has not reached: those in the ring only grow."""
+        after = next((record for record in records if record.sequence > missing.sequence), None)
+        return after is None or after.cp_number > self._superblock.cp_number
 
-    async def _damaged_entries(self, record: Record) -> list[Entry]:
-        """Data entries whose block does not have the CRC32C that the record gives."""
-        bad: list[Entry] = []
+    async def _take(self, record: Record) -> None:
+        """Take up a whole record: all of it, or what verifies of it where nobody was told that it is durable."""
+        beyond = next((vbn for _, _, _, vbn, _ in record.entries if vbn >= self._superblock.size_blocks), None)
+        if beyond is not None:
+            self._state.fail(f"record {record.sequence} of the intent log names VBN {beyond}, beyond the pool: run `cleaved check`")
+            return
+        findings, first = self._findings, len(self._findings.entries)
+        findings.entries += record.entries
+        bad = await self._damaged_entries(record)
+        if record.sequence <= self._durable:
+            findings.damaged.update(first + position for position in bad)
+            return
+        for position in bad:
+            findings.torn_data.add(record.sequence)
+            findings.left_out.update(first + at for at in record.unit(position))
+
+    def _take_lost(self, missing: Missing, ring: Ring) -> None:
+        """Take up what a missing record may have said: to be named, and to read as errors if it may have been durable."""
+        findings, damaged_vbn = self._findings, LOG_FIRST_VBN + missing.block
+        missing.claims = [entry for entry in missing.claims if self._is_plausible(entry)]
+        if missing.sequence > self._durable and not self._may_be_durable(missing, ring):
+            if not missing.unreadable or not missing.at_end:
+                findings.torn_records.add(missing.sequence)
+            findings.left_out.update(findings.add(claim) for claim in missing.claims)
+            return
+        findings.lost.append(missing)
+        crc = crc32c(ring.block_bytes(missing.block)) ^ 1
+        for number, _, fbn, vbn, count in missing.claims:
+            if count == 1:
+                # Such a block points at the damaged record, with another CRC32C than that has: reading it is an error.
+                findings.damaged.add(findings.add((number, crc, fbn, damaged_vbn, 1)))
+            else:
+                findings.left_out.add(findings.add((number, 0, fbn, vbn, count)))
+
+    @staticmethod
+    def _may_be_durable(missing: Missing, ring: Ring) -> bool:
+        """Whether behind the end of the log not even the mark of an answered flush can be read."""
+        return missing.at_end and missing.unreadable and (missing.block + 1) % ring.blocks in ring.unreadable
+
+    def _is_plausible(self, entry: Entry) -> bool:
+        """Whether an entry of a record that is not whole can be what was written there."""
+        number, _, fbn, vbn, count = entry
+        image = None if self._catalogue.is_damaged(number) else self._catalogue.find(number)
+        if image is None or not count or fbn + count > image.size_blocks:
+            return False
+        return vbn == ZERO_POINTER or (count == 1 and self._first_free <= vbn < self._superblock.size_blocks)
+
+    async def _damaged_entries(self, record: Record) -> list[int]:
+        """Positions of the entries whose block of data cannot be read, or does not have the CRC32C that the record gives."""
+        bad: list[int] = []
+        positions = [at for at, entry in enumerate(record.entries) if entry[3] > ZERO_POINTER]
         buffer = memoryview(bytearray(min(len(record.entries), READ_BLOCKS) * BLOCK_BYTES))
+        done = 0
         for run in runs(record.entries):
-            first, last = run[0][3], run[-1][3]
-            if last >= self._superblock.size_blocks:
-                raise BlockDamaged(f"record {record.sequence} of the intent log names VBN {last}, beyond the pool: run `cleaved check`")
             data = buffer[: len(run) * BLOCK_BYTES]
-            if not self._state.device.try_readv((data,), first * BLOCK_BYTES):
-                await self._state.device.readv((data,), first * BLOCK_BYTES)
-            blocks = range(0, len(data), BLOCK_BYTES)
-            bad += [entry for entry, at in zip(run, blocks, strict=True) if crc32c(data[at : at + BLOCK_BYTES]) != entry[1]]
+            await self._read(data, run[0][3])
+            for position, start in zip(positions[done : done + len(run)], range(0, len(data), BLOCK_BYTES), strict=True):
+                if crc32c(data[start : start + BLOCK_BYTES]) != record.entries[position][1]:
+                    bad.append(position)
+            done += len(run)
             await self._slicer.breathe()
         return bad
+
+    async def _read(self, data: memoryview, vbn: int) -> None:
+        """Read neighbouring blocks; in place of those that cannot be read there are zeros, which no entry of data has the CRC32C of."""
+        device = self._state.device
+        try:
+            if not device.try_readv((data,), vbn * BLOCK_BYTES):
+                await device.readv((data,), vbn * BLOCK_BYTES)
+        except StorageError:
+            await read_singly(device, data, vbn)
+
+    # --- Saying it -------------------------------------------------------------------------------------------------
+
+    def _report_unreadable(self, ring: Ring, missing: list[Missing]) -> None:
+        """Tell of blocks of the ring that cannot be read, and whether changes may have lain in them that nobody can name."""
+        if ring.unreadable:
+            vbns = [LOG_FIRST_VBN + block for block in sorted(ring.unreadable)]
+            self._state.on_event(
+                "log.unreadable", vbns=vbns[:NAMED_MAX], blocks=len(vbns), changes_may_be_missing=any(one.unreadable for one in missing),
+                after_cp=self._superblock.cp_number,
+            )  # fmt: skip
+
+    def _report(self) -> None:
+        """Tell of everything that was not found as it was written, by vdisk and offset."""
+        findings = self._findings
+        damaged, left_out = findings.missing()
+        for place in damaged:
+            self._state.on_event("block.damaged", **self._words(place), vbn=place[3], durable=True)
+        torn = findings.torn_records | findings.torn_data
+        if torn:
+            self._state.on_event(
+                "log.torn_tail", sequence=min(torn), records_missing=len(findings.torn_records),
+                blocks_missing=sum(count for _, _, count, _ in left_out), missing=[self._words(place) for place in left_out[:NAMED_MAX]],
+            )  # fmt: skip
+        for lost in findings.lost:
+            self._report_lost(lost)
+
+    def _report_lost(self, lost: Missing) -> None:
+        named = [self._words(place) for place in places(sorted(lost.claims, key=itemgetter(0, 2)))]
+        vbn = LOG_FIRST_VBN + lost.block
+        self._state.on_event("log.record_damaged", sequence=lost.sequence, vbn=vbn, may_be_missing=named)
+        what = "cannot be read" if lost.unreadable else "is damaged"
+        known = f"those of {len(named)} places that it seems to name (`log.record_damaged`)" if named else "which of them, nobody can say"
+        self._state.fail(
+            f"record {lost.sequence} of the intent log (VBN {vbn}) {what}: acknowledged writes may be lost, {known}."
+            " Copy what can be read, and restore the rest from a backup"
+        )
+
+    def _words(self, place: Place) -> dict[str, Any]:
+        number, fbn, count, _ = place
+        image = None if self._catalogue.is_damaged(number) else self._catalogue.find(number)
+        label = image.label if image is not None else f"image {number}"
+        return {"image": label, "offset_bytes": fbn * BLOCK_BYTES, "length_bytes": count * BLOCK_BYTES}
+
+    # --- Applying --------------------------------------------------------------------------------------------------
 
     async def _apply(self, entries: list[Entry]) -> None:
         """Install in the order of the log; neighbours that write data to one image go together."""
@@ -199,8 +238,22 @@ class Replay:
         for at in range(1, len(entries) + 1):
             together = at < len(entries) and self._joins(entries[at - 1], entries[at]) and at - start < STEP_ENTRIES
             if not together:
-                await self._apply_step(entries[start:at])
+                await self._apply_or_say(entries[start:at])
                 start = at
+
+    async def _apply_or_say(self, entries: list[Entry]) -> None:
+        """Apply one step. Where a pointer block above it cannot be read, all below it reads as errors: the rest goes on, read-only."""
+        try:
+            try:
+                await self._apply_step(entries)
+            except DeviceFailed:
+                await self._apply_step(entries)  # it may have passed
+        except (BlockDamaged, DeviceFailed) as error:
+            place = self._words((entries[0][0], entries[0][2], 1, HOLE))
+            self._state.fail(
+                f"changes of {place['image']} from byte {place['offset_bytes']} on are in the intent log and cannot be applied: {error};"
+                " copy what can be read, and restore the rest from a backup"
+            )
 
     @staticmethod
     def _joins(one: Entry, other: Entry) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from storage.errors import OutOfRange, VolumeClosed
+from storage.errors import NotByReference, OutOfRange, VolumeClosed
 from storage.layout import BLOCK_BYTES, FIELDS_MASK, FIELDS_SHIFT, HOLE, KIND_SNAPSHOT, KIND_VDISK, ZERO_POINTER
 from storage.slices import Slicer
 from storage.tree.attempt import when_possible
@@ -44,6 +44,7 @@ async def _copy_within_block(source: "Image", source_fbn: int, image: "Image", f
 def _copy_now(source: "Image", source_fbn: int, image: "Image", fbn: int, count: int) -> bool | None:
     """Find the pointers and take them, in one step. None: nothing was changed; ``state.missing`` is what to wait for."""
     _check_both(source, image, fbn + count)
+    image.state.share_map.check_room(NotByReference)
     pointers = _pointers(source, source_fbn, count)
     if pointers is None:
         return None

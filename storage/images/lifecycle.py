@@ -301,6 +301,7 @@ class Lifecycle:
 
         def at_freeze() -> None:
             images = [self._snapshot_origin(vdisk, name) for vdisk, name in pairs]
+            self._state.share_map.check_room(Conflict)
             self._state.allocator.check_room(2 * len(images))  # the vdisks' own entries change, too
             made.extend(self._snapshot_now(image, name) for image, (_, name) in zip(images, pairs, strict=True))
 

@@ -2,13 +2,12 @@
 
 from crc32c import crc32c
 
-from storage.errors import StorageError
+from storage.errors import BlockDamaged, DeviceFailed, StorageError
 from storage.images.catalogue import Catalogue
-from storage.layout import BLOCK_BYTES, FIELDS_SHIFT, ZERO_POINTER
+from storage.layout import BLOCK_BYTES, FIELDS_PER_BLOCK, FIELDS_SHIFT, ZERO_POINTER
 from storage.slices import Slicer
 from storage.state import PoolState
 from storage.tree.buffer_tree import BufferTree
-from storage.tree.search import first_block
 
 # VBN, CRC32C and number of one entry.
 EntryField = tuple[int, int, int]
@@ -16,18 +15,28 @@ EntryField = tuple[int, int, int]
 RUN_BLOCKS_MAX = 256
 
 
-async def read_table(state: PoolState, table: BufferTree, catalogue: Catalogue) -> None:
-    """List all images in the catalogue. A damaged entry is reported, and the rest is served. Raises BlockDamaged, DeviceFailed."""
+async def read_table(state: PoolState, table: BufferTree, catalogue: Catalogue, size_blocks: int) -> None:
+    """List all images in the catalogue. A damaged entry is reported, and the rest is served; a damaged pointer block leaves it read-only.
+
+    Raises BlockDamaged, DeviceFailed when nothing of the table can be read.
+    """
     slicer = Slicer()
     fields: list[EntryField] = []
-    index = await first_block(table, 0)
-    while index is not None:
-        node = await table.load(index)
+    unreadable: list[StorageError] = []
+    indexes = range(-(-size_blocks // FIELDS_PER_BLOCK))
+    for index in indexes:
+        try:
+            node = await table.load(index)
+        except (BlockDamaged, DeviceFailed) as error:
+            _hide(state, catalogue, index, error)
+            unreadable.append(error)
+            continue
         rows = node.fields()
         slots = (rows["vbn"] > ZERO_POINTER).nonzero()[0].tolist()
         fields.extend((int(rows["vbn"][slot]), int(rows["crc"][slot]), index << FIELDS_SHIFT | slot) for slot in slots)
         await slicer.breathe()
-        index = await first_block(table, index + 1)
+    if unreadable and len(unreadable) == len(indexes):
+        raise unreadable[0]
     fields.sort()
     start = 0
     for at in range(1, len(fields) + 1):
@@ -36,6 +45,15 @@ async def read_table(state: PoolState, table: BufferTree, catalogue: Catalogue) 
             start = at
             await slicer.breathe()
     catalogue.numbers_known()
+
+
+def _hide(state: PoolState, catalogue: Catalogue, index: int, error: StorageError) -> None:
+    """None of these images can be read. What stands on which of the others nobody can tell then, so nothing may be deleted."""
+    numbers = range(index << FIELDS_SHIFT, index + 1 << FIELDS_SHIFT)
+    for number in numbers:
+        catalogue.read_damaged(number)
+    state.on_event("image.damaged", number=numbers[0], last_number=numbers[-1], error=str(error))
+    state.fail(f"images {numbers[0]} to {numbers[-1]} cannot be read ({error}): copy the others, and restore these from a backup")
 
 
 async def _read_run(state: PoolState, catalogue: Catalogue, fields: list[EntryField]) -> None:

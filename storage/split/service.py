@@ -33,6 +33,8 @@ from storage.state import PoolState
 
 # What a split copies a second on an idle daemon, for estimates before one has run (measured on the test machine: docs/performance.md).
 COPY_BYTES_PER_SECOND = 1 << 30
+# What the table entry of a clone can say.
+RATE_BYTES_MAX = (1 << 63) - 1
 
 
 class SplitService:
@@ -76,6 +78,10 @@ class SplitService:
         low, high = rate_min_bytes or 0, rate_max_bytes or 0
         if high and low > high:
             raise RequestError(f"the minimum rate {low} is above the maximum rate {high}: make it smaller")
+        if not 0 <= min(low, high) <= max(low, high) <= RATE_BYTES_MAX:
+            raise RequestError(f"rates of {low} and {high} bytes a second cannot be: use 0 (not set) to {RATE_BYTES_MAX}")
+        if mode == "share":
+            self._state.share_map.check_room(Conflict)
         image = self._catalogue.vdisk(name)
         if image.backing is None:
             raise Conflict(f"{name} has no backing store: it is not a clone, or was split already")

@@ -197,3 +197,30 @@ def brief(content: bytes) -> str:
         if content == ZEROS
         else content[:64].split(b"  ")[0].rstrip(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ\0").decode(errors="replace").strip()
     )
+
+
+def after_kill(disk: Disk, fbn: int, found: bytes) -> str:
+    """What a block holds after the death of the process, which loses nothing: ``newest``; ``older``, which only what was not flushed may
+    be, and only where something rotted; or ``wrong``.
+    """
+    if found == disk.read(fbn):
+        return "newest"
+    lba = fbn * SECTORS_PER_BLOCK
+    allowed = tuple(disk.sectors.get(at, ZEROS_ONLY) for at in range(lba, lba + SECTORS_PER_BLOCK))
+    return "wrong" if differs(allowed, found) is not None else "older"
+
+
+def flushed(disk: Disk, fbn: int) -> bool:
+    """Whether all that was written to the block was acknowledged as durable."""
+    first = fbn * SECTORS_PER_BLOCK
+    return all(len(disk.sectors.get(lba, ZEROS_ONLY)) == 1 for lba in range(first, first + SECTORS_PER_BLOCK))
+
+
+def places_named(content: bytes) -> set[tuple[str, int, int]]:
+    """(vdisk, block, version) of each sector of test data in a block."""
+    found = set()
+    for at in range(0, BLOCK_BYTES, SECTOR_BYTES):
+        if content[at:].startswith(TAG):
+            vdisk, _, lba, _, version = content[at + len(TAG) + 1 :].split(b" ", 5)[:5]
+            found.add((vdisk.decode(), int(lba) // SECTORS_PER_BLOCK, int(version)))
+    return found

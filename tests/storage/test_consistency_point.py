@@ -1,14 +1,20 @@
 """Consistency points: all or nothing, whatever happens meanwhile, and everybody who waits for one is answered."""
 
 import asyncio
+import gc
+from collections.abc import Sequence
 from random import Random
 
 import pytest
 
 from storage.consistency.epoch import Epoch
-from storage.errors import BlockDamaged, PoolReadOnly, StorageError
+from storage.consistency.node_writer import NodeWriter
+from storage.device import Buffer
+from storage.errors import BlockDamaged, DeviceFailed, PoolReadOnly, StorageError
 from storage.layout import BLOCK_BYTES
 from storage.pool import Pool
+from storage.slices import Slicer
+from storage.state import PoolState
 from tests.storage.crash_device import CrashDevice, Loss
 from tests.storage.devices import SYNC, WRITE, DelayDevice, Fault, FaultyDevice, MemoryDevice
 from tests.storage.pools import LEAF_BYTES, checked_offline, data, new_pool, open_on, opened, within
@@ -233,3 +239,31 @@ async def test_a_damaged_pointer_block_is_reported_and_the_rest_keeps_serving() 
     assert await running.read("b", 0, BLOCK_BYTES) == data(1)
     await running.write("b", 0, data(2), fua=True)
     await running.close()
+
+
+class FailsLaterAndAtOnce(MemoryDevice):
+    """The first write goes by the threads and fails there, the second fails at once."""
+
+    def try_writev(self, buffers: Sequence[Buffer], offset_bytes: int, length_bytes: int) -> bool:
+        if offset_bytes < 200 * BLOCK_BYTES:
+            return False
+        raise DeviceFailed("memory: at once")
+
+    def writev(self, buffers: Sequence[Buffer], offset_bytes: int) -> "asyncio.Future[None]":
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().call_soon(future.set_exception, DeviceFailed("memory: later"))
+        return future
+
+
+async def test_of_several_writes_that_fail_none_is_left_unheard() -> None:
+    """Or asyncio complains of a Future whose exception was never retrieved, and a write goes on behind a failed consistency point."""
+    state = PoolState(FailsLaterAndAtOnce(1 << 20), 0, 1 << 20)
+    unheard: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: unheard.append(context))
+    for vbns in ([100, 102], [100, 102, 201]):
+        with pytest.raises(DeviceFailed):
+            await NodeWriter(state, state.epoch, Slicer()).write_blocks([(vbn, bytearray(BLOCK_BYTES)) for vbn in vbns])
+        await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    gc.collect()
+    assert not unheard

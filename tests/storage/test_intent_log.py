@@ -8,7 +8,7 @@ import pytest
 from storage.consistency.epoch import Epoch, LogEntry
 from storage.consistency.intent_log import IntentLog
 from storage.consistency.log_record import ENTRIES_PER_RECORD, LogRecord
-from storage.consistency.replay import Ring
+from storage.consistency.ring import Ring
 from storage.device import Buffer, Device
 from storage.errors import StorageError
 from storage.layout import BLOCK_BYTES, LOG_FIRST_VBN
@@ -101,7 +101,7 @@ async def test_all_flushes_that_wait_share_the_next_record() -> None:
     log.device.release(SYNC)
     await asyncio.gather(first, *others)
     assert log.log.commits == 2
-    assert [len(record.entries) for record in log.ring().records_from(0, 1)] == [1, 3]
+    assert [len(record.entries) for record in log.ring().records_from(1)] == [1, 3, 0]
 
 
 async def test_a_record_says_that_those_before_it_are_durable() -> None:
@@ -109,7 +109,7 @@ async def test_a_record_says_that_those_before_it_are_durable() -> None:
     for _ in range(3):
         log.change(1)
         await log.flush()
-    assert [record.durable_sequence for record in log.ring().records_from(0, 1)] == [0, 1, 2]
+    assert [record.durable_sequence for record in log.ring().records_from(1)] == [0, 1, 2, 3]
 
 
 async def test_records_go_round_the_ring() -> None:
@@ -118,13 +118,13 @@ async def test_records_go_round_the_ring() -> None:
         log.change(ENTRIES_PER_RECORD * 2, round_)
         await log.flush()
         if round_ % 20 == 19:
-            head, sequence, _ = log.log.mark()
+            _, sequence, _ = log.log.mark()
             await log._point()
     assert log.points == 10
     log.change(ENTRIES_PER_RECORD * 5)
     await log.flush()
-    records = log.ring().records_from(head, sequence)
-    assert [len(record.entries) for record in records] == [ENTRIES_PER_RECORD] * 5
+    records = log.ring().records_from(sequence)
+    assert [len(record.entries) for record in records] == [ENTRIES_PER_RECORD] * 5 + [0]
 
 
 async def test_a_full_ring_is_emptied_by_a_consistency_point_and_never_written_over() -> None:
@@ -132,10 +132,10 @@ async def test_a_full_ring_is_emptied_by_a_consistency_point_and_never_written_o
     for _ in range(RING_BLOCKS):
         log.change(1)
         await log.flush()
-    assert log.points == 0 and len(log.ring().records_from(0, 1)) == RING_BLOCKS
+    assert log.points == 0 and len(log.ring().records_from(1)) == RING_BLOCKS
     log.change(1)
     await log.flush()
-    assert log.points == 1 and len(log.ring().records_from(0, 1)) == RING_BLOCKS
+    assert log.points == 1 and len(log.ring().records_from(1)) == RING_BLOCKS
 
 
 async def test_changes_that_the_ring_has_no_room_for_become_durable_by_a_consistency_point() -> None:
@@ -143,7 +143,7 @@ async def test_changes_that_the_ring_has_no_room_for_become_durable_by_a_consist
     log.change(RING_BLOCKS * ENTRIES_PER_RECORD + 1)
     await log.flush()
     assert log.points == 1
-    assert len(log.ring().records_from(0, 1)) == RING_BLOCKS
+    assert len(log.ring().records_from(1)) == RING_BLOCKS
 
 
 async def test_changes_are_noted_without_a_sync_and_the_open_record_grows() -> None:
@@ -151,7 +151,7 @@ async def test_changes_are_noted_without_a_sync_and_the_open_record_grows() -> N
     for number in range(5):
         log.change(1, number)
         log.log.note()
-        (record,) = log.ring().records_from(0, 1)
+        (record,) = log.ring().records_from(1)
         assert [entry[2] for entry in record.entries] == list(range(number + 1))
     assert isinstance(log.device, FaultyDevice)
     assert log.device.calls.get(SYNC, 0) == 0
@@ -165,7 +165,7 @@ async def test_a_record_that_a_flush_counts_on_is_never_written_over() -> None:
     log.change(1, 5)
     log.log.note()
     assert bytes(log.ring()._data[:BLOCK_BYTES]) == first
-    assert [record.durable_sequence for record in log.ring().records_from(0, 1)] == [0, 1]
+    assert [record.durable_sequence for record in log.ring().records_from(1)] == [0, 1]
 
 
 async def test_changes_of_the_frozen_epoch_come_before_those_of_the_current_one() -> None:
@@ -176,7 +176,7 @@ async def test_changes_of_the_frozen_epoch_come_before_those_of_the_current_one(
     log.state.frozen, log.state.epoch = frozen, Epoch(frozen.number + 1)
     log.change(1, 200)
     log.log.note()
-    records = log.ring().records_from(0, 1)
+    records = log.ring().records_from(1)
     assert [(record.cp_number, record.entries[0][2]) for record in records] == [(frozen.number, 100), (frozen.number + 1, 200)]
 
 
@@ -188,7 +188,7 @@ async def test_what_the_device_does_not_take_at_once_is_written_in_order_later()
     await log.flush()
     content = bytearray(RING_BLOCKS * BLOCK_BYTES)
     await log.device.readv([content], LOG_FIRST_VBN * BLOCK_BYTES)
-    records = Ring(content, UUID_BYTES).records_from(0, 1)
+    records = Ring(content, UUID_BYTES).records_from(1)
     assert [record.entries[0][2] for record in records] == [0, 1, 2]
 
 
@@ -214,12 +214,12 @@ async def test_a_record_is_not_overtaken_by_one_that_the_device_takes_at_once() 
     log.device.refuses = False
     log.change(1, 5)
     assert not log.log.note()  # the first record is on its way
-    assert not noted and not log.ring().records_from(0, 1)
+    assert not noted and not log.ring().records_from(1)
     log.device.release(WRITE)
     await log.log.drain()
     assert noted == [None]
     assert log.log.note()
-    assert [len(record.entries) for record in log.ring().records_from(0, 1)] == [ENTRIES_PER_RECORD, 1]
+    assert [len(record.entries) for record in log.ring().records_from(1)] == [ENTRIES_PER_RECORD, 1]
 
 
 @pytest.mark.parametrize("operation", [WRITE, SYNC])
@@ -314,4 +314,4 @@ async def test_no_write_lies_in_two_records_that_fits_into_one(
         log.log.note()
     log.log._used_blocks = 0
     log.log.note()
-    assert [len(record.entries) for record in log.ring().records_from(0, 1)] == expected
+    assert [len(record.entries) for record in log.ring().records_from(1)] == expected

@@ -205,3 +205,26 @@ async def test_vdisks_are_found_by_their_uuids() -> None:
     again = await open_on(memory)
     assert again.pool.names_of_uuids(set(made.values())) == {made["a"]: "renamed", made["b"]: "b"}
     await again.close()
+
+
+async def test_a_damaged_pointer_block_of_the_table_costs_its_images_and_the_others_are_served_read_only() -> None:
+    """Of the kind of one bad block at open that stops everything: it did."""
+    async with new_pool() as running:
+        await asyncio.gather(*(running.pool.vdisk_create(f"v{number}", 1 << 20) for number in range(300)))
+        for number in (0, 299):
+            await running.write(f"v{number}", 0, data(number + 1))
+        await running.checkpoint()
+        by_number = {running.image(name).number: name for name in running.pool.names()}
+        hidden = {name for number, name in by_number.items() if number < 256}
+        node = await running.pool._table.load(0)
+    memory = running.memory.copy()
+    memory._pages[node.vbn][99] ^= 1
+    running = await open_on(memory)
+    assert set(running.pool.names()) == set(by_number.values()) - hidden
+    assert "images 0 to 255 cannot be read" in running.pool.show()["read_only_reason"]
+    assert ("image.damaged", 0, 255) in [(name, fields.get("number"), fields.get("last_number")) for name, fields in running.events]
+    served = max(by_number)
+    name = by_number[served]
+    assert await running.read(name, 0, BLOCK_BYTES) == (data(300) if name == "v299" else bytes(BLOCK_BYTES))
+    assert len(await running.pool.vdisk_list()) == 300 - len(hidden)
+    await running.close()

@@ -1,6 +1,6 @@
 """The fuzzer of the whole store.
 
-    python -m tests.fuzz.store.run [--seed N] [--seconds S] [--jobs J] [--replay SEED[:OPTIONS]] [--trace] [--no-shrink]
+python -m tests.fuzz.store.run [--seed N] [--seconds S] [--jobs J] [--replay SEED[:OPTIONS]] [--trace] [--no-shrink]
 """
 
 import argparse
