@@ -32,7 +32,7 @@ class SessionView(Protocol):
 
     @property
     def initiator_name(self) -> str:
-        """ISCSI name of the initiator."""
+        """ISCSI name of the initiator, in lower case (`protocol.names`)."""
 
     @property
     def target_name(self) -> str:
@@ -51,8 +51,7 @@ class TargetDirectory(Protocol):
     def open_target(self, target_name: str, initiator_name: str) -> TargetDefinition | None:
         """The target for this initiator; None where it does not exist or must not be seen.
 
-        ``target_name`` is as the initiator wrote it: iSCSI names are compared in lower case (RFC 7143 4.2.7.1). The definition holds
-        the name as it is.
+        ``target_name`` is as the initiator wrote it, in any case (`protocol.names`). The definition holds the name that is announced.
         """
 
     def discovery_chap(self, initiator_name: str) -> ChapSecrets | None:

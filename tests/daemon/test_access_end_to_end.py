@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from daemon.initiator import Initiator, random_isid
-from daemon.targets import TARGET_PREFIX
+from daemon.target_names import TARGET_PREFIX
 from protocol.iscsi.chap import ChapSecrets
 from protocol.iscsi.errors import IscsiError
 from protocol.iscsi.initiator_login import InitiatorSettings

@@ -13,7 +13,8 @@ from daemon import iscsi_listener
 from daemon.config import Address
 from daemon.initiator import Initiator
 from daemon.iscsi_listener import IscsiListener, ListenFailed
-from daemon.targets import TARGET_PREFIX, Targets
+from daemon.target_names import TARGET_PREFIX
+from daemon.targets import Targets
 from protocol.iscsi.node import TargetNode
 from tests.daemon.fakes import MemoryPool
 from tests.daemon.programs import run, succeed

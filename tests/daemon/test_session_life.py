@@ -10,8 +10,9 @@ from daemon import admission as admission_module
 from daemon.config import Address
 from daemon.initiator import INITIATOR_NAME, Initiator, random_isid
 from daemon.iscsi_listener import CLOSE_SECONDS, IscsiListener
+from daemon.target_names import TARGET_PREFIX
 from daemon.target_service import TargetService
-from daemon.targets import TARGET_PREFIX, Targets
+from daemon.targets import Targets
 from protocol.control import methods
 from protocol.iscsi import limits
 from protocol.iscsi.errors import IscsiError
