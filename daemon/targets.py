@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from uuid import UUID
 
 from daemon.access import AccessControl
 from daemon.config import Chap
@@ -26,6 +27,7 @@ from protocol.control.methods import ISCSI_NAME
 from protocol.iscsi.chap import ChapSecrets
 from protocol.iscsi.node import SessionView, TargetDefinition
 from protocol.names import fold
+from protocol.scsi.limits import FIRST_TARGET_PORT
 from storage.errors import Conflict, NotFound, RequestError
 from storage.images.counters import Counters
 
@@ -112,7 +114,11 @@ class Targets:
         found = self.find(target_name)
         if found is None or not self._allows(found.key, initiator_name):
             return None
-        return TargetDefinition(found.name, dict(found.luns), self.access.secrets_for(initiator_name))
+        return TargetDefinition(found.name, dict(found.luns), self.access.secrets_for(initiator_name), self.table.port_of(found.name))
+
+    def target_ports(self, uuid: UUID) -> list[int]:
+        """That of the vdisk's own target, and those of the targets that it is mapped into."""
+        return [FIRST_TARGET_PORT, *(self.table.port_of(name) for name, _ in self.table.places_of(uuid.hex))]
 
     def discovery_chap(self, initiator_name: str) -> ChapSecrets | None:
         """Names are shown to those only who prove who they are, where that is asked of them."""

@@ -3,14 +3,14 @@
 A daemon implements `TargetDirectory` and makes one `TargetNode` over it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 from uuid import UUID
 
 from protocol.iscsi.chap import Challenges, ChapSecrets
 from protocol.iscsi.errors import OutOfResources
-from protocol.scsi.limits import PHYSICAL_BLOCK_EXPONENT
+from protocol.scsi.limits import FIRST_TARGET_PORT, PHYSICAL_BLOCK_EXPONENT
 from protocol.scsi.logical_unit import LogicalUnit, Nexus, Sanitization
 from protocol.scsi.turns import Turns
 from protocol.volume import BlockVolume, Completion
@@ -20,11 +20,15 @@ _TSIH_MAX = 0xFFFF
 
 @dataclass(frozen=True, slots=True)
 class TargetDefinition:
-    """One target as one initiator may use it: its volumes by LUN, and the CHAP that it asks for (None: nothing)."""
+    """One target as one initiator may use it: its volumes by LUN, and the CHAP that it asks for (None: nothing).
+
+    ``port`` is the relative port identifier of its one target port: of all targets that a volume is mapped into, each has another.
+    """
 
     name: str
     luns: dict[int, BlockVolume]
     chap: ChapSecrets | None = None
+    port: int = FIRST_TARGET_PORT
 
 
 class SessionView(Protocol):
@@ -53,6 +57,9 @@ class TargetDirectory(Protocol):
 
         ``target_name`` is as the initiator wrote it, in any case (`protocol.names`). The definition holds the name that is announced.
         """
+
+    def target_ports(self, uuid: UUID) -> Collection[int]:
+        """Relative port identifiers of all targets through which this volume can be reached."""
 
     def discovery_chap(self, initiator_name: str) -> ChapSecrets | None:
         """What a discovery session of this initiator must prove; None for nothing."""
@@ -147,6 +154,8 @@ class TargetNode:
 
     def _new_unit(self, volume: BlockVolume) -> LogicalUnit:
         unit = LogicalUnit(volume, self.physical_block_exponent, self.turns)
+        directory, uuid = self.directory, volume.uuid
+        unit.target_ports = lambda: directory.target_ports(uuid)
         keeper = self.reservations
         if keeper is not None:
             kept = keeper.kept(volume.uuid)
@@ -157,7 +166,7 @@ class TargetNode:
 
     def open_nexus(self, definition: TargetDefinition, initiator_port: str) -> Nexus:
         """A nexus with all LUNs of the target mapped."""
-        nexus = Nexus(initiator_port, definition.name)
+        nexus = Nexus(initiator_port, definition.name, definition.port)
         for lun, volume in sorted(definition.luns.items()):
             nexus.map(lun, self.unit_for(volume))
         return nexus
@@ -249,4 +258,4 @@ def _restore(unit: LogicalUnit, write_cache: bool = True, sanitize_unrestricted_
     if sanitize_unrestricted_exit is not None:
         unit.sanitization = Sanitization(sanitize_unrestricted_exit, failed=True)  # it was broken off: SBC-3 4.11.4
     if reservations["registrations"]:
-        unit.reservations.restore(**reservations)
+        unit.reservations.restore(**reservations, target_ports=unit.target_ports())

@@ -26,7 +26,6 @@ _PAGE_HEAD: Final = Struct(">BBH")
 _DESIGNATOR_HEAD: Final = Struct(">BBxB")
 _ISCSI_PROTOCOL: Final = 0x50
 _ASSOCIATION_PORT: Final = 0x90  # PIV set, association: target port
-_RELATIVE_PORT: Final = 1
 _PORT_GROUP: Final = 1
 _BLOCK_LIMITS: Final = Struct(">BBHIIIIIIIQIII8x")
 # WSNZ: a WRITE SAME of length zero, which would reach to the end, is refused. libiscsi's suite expects of the other choice that
@@ -88,7 +87,7 @@ def _device_identification(request: Request) -> bytes:
     return b"".join(
         (
             *(_designator(*named) for named in _unit_designators(unit)),
-            _designator(1, 4, _RELATIVE_PORT.to_bytes(4, "big")),
+            _designator(1, 4, request.nexus.id.target_port.to_bytes(4, "big")),
             _designator(1, 5, _PORT_GROUP.to_bytes(4, "big")),
             _designator(3, 8, port_name),
         )
