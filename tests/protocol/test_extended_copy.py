@@ -65,7 +65,7 @@ def clear(node, volumes) -> None:
 
 
 def naa(pair: Coupling, lun: int) -> bytes:
-    return page(pair, 0x83, lun=lun)[8:16]
+    return page(pair, 0x83, lun=lun)[8:24]
 
 
 def target(designator: bytes, kind: int = 3, code_set: int = 1, flags: int = 0, block: int = 512) -> bytes:
