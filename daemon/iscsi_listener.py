@@ -29,6 +29,8 @@ WRITE_LOW_BYTES: Final = 1 << 20
 # What was sent at the end of a connection has this long to go out; a peer that is dead or does not read never takes it.
 CLOSE_SECONDS: Final = 5.0
 _WILDCARDS: Final = frozenset(("0.0.0.0", "::"))
+# Two hosts with one name log in a hundred times a second and more: after the first time the log says once in so many ticks how often.
+TAKEOVER_TICKS: Final = 60
 # Ended connections whose memory may wait for a quiet second: half a megabyte each.
 ENDED_MAX: Final = 200
 
@@ -50,6 +52,8 @@ class IscsiListener:
         self._empty: asyncio.Event = asyncio.Event()
         self._collect = collect
         self._failures = Repeats("iscsi.failed")
+        self._takeovers = Repeats("session.taken_over", TAKEOVER_TICKS)
+        node.taken_over = self._session_taken_over
         node.portals = self.portals_beside
         node.turns.call_soon = asyncio.get_running_loop().call_soon
         self._ended = 0
@@ -136,6 +140,19 @@ class IscsiListener:
         if not self.connections:
             self._empty.set()
 
+    def _session_taken_over(self, older: SessionView, newer: SessionView) -> None:
+        """A host that comes back ends its old session (RFC 7143 6.3.5). Another one should not."""
+        hosts = sorted({session.peer_address.rpartition(":")[0] for session in (older, newer)})
+        if len(hosts) > 1:
+            self._takeovers.log(
+                f"{' and '.join(hosts)} log in by one initiator name and ISID, so that each login ends the other's session; if they are two"
+                " hosts, give each an initiator name of its own (Linux: /etc/iscsi/initiatorname.iscsi)",
+                initiator=newer.initiator_name,
+                target=newer.target_name,
+                address=newer.peer_address,
+                ended_address=older.peer_address,
+            )
+
     async def _wait_empty(self) -> None:
         while self.connections:
             self._empty.clear()
@@ -149,6 +166,7 @@ class IscsiListener:
             connection.tick(now_seconds)
         self.admission.tick()
         self._failures.tick()
+        self._takeovers.tick()
         if self._ended:
             self._collect_ended()
 

@@ -132,14 +132,14 @@ class Targets:
         for volume in opened.volumes.values():
             volume.attach(opened.label)
         self._sessions[session] = opened
-        get_log().info("session.opened", initiator=session.initiator_name, target=session.target_name)
+        get_log().info("session.opened", initiator=session.initiator_name, target=session.target_name, address=session.peer_address)
 
     def session_closed(self, session: SessionView) -> None:
         """Detach. No command of the session can touch its vdisks any more."""
         opened = self._sessions.pop(session)
         for volume in opened.volumes.values():
             volume.detach(opened.label)
-        get_log().info("session.closed", initiator=session.initiator_name, target=session.target_name)
+        get_log().info("session.closed", initiator=session.initiator_name, target=session.target_name, address=session.peer_address)
 
     # --- Finding ---------------------------------------------------------------------------------------------------
 

@@ -200,7 +200,7 @@ class TargetConnection:
             return
         self.target_name = result.target.name
         self._key = (result.initiator_name, result.isid, result.target.name)
-        self.node.reinstate(self._key, lambda: self._open_session(result, login.stat_sn))
+        self.node.reinstate(self._key, self, lambda: self._open_session(result, login.stat_sn))
 
     def _open_session(self, result: LoginResult, stat_sn: int) -> None:
         """No older session is in the way: make the nexus and answer the login.

@@ -42,6 +42,10 @@ class SessionView(Protocol):
     def target_name(self) -> str:
         """ISCSI name of the target; empty for a discovery session."""
 
+    @property
+    def peer_address(self) -> str:
+        """Where the initiator connected from, HOST:PORT."""
+
     def describe(self) -> dict[str, object]:
         """State and counters, with stable keys."""
 
@@ -120,6 +124,8 @@ class TargetNode:
     reservations: ReservationKeeper | None = None
     # What initiators are told of physical blocks (`LogicalUnit`). There are some that take no disk with other ones than of 512 bytes.
     physical_block_exponent: int = PHYSICAL_BLOCK_EXPONENT
+    # Told before a session is ended because its initiator port logs in again: the session, and the one that comes.
+    taken_over: Callable[[SessionView, SessionView], None] = lambda _older, _newer: None
     # The daemon gives it the event loop's ``call_soon``.
     turns: Turns = field(default_factory=Turns)
     challenges: Challenges = field(default_factory=Challenges)
@@ -205,13 +211,14 @@ class TargetNode:
     def _sessions_of(self, target_name: str) -> list[NodeSession]:
         return [session for session in self.sessions.values() if session.target_name == target_name]
 
-    def reinstate(self, key: SessionKey, ready: Callable[[], None]) -> None:
+    def reinstate(self, key: SessionKey, newer: SessionView, ready: Callable[[], None]) -> None:
         """Call ``ready`` once no older session of the same initiator port and target exists (RFC 7143 6.3.5)."""
         older = self.sessions.get(key)
         if older is None:
             ready()
         else:  # it stays registered until it has drained, and another login of the port may have come first by then
-            older.reinstated(lambda: self.reinstate(key, ready))
+            self.taken_over(older, newer)
+            older.reinstated(lambda: self.reinstate(key, newer, ready))
 
     def register(self, key: SessionKey, session: NodeSession) -> None:
         """A session has entered the full feature phase."""

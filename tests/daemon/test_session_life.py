@@ -9,7 +9,7 @@ import pytest_asyncio
 from daemon import admission as admission_module
 from daemon.config import Address
 from daemon.initiator import INITIATOR_NAME, Initiator, random_isid
-from daemon.iscsi_listener import CLOSE_SECONDS, IscsiListener
+from daemon.iscsi_listener import CLOSE_SECONDS, TAKEOVER_TICKS, IscsiListener
 from daemon.target_names import TARGET_PREFIX
 from daemon.target_service import TargetService
 from daemon.targets import Targets
@@ -190,3 +190,34 @@ async def test_two_portals_are_two_paths_to_one_disk(pool: MemoryPool) -> None:
     for path in paths:
         await path.close()
     await listener.stop(1.0)
+
+
+async def test_hosts_that_end_each_others_sessions_are_named_once(pool: MemoryPool, capsys: pytest.CaptureFixture[str]) -> None:
+    listener = IscsiListener(TargetNode(Targets(pool, None)), connections_max=200)
+    for host in ("127.0.0.1", "::1"):
+        await listener.listen(Address(host, 0))
+    settings = InitiatorSettings(INITIATOR_NAME, DISK, isid=7)
+    opened = []
+    for _ in range(5):
+        for host, port in listener.addresses:
+            opened.append(await Initiator.connect(host, port, DISK, settings))
+            opened.append(await Initiator.connect(host, port, DISK, settings))  # a host that comes back is no news
+    logged = capsys.readouterr().out
+    (line,) = [line for line in logged.splitlines() if "session.taken_over" in line]
+    for words in (
+        "127.0.0.1 and [::1]",
+        "times=1",
+        INITIATOR_NAME,
+        DISK,
+        "ended_address=127.0.0.1:",
+        "address=[::1]:",
+        "initiator name of its own",
+    ):
+        assert words in line
+    for _ in range(2 * TAKEOVER_TICKS):
+        listener._takeovers.tick()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "times=8" in line and "127.0.0.1 and [::1]" in line
+    for initiator in opened:
+        initiator.abort()
+    await listener.stop(0.1)
