@@ -65,7 +65,7 @@ class Daemon:
         await targets.load()
         exponent = (config.physical_block_bytes // SECTOR_BYTES).bit_length() - 1
         node = TargetNode(targets, reservations=self._reservations, physical_block_exponent=exponent)
-        self._iscsi = IscsiListener(node, config.connections_max)
+        self._iscsi = IscsiListener(node, config.connections_max, advertise=config.iscsi_advertise)
         service = ControlService(self._pool, config.pool_path, targets, self._reservations, self._iscsi)
         self._control = ControlServer(config.control_path, service.call)
         await self._control.start()

@@ -173,6 +173,9 @@ async def test_discovery_tells_the_portals_that_an_initiator_can_reach(listener:
     assert listener.portals_beside("[::1]:5") == ["[::1]:5", "127.0.0.1:1", "10.0.0.1:2", "[fd00::1]:3"]
     assert listener.portals_beside("[fd00::1]:3") == ["[fd00::1]:3", "10.0.0.1:2"]
     assert listener.portals_beside("192.168.0.7:4") == ["192.168.0.7:4", "10.0.0.1:2", "[fd00::1]:3"]
+    listener.addresses = [Address("10.0.0.1", 2), Address("fe80::1%eth0", 3), Address("fe80::2%eth1", 4)]
+    assert listener.portals_beside("10.0.0.1:2") == ["10.0.0.1:2"]  # what is link-local may be of another link
+    assert listener.portals_beside("[fe80::1]:3") == ["[fe80::1]:3", "10.0.0.1:2", "[fe80::2]:4"]
 
 
 async def test_two_portals_are_two_paths_to_one_disk(pool: MemoryPool) -> None:
