@@ -39,13 +39,14 @@ def serve(config_path: str | None, **options: Any) -> None:
 
     from daemon import logs, server  # noqa: PLC0415
     from daemon.control import ControlPathBusy  # noqa: PLC0415
+    from daemon.descriptors import TooFewDescriptors  # noqa: PLC0415
     from daemon.iscsi_listener import ListenFailed  # noqa: PLC0415
 
     logs.set_up(config.log_level, config.log_format)
     try:
         server.create_pool(config)
         uvloop.run(server.run(config))
-    except (ListenFailed, ControlPathBusy) as error:
+    except (ListenFailed, ControlPathBusy, TooFewDescriptors) as error:
         fail(str(error), EXIT_FAILED)
 
 

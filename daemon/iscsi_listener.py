@@ -47,10 +47,11 @@ class IscsiListener:
         connections_max: int,
         collect: Callable[[], None] = runtime.collect_old,
         advertise: Sequence[Address] = (),
+        full: str | None = None,
     ) -> None:
         self.node = node
         self._advertise = advertise
-        self.admission = Admission(connections_max)
+        self.admission = Admission(connections_max, full)
         self.connections: set[IscsiProtocol] = set()
         self.addresses: list[Address] = []
         self._acceptor = Acceptor(self.admission, lambda: IscsiProtocol(self))
