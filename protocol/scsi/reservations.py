@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
+from protocol.names import fold
+
 WRITE_EXCLUSIVE: Final = 1
 EXCLUSIVE_ACCESS: Final = 3
 WRITE_EXCLUSIVE_REGISTRANTS: Final = 5
@@ -40,9 +42,9 @@ class NexusId(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "NexusId":
-        """What ``str`` made. Of an earlier version's text the target port is ANY_TARGET_PORT."""
-        port, found, number = text.rpartition(_TARGET_PORT)
-        return cls(port, int(number, 16)) if found else cls(text, ANY_TARGET_PORT)
+        """What ``str`` made. Of an earlier version's text the target port is ANY_TARGET_PORT; some had upper-case letters."""
+        port, found, number = fold(text).rpartition(_TARGET_PORT)
+        return cls(port, int(number, 16)) if found else cls(number, ANY_TARGET_PORT)
 
 
 @dataclass(slots=True)

@@ -212,9 +212,12 @@ def test_an_old_holder_is_preempted(volume):
     assert node.unit_for(volume).reservations.holder == nexus(2, target_port=SECOND)
 
 
-@pytest.mark.parametrize("stored", ["iqn.2026-01.test:a,i,0x000000000001", "iqn.2026-01.test:a,i,0x000000000001,t,0x00ff"])
+@pytest.mark.parametrize(
+    "stored",
+    ["iqn.2026-01.test:a,i,0x000000000001", "iqn.2026-01.test:A,i,0x000000000001", "iqn.2026-01.test:a,i,0x000000000001,t,0x00ff"],
+)
 def test_stored_names_of_nexuses(stored):
-    assert str(NexusId.parse(stored)) == stored
+    assert str(NexusId.parse(stored)) == stored.lower()
     assert NexusId.parse(stored).initiator_port == "iqn.2026-01.test:a,i,0x000000000001"
 
 
