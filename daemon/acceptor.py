@@ -34,10 +34,9 @@ class Acceptor:
 
     async def listen(self, address: Address) -> list[Address]:
         """Listen on every address that the host name stands for; those, with their real ports. Raises OSError, and listens on none then."""
-        found = await self._loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         bound: list[socket.socket] = []
         try:
-            for family, _, _, _, where in dict.fromkeys(found):
+            for family, where in await self._resolved(address):
                 bound.append(_bound(family, where))
         except OSError:
             for listening in bound:
@@ -46,7 +45,15 @@ class Acceptor:
         self._listening += bound
         if self._resume is None:
             self._watch(bound)
-        return [Address(*listening.getsockname()[:2]) for listening in bound]
+        return [_address(listening) for listening in bound]
+
+    async def _resolved(self, address: Address) -> list[tuple[int, object]]:
+        """Families and socket addresses. Raises OSError."""
+        host, _, interface = address.host.partition("%")
+        if interface:  # uvloop's getaddrinfo loses it
+            return [(socket.AF_INET6, (host, address.port, 0, _index(interface)))]
+        found = await self._loop.getaddrinfo(host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        return list(dict.fromkeys((family, where) for family, _, _, _, where in found))
 
     def close(self) -> None:
         """Take no more."""
@@ -112,6 +119,20 @@ class Acceptor:
             await self._loop.connect_accepted_socket(self._protocol, taken)
         except OSError:
             taken.close()  # the client went away
+
+
+def _index(interface: str) -> int:
+    """By name or number. Raises OSError."""
+    try:
+        return int(interface) if interface.isdecimal() else socket.if_nametoindex(interface)
+    except OSError:
+        raise OSError(errno.ENODEV, f"there is no network interface {interface}") from None
+
+
+def _address(listening: socket.socket) -> Address:
+    """Where it listens: getsockname tells the interface of a link-local address by its number, apart from the host."""
+    host, port, *more = listening.getsockname()
+    return Address(f"{host}%{socket.if_indextoname(more[1])}" if more and more[1] else host, port)
 
 
 def _gone(taken: socket.socket) -> bool:

@@ -13,6 +13,7 @@ from daemon.config import Chap
 from daemon.sections import Configurable, Section, Versioned
 from protocol.control.limits import ACL_INITIATORS_MAX
 from protocol.iscsi.chap import ChapSecrets
+from protocol.names import fold
 from storage.errors import Conflict, NotFound
 
 SECTION: Final = "access"
@@ -29,10 +30,11 @@ class Credentials(msgspec.Struct, frozen=True, kw_only=True):
     def __repr__(self) -> str:
         return f"Credentials(user={self.user!r}, mutual={self.mutual_user is not None})"
 
-    def as_secrets(self) -> ChapSecrets:
-        """As the wire takes them."""
+    def as_secrets(self, initiator: str | None = None) -> ChapSecrets:
+        """As the wire takes them. Where the user is the name of the initiator that they are of (the default), it has no case."""
         mutual = None if self.mutual_secret is None else self.mutual_secret.encode()
-        return ChapSecrets(self.user, self.secret.encode(), self.mutual_user, mutual)
+        is_name = initiator is not None and fold(self.user) == fold(initiator)
+        return ChapSecrets(self.user, self.secret.encode(), self.mutual_user, mutual, is_name)
 
 
 class StoredAccess(Versioned, frozen=True, kw_only=True):
@@ -67,12 +69,12 @@ class AccessControl:
         lists = [self.acls[key] for key in keys if key in self.acls]
         if not lists:
             return self.open_access
-        return any(initiator.lower() in found for found in lists)
+        return any(fold(initiator) in found for found in lists)
 
     def secrets_for(self, initiator: str) -> ChapSecrets | None:
         """What this initiator must prove, for discovery too: its own credentials, else those of the configuration file."""
-        own = self.chap.get(initiator.lower())
-        return self._chap if own is None else own.as_secrets()
+        own = self.chap.get(fold(initiator))
+        return self._chap if own is None else own.as_secrets(initiator)
 
     def chap_needed(self, keys: list[str]) -> bool:
         """Whether any initiator of these targets must prove something."""
@@ -83,7 +85,7 @@ class AccessControl:
 
     async def add(self, key: str, initiators: list[str]) -> None:
         """Put initiators on a target's list. From the first one on, it is for nobody else. Raises Conflict, and what the pool raises."""
-        wanted = {initiator.lower() for initiator in initiators}
+        wanted = {fold(initiator) for initiator in initiators}
 
         def change(stored: StoredAccess) -> StoredAccess:
             found = sorted(wanted.union(stored.acls.get(key, ())))
@@ -98,9 +100,9 @@ class AccessControl:
 
         def change(stored: StoredAccess) -> StoredAccess:
             found = stored.acls.get(key, [])
-            if initiator.lower() not in found:
+            if fold(initiator) not in found:
                 raise NotFound(f"{initiator} is not on that list; cleavectl acl ls shows who is")
-            left = [name for name in found if name != initiator.lower()]
+            left = [name for name in found if name != fold(initiator)]
             return msgspec.structs.replace(stored, acls={**stored.acls, key: left})
 
         await self._section.change(change)
@@ -115,15 +117,15 @@ class AccessControl:
 
     async def set_chap(self, initiator: str, credentials: Credentials) -> None:
         """Credentials of an initiator, in the place of those that it may have. Sessions that are open go on."""
-        await self._section.change(lambda stored: msgspec.structs.replace(stored, chap={**stored.chap, initiator.lower(): credentials}))
+        await self._section.change(lambda stored: msgspec.structs.replace(stored, chap={**stored.chap, fold(initiator): credentials}))
 
     async def remove_chap(self, initiator: str) -> None:
         """No credentials of its own any more. Raises NotFound."""
 
         def change(stored: StoredAccess) -> StoredAccess:
-            if initiator.lower() not in stored.chap:
+            if fold(initiator) not in stored.chap:
                 raise NotFound(f"{initiator} has no CHAP credentials; cleavectl chap ls shows who has")
-            left: dict[str, Any] = {name: found for name, found in stored.chap.items() if name != initiator.lower()}
+            left: dict[str, Any] = {name: found for name, found in stored.chap.items() if name != fold(initiator)}
             return msgspec.structs.replace(stored, chap=left)
 
         await self._section.change(change)

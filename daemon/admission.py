@@ -34,10 +34,14 @@ class Admitted(Protocol):
 
 
 class Admission:
-    """``connections_max`` bounds all connections. Invariant: ``_logging_in`` holds every one that has not logged in, by address."""
+    """``connections_max`` bounds all connections; ``full`` is why no more are taken.
 
-    def __init__(self, connections_max: int) -> None:
+    Invariant: ``_logging_in`` holds every one that has not logged in, by address.
+    """
+
+    def __init__(self, connections_max: int, full: str | None = None) -> None:
         self.connections_max = connections_max
+        self._full = full or f"iscsi.connections_max {connections_max}"
         self._pace = max(PACE_MIN, connections_max / RETURN_SECONDS)
         self._credit = float(BURST)
         self._seen_seconds = 0.0
@@ -59,7 +63,7 @@ class Admission:
     def refusal(self, host: str) -> str | None:
         """Why no connection from ``host`` can be taken now; None when one can."""
         if self._connections >= self.connections_max:
-            return f"iscsi.connections_max {self.connections_max}"
+            return self._full
         waiting = self._logging_in.get(host, set())
         # Those that have logged in since are found here, where it matters, so that a login needs to tell nobody.
         waiting -= {connection for connection in waiting if not connection.logging_in}

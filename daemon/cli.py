@@ -26,6 +26,7 @@ def cleaved() -> None:
 @click.option("--pool", metavar="PATH", help="the pool: an ordinary file or a block device")
 @click.option("--pool-size", metavar="SIZE", help="create the pool with this size when it does not exist yet, as in 64GiB")
 @click.option("--iscsi", metavar="HOST:PORT", multiple=True, help="listen here; port 0 for any free one  [default: 127.0.0.1:3260]")
+@click.option("--advertise", metavar="HOST:PORT", multiple=True, help="tell initiators this address instead of the local ones (behind NAT)")
 @click.option("--open-access/--no-open-access", default=None, help="whether targets without a list of initiators are for everybody")
 @click.option("--control", metavar="PATH", help="control socket  [default: /run/cleaved/control.sock]")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]))
@@ -38,13 +39,14 @@ def serve(config_path: str | None, **options: Any) -> None:
 
     from daemon import logs, server  # noqa: PLC0415
     from daemon.control import ControlPathBusy  # noqa: PLC0415
+    from daemon.descriptors import TooFewDescriptors  # noqa: PLC0415
     from daemon.iscsi_listener import ListenFailed  # noqa: PLC0415
 
     logs.set_up(config.log_level, config.log_format)
     try:
         server.create_pool(config)
         uvloop.run(server.run(config))
-    except (ListenFailed, ControlPathBusy) as error:
+    except (ListenFailed, ControlPathBusy, TooFewDescriptors) as error:
         fail(str(error), EXIT_FAILED)
 
 
@@ -84,6 +86,7 @@ def read_config(path: str | None, options: dict[str, Any]) -> Config:
         "pool": ("pool", "path"),
         "pool_size": ("pool", "size"),
         "iscsi": ("iscsi", "listen"),
+        "advertise": ("iscsi", "advertise"),
         "open_access": ("iscsi", "open_access"),
         "control": ("control", "path"),
         "log_level": ("log", "level"),

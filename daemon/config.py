@@ -22,6 +22,8 @@ CONTROL_PATH_DEFAULT: Final = "/run/cleaved/control.sock"
 CACHE_BYTES_MIN: Final = 8 << 20  # below this a single consistency point would push the working set out
 # A Unix socket's address holds 108 bytes with the final zero (unix(7)).
 CONTROL_PATH_BYTES_MAX: Final = 107
+# All addresses of a family: to listen on, not to connect to.
+WILDCARDS: Final = frozenset(("0.0.0.0", "::"))
 _POOL_BYTES_MIN: Final = POOL_BLOCKS_MIN * BLOCK_BYTES
 
 Value = TypeVar("Value")
@@ -32,13 +34,18 @@ class ConfigError(Exception):
 
 
 class Address(NamedTuple):
-    """Where to listen. Port 0: any free one."""
+    """Where to listen. Port 0: any free one. A link-local IPv6 host has its interface behind a percent sign (RFC 4007 11)."""
 
     host: str
     port: int
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def unscoped(self) -> "Address":
+        """Without the interface, which is a name of this machine's alone."""
+        return Address(self.host.partition("%")[0], self.port)
 
 
 class _Section(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -67,6 +74,7 @@ class IscsiSection(_Section, kw_only=True):
     """``[iscsi]``"""
 
     listen: tuple[str, ...] = ("127.0.0.1:3260",)
+    advertise: tuple[str, ...] = ()
     connections_max: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 256
     open_access: bool | None = None
     physical_block_bytes: Literal[512, 4096] = 4096
@@ -112,6 +120,7 @@ class Config(NamedTuple):
     cache_bytes: int
     soft_threshold_percent: int
     iscsi_listen: tuple[Address, ...]
+    iscsi_advertise: tuple[Address, ...]
     connections_max: int
     open_access: bool
     physical_block_bytes: int
@@ -151,6 +160,7 @@ def build(tables: dict[str, Any]) -> Config:
         cache_bytes=_cache_bytes(found.pool.cache),
         soft_threshold_percent=found.pool.soft_threshold_percent,
         iscsi_listen=listen,
+        iscsi_advertise=_advertise(found.iscsi.advertise),
         connections_max=found.iscsi.connections_max,
         open_access=_open_access(found.iscsi.open_access, listen),
         physical_block_bytes=found.iscsi.physical_block_bytes,
@@ -171,10 +181,29 @@ def option_value(option: str, text: str, parse: Callable[[str], Value]) -> Value
 
 def parse_address(text: str) -> Address:
     """``HOST:PORT``, with an IPv6 host in brackets. Raises ValueError with what would be right."""
-    matched = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^:\[\]\s]+)):([0-9]{1,5})", text, re.ASCII)
-    if matched is None or int(matched[3]) > 65535:
+    matched = re.fullmatch(r"(?:\[([^\[\]\s]+)\]|([^:\[\]\s]+)):([0-9]{1,5})", text, re.ASCII)
+    if matched is None or int(matched[3]) > 65535 or not (matched[1] is None or _is_ipv6(matched[1])):
         raise ValueError(f"{text!r} is not HOST:PORT; write 127.0.0.1:3260 or [::1]:3260, port 0 for any free one")
-    return Address(matched[1] or matched[2], int(matched[3]))
+    found = Address(matched[1] or matched[2], int(matched[3]))
+    if is_link_local(found.host) and found.unscoped == found and ":" in found.host:
+        raise ValueError(f"{text!r} is link-local, and so needs its interface; write [{found.host}%eth0]:{found.port} with the right one")
+    return found
+
+
+def _is_ipv6(host: str) -> bool:
+    try:
+        ipaddress.IPv6Address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def is_link_local(host: str) -> bool:
+    """Only machines on the same link can reach it."""
+    try:
+        return ipaddress.ip_address(host).is_link_local
+    except ValueError:
+        return False
 
 
 def is_loopback(host: str) -> bool:
@@ -193,6 +222,17 @@ def _listen(texts: tuple[str, ...]) -> tuple[Address, ...]:
     for address in addresses:
         if address.port and addresses.count(address) > 1:
             raise ConfigError(f"iscsi.listen: {address} stands there twice; give it once")
+    return addresses
+
+
+def _advertise(texts: tuple[str, ...]) -> tuple[Address, ...]:
+    """What another machine can connect to."""
+    addresses = tuple(option_value("iscsi.advertise", text, parse_address) for text in texts)
+    for address in addresses:
+        if not address.port or address.host in WILDCARDS or address.unscoped != address:
+            raise ConfigError(f"iscsi.advertise: {address} is nothing to connect to; give an address and a port as initiators reach them")
+        if addresses.count(address) > 1:
+            raise ConfigError(f"iscsi.advertise: {address} stands there twice; give it once")
     return addresses
 
 

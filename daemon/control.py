@@ -8,13 +8,13 @@ import stat
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Final, cast
 
+from daemon.descriptors import CONTROL_MAX
 from daemon.logs import get_log
 from protocol.control import methods
 from protocol.control.errors import INTERNAL, ControlError
 from protocol.control.server import Call, ServerConnection, State
 
 CONTROL_MODE: Final = 0o660
-CONNECTIONS_MAX: Final = 128  # administrators and their scripts; each may hold RESPONSE_BYTES_MAX for a moment
 BACKLOG: Final = 64
 
 CallMethod = Callable[[str, methods.Params], Awaitable[Any]]
@@ -27,9 +27,10 @@ class ControlPathBusy(Exception):
 class ControlServer:
     """All control connections of the daemon."""
 
-    def __init__(self, path: str, call: CallMethod) -> None:
+    def __init__(self, path: str, call: CallMethod, connections_max: int = CONTROL_MAX) -> None:
         self.path = path
         self.call = call
+        self.connections_max = connections_max
         self.connections: set[ControlProtocol] = set()
         self.tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
@@ -41,7 +42,9 @@ class ControlServer:
         status = os.stat(self.path)
         self._bound = (status.st_dev, status.st_ino)
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_unix_server(lambda: ControlProtocol(self), sock=listener, backlog=BACKLOG)
+        self._server = await loop.create_unix_server(
+            lambda: ControlProtocol(self), sock=listener, backlog=min(BACKLOG, self.connections_max)
+        )
 
     def notify(self, event: str, params: Any) -> None:
         """Send a notification to those that subscribed to it."""
@@ -90,8 +93,8 @@ class ControlProtocol(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A client came."""
         transport = cast("asyncio.Transport", transport)  # uvloop's is one by shape, not by class
-        if len(self._server.connections) >= CONNECTIONS_MAX:
-            get_log().warning("control.refused", reason=f"{CONNECTIONS_MAX} connections are open")
+        if len(self._server.connections) >= self._server.connections_max:
+            get_log().warning("control.refused", reason=f"{self._server.connections_max} connections are open")
             transport.abort()
             return
         self._transport = transport

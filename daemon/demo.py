@@ -27,7 +27,7 @@ from rich.table import Table
 from daemon.admin.client import ControlClient
 from daemon.admin.progress import progress_view
 from daemon.initiator import Initiator
-from daemon.targets import TARGET_PREFIX
+from daemon.target_names import TARGET_PREFIX
 from daemon.units import format_size, parse_size
 
 MIB: Final = 1 << 20

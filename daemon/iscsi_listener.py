@@ -6,14 +6,14 @@ one ``writelines``. Nothing here makes a Task or a Future per command.
 
 import asyncio
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, cast
 from uuid import UUID
 
 from daemon import runtime
 from daemon.acceptor import Acceptor
 from daemon.admission import Admission
-from daemon.config import Address, is_loopback
+from daemon.config import WILDCARDS, Address, is_link_local, is_loopback
 from daemon.logs import Repeats, get_log
 from protocol.iscsi import limits
 from protocol.iscsi.connection import TargetConnection
@@ -28,7 +28,8 @@ WRITE_HIGH_BYTES: Final = 4 << 20
 WRITE_LOW_BYTES: Final = 1 << 20
 # What was sent at the end of a connection has this long to go out; a peer that is dead or does not read never takes it.
 CLOSE_SECONDS: Final = 5.0
-_WILDCARDS: Final = frozenset(("0.0.0.0", "::"))
+# Two hosts with one name log in a hundred times a second and more: after the first time the log says once in so many ticks how often.
+TAKEOVER_TICKS: Final = 60
 # Ended connections whose memory may wait for a quiet second: half a megabyte each.
 ENDED_MAX: Final = 200
 
@@ -40,9 +41,17 @@ class ListenFailed(Exception):
 class IscsiListener:
     """All iSCSI listeners and connections of the daemon."""
 
-    def __init__(self, node: TargetNode, connections_max: int, collect: Callable[[], None] = runtime.collect_old) -> None:
+    def __init__(
+        self,
+        node: TargetNode,
+        connections_max: int,
+        collect: Callable[[], None] = runtime.collect_old,
+        advertise: Sequence[Address] = (),
+        full: str | None = None,
+    ) -> None:
         self.node = node
-        self.admission = Admission(connections_max)
+        self._advertise = advertise
+        self.admission = Admission(connections_max, full)
         self.connections: set[IscsiProtocol] = set()
         self.addresses: list[Address] = []
         self._acceptor = Acceptor(self.admission, lambda: IscsiProtocol(self))
@@ -50,6 +59,8 @@ class IscsiListener:
         self._empty: asyncio.Event = asyncio.Event()
         self._collect = collect
         self._failures = Repeats("iscsi.failed")
+        self._takeovers = Repeats("session.taken_over", TAKEOVER_TICKS)
+        node.taken_over = self._session_taken_over
         node.portals = self.portals_beside
         node.turns.call_soon = asyncio.get_running_loop().call_soon
         self._ended = 0
@@ -68,16 +79,25 @@ class IscsiListener:
             self._ticker = asyncio.get_running_loop().call_later(TICK_SECONDS, self._tick)
 
     def portals(self) -> list[str]:
-        """Addresses as clients should name them; for a wildcard that is this machine's name."""
-        return [str(Address(socket.gethostname(), at.port) if at.host in _WILDCARDS else at) for at in self.addresses]
+        """Addresses as clients should name them: those that are configured to be told; for a wildcard, this machine's name."""
+        listening = [Address(socket.gethostname(), at.port) if at.host in WILDCARDS else at for at in self.addresses]
+        return [str(at) for at in self._advertise or listening]
 
     def portals_beside(self, portal: str) -> list[str]:
         """What to tell an initiator that came by ``portal``: that one first, then the others that it can be expected to reach.
 
-        Wildcards are no addresses, and who came from outside cannot reach loopback.
+        Wildcards are no addresses, who came from outside cannot reach loopback, and who came by no link-local address may be on another
+        link. Where addresses are configured to be told, those alone are: behind NAT none of the others is of use.
         """
-        local = portal.startswith(("127.", "[::1]"))
-        others = [at for at in self.addresses if at.host not in _WILDCARDS and (local or not is_loopback(at.host))]
+        if self._advertise:
+            return [str(at) for at in self._advertise]
+        host = portal.rpartition(":")[0].strip("[]")
+        local, on_link = is_loopback(host), is_loopback(host) or is_link_local(host)
+        others = [
+            at.unscoped
+            for at in self.addresses
+            if at.host not in WILDCARDS and (local or not is_loopback(at.host)) and (on_link or not is_link_local(at.host))
+        ]
         return list(dict.fromkeys([portal, *map(str, others)]))
 
     # --- What the control service asks -----------------------------------------------------------------------------
@@ -136,6 +156,19 @@ class IscsiListener:
         if not self.connections:
             self._empty.set()
 
+    def _session_taken_over(self, older: SessionView, newer: SessionView) -> None:
+        """A host that comes back ends its old session (RFC 7143 6.3.5). Another one should not."""
+        hosts = sorted({session.peer_address.rpartition(":")[0] for session in (older, newer)})
+        if len(hosts) > 1:
+            self._takeovers.log(
+                f"{' and '.join(hosts)} log in by one initiator name and ISID, so that each login ends the other's session; if they are two"
+                " hosts, give each an initiator name of its own (Linux: /etc/iscsi/initiatorname.iscsi)",
+                initiator=newer.initiator_name,
+                target=newer.target_name,
+                address=newer.peer_address,
+                ended_address=older.peer_address,
+            )
+
     async def _wait_empty(self) -> None:
         while self.connections:
             self._empty.clear()
@@ -149,6 +182,7 @@ class IscsiListener:
             connection.tick(now_seconds)
         self.admission.tick()
         self._failures.tick()
+        self._takeovers.tick()
         if self._ended:
             self._collect_ended()
 
@@ -190,7 +224,8 @@ class IscsiProtocol(asyncio.BufferedProtocol):
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         transport.set_write_buffer_limits(WRITE_HIGH_BYTES, WRITE_LOW_BYTES)
         portal = transport.get_extra_info("sockname")
-        connection = TargetConnection(self._listener.node, self._send, self._wake, self._close, str(Address(*portal[:2])), str(peer))
+        local = str(Address(*portal[:2]).unscoped)
+        connection = TargetConnection(self._listener.node, self._send, self._wake, self._close, local, str(peer))
         self._connection = connection
         self._listener.connections.add(self)
         self._listener.admission.added(self, peer.host)

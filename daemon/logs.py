@@ -3,6 +3,7 @@
 Nothing is logged per I/O. What Python's own logging says (asyncio's complaints) comes out as ``python.log``.
 """
 
+import itertools
 import logging
 import sys
 from collections import Counter
@@ -53,11 +54,12 @@ def set_up(level: str, log_format: str) -> None:
 class Repeats:
     """Warnings of one kind that strangers can cause: a flood of them must not fill the log.
 
-    The first for a reason is logged at once, those that follow until `tick` as a number, with empty fields.
+    The first for a reason is logged at once, those that follow until the ``ticks``-th `tick` as a number, with empty fields.
     """
 
-    def __init__(self, event: str) -> None:
+    def __init__(self, event: str, ticks: int = 1) -> None:
         self._event = event
+        self._ticks = itertools.cycle(range(1 - ticks, 1))
         self._times: Counter[str] = Counter()
 
     def log(self, reason: str, **fields: str) -> None:
@@ -70,6 +72,8 @@ class Repeats:
 
     def tick(self) -> None:
         """Some time has passed: tell of what came beside what was logged."""
+        if next(self._ticks):
+            return
         for reason, times in self._times.items():
             if times > 1:
                 get_log().warning(self._event, reason=reason, times=times - 1)

@@ -37,6 +37,12 @@ class Volumes(Configurable, Protocol):
     def names(self) -> list[str]:
         """Names of the vdisks, sorted."""
 
+    def names_alike(self, name: str) -> list[str]:
+        """Names of the vdisks whose names are this one in any case, sorted."""
+
+    def names_with_case(self) -> Collection[str]:
+        """Names, in lower case, for which there are vdisks whose names have upper-case letters; mostly none."""
+
     def names_of_uuids(self, wanted: Collection[bytes]) -> dict[bytes, str]:
         """Names of the vdisks of these UUIDs, as far as there are any."""
 

@@ -10,6 +10,7 @@ from typing import Any, Final
 from daemon import runtime
 from daemon.config import Config
 from daemon.control import ControlServer
+from daemon.descriptors import PER_LISTENER, Shares, open_now, raise_limit, share_out
 from daemon.iscsi_listener import IscsiListener
 from daemon.logs import get_log
 from daemon.notify import notify
@@ -62,7 +63,7 @@ class Daemon:
         self._space: SpaceWatch | None = None
 
     async def start(self) -> None:
-        """Raises StorageError (PoolRefused, PoolLocked), ListenFailed, ControlPathBusy; then `stop` undoes what was done."""
+        """Raises StorageError (PoolRefused, PoolLocked), ListenFailed, ControlPathBusy, TooFewDescriptors; `stop` undoes what was done."""
         config = self._config
         self._pool = await Pool.open(config.pool_path, config.cache_bytes, self._on_event)
         targets = Targets(self._pool, config.chap, config.open_access)
@@ -70,9 +71,11 @@ class Daemon:
         await targets.load()
         exponent = (config.physical_block_bytes // SECTOR_BYTES).bit_length() - 1
         node = TargetNode(targets, reservations=self._reservations, physical_block_exponent=exponent)
-        self._iscsi = IscsiListener(node, config.connections_max)
+        shares = _shares(config)
+        full = f"{shares.iscsi} connections, as many as the limit of open files allows" if shares.iscsi < config.connections_max else None
+        self._iscsi = IscsiListener(node, shares.iscsi, advertise=config.iscsi_advertise, full=full)
         service = ControlService(self._pool, config.pool_path, targets, self._reservations, self._iscsi)
-        self._control = ControlServer(config.control_path, service.call)
+        self._control = ControlServer(config.control_path, service.call, shares.control)
         await self._control.start()
         for address in config.iscsi_listen:
             await self._iscsi.listen(address)
@@ -128,6 +131,15 @@ class Daemon:
         assert self._pool is not None
         assert self._progress is not None
         self._progress.look(self._pool.split_list(), asyncio.get_running_loop().time())
+
+
+def _shares(config: Config) -> Shares:
+    """How many connections there may be, once the pool is open. Raises TooFewDescriptors."""
+    limit = raise_limit()
+    shares = share_out(limit, open_now() + PER_LISTENER * len(config.iscsi_listen), config.connections_max)
+    if shares.iscsi < config.connections_max:
+        get_log().warning("iscsi.connections_limited", connections_max=config.connections_max, allowed=shares.iscsi, open_files_max=limit)
+    return shares
 
 
 def create_pool(config: Config) -> None:

@@ -9,6 +9,7 @@ from daemon.pool_interface import Row, Volumes
 from daemon.targets import Targets
 from protocol.control import methods
 from protocol.iscsi.node import SessionView
+from protocol.names import fold
 from protocol.volume import BlockVolume
 from storage.errors import RequestError
 
@@ -126,11 +127,11 @@ class TargetService:
             raise RequestError("the mutual secret is the same as the secret: give two different ones")
         given = Credentials(user=params.user, secret=params.secret, mutual_user=params.mutual_user, mutual_secret=params.mutual_secret)
         await self._targets.access.set_chap(params.initiator, given)
-        return _shown(params.initiator.lower(), given)
+        return _shown(fold(params.initiator), given)
 
     async def _chap_remove(self, params: methods.OneInitiator) -> Row:
         await self._targets.access.remove_chap(params.initiator)
-        return {"initiator": params.initiator.lower(), "deleted": True}
+        return {"initiator": fold(params.initiator), "deleted": True}
 
     async def _chap_list(self, params: methods.Params) -> list[Row]:
         return [_shown(initiator, found) for initiator, found in sorted(self._targets.access.chap.items())]

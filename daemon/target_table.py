@@ -3,12 +3,14 @@
 A LUN names its vdisk by UUID, so that renaming the vdisk changes nothing; a vdisk has at most one LUN in a target.
 """
 
+from collections.abc import Iterator
 from typing import Final
 
 import msgspec
 
 from daemon.sections import Configurable, Section, Versioned
 from protocol.control.limits import LUN_MAX
+from protocol.scsi.limits import FIRST_TARGET_PORT, TARGET_PORT_MAX
 from storage.errors import Conflict, NotFound
 
 SECTION: Final = "targets"
@@ -17,15 +19,17 @@ TARGETS_MAX: Final = 4096
 
 
 class StoredTarget(msgspec.Struct, frozen=True):
-    """LUN to the vdisk's UUID (32 hex digits)."""
+    """LUN to the vdisk's UUID (32 hex digits). ``port`` is the relative port identifier of its target port; of earlier versions 0."""
 
     luns: dict[int, str] = {}
+    port: int = 0
 
 
 class StoredTargets(Versioned, frozen=True, kw_only=True):
-    """The section: by iSCSI name, in lower case."""
+    """The section: by iSCSI name, in lower case. ``last_port`` was given last: registrations name ports, so none comes back soon."""
 
     targets: dict[str, StoredTarget] = {}
+    last_port: int = FIRST_TARGET_PORT
 
 
 class TargetTable:
@@ -33,6 +37,8 @@ class TargetTable:
 
     def __init__(self, pool: Configurable) -> None:
         self._section = Section(pool, SECTION, StoredTargets())
+        # Of the same table the same numbers come at each start; with the first change they are stored.
+        self._section.value = _numbered(self._section.value)
         self._places: dict[str, list[tuple[str, int]]] = {}
         self._places_are_of: StoredTargets | None = None
 
@@ -40,6 +46,11 @@ class TargetTable:
     def targets(self) -> dict[str, StoredTarget]:
         """All of them, by name."""
         return self._section.value.targets
+
+    def port_of(self, name: str) -> int:
+        """Relative port identifier of a target: its own for a created one, and the same for each vdisk's own target."""
+        found = self.targets.get(name)
+        return FIRST_TARGET_PORT if found is None else found.port
 
     def places_of(self, uuid: str) -> list[tuple[str, int]]:
         """Target and LUN of everywhere that a vdisk is mapped."""
@@ -60,7 +71,7 @@ class TargetTable:
                 raise Conflict(f"target {name} exists already")
             if len(stored.targets) >= TARGETS_MAX:
                 raise Conflict(f"there are {TARGETS_MAX} targets, which is the most: remove one first")
-            return StoredTargets(targets={**stored.targets, name: StoredTarget()})
+            return _with_target(stored, name)
 
         await self._section.change(change)
 
@@ -69,7 +80,7 @@ class TargetTable:
 
         def change(stored: StoredTargets) -> StoredTargets:
             _find(stored, name)
-            return StoredTargets(targets={other: target for other, target in stored.targets.items() if other != name})
+            return msgspec.structs.replace(stored, targets={other: target for other, target in stored.targets.items() if other != name})
 
         await self._section.change(change)
 
@@ -112,4 +123,28 @@ def _find(stored: StoredTargets, name: str) -> StoredTarget:
 
 
 def _with_luns(stored: StoredTargets, name: str, luns: dict[int, str]) -> StoredTargets:
-    return StoredTargets(targets={**stored.targets, name: StoredTarget(dict(sorted(luns.items())))})
+    changed = msgspec.structs.replace(stored.targets[name], luns=dict(sorted(luns.items())))
+    return msgspec.structs.replace(stored, targets={**stored.targets, name: changed})
+
+
+def _with_target(stored: StoredTargets, name: str) -> StoredTargets:
+    port = next(_free_ports(stored))
+    return msgspec.structs.replace(stored, targets={**stored.targets, name: StoredTarget(port=port)}, last_port=port)
+
+
+def _free_ports(stored: StoredTargets) -> Iterator[int]:
+    """Those that no target has; what was given last comes last."""
+    taken, port = {target.port for target in stored.targets.values()} | {FIRST_TARGET_PORT}, stored.last_port
+    while True:
+        port = port % TARGET_PORT_MAX + 1
+        if port not in taken:
+            yield port
+
+
+def _numbered(stored: StoredTargets) -> StoredTargets:
+    """Targets of earlier versions get their ports, in the order of their names."""
+    missing = sorted(name for name, target in stored.targets.items() if not target.port)
+    ports = dict(zip(missing, _free_ports(stored), strict=False))
+    numbered = {name: msgspec.structs.replace(stored.targets[name], port=port) for name, port in ports.items()}
+    last_port = max([stored.last_port, *ports.values()])
+    return msgspec.structs.replace(stored, targets={**stored.targets, **numbered}, last_port=last_port) if missing else stored

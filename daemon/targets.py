@@ -1,7 +1,7 @@
 """Which iSCSI targets there are, who may use them, and who does. Satisfies `protocol.iscsi.node.TargetDirectory`.
 
-Every vdisk is the target TARGET_PREFIX + NAME, with the vdisk as LUN 0; beside those there are the targets that were created,
-with LUNs mapped into them. Nothing is kept for a vdisk that nobody uses or configured: the pool's names are its targets.
+Every vdisk is the target TARGET_PREFIX + NAME (`TargetNames`), with the vdisk as LUN 0; beside those there are the targets that were
+created, with LUNs mapped into them. Nothing is kept for a vdisk that nobody uses or configured: the pool's names are its targets.
 
 A vdisk without a list of initiators of its own, mapped into targets that have one, is for those initiators alone: its own
 target is no way around the lists.
@@ -13,21 +13,24 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
+from uuid import UUID
 
 from daemon.access import AccessControl
 from daemon.config import Chap
 from daemon.logs import get_log
 from daemon.pool_interface import AttachableVolume, Row, Volumes
+from daemon.target_names import TARGET_PREFIX, TargetNames
 from daemon.target_table import TargetTable
 from protocol.control.limits import ISCSI_NAME_CHARACTERS_MAX
 from protocol.control.methods import ISCSI_NAME
 from protocol.iscsi.chap import ChapSecrets
 from protocol.iscsi.node import SessionView, TargetDefinition
+from protocol.names import fold
+from protocol.scsi.limits import FIRST_TARGET_PORT
 from storage.errors import Conflict, NotFound, RequestError
 from storage.images.counters import Counters
 
-TARGET_PREFIX: Final = "iqn.2026-01.io.cleaved:"
 VDISK, TARGET = "vdisk", "target"
 
 
@@ -55,6 +58,7 @@ class Targets:
         self._pool = pool
         self.access = AccessControl(pool, chap, open_access)
         self.table = TargetTable(pool)
+        self.names = TargetNames(pool, self.table)
         # Volumes of the vdisks that are mapped into created targets, by UUID: who holds a volume sees its vdisk renamed. Of those that only
         # have a list, of which there may be as many as vdisks, nothing is held.
         self._held: dict[str, AttachableVolume] = {}
@@ -63,7 +67,8 @@ class Targets:
         self._in_making: Counter[tuple[str, str]] = Counter()
 
     async def load(self) -> None:
-        """Find the vdisks that are mapped, at start. One that is no more (damaged) is logged, and its LUN absent."""
+        """Find the vdisks that are mapped, at start. One that is no more is logged, and its LUN absent; so are colliding names."""
+        self.names.log_collisions()
         for name in self._names_of({uuid for target in self.table.targets.values() for uuid in target.luns.values()}).values():
             self._hold(self._pool.volume(name))
         for name, target in self.table.targets.items():
@@ -102,14 +107,18 @@ class Targets:
         if self.access.open_access:
             names += [name for name in self._pool.names() if name not in restricted]
         created = [name for name in self.table.targets if self.access.allows([name], initiator_name)]
-        return sorted([TARGET_PREFIX + name for name in names] + created)
+        return sorted(self.names.announced_all(names) + created)
 
     def open_target(self, target_name: str, initiator_name: str) -> TargetDefinition | None:
         """The target, if this initiator may use it; snapshots are no targets."""
         found = self.find(target_name)
         if found is None or not self._allows(found.key, initiator_name):
             return None
-        return TargetDefinition(found.name, dict(found.luns), self.access.secrets_for(initiator_name))
+        return TargetDefinition(found.name, dict(found.luns), self.access.secrets_for(initiator_name), self.table.port_of(found.name))
+
+    def target_ports(self, uuid: UUID) -> list[int]:
+        """That of the vdisk's own target, and those of the targets that it is mapped into."""
+        return [FIRST_TARGET_PORT, *(self.table.port_of(name) for name, _ in self.table.places_of(uuid.hex))]
 
     def discovery_chap(self, initiator_name: str) -> ChapSecrets | None:
         """Names are shown to those only who prove who they are, where that is asked of them."""
@@ -123,41 +132,37 @@ class Targets:
         for volume in opened.volumes.values():
             volume.attach(opened.label)
         self._sessions[session] = opened
-        get_log().info("session.opened", initiator=session.initiator_name, target=session.target_name)
+        get_log().info("session.opened", initiator=session.initiator_name, target=session.target_name, address=session.peer_address)
 
     def session_closed(self, session: SessionView) -> None:
         """Detach. No command of the session can touch its vdisks any more."""
         opened = self._sessions.pop(session)
         for volume in opened.volumes.values():
             volume.detach(opened.label)
-        get_log().info("session.closed", initiator=session.initiator_name, target=session.target_name)
+        get_log().info("session.closed", initiator=session.initiator_name, target=session.target_name, address=session.peer_address)
 
     # --- Finding ---------------------------------------------------------------------------------------------------
 
     def find(self, target_name: str) -> Found | None:
-        """By iSCSI name. As it is written it may be a vdisk's; in lower case, a created target's or a vdisk's."""
-        lower = target_name.lower()
-        found = self._find_vdisk(target_name)
-        if found is None and lower in self.table.targets:
-            luns = self.table.targets[lower].luns.items()
-            return Found(lower, lower, {lun: self._held[uuid] for lun, uuid in luns if uuid in self._held})
-        return self._find_vdisk(lower) if found is None else found
-
-    def _find_vdisk(self, target_name: str) -> Found | None:
-        """None where there is no such vdisk: never was, or deleted or renamed while somebody logged in."""
-        name = target_name.removeprefix(TARGET_PREFIX)
-        if name == target_name or "@" in name:
+        """By iSCSI name, in any case. None where there is no such target: never was, or deleted or renamed while somebody logged in."""
+        named = self.names.find(target_name)
+        if named is None:
             return None
-        try:
-            volume = self._pool.volume(name)
-        except NotFound:
-            return None
-        return Found(volume.uuid.hex, target_name, {0: volume})
+        if named.vdisk is not None:
+            volume = self._pool.volume(named.vdisk)
+            return Found(volume.uuid.hex, named.name, {0: volume})
+        luns = self.table.targets[named.name].luns.items()
+        return Found(named.name, named.name, {lun: self._held[uuid] for lun, uuid in luns if uuid in self._held})
 
     def named(self, reference: str) -> Found:
-        """By what an administrator writes: an iSCSI name, or the NAME after TARGET_PREFIX. Raises NotFound."""
+        """By what an administrator writes: an iSCSI name, or the NAME after TARGET_PREFIX. Raises NotFound, Conflict (it means several)."""
         found = self.find(full_name(reference))
         if found is None:
+            alike = [named.name for named in self.names.alike(full_name(reference))]
+            if alike:
+                raise Conflict(
+                    f"{reference} may be {' or '.join(alike)}: spell it as one of them, and rename one, as iSCSI names have no case"
+                )
             raise NotFound(f"there is no target {reference}; cleavectl target ls and cleavectl vdisk ls show them")
         return found
 
@@ -178,12 +183,15 @@ class Targets:
 
     @contextmanager
     def claim(self, kind: str, name: str, volume: AttachableVolume | None = None) -> Iterator[None]:
-        """While a VDISK or a TARGET is made: vdisks and created targets share one space of names. Raises Conflict.
+        """While a VDISK or a TARGET is made: vdisks and created targets share one space of names, without case. Raises Conflict.
 
         ``volume`` is of the vdisk that shall get this name, where there is one already.
         """
         other = TARGET if kind == VDISK else VDISK
         self._check_unused(name, None if volume is None else volume.uuid.hex)
+        if volume is not None:
+            self._check_leaves_nobody_behind(volume)
+        name = fold(name)
         if self._in_making[other, name] or (kind == VDISK and TARGET_PREFIX + name in self.table.targets):
             raise Conflict(f"there is a {other} {name}, and both would be the target {TARGET_PREFIX}{name}: choose another name")
         self._in_making[kind, name] += 1
@@ -196,21 +204,32 @@ class Targets:
 
     def _check_unused(self, name: str, key: str | None) -> None:
         """Raise Conflict while sessions came by this name to what had it then: they would log in again to another disk, and write on."""
-        full = (TARGET_PREFIX + name).lower()
-        users = sorted(
-            opened.label for session, opened in self._sessions.items() if session.target_name.lower() == full and opened.key != key
-        )
+        users = sorted(opened.label for opened in self._came_by(name) if opened.key != key)
         if users:
             raise Conflict(f"{', '.join(users)} came by the name {name} to another disk: end those sessions first, or choose another name")
 
+    def _check_leaves_nobody_behind(self, volume: AttachableVolume) -> None:
+        """Raise Conflict while sessions use a vdisk by a name that is to go and another has in another case: they would find that."""
+        others = [named.name for named in self.names.alike(TARGET_PREFIX + volume.name) if named.vdisk != volume.name]
+        users = sorted(opened.label for opened in self._came_by(volume.name) if opened.key == volume.uuid.hex)
+        if others and users:
+            raise Conflict(
+                f"{', '.join(users)} would find {others[0]} instead of {volume.name} when they connect again: end those sessions first"
+            )
+
+    def _came_by(self, name: str) -> list[_Session]:
+        full = fold(TARGET_PREFIX + name)
+        return [opened for session, opened in self._sessions.items() if fold(session.target_name) == full]
+
     async def create(self, reference: str) -> Found:
         """A target without LUNs. Raises RequestError, Conflict, and what the pool raises."""
-        name = full_name(reference).lower()
+        name = fold(full_name(reference))
         if len(name) > ISCSI_NAME_CHARACTERS_MAX:
             raise RequestError(f"{name} has {len(name)} characters, and an iSCSI name has at most {ISCSI_NAME_CHARACTERS_MAX}")
         with self.claim(TARGET, name.removeprefix(TARGET_PREFIX)):
-            if self._find_vdisk(name) is not None:
-                raise Conflict(f"{name} is the target of the vdisk of that name: choose another name")
+            vdisk = next((named.vdisk for named in self.names.alike(name) if named.vdisk is not None), None)
+            if vdisk is not None:
+                raise Conflict(f"{name} is the target of vdisk {vdisk}: choose another name")
             await self.table.create(name)
         return self.named(name)
 
@@ -300,10 +319,9 @@ class Targets:
 
     # --- What the control service asks -----------------------------------------------------------------------------
 
-    @staticmethod
-    def target_name(vdisk: str) -> str:
+    def target_name(self, vdisk: str) -> str:
         """The iSCSI name of a vdisk's target."""
-        return TARGET_PREFIX + vdisk
+        return self.names.announced(vdisk)
 
     def chap_needed(self, volume: AttachableVolume) -> bool:
         """Initiators of this vdisk's own target must authenticate, or some of them."""
@@ -318,7 +336,8 @@ class Targets:
 
     def lists(self) -> list[Row]:
         """Every target that has a list of initiators, sorted by name."""
-        names = {uuid: TARGET_PREFIX + name for uuid, name in self._with_lists().items()} | {name: name for name in self.table.targets}
+        names = {uuid: self.names.announced(name) for uuid, name in self._with_lists().items()}
+        names |= {name: name for name in self.table.targets}
         rows: list[Row] = [{"target": names[key], "initiators": initiators} for key, initiators in self.access.acls.items() if key in names]
         return sorted(rows, key=lambda row: str(row["target"]))
 

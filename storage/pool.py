@@ -331,6 +331,14 @@ class Pool:
         """Names of all vdisks, sorted."""
         return sorted(self._catalogue.vdisks)
 
+    def names_alike(self, name: str) -> list[str]:
+        """Names of the vdisks whose names are this one in any case, sorted."""
+        return self._catalogue.names_alike(name)
+
+    def names_with_case(self) -> Collection[str]:
+        """Names, in lower case, for which there are vdisks whose names have upper-case letters; mostly none."""
+        return self._catalogue.with_case.keys()
+
     def volume(self, name: str) -> Volume:
         """The volume of ``NAME`` or ``NAME@SNAP``. Raises NotFound."""
         return self._lifecycle.volume(name)

@@ -16,6 +16,7 @@ from typing import Any, Final
 from protocol.iscsi.errors import AuthenticationFailed
 from protocol.iscsi.keys import parse_number
 from protocol.iscsi.limits import CHALLENGE_BYTES, CHALLENGE_BYTES_MAX, CHALLENGES_REMEMBERED
+from protocol.names import fold
 
 # RFC 7143 12.1.3 and the IANA registry of PPP authentication algorithms.
 ALGORITHMS: Final[dict[str, Callable[[bytes], Any]]] = {"5": md5, "6": sha1, "7": sha256, "8": sha3_256}
@@ -26,12 +27,16 @@ _HEX_DIGITS: Final = frozenset("0123456789abcdefABCDEF")
 
 @dataclass(frozen=True, slots=True)
 class ChapSecrets:
-    """What one initiator must prove (``user``, ``secret``), and what the target proves in return when it is asked to."""
+    """What one initiator must prove (``user``, ``secret``), and what the target proves in return when it is asked to.
+
+    ``user_is_iscsi_name``: the user is the initiator's own name, which has no case.
+    """
 
     user: str
     secret: bytes
     target_user: str | None = None
     target_secret: bytes | None = None
+    user_is_iscsi_name: bool = False
 
     def __repr__(self) -> str:
         return f"ChapSecrets(user={self.user!r}, mutual={self.target_user is not None})"
@@ -136,7 +141,8 @@ class TargetExchange:
         assert self._algorithm is not None
         expected = response(self._algorithm, self._identifier, self._secrets.secret, self._challenge)
         given = decode_binary(keys["CHAP_R"])
-        right_user = hmac.compare_digest(keys["CHAP_N"].encode(), self._secrets.user.encode())
+        spelled = fold if self._secrets.user_is_iscsi_name else str
+        right_user = hmac.compare_digest(spelled(keys["CHAP_N"]).encode(), spelled(self._secrets.user).encode())
         if not hmac.compare_digest(given, expected) or not right_user:
             raise AuthenticationFailed("wrong CHAP user or response")
         self.done = True

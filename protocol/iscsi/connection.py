@@ -199,9 +199,8 @@ class TargetConnection:
             self._enter(result, login.stat_sn, Nexus(result.initiator_name, ""))
             return
         self.target_name = result.target.name
-        # iSCSI names are compared in lower case (RFC 7143 4.2.7.1).
-        self._key = (result.initiator_name.lower(), result.isid, result.target.name)
-        self.node.reinstate(self._key, lambda: self._open_session(result, login.stat_sn))
+        self._key = (result.initiator_name, result.isid, result.target.name)
+        self.node.reinstate(self._key, self, lambda: self._open_session(result, login.stat_sn))
 
     def _open_session(self, result: LoginResult, stat_sn: int) -> None:
         """No older session is in the way: make the nexus and answer the login.
@@ -215,7 +214,7 @@ class TargetConnection:
         if target is None:
             self._fail(f"the target {result.target.name} went, or was taken from this initiator, during its login")
             return
-        port = f"{result.initiator_name.lower()},i,0x{result.isid:012x}"
+        port = f"{result.initiator_name},i,0x{result.isid:012x}"
         self._enter(result, stat_sn, self.node.open_nexus(target, port))
         self.node.register(self._key, self)
         self._request_flush()

@@ -13,6 +13,7 @@ from protocol.iscsi.chap import ChapSecrets, TargetExchange
 from protocol.iscsi.keys import Parameters
 from protocol.iscsi.node import TargetDefinition, TargetNode
 from protocol.iscsi.pdu import CONTINUE, LOGIN_RESPONSE, TRANSIT, Pdu, pack
+from protocol.names import fold
 
 SECURITY: Final = 0
 OPERATIONAL: Final = 1
@@ -106,7 +107,7 @@ class LoginPhase:
         kind = pairs.get("SessionType", "Normal")
         if kind not in _SESSION_TYPES:
             raise errors.SessionTypeUnsupported(f"SessionType={kind[:40]}")
-        self.initiator_name = name
+        self.initiator_name = name = fold(name)
         self.discovery = kind == "Discovery"
         if self.discovery:
             return []

@@ -3,14 +3,14 @@
 A daemon implements `TargetDirectory` and makes one `TargetNode` over it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 from uuid import UUID
 
 from protocol.iscsi.chap import Challenges, ChapSecrets
 from protocol.iscsi.errors import OutOfResources
-from protocol.scsi.limits import PHYSICAL_BLOCK_EXPONENT
+from protocol.scsi.limits import FIRST_TARGET_PORT, PHYSICAL_BLOCK_EXPONENT
 from protocol.scsi.logical_unit import LogicalUnit, Nexus, Sanitization
 from protocol.scsi.turns import Turns
 from protocol.volume import BlockVolume, Completion
@@ -20,11 +20,15 @@ _TSIH_MAX = 0xFFFF
 
 @dataclass(frozen=True, slots=True)
 class TargetDefinition:
-    """One target as one initiator may use it: its volumes by LUN, and the CHAP that it asks for (None: nothing)."""
+    """One target as one initiator may use it: its volumes by LUN, and the CHAP that it asks for (None: nothing).
+
+    ``port`` is the relative port identifier of its one target port: of all targets that a volume is mapped into, each has another.
+    """
 
     name: str
     luns: dict[int, BlockVolume]
     chap: ChapSecrets | None = None
+    port: int = FIRST_TARGET_PORT
 
 
 class SessionView(Protocol):
@@ -32,11 +36,15 @@ class SessionView(Protocol):
 
     @property
     def initiator_name(self) -> str:
-        """ISCSI name of the initiator."""
+        """ISCSI name of the initiator, in lower case (`protocol.names`)."""
 
     @property
     def target_name(self) -> str:
         """ISCSI name of the target; empty for a discovery session."""
+
+    @property
+    def peer_address(self) -> str:
+        """Where the initiator connected from, HOST:PORT."""
 
     def describe(self) -> dict[str, object]:
         """State and counters, with stable keys."""
@@ -51,9 +59,11 @@ class TargetDirectory(Protocol):
     def open_target(self, target_name: str, initiator_name: str) -> TargetDefinition | None:
         """The target for this initiator; None where it does not exist or must not be seen.
 
-        ``target_name`` is as the initiator wrote it: iSCSI names are compared in lower case (RFC 7143 4.2.7.1). The definition holds
-        the name as it is.
+        ``target_name`` is as the initiator wrote it, in any case (`protocol.names`). The definition holds the name that is announced.
         """
+
+    def target_ports(self, uuid: UUID) -> Collection[int]:
+        """Relative port identifiers of all targets through which this volume can be reached."""
 
     def discovery_chap(self, initiator_name: str) -> ChapSecrets | None:
         """What a discovery session of this initiator must prove; None for nothing."""
@@ -114,6 +124,8 @@ class TargetNode:
     reservations: ReservationKeeper | None = None
     # What initiators are told of physical blocks (`LogicalUnit`). There are some that take no disk with other ones than of 512 bytes.
     physical_block_exponent: int = PHYSICAL_BLOCK_EXPONENT
+    # Told before a session is ended because its initiator port logs in again: the session, and the one that comes.
+    taken_over: Callable[[SessionView, SessionView], None] = lambda _older, _newer: None
     # The daemon gives it the event loop's ``call_soon``.
     turns: Turns = field(default_factory=Turns)
     challenges: Challenges = field(default_factory=Challenges)
@@ -148,6 +160,8 @@ class TargetNode:
 
     def _new_unit(self, volume: BlockVolume) -> LogicalUnit:
         unit = LogicalUnit(volume, self.physical_block_exponent, self.turns)
+        directory, uuid = self.directory, volume.uuid
+        unit.target_ports = lambda: directory.target_ports(uuid)
         keeper = self.reservations
         if keeper is not None:
             kept = keeper.kept(volume.uuid)
@@ -158,7 +172,7 @@ class TargetNode:
 
     def open_nexus(self, definition: TargetDefinition, initiator_port: str) -> Nexus:
         """A nexus with all LUNs of the target mapped."""
-        nexus = Nexus(initiator_port, definition.name)
+        nexus = Nexus(initiator_port, definition.name, definition.port)
         for lun, volume in sorted(definition.luns.items()):
             nexus.map(lun, self.unit_for(volume))
         return nexus
@@ -197,13 +211,14 @@ class TargetNode:
     def _sessions_of(self, target_name: str) -> list[NodeSession]:
         return [session for session in self.sessions.values() if session.target_name == target_name]
 
-    def reinstate(self, key: SessionKey, ready: Callable[[], None]) -> None:
+    def reinstate(self, key: SessionKey, newer: SessionView, ready: Callable[[], None]) -> None:
         """Call ``ready`` once no older session of the same initiator port and target exists (RFC 7143 6.3.5)."""
         older = self.sessions.get(key)
         if older is None:
             ready()
         else:  # it stays registered until it has drained, and another login of the port may have come first by then
-            older.reinstated(lambda: self.reinstate(key, ready))
+            self.taken_over(older, newer)
+            older.reinstated(lambda: self.reinstate(key, newer, ready))
 
     def register(self, key: SessionKey, session: NodeSession) -> None:
         """A session has entered the full feature phase."""
@@ -250,4 +265,4 @@ def _restore(unit: LogicalUnit, write_cache: bool = True, sanitize_unrestricted_
     if sanitize_unrestricted_exit is not None:
         unit.sanitization = Sanitization(sanitize_unrestricted_exit, failed=True)  # it was broken off: SBC-3 4.11.4
     if reservations["registrations"]:
-        unit.reservations.restore(**reservations)
+        unit.reservations.restore(**reservations, target_ports=unit.target_ports())

@@ -13,6 +13,7 @@ from protocol.iscsi import keys, limits, text
 from protocol.iscsi.errors import TextError
 from protocol.iscsi.login import PORTAL_GROUP
 from protocol.iscsi.pdu import CONTINUE, FINAL, REJECT_PROTOCOL_ERROR, RESERVED_TAG, TEXT_RESPONSE, Pdu
+from protocol.names import fold
 from protocol.scsi.turns import Turns
 
 if TYPE_CHECKING:
@@ -109,9 +110,9 @@ class TextExchange:
                 return
             names = self._names()
         elif phase.discovery:
-            names = [name for name in self._names() if name.lower() == wanted.lower()]
+            names = [name for name in self._names() if fold(name) == fold(wanted)]
         else:
-            names = [phase.target_name] if wanted in ("", phase.target_name) else []
+            names = [phase.target_name] if fold(wanted) in ("", fold(phase.target_name)) else []
         addresses = text.encode([("TargetAddress", f"{portal},{PORTAL_GROUP}") for portal in self._portals()])
         for name in names:
             yield text.encode([("TargetName", name)]) + addresses

@@ -145,13 +145,13 @@ def _check_reservation(mapped: UnitNexus | None, command: Command) -> None:
     """Raise ReservationConflict where another's reservation forbids the command (SPC-4 table 49, SBC-3 table 6)."""
     if mapped is None:
         return
-    if not (command.any_lun or command.despite_exclusion) and mapped.unit.reservations.excludes(mapped.nexus.initiator_port):
+    if not (command.any_lun or command.despite_exclusion) and mapped.unit.reservations.excludes(mapped.nexus.id):
         raise ReservationConflict
     if not (command.needs_medium or command.reserved):
         return
     if command.opcode in _ALLOWED_DESPITE_RESERVATION:
         return
-    if mapped.unit.reservations.forbids(mapped.nexus.initiator_port, command.writes or command.reserved):
+    if mapped.unit.reservations.forbids(mapped.nexus.id, command.writes or command.reserved):
         raise ReservationConflict
 
 

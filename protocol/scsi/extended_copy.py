@@ -119,7 +119,7 @@ def _units(nexus: Nexus, targets: bytes) -> list[LogicalUnit]:
 
 def _check_access(nexus: Nexus, unit: LogicalUnit, writes: bool) -> None:
     """What a READ or WRITE of this nexus would meet meets its copy (SPC-4 5.17.3: the copy manager is no way around)."""
-    if unit.reservations.forbids(nexus.initiator_port, writes):
+    if unit.reservations.forbids(nexus.id, writes):
         raise ReservationConflict
     if not unit.started or unit.sanitization is not None:
         raise CheckCondition(sense.COPY_TARGET_NOT_REACHABLE)

@@ -22,11 +22,15 @@ _THIRD_PARTY_COPY: Final = 0x08  # 3PC: EXTENDED COPY is supported
 _STANDARD: Final = Struct(">BBBBBBBB8s16s4s22x8H22x")
 # SAM-5, iSCSI, SPC-4, SBC-3 without a version claimed (SPC-4 table 142).
 _VERSION_DESCRIPTORS: Final = (0x00A0, 0x0960, 0x0460, 0x04C0, 0, 0, 0, 0)
+# NAA 6 has no form without an IEEE company id, and this project has registered none. So it is one that IEEE gives nobody: the U/L bit
+# (02h of the first octet) says that it is locally administered, and the lower digit 2 puts it into the quadrant that IEEE 802c leaves to
+# local administrators (AAI; the ids that IEEE does assign there, CIDs, have the digit A). So it is no registered company's, and the bits
+# of the UUID behind it keep disks apart.
+_COMPANY_ID: Final = 0xC2EAED
 _PAGE_HEAD: Final = Struct(">BBH")
 _DESIGNATOR_HEAD: Final = Struct(">BBxB")
 _ISCSI_PROTOCOL: Final = 0x50
 _ASSOCIATION_PORT: Final = 0x90  # PIV set, association: target port
-_RELATIVE_PORT: Final = 1
 _PORT_GROUP: Final = 1
 _BLOCK_LIMITS: Final = Struct(">BBHIIIIIIIQIII8x")
 # WSNZ: a WRITE SAME of length zero, which would reach to the end, is refused. libiscsi's suite expects of the other choice that
@@ -57,7 +61,17 @@ def _designator(code_set: int, kind: int, value: bytes) -> bytes:
     return _DESIGNATOR_HEAD.pack(first, second, len(value)) + value
 
 
-def _naa(unit: LogicalUnit) -> bytes:
+def _naa_registered_extended(unit: LogicalUnit) -> bytes:
+    """NAA 6 (SPC-4 7.8.6.6.5): company id, then 100 bits of the UUID, random ones in one of version 4.
+
+    It comes first, and scsi_id, sg3_utils' rules for udev and multipath all prefer it to every other designator, so that all three call a
+    disk by one name. Of the others each prefers another one: scsi_id NAA 3, the rules T10.
+    """
+    digits = unit.uuid.hex
+    return bytes.fromhex(f"6{_COMPANY_ID:06x}{digits[:12]}{digits[13:16]}{digits[22:]}")
+
+
+def _naa_locally_assigned(unit: LogicalUnit) -> bytes:
     """NAA 3, locally assigned (SPC-4 7.8.6.6.4): 60 bits of the UUID, chosen where a version 4 UUID is random."""
     raw = unit.uuid.bytes
     return bytes((0x30 | raw[0] & 0x0F,)) + raw[1:6] + raw[14:16]
@@ -69,8 +83,13 @@ def is_designated(unit: LogicalUnit, code_set: int, kind: int, value: bytes) -> 
 
 
 def _unit_designators(unit: LogicalUnit) -> tuple[tuple[int, int, bytes], ...]:
-    """Code set, type and value of what names the unit itself, and not a port."""
-    return (1, 3, _naa(unit)), (2, 1, VENDOR + serial_number(unit)), (1, 10, b"\x10\0" + unit.uuid.bytes)
+    """Code set, type and value of what names the unit itself, and not a port. Disks keep their names: none of these may change or go."""
+    return (
+        (1, 3, _naa_registered_extended(unit)),
+        (1, 3, _naa_locally_assigned(unit)),
+        (2, 1, VENDOR + serial_number(unit)),
+        (1, 10, b"\x10\0" + unit.uuid.bytes),
+    )
 
 
 def _supported_pages(_request: Request) -> bytes:
@@ -88,7 +107,7 @@ def _device_identification(request: Request) -> bytes:
     return b"".join(
         (
             *(_designator(*named) for named in _unit_designators(unit)),
-            _designator(1, 4, _RELATIVE_PORT.to_bytes(4, "big")),
+            _designator(1, 4, request.nexus.id.target_port.to_bytes(4, "big")),
             _designator(1, 5, _PORT_GROUP.to_bytes(4, "big")),
             _designator(3, 8, port_name),
         )

@@ -48,3 +48,6 @@ PIECE_BYTES: Final = 256 * 1024
 AT_ONCE_BYTES_MAX: Final = 16 * 1024
 # A nexus that never looks at its unit attentions must not make the queue grow (SAM-5 5.14: the oldest may be dropped).
 UNIT_ATTENTIONS_MAX: Final = 16
+# Relative port identifiers begin with 1 (SPC-4 7.8.6.8). Each target has one port, and a unit that is mapped into several targets several.
+FIRST_TARGET_PORT: Final = 1
+TARGET_PORT_MAX: Final = 0xFFFF

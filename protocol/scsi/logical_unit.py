@@ -7,15 +7,15 @@ protection. A transport's fast path asks this one flag.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
 from protocol.scsi import sense
 from protocol.scsi.gate import Gate
-from protocol.scsi.limits import PHYSICAL_BLOCK_EXPONENT, SECTOR_BYTES, UNIT_ATTENTIONS_MAX
-from protocol.scsi.reservations import Reservations
+from protocol.scsi.limits import FIRST_TARGET_PORT, PHYSICAL_BLOCK_EXPONENT, SECTOR_BYTES, UNIT_ATTENTIONS_MAX
+from protocol.scsi.reservations import NexusId, Reservations
 from protocol.scsi.sense import Sense
 from protocol.scsi.turns import Turns
 from protocol.volume import BlockVolume, Completion
@@ -61,6 +61,7 @@ class LogicalUnit:
         "saved_write_cache",
         "software_write_protect",
         "started",
+        "target_ports",
         "turns",
         "volume",
         "write_cache",
@@ -81,6 +82,8 @@ class LogicalUnit:
         self.sanitization: Sanitization | None = None  # one that runs, or that has failed
         self.gate = Gate(self.state_changed)
         self.reservations = Reservations(self.state_changed)
+        # Relative identifiers of the target ports through which it can be reached, whether anybody does or not.
+        self.target_ports: Callable[[], Collection[int]] = lambda: (FIRST_TARGET_PORT,)
         # Called with the completion of each change of what has to outlive a restart, which it makes durable: reservations (APTPL) and
         # saved mode pages.
         self.keep_reservations: Callable[[Completion], None] = _keep_nothing
@@ -192,17 +195,17 @@ class UnitNexus:
     def update(self) -> None:
         """Recompute ``plain_read`` and ``plain_write`` from what they depend on."""
         unit = self.unit
-        port, reserved = self.nexus.initiator_port, unit.reservations
+        nexus, reserved = self.nexus.id, unit.reservations
         ready = not self.attentions and unit.started and unit.sanitization is None
-        self.plain_read = ready and not reserved.forbids(port, writes=False)
+        self.plain_read = ready and not reserved.forbids(nexus, writes=False)
         writable = unit.write_cache and not unit.write_protected and not unit.gate.closed
-        self.plain_write = ready and writable and not reserved.forbids(port, writes=True)
+        self.plain_write = ready and writable and not reserved.forbids(nexus, writes=True)
 
     def detach(self) -> None:
         """End of the nexus."""
         self.plain_read = self.plain_write = False
         self.unit.nexuses.remove(self)
-        self.unit.reservations.release_plainly(self.nexus.initiator_port)
+        self.unit.reservations.release_plainly(self.nexus.id)
 
 
 @dataclass(slots=True)
@@ -218,12 +221,12 @@ class CopyProgress:
 class Nexus:
     """One I_T nexus: an initiator port, a target port, and the logical units between them."""
 
-    __slots__ = ("copies", "initiator_port", "target_name", "tasks", "units")
+    __slots__ = ("copies", "id", "target_name", "tasks", "units")
 
-    def __init__(self, initiator_port: str, target_name: str) -> None:
+    def __init__(self, initiator_port: str, target_name: str, target_port: int = FIRST_TARGET_PORT) -> None:
         # The transport puts here what lists this nexus's tasks: task management reaches those of other sessions by it.
         self.tasks: Callable[[], list[Any]] = list
-        self.initiator_port = initiator_port
+        self.id = NexusId(initiator_port, target_port)
         self.target_name = target_name
         self.units: dict[int, UnitNexus] = {}
         # Third-party copies by their list identifier, a byte: those that run, and those whose outcome nobody has asked for yet.

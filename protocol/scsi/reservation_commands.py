@@ -11,7 +11,7 @@ from protocol.scsi.command import NO_DATA, Command, Request, cut, usage
 from protocol.scsi.errors import CheckCondition, ReservationConflict, ScsiError
 from protocol.scsi.logical_unit import LogicalUnit
 from protocol.scsi.plan import Operation, Plan
-from protocol.scsi.reservations import KINDS, Reservations
+from protocol.scsi.reservations import KINDS, NexusId, Reservations
 from protocol.scsi.sense import Sense
 from protocol.scsi.transport_id import BadTransportId, TransportId
 from protocol.volume import Buffer, Completion
@@ -35,7 +35,6 @@ _RESERVATION: Final = Struct(">QIxBH")
 _CAPABILITIES: Final = bytes((0, 8, 0x0D, 0x80, 0xEA, 0x01, 0, 0))
 _PTPL_ACTIVE: Final = 0x01
 _FULL_STATUS: Final = Struct(">Q4xBB4xHI")
-_RELATIVE_PORT: Final = 1
 
 
 def _keys(state: Reservations) -> bytes:
@@ -54,9 +53,10 @@ def _capabilities(state: Reservations) -> bytes:
 
 def _full_status(state: Reservations) -> bytes:
     body = b""
-    for port, key in state.registrations.items():
-        holds, transport = state.holds(port), transport_id.encode(port)
-        body += _FULL_STATUS.pack(key, int(holds), state.kind if holds else 0, _RELATIVE_PORT, len(transport)) + transport
+    for nexus, key in state.registrations.items():
+        holds, transport = state.holds(nexus), transport_id.encode(nexus.initiator_port)
+        # ALL_TG_PT is clear: each descriptor is of one nexus, and names its target port.
+        body += _FULL_STATUS.pack(key, int(holds), state.kind if holds else 0, nexus.target_port, len(transport)) + transport
     return _HEAD.pack(state.generation, len(body)) + body
 
 
@@ -79,12 +79,14 @@ class _Out:
     """One PERSISTENT RESERVE OUT with its parameter list."""
 
     request: Request
-    port: str
+    nexus: NexusId
     kind: int
     key: int
     action_key: int
     survives_power_loss: bool
     initiators: list[TransportId]
+    # Target ports whose nexuses are meant: that of the command, all of them (ALL_TG_PT), or the one that REGISTER AND MOVE names.
+    target_ports: tuple[int, ...]
     unregisters: bool = False
     # What PREEMPT AND ABORT aborts: the status waits for the end of it.
     aborted: list[AbortedTask] = field(default_factory=list)
@@ -99,49 +101,61 @@ class _Out:
 
     def check_registered(self) -> None:
         """Raise ReservationConflict unless this nexus is registered with the key that it gives."""
-        if self.state.registrations.get(self.port) != self.key:
+        if self.state.registrations.get(self.nexus) != self.key:
             raise ReservationConflict
 
-    def check_room(self, ports: list[str]) -> None:
-        """Raise CheckCondition where ``ports`` would be too many registrations."""
+    def check_room(self, nexuses: list[NexusId]) -> None:
+        """Raise CheckCondition where ``nexuses`` would be too many registrations."""
         known = self.state.registrations
-        if len(known) + sum(1 for port in ports if port not in known) > reservations.REGISTRATIONS_MAX:
+        if len(known.keys() | nexuses) > reservations.REGISTRATIONS_MAX:
             raise CheckCondition(sense.INSUFFICIENT_REGISTRATION_RESOURCES)
 
-    def ports_named(self) -> list[str]:
-        """Initiator ports that the TransportIDs stand for. Raises CheckCondition where one names a device without a known port."""
-        known = {mapped.nexus.initiator_port for mapped in self.unit.nexuses} | self.state.registrations.keys()
+    def through_ports(self, initiator_ports: list[str]) -> list[NexusId]:
+        """The nexuses of these initiator ports with the target ports that are meant."""
+        return [NexusId(port, target_port) for port in initiator_ports for target_port in self.target_ports]
+
+    def nexuses_named(self) -> list[NexusId]:
+        """What the TransportIDs stand for. Raises CheckCondition where one names a device without a known port."""
+        known = {mapped.nexus.id.initiator_port for mapped in self.unit.nexuses}
+        known |= {nexus.initiator_port for nexus in self.state.registrations}
         found: dict[str, None] = {}
         for initiator in self.initiators:
             ports = initiator.ports(known)
             if not ports:
                 raise CheckCondition(sense.invalid_field_in_parameter_list(_PARAMETERS.size + _LIST_LENGTH.size))
             found |= dict.fromkeys(ports)
-        return list(found)
+        return self.through_ports(list(found))
 
-    def tell(self, cause: Sense, ports: list[str] | None = None) -> None:
-        """Unit attention for other nexuses: those of ``ports``, or all that are registered."""
+    def tell(self, cause: Sense, nexuses: list[NexusId] | None = None) -> None:
+        """Unit attention for other nexuses: ``nexuses``, or all that are registered."""
         for mapped in self.unit.nexuses:
-            port = mapped.nexus.initiator_port
-            if port != self.port and port in (self.state.registrations if ports is None else ports):
+            nexus = mapped.nexus.id
+            if nexus != self.nexus and nexus in (self.state.registrations if nexuses is None else nexuses):
                 mapped.attention(cause)
 
 
 def _register(out: _Out) -> None:
-    """REGISTER: the present key, if any, must be given (0 for a nexus that is not registered)."""
+    """REGISTER: the present key, if any, must be given (0 for a nexus that is not registered).
+
+    With ALL_TG_PT this is as if it came through each target port (SPC-4 6.16.3). A nexus of another one that is not registered gets
+    registered; one that is registered by another key is a conflict.
+    """
     known = out.state.registrations
-    if known.get(out.port, 0) != out.key:
+    if known.get(out.nexus, 0) != out.key:
         raise ReservationConflict
-    if out.initiators and out.port in known:
+    if any(known.get(nexus, out.key) != out.key for nexus in out.through_ports([out.nexus.initiator_port])):
+        raise ReservationConflict
+    if out.initiators and out.nexus in known:
         raise CheckCondition(sense.INVALID_FIELD_IN_CDB)  # SPC-4 5.12.7, table of register behaviours: SPEC_I_PT of one who is registered
     _register_any(out)
 
 
 def _register_any(out: _Out) -> None:
-    others = out.ports_named() if out.action_key else []
+    own = out.through_ports([out.nexus.initiator_port])
+    others = out.nexuses_named() if out.action_key else []
     if out.action_key:
-        out.check_room([out.port, *others])
-    if out.state.register(out.port, out.action_key, out.survives_power_loss, others):
+        out.check_room([*own, *others])
+    if out.state.register(own, out.action_key, out.survives_power_loss, others):
         out.tell(sense.RESERVATIONS_RELEASED)
 
 
@@ -151,24 +165,24 @@ def _register_and_move(out: _Out) -> None:
     state = out.state
     if state.kind == 0:
         raise CheckCondition(sense.INVALID_FIELD_IN_CDB)
-    if state.holder != out.port or state.kind in reservations.ALL_REGISTRANTS_KINDS:
+    if not state.held_by(out.nexus) or state.kind in reservations.ALL_REGISTRANTS_KINDS:
         raise ReservationConflict
-    ports = out.ports_named()
-    if len(ports) != 1 or ports[0] == out.port:
+    named = out.nexuses_named()
+    if len(named) != 1 or named[0] == out.nexus:
         raise CheckCondition(sense.invalid_field_in_parameter_list(_MOVE.size))
-    out.check_room(ports)
-    state.move(out.port, ports[0], out.action_key, out.unregisters, out.survives_power_loss)
+    out.check_room(named)
+    state.move(out.nexus, named[0], out.action_key, out.unregisters, out.survives_power_loss)
 
 
 def _reserve(out: _Out) -> None:
     out.check_registered()
-    if not out.state.reserve(out.port, out.kind):
+    if not out.state.reserve(out.nexus, out.kind):
         raise ReservationConflict
 
 
 def _release(out: _Out) -> None:
     out.check_registered()
-    if not out.state.holds(out.port):
+    if not out.state.holds(out.nexus):
         return  # releasing what one does not hold is no error (SPC-4 5.13.11.2.2)
     if out.state.kind != out.kind:
         raise CheckCondition(sense.INVALID_RELEASE)
@@ -189,13 +203,13 @@ def _preempt(out: _Out) -> None:
         raise CheckCondition(sense.invalid_field_in_parameter_list(8))
     if out.action_key and out.action_key not in state.registrations.values():
         raise ReservationConflict
-    removed, changed = state.preempt(out.port, out.action_key, out.kind)
+    removed, changed = state.preempt(out.nexus, out.action_key, out.kind)
     out.tell(sense.REGISTRATIONS_PREEMPTED, removed)
     if changed:
         out.tell(sense.RESERVATIONS_RELEASED)
     if out.request.cdb[1] & 0x1F == PREEMPT_AND_ABORT:
         for mapped in out.unit.nexuses:
-            if mapped.nexus.initiator_port in removed:
+            if mapped.nexus.id in removed:
                 out.aborted.extend(tasks_of(mapped))
 
 
@@ -224,7 +238,7 @@ def _initiators(data: bytes, at: int, length: int) -> list[TransportId]:
 
 def _parse(request: Request, data: bytes) -> _Out:
     """The parameter list of all service actions but REGISTER AND MOVE."""
-    cdb, port = request.cdb, request.nexus.initiator_port
+    cdb, nexus = request.cdb, request.nexus.id
     action, kind = cdb[1] & 0x1F, cdb[2] & 0x0F
     if action in _WITH_KIND and (kind not in KINDS or cdb[2] >> 4):
         raise CheckCondition(sense.invalid_field_in_cdb(2))
@@ -241,8 +255,9 @@ def _parse(request: Request, data: bytes) -> _Out:
         initiators = _initiators(data, _PARAMETERS.size + _LIST_LENGTH.size, length)
     elif len(data) != _PARAMETERS.size:
         raise CheckCondition(sense.PARAMETER_LIST_LENGTH_ERROR)
-    # ALL_TG_PT says nothing here: there is one target port, and whoever is registered is so through every portal.
-    return _Out(request, port, kind, key, action_key, bool(flags & _APTPL), initiators)
+    registers = action in (REGISTER, REGISTER_AND_IGNORE)
+    target_ports = tuple(request.unit.target_ports()) if registers and flags & _ALL_TARGET_PORTS else (nexus.target_port,)
+    return _Out(request, nexus, kind, key, action_key, bool(flags & _APTPL), initiators, target_ports)
 
 
 def _parse_move(request: Request, data: bytes) -> _Out:
@@ -253,10 +268,10 @@ def _parse_move(request: Request, data: bytes) -> _Out:
     initiators = _initiators(data, _MOVE.size, length)
     if action_key == 0:
         raise CheckCondition(sense.invalid_field_in_parameter_list(8))
-    if relative_port != _RELATIVE_PORT:
+    if relative_port not in request.unit.target_ports():
         raise CheckCondition(sense.invalid_field_in_parameter_list(18))
     aptpl, unregisters = bool(flags & _APTPL), bool(flags & _UNREGISTERS)
-    return _Out(request, request.nexus.initiator_port, 0, key, action_key, aptpl, initiators, unregisters)
+    return _Out(request, request.nexus.id, 0, key, action_key, aptpl, initiators, (relative_port,), unregisters)
 
 
 def reserve_out(request: Request) -> Plan:
@@ -282,14 +297,14 @@ def reserve_out(request: Request) -> Plan:
 
 def reserve_6(request: Request) -> Plan:
     """RESERVE(6) of the whole unit for this nexus."""
-    if not request.unit.reservations.reserve_plainly(request.nexus.initiator_port):
+    if not request.unit.reservations.reserve_plainly(request.nexus.id):
         raise ReservationConflict
     return NO_DATA
 
 
 def release_6(request: Request) -> Plan:
     """RELEASE(6); GOOD also for whoever does not hold the reservation (SPC-2 7.20)."""
-    request.unit.reservations.release_plainly(request.nexus.initiator_port)
+    request.unit.reservations.release_plainly(request.nexus.id)
     return NO_DATA
 
 

@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
+from protocol.names import fold
+
 _ISCSI: Final = 0x05
 _DEVICE_FORMAT: Final = 0x00
 _PORT_FORMAT: Final = 0x40
@@ -67,7 +69,7 @@ def _decode(first: int, padded: bytes, at: int) -> TransportId:
         raise BadTransportId(at)  # another protocol's initiator cannot come through a port of this one
     name, zero, padding = padded.partition(b"\0")
     try:
-        node, separator, isid = name.decode().lower().partition(_SEPARATOR)
+        node, separator, isid = fold(name.decode()).partition(_SEPARATOR)
     except UnicodeDecodeError:
         raise BadTransportId(at + _HEAD_BYTES) from None
     if not zero or any(padding) or not node or len(node.encode()) > _NODE_NAME_BYTES_MAX or bool(separator) != bool(first & _PORT_FORMAT):

@@ -26,10 +26,24 @@ from storage.state import PoolState
 class Catalogue:
     """All images of a pool.
 
-    ``vdisks`` maps names to numbers; ``snapshots`` and ``clones`` map the number of a vdisk or snapshot to what hangs on it.
+    ``vdisks`` maps names to numbers; ``snapshots`` and ``clones`` map the number of a vdisk or snapshot to what hangs on it. A vdisk's name
+    becomes part of an iSCSI name, and those have no case: no two new vdisks get names that differ in case alone. Pools of earlier versions
+    may have such names, and keep them. ``with_case`` maps the lower case of names that have upper-case letters to those names.
     """
 
-    __slots__ = ("_damaged", "_entries", "_free_numbers", "_live", "_next_number", "_state", "clones", "deleted", "snapshots", "vdisks")
+    __slots__ = (
+        "_damaged",
+        "_entries",
+        "_free_numbers",
+        "_live",
+        "_next_number",
+        "_state",
+        "clones",
+        "deleted",
+        "snapshots",
+        "vdisks",
+        "with_case",
+    )
 
     def __init__(self, state: PoolState) -> None:
         self._state = state
@@ -39,6 +53,7 @@ class Catalogue:
         self._damaged: set[int] = set()
         self._next_number = 1
         self.vdisks: dict[str, int] = {}
+        self.with_case: dict[str, set[str]] = {}
         self.snapshots: dict[int, dict[str, int]] = {}
         self.clones: dict[int, set[int]] = {}
         self.deleted: set[int] = set()
@@ -68,13 +83,25 @@ class Catalogue:
 
     def _index(self, number: int, kind: int, name: str, origin: int, backing: int) -> None:
         if kind == KIND_VDISK:
-            self.vdisks[name] = number
+            self._list_vdisk(name, number)
         elif kind == KIND_SNAPSHOT:
             self.snapshots.setdefault(origin, {})[name] = number
         elif kind == KIND_DELETED:
             self.deleted.add(number)
         if backing:
             self.clones.setdefault(backing, set()).add(number)
+
+    def _list_vdisk(self, name: str, number: int) -> None:
+        self.vdisks[name] = number
+        if (folded := name.lower()) != name:
+            self.with_case.setdefault(folded, set()).add(name)
+
+    def _unlist_vdisk(self, name: str) -> None:
+        del self.vdisks[name]
+        if (folded := name.lower()) != name:
+            self.with_case[folded].discard(name)
+            if not self.with_case[folded]:
+                del self.with_case[folded]
 
     def add(self, record: ImageRecord) -> Image:
         """A new image, from now on listed, and written with the next consistency point."""
@@ -117,13 +144,13 @@ class Catalogue:
     # --- Changing what hangs on what ----------------------------------------------------------------------------
 
     def rename(self, image: Image, name: str) -> None:
-        """Give a vdisk another name."""
-        self.check_free(name)
+        """Give a vdisk another name; one that differs in case alone is another name, too."""
+        self.check_free(name, image.name)
         image.touch()
-        del self.vdisks[image.name]
+        self._unlist_vdisk(image.name)
         image.name = name
         image.tree.label = image.label
-        self.vdisks[name] = image.number
+        self._list_vdisk(name, image.number)
 
     def mark_deleted(self, image: Image) -> None:
         """Take away its name and its backing store; the tree is left for the background reclaim."""
@@ -149,7 +176,7 @@ class Catalogue:
     def _unlist(self, image: Image) -> None:
         """Take away its name, and its place among the clones of what is behind it."""
         if image.kind == KIND_VDISK:
-            del self.vdisks[image.name]
+            self._unlist_vdisk(image.name)
         elif image.kind == KIND_SNAPSHOT:
             names = self.snapshots[image.origin]
             del names[image.name]
@@ -204,7 +231,8 @@ class Catalogue:
         """The vdisk of that name. Raises NotFound."""
         number = self.vdisks.get(name)
         if number is None:
-            raise NotFound(f"there is no vdisk {name}: `cleavectl vdisk ls` shows those there are")
+            alike = ", ".join(self.names_alike(name))
+            raise NotFound(f"there is no vdisk {name}{f', but {alike}' if alike else ''}: `cleavectl vdisk ls` shows those there are")
         return self.image(number)
 
     def snapshot(self, vdisk: str, name: str) -> Image:
@@ -214,10 +242,20 @@ class Catalogue:
             raise NotFound(f"there is no snapshot {vdisk}@{name}: `cleavectl snapshot ls {vdisk}` shows those there are")
         return self.image(number)
 
-    def check_free(self, name: str) -> None:
-        """Raise Conflict if a vdisk has that name."""
+    def check_free(self, name: str, renamed: str | None = None) -> None:
+        """Raise Conflict if a vdisk other than ``renamed`` has that name, or one that differs in case alone."""
         if name in self.vdisks:
             raise Conflict(f"a vdisk {name} exists already: choose another name")
+        alike = [found for found in self.names_alike(name) if found != renamed]
+        if alike:
+            raise Conflict(
+                f"a vdisk {alike[0]} exists already, and iSCSI names have no case: {name} would be the same target; choose another name"
+            )
+
+    def names_alike(self, name: str) -> list[str]:
+        """Names of the vdisks whose names are this one in any case, sorted."""
+        folded = name.lower()
+        return sorted([*self.with_case.get(folded, ()), *([folded] if folded in self.vdisks else [])])
 
     def full_name(self, image: Image) -> str:
         """``VDISK`` or ``VDISK@SNAPSHOT``."""

@@ -164,7 +164,7 @@ class Lifecycle:
         image = self._catalogue.vdisk(old)
         if old == new:
             return image
-        self._catalogue.check_free(new)
+        self._catalogue.check_free(new, old)
         renamed: list[Image] = []
 
         def at_freeze() -> None:

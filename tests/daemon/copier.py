@@ -19,7 +19,7 @@ class Copier(Initiator):
 
     async def naa(self, lun: int) -> bytes:
         """The unit's own designator, as EXTENDED COPY names it."""
-        return bytes(await self.command(bytes((0x12, 1, 0x83, 1, 0, 0)), lun=lun, read_bytes=256))[8:16]
+        return bytes(await self.command(bytes((0x12, 1, 0x83, 1, 0, 0)), lun=lun, read_bytes=256))[8:24]
 
     async def copy(self, size_bytes: int, source_bytes: int = 0, destination_bytes: int = 0) -> None:
         """EXTENDED COPY of a range from LUN SOURCE to LUN DESTINATION, as many commands as it needs."""

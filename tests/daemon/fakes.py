@@ -58,6 +58,12 @@ class MemoryPool:
     def names(self) -> list[str]:
         return sorted(self.volumes)
 
+    def names_alike(self, name: str) -> list[str]:
+        return sorted(found for found in self.volumes if found.lower() == name.lower())
+
+    def names_with_case(self) -> set[str]:
+        return {name.lower() for name in self.volumes if name != name.lower()}
+
     def volume(self, name: str) -> AttachableMemory:
         if name not in self.volumes:
             raise NotFound(f"there is no vdisk {name}")

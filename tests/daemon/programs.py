@@ -44,19 +44,27 @@ async def succeed(*command: str) -> str:
     return result.output
 
 
-async def cleaved(*arguments: str) -> Result:
+def limited(open_files_max: int | None) -> tuple[str, ...]:
+    """What to put before a command that may open so many files only."""
+    return () if open_files_max is None else ("sh", "-c", 'ulimit -n "$0" && exec "$@"', str(open_files_max))
+
+
+async def cleaved(*arguments: str, open_files_max: int | None = None) -> Result:
     """Run `cleaved` to its end."""
-    return await run(sys.executable, "-c", CLEAVED, *arguments)
+    return await run(*limited(open_files_max), sys.executable, "-c", CLEAVED, *arguments)
 
 
 class Daemon:
     """A daemon of its own process on a pool in a directory. Use as an asynchronous context; leaving it stops the process in order."""
 
-    def __init__(self, directory: Path, pool_size: str = "256MiB", options: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, directory: Path, pool_size: str = "256MiB", options: tuple[str, ...] = (), open_files_max: int | None = None
+    ) -> None:
         self.directory = directory
         self.pool_path = directory / "pool"
         self.control_path = directory / "control.sock"
         self._options = ("--pool", str(self.pool_path), "--pool-size", pool_size, *options)
+        self._limited = limited(open_files_max)
         self._process: asyncio.subprocess.Process
         self.portal = ""
 
@@ -72,7 +80,7 @@ class Daemon:
     async def start(self, portal: str = "127.0.0.1:0") -> None:
         """Start, and wait for the ready line. Initiators that shall find it again after a restart need the same portal."""
         listeners = ("--iscsi", portal, "--control", str(self.control_path))
-        command = (sys.executable, "-c", CLEAVED, "serve", *self._options, *listeners, "--log-format", "json")
+        command = (*self._limited, sys.executable, "-c", CLEAVED, "serve", *self._options, *listeners, "--log-format", "json")
         with (self.directory / "log").open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=log, cwd=ROOT)
         assert self._process.stdout is not None

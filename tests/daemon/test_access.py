@@ -13,6 +13,7 @@ from daemon.config import Chap
 from daemon.sections import Section, SectionUnreadable, Versioned
 from daemon.targets import TARGET, VDISK, Targets, full_name
 from protocol.control.limits import ACL_INITIATORS_MAX, ISCSI_NAME_CHARACTERS_MAX, LUN_MAX
+from protocol.scsi.limits import TARGET_PORT_MAX
 from storage.errors import Conflict, NotFound, PoolReadOnly, RequestError
 from tests.daemon.fakes import MemoryPool
 from tests.daemon.test_targets import PREFIX, Session
@@ -173,6 +174,41 @@ async def test_luns_over_restarts_and_renames(pool: MemoryPool, targets: Targets
         with pytest.raises(Conflict, match=rf"vdisk z is LUN 7 of target {PREFIX}t"):
             found.check_unmapped(pool.volumes["z"])
         assert f"{PREFIX}z" in found.names_for(ANNA, "p")
+
+
+async def test_each_target_has_a_target_port_of_its_own_for_life(pool: MemoryPool, targets: Targets) -> None:
+    disk = pool.volumes["a"]
+    for name in ("t", "s", "u"):
+        await targets.create(name)
+        await targets.map(name, disk, None)
+    assert list(targets.target_ports(disk.uuid)) == [1, 2, 3, 4] and list(targets.target_ports(pool.volumes["b"].uuid)) == [1]
+    await targets.remove("u")
+    await targets.create("v")  # a registration may name the port of the target that went
+    await targets.map("v", disk, None)
+    for found in (targets, await again(pool)):
+        definitions = {name: found.open_target(PREFIX + name, ANNA) for name in ("a", "t", "s", "v")}
+        assert [definition and definition.port for definition in definitions.values()] == [1, 2, 3, 5]
+        assert sorted(found.target_ports(disk.uuid)) == [1, 2, 3, 5]
+
+
+async def test_targets_of_an_earlier_version_get_ports_and_keep_them(pool: MemoryPool) -> None:
+    uuid = pool.volumes["a"].uuid.hex
+    stored = {"version": 1, "targets": {PREFIX + name: {"luns": {0: uuid}} for name in ("t", "s")}}
+    pool.sections[target_table.SECTION] = msgspec.msgpack.encode(stored)
+    expected = {f"{PREFIX}s": 2, f"{PREFIX}t": 3}
+    for _ in range(2):
+        targets = await again(pool)
+        assert {name: target.port for name, target in targets.table.targets.items()} == expected
+    await targets.create("b2")
+    await targets.remove("s")
+    targets = await again(pool)
+    assert {name: target.port for name, target in targets.table.targets.items()} == {f"{PREFIX}t": 3, f"{PREFIX}b2": 4}
+
+
+def test_ports_begin_anew_when_all_were_given() -> None:
+    stored = target_table.StoredTargets(targets={"t": target_table.StoredTarget(port=2)}, last_port=TARGET_PORT_MAX)
+    ports = target_table._free_ports(stored)
+    assert [next(ports), next(ports)] == [3, 4]
 
 
 async def test_mapping_mistakes_change_nothing(pool: MemoryPool, targets: Targets) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from daemon.initiator import Initiator, random_isid
-from daemon.targets import TARGET_PREFIX
+from daemon.target_names import TARGET_PREFIX
 from protocol.iscsi.chap import ChapSecrets
 from protocol.iscsi.errors import IscsiError
 from protocol.iscsi.initiator_login import InitiatorSettings
@@ -328,6 +328,15 @@ async def test_two_portals_one_of_them_ipv6(tmp_path: Path) -> None:
         for portal in portals:
             output = await succeed("iscsi-ls", f"iscsi://{portal}")
             assert all(f"{other},1" in output for other in portals), output
+
+
+@pytest.mark.client("iscsi-ls")
+async def test_discovery_by_a_real_client_tells_what_is_advertised(tmp_path: Path) -> None:
+    async with Daemon(tmp_path, options=("--advertise", "203.0.113.5:3260", "--advertise", "[2001:db8::5]:3261")) as daemon:
+        await daemon.ctl("vdisk", "create", "a", "--size", "1MiB")
+        output = await succeed("iscsi-ls", f"iscsi://{daemon.portal}")
+        assert "Portal:203.0.113.5:3260,1" in output and "Portal:[2001:db8::5]:3261,1" in output and "127.0.0.1" not in output
+        assert (await daemon.ctl("connect", "a", "--client", "qemu"))["portals"] == ["203.0.113.5:3260", "[2001:db8::5]:3261"]
 
 
 # --- Reservations over a restart --------------------------------------------------------------------------------------------

@@ -39,7 +39,8 @@ def test_every_option() -> None:
         cache = "64MiB"
         soft_threshold_percent = 70
         [iscsi]
-        listen = ["[::1]:0", "host:3261"]
+        listen = ["[::1]:0", "host:3261", "[fe80::1%br-lan.7]:3260"]
+        advertise = ["203.0.113.5:3260", "[2001:db8::5]:3260", "san.example.com:3261"]
         connections_max = 3
         open_access = false
         physical_block_bytes = 512
@@ -58,7 +59,8 @@ def test_every_option() -> None:
     assert config.pool_size_bytes == 1 << 30
     assert config.cache_bytes == 64 << 20
     assert config.soft_threshold_percent == 70
-    assert config.iscsi_listen == (Address("::1", 0), Address("host", 3261))
+    assert config.iscsi_listen == (Address("::1", 0), Address("host", 3261), Address("fe80::1%br-lan.7", 3260))
+    assert config.iscsi_advertise == (Address("203.0.113.5", 3260), Address("2001:db8::5", 3260), Address("san.example.com", 3261))
     assert str(config.iscsi_listen[0]) == "[::1]:0"
     assert config.connections_max == 3
     assert config.physical_block_bytes == 512
@@ -88,6 +90,12 @@ POOL = 'pool.path = "/p"\n'
         (POOL + 'iscsi.listen = ["127.0.0.1:1", "[::1]:1", "127.0.0.1:1"]', ["iscsi.listen", "127.0.0.1:1", "twice"]),
         (POOL + "iscsi.listen = [5]", ["iscsi.listen.0", "5", "`str`"]),
         (POOL + "iscsi.physical_block_bytes = 1024", ["iscsi.physical_block_bytes", "1024", "invalid"]),
+        (POOL + 'iscsi.listen = ["[fe80::1]:3260"]', ["iscsi.listen", "needs its interface", "[fe80::1%eth0]:3260"]),
+        (POOL + 'iscsi.listen = ["[fe80::x]:3260"]', ["iscsi.listen", "HOST:PORT"]),
+        (POOL + 'iscsi.advertise = ["0.0.0.0:3260"]', ["iscsi.advertise", "0.0.0.0:3260", "nothing to connect to"]),
+        (POOL + 'iscsi.advertise = ["host:0"]', ["iscsi.advertise", "host:0", "nothing to connect to"]),
+        (POOL + 'iscsi.advertise = ["[fe80::1%eth0]:3260"]', ["iscsi.advertise", "eth0", "nothing to connect to"]),
+        (POOL + 'iscsi.advertise = ["host:1", "host:1"]', ["iscsi.advertise", "host:1", "twice"]),
         (POOL + "iscsi.connections_max = 0", ["iscsi.connections_max", "0", ">= 1"]),
         (POOL + 'iscsi.chap = {user = "u"}', ["iscsi.chap.secret is missing"]),
         (POOL + 'iscsi.chap = {user = "", secret = "123456789012"}', ["iscsi.chap.user"]),

@@ -12,7 +12,6 @@ from typing import Any, Self
 import pytest
 import pytest_asyncio
 
-from daemon import control
 from daemon.control import ControlPathBusy, ControlServer
 from protocol.control.client import ClientConnection
 from protocol.control.errors import CONFLICT, INTERNAL, NOT_FOUND, ControlError
@@ -189,8 +188,8 @@ async def test_a_client_that_goes_does_not_stop_what_it_asked_for(server: Contro
         await asyncio.sleep(0)
 
 
-async def test_connections_above_the_limit_are_closed(server: ControlServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control, "CONNECTIONS_MAX", 1)
+async def test_connections_above_the_limit_are_closed(server: ControlServer) -> None:
+    server.connections_max = 1
     async with Client(server.path):
         reader, writer = await asyncio.open_unix_connection(server.path)
         assert await reader.read() == b""

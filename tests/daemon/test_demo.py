@@ -12,7 +12,8 @@ from daemon import demo
 from daemon.config import Address
 from daemon.initiator import Initiator
 from daemon.iscsi_listener import IscsiListener
-from daemon.targets import TARGET_PREFIX, Targets
+from daemon.target_names import TARGET_PREFIX
+from daemon.targets import Targets
 from protocol.iscsi.node import TargetNode
 from tests.daemon.fakes import MemoryPool
 from tests.daemon.programs import run

@@ -15,7 +15,7 @@ from daemon.admin.client import ControlClient
 from daemon.config import build
 from daemon.initiator import Initiator
 from daemon.server import Daemon
-from daemon.targets import TARGET_PREFIX
+from daemon.target_names import TARGET_PREFIX
 from protocol.iscsi.initiator_task import CommandFailed
 from protocol.scsi.sense import DATA_PROTECT, MEDIUM_ERROR
 from storage.device import open_device

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from daemon.initiator import Initiator
-from daemon.targets import TARGET_PREFIX
+from daemon.target_names import TARGET_PREFIX
 from protocol.iscsi.initiator_task import CommandFailed
 from tests.daemon.programs import Daemon, cleaved, succeed
 

@@ -17,7 +17,8 @@ from daemon.config import Address
 from daemon.initiator import Initiator
 from daemon.iscsi_listener import IscsiListener
 from daemon.logs import REASONS_MAX, Repeats
-from daemon.targets import TARGET_PREFIX, Targets
+from daemon.target_names import TARGET_PREFIX
+from daemon.targets import Targets
 from protocol.iscsi import pdu
 from protocol.iscsi.node import TargetNode
 from protocol.iscsi.pdu import FINAL, HEADER_BYTES, READ, SIMPLE, WRITE, pack

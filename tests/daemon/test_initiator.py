@@ -11,7 +11,8 @@ import pytest_asyncio
 from daemon.config import Address, Chap
 from daemon.initiator import INITIATOR_NAME, Initiator, random_isid
 from daemon.iscsi_listener import IscsiListener
-from daemon.targets import TARGET_PREFIX, Targets
+from daemon.target_names import TARGET_PREFIX
+from daemon.targets import Targets
 from protocol.iscsi.chap import ChapSecrets
 from protocol.iscsi.errors import IscsiError
 from protocol.iscsi.initiator_login import InitiatorSettings

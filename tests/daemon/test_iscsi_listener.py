@@ -3,7 +3,9 @@
 import asyncio
 import itertools
 import os
+import socket
 from collections.abc import AsyncIterator
+from ipaddress import IPv6Address
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ from daemon import iscsi_listener
 from daemon.config import Address
 from daemon.initiator import Initiator
 from daemon.iscsi_listener import IscsiListener, ListenFailed
-from daemon.targets import TARGET_PREFIX, Targets
+from daemon.target_names import TARGET_PREFIX
+from daemon.targets import Targets
 from protocol.iscsi.node import TargetNode
 from tests.daemon.fakes import MemoryPool
 from tests.daemon.programs import run, succeed
@@ -57,6 +60,40 @@ async def test_ipv6(pool: MemoryPool) -> None:
     await listener.listen(Address("::1", 0))
     assert listener.portals()[0].startswith("[::1]:")
     await listener.stop(0.1)
+
+
+def link_local_addresses() -> list[str]:
+    """Those of this machine, with their interfaces (proc(5): address, index, prefix length, scope, flags, name)."""
+    rows = [line.split() for line in Path("/proc/net/if_inet6").read_text().splitlines()]
+    return [f"{IPv6Address(bytes.fromhex(row[0]))}%{row[5]}" for row in rows if row[3] == "20"]
+
+
+async def test_link_local_addresses_are_listened_on(pool: MemoryPool) -> None:
+    """uvloop's getaddrinfo drops the interface, and without it such an address cannot be bound."""
+    listener = IscsiListener(TargetNode(Targets(pool, None)), connections_max=3)
+    lo = socket.if_nametoindex("lo")
+    for interface in ("lo", str(lo)):
+        resolved = await listener._acceptor._resolved(Address(f"fe80::1%{interface}", 3260))
+        assert resolved == [(socket.AF_INET6, ("fe80::1", 3260, 0, lo))]
+    for host in [*link_local_addresses(), "::1%lo"]:
+        await listener.listen(Address(host, 0))
+        address = listener.addresses[-1]
+        assert address.unscoped.host == host.partition("%")[0] and address.port
+        where = (address.unscoped.host, address.port, 0, socket.if_nametoindex(host.partition("%")[2]))
+        with socket.socket(socket.AF_INET6) as client:
+            client.connect(where)  # the kernel answers
+    with pytest.raises(ListenFailed, match="no network interface none7"):
+        await listener.listen(Address("fe80::1%none7", 0))
+    await listener.stop(0.1)
+
+
+async def test_what_is_advertised_is_told_instead_of_local_addresses(pool: MemoryPool) -> None:
+    outside = [Address("203.0.113.5", 3260), Address("2001:db8::5", 3261)]
+    listener = IscsiListener(TargetNode(Targets(pool, None)), connections_max=3, advertise=outside)
+    await listener.listen(Address("127.0.0.1", 0))
+    assert listener.portals() == ["203.0.113.5:3260", "[2001:db8::5]:3261"]
+    assert listener.node.portals(str(listener.addresses[0])) == listener.portals()
+    await listener.stop(1)
 
 
 async def test_connections_above_the_limit_are_closed(listener: IscsiListener) -> None:

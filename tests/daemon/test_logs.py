@@ -1,10 +1,12 @@
 """The log's two forms, in a process of their own: the configuration is the process's."""
 
 import json
+import re
 import sys
 
 import pytest
 
+from daemon.logs import Repeats
 from tests.daemon.programs import run
 
 PROGRAM = """
@@ -51,3 +53,14 @@ async def test_local_variables_stay_out_of_the_log(form: str) -> None:
     result = await run(sys.executable, "-c", PROGRAM, "info", form)
     assert "ZeroDivisionError" in result.messages
     assert "hunter2" not in result.messages
+
+
+def test_repeats_are_told_once_in_so_many_ticks(capsys: pytest.CaptureFixture[str]) -> None:
+    repeats = Repeats("some.event", ticks=3)
+    told = []
+    for _ in range(6):
+        for _ in range(5):
+            repeats.log("why", peer="p")
+        repeats.tick()
+        told.append(re.findall(r"times=(\d+)", capsys.readouterr().out))
+    assert told == [["1"], [], ["14"], ["1"], [], ["14"]]

@@ -9,9 +9,10 @@ import pytest_asyncio
 from daemon import admission as admission_module
 from daemon.config import Address
 from daemon.initiator import INITIATOR_NAME, Initiator, random_isid
-from daemon.iscsi_listener import CLOSE_SECONDS, IscsiListener
+from daemon.iscsi_listener import CLOSE_SECONDS, TAKEOVER_TICKS, IscsiListener
+from daemon.target_names import TARGET_PREFIX
 from daemon.target_service import TargetService
-from daemon.targets import TARGET_PREFIX, Targets
+from daemon.targets import Targets
 from protocol.control import methods
 from protocol.iscsi import limits
 from protocol.iscsi.errors import IscsiError
@@ -172,6 +173,9 @@ async def test_discovery_tells_the_portals_that_an_initiator_can_reach(listener:
     assert listener.portals_beside("[::1]:5") == ["[::1]:5", "127.0.0.1:1", "10.0.0.1:2", "[fd00::1]:3"]
     assert listener.portals_beside("[fd00::1]:3") == ["[fd00::1]:3", "10.0.0.1:2"]
     assert listener.portals_beside("192.168.0.7:4") == ["192.168.0.7:4", "10.0.0.1:2", "[fd00::1]:3"]
+    listener.addresses = [Address("10.0.0.1", 2), Address("fe80::1%eth0", 3), Address("fe80::2%eth1", 4)]
+    assert listener.portals_beside("10.0.0.1:2") == ["10.0.0.1:2"]  # what is link-local may be of another link
+    assert listener.portals_beside("[fe80::1]:3") == ["[fe80::1]:3", "10.0.0.1:2", "[fe80::2]:4"]
 
 
 async def test_two_portals_are_two_paths_to_one_disk(pool: MemoryPool) -> None:
@@ -189,3 +193,34 @@ async def test_two_portals_are_two_paths_to_one_disk(pool: MemoryPool) -> None:
     for path in paths:
         await path.close()
     await listener.stop(1.0)
+
+
+async def test_hosts_that_end_each_others_sessions_are_named_once(pool: MemoryPool, capsys: pytest.CaptureFixture[str]) -> None:
+    listener = IscsiListener(TargetNode(Targets(pool, None)), connections_max=200)
+    for host in ("127.0.0.1", "::1"):
+        await listener.listen(Address(host, 0))
+    settings = InitiatorSettings(INITIATOR_NAME, DISK, isid=7)
+    opened = []
+    for _ in range(5):
+        for host, port in listener.addresses:
+            opened.append(await Initiator.connect(host, port, DISK, settings))
+            opened.append(await Initiator.connect(host, port, DISK, settings))  # a host that comes back is no news
+    logged = capsys.readouterr().out
+    (line,) = [line for line in logged.splitlines() if "session.taken_over" in line]
+    for words in (
+        "127.0.0.1 and [::1]",
+        "times=1",
+        INITIATOR_NAME,
+        DISK,
+        "ended_address=127.0.0.1:",
+        "address=[::1]:",
+        "initiator name of its own",
+    ):
+        assert words in line
+    for _ in range(2 * TAKEOVER_TICKS):
+        listener._takeovers.tick()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "times=8" in line and "127.0.0.1 and [::1]" in line
+    for initiator in opened:
+        initiator.abort()
+    await listener.stop(0.1)

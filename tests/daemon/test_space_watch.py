@@ -6,7 +6,7 @@ import pytest
 
 from daemon.initiator import Initiator
 from daemon.space_watch import REARM_PERCENT, SpaceWatch
-from daemon.targets import TARGET_PREFIX
+from daemon.target_names import TARGET_PREFIX
 from protocol.iscsi.initiator_task import CommandFailed
 from tests.daemon.programs import Daemon
 

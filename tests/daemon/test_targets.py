@@ -14,6 +14,7 @@ class Session:
     def __init__(self, target_name: str, initiator_name: str = "iqn.2026-01.test:i") -> None:
         self.target_name = target_name
         self.initiator_name = initiator_name
+        self.peer_address = "127.0.0.1:50000"
 
     def describe(self) -> dict[str, object]:
         return {"initiator": self.initiator_name, "target": self.target_name}

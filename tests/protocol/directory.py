@@ -27,7 +27,10 @@ class MemoryDirectory:
     def open_target(self, target_name: str, initiator_name: str) -> TargetDefinition | None:
         name = target_name.lower()
         volumes = self.targets.get(name)
-        return None if volumes is None else TargetDefinition(name, volumes, self.chap)
+        return None if volumes is None else TargetDefinition(name, volumes, self.chap, list(self.targets).index(name) + 1)
+
+    def target_ports(self, uuid: UUID) -> list[int]:
+        return [port for port, volumes in enumerate(self.targets.values(), 1) if uuid in {volume.uuid for volume in volumes.values()}]
 
     def discovery_chap(self, initiator_name: str) -> ChapSecrets | None:
         return self.discovery

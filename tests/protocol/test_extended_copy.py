@@ -9,6 +9,7 @@ import pytest
 from protocol.iscsi.initiator_task import CommandFailed
 from protocol.scsi import limits
 from protocol.scsi.errors import STATUS_RESERVATION_CONFLICT
+from protocol.scsi.reservations import NexusId
 from protocol.volume import CopiesByReference
 from tests.protocol.coupling import Coupling, settings
 from tests.protocol.directory import recorded
@@ -64,7 +65,7 @@ def clear(node, volumes) -> None:
 
 
 def naa(pair: Coupling, lun: int) -> bytes:
-    return page(pair, 0x83, lun=lun)[8:16]
+    return page(pair, 0x83, lun=lun)[8:24]
 
 
 def target(designator: bytes, kind: int = 3, code_set: int = 1, flags: int = 0, block: int = 512) -> bytes:
@@ -270,8 +271,9 @@ def test_protection_and_reservations_hold_for_copies():
     refused(pair, parameters, (7, 0x27, 0))
     destination.read_only = False
     unit = pair.node.unit_for(destination)
-    unit.reservations.register("somebody", 1, False)
-    unit.reservations.reserve("somebody", 1)
+    somebody = NexusId("somebody", 1)
+    unit.reservations.register([somebody], 1, False)
+    unit.reservations.reserve(somebody, 1)
     with pytest.raises(CommandFailed) as conflict:
         copy(pair, parameters)
     assert conflict.value.status == STATUS_RESERVATION_CONFLICT

@@ -256,7 +256,7 @@ def test_without_aptpl_and_after_unregistering_nothing_is_kept() -> None:
     assert keeper.states == {disk.uuid: None}
     register(pair, 1)
     assert keeper.states[disk.uuid] == {
-        "registrations": {f"{INITIATOR},i,0x000000000001": 1},
+        "registrations": {f"{INITIATOR},i,0x000000000001,t,0x0001": 1},
         "holder": None,
         "kind": 0,
         "generation": 2,

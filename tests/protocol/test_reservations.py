@@ -8,7 +8,7 @@ from protocol.iscsi import task_management
 from protocol.iscsi.initiator_task import CommandFailed
 from protocol.scsi import reservations as kinds
 from protocol.scsi.errors import STATUS_RESERVATION_CONFLICT
-from protocol.scsi.reservations import Reservations
+from protocol.scsi.reservations import NexusId, Reservations
 from tests.protocol.coupling import Coupling, settings
 from tests.protocol.directory import INITIATOR, RecordedNode, recorded
 from tests.protocol.exchanges import Results, manage
@@ -250,7 +250,7 @@ def test_bad_requests_change_nothing(three, arguments, sense):
 
 def test_registrations_are_bounded(three, node, volume):
     state = node.unit_for(volume).reservations
-    state.registrations.update({f"port-{number}": 1 for number in range(kinds.REGISTRATIONS_MAX)})
+    state.registrations.update({NexusId(f"port-{number}", 1): 1 for number in range(kinds.REGISTRATIONS_MAX)})
     with pytest.raises(CommandFailed, match="5/55/04"):
         out(three[0], REGISTER, 0, 1)
 
@@ -305,12 +305,13 @@ def test_the_fast_path_obeys(three):
 def test_export_and_restore():
     calls: list[None] = []
     first = Reservations(lambda: calls.append(None))
-    first.register("a", 1, True)
-    first.register("b", 2, True)
-    first.reserve("a", kinds.EXCLUSIVE_ACCESS_REGISTRANTS)
+    a, b = NexusId("iqn.2026-01.test:a,i,0x000000000001", 1), NexusId("iqn.2026-01.test:a,i,0x000000000001", 0xFFFF)
+    first.register([a], 1, True)
+    first.register([b], 2, True)
+    first.reserve(a, kinds.EXCLUSIVE_ACCESS_REGISTRANTS)
     second = Reservations(lambda: None)
-    second.restore(**first.export())  # type: ignore[arg-type]
-    assert second.export() == first.export() and second.holds("a") and not second.forbids("b", writes=True)
+    second.restore(**first.export(), target_ports=(7,))  # type: ignore[arg-type]
+    assert second.export() == first.export() and second.holds(a) and not second.holds(b) and not second.forbids(b, writes=True)
     assert len(calls) == 3
 
 

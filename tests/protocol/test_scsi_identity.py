@@ -1,6 +1,8 @@
 """What a logical unit says about itself: INQUIRY, capacity, LUNs, supported commands, mode pages, sense."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from protocol.iscsi.initiator_task import CommandFailed
 from protocol.scsi import dispatch, limits
@@ -9,7 +11,7 @@ from protocol.scsi.logical_unit import LogicalUnit, Nexus
 from protocol.scsi.plan import Reply
 from tests.protocol.coupling import Coupling, coupled, settings
 from tests.protocol.directory import TARGET, recorded
-from tests.protocol.memory_volume import MemoryVolume
+from tests.protocol.memory_volume import DISK_UUID, MemoryVolume
 
 SIZE = 8 << 20
 SECTORS = SIZE // 512
@@ -50,17 +52,60 @@ def test_every_page_that_is_listed_exists(pair):
     fails(pair, bytes((0x12, 0, 0x80, 0, 255, 0)), (5, 0x24, 0))
 
 
-def test_designators_come_from_the_uuid(pair):
-    data, uuid = page(pair, 0x83)[4:], MemoryVolume(512).uuid
-    designators = {}
+def designators(pair: Coupling) -> list[tuple[int, int, bytes]]:
+    """Code set, type and value of those of the unit itself, in order."""
+    data, found = page(pair, 0x83)[4:], []
     while data:
-        designators[data[1] & 0x0F] = data[4 : 4 + data[3]]
+        if not data[1] & 0x30:
+            found.append((data[0] & 0x0F, data[1] & 0x0F, data[4 : 4 + data[3]]))
         data = data[4 + data[3] :]
-    assert designators[3][0] >> 4 == 3 and len(designators[3]) == 8
-    assert designators[1] == b"CLEAVED " + uuid.hex.encode()
-    assert designators[10] == b"\x10\0" + uuid.bytes
-    assert designators[8].rstrip(b"\0") == f"{TARGET},t,0x0001".encode() and len(designators[8]) % 4 == 0
-    assert page(pair, 0x80)[4:] == uuid.hex.encode()
+    return found
+
+
+def test_designators_come_from_the_uuid(pair):
+    """Disks keep their names: none of these may ever change, and a new one may only be added."""
+    first, *earlier = designators(pair)
+    assert first == (1, 3, bytes.fromhex("6" + "c2eaed" + "123456789abc" + "def" + "6789abcdef"))
+    assert earlier == [
+        (1, 3, bytes.fromhex("323456789abccdef")),
+        (2, 1, b"CLEAVED " + DISK_UUID.hex.encode()),
+        (1, 10, b"\x10\0" + DISK_UUID.bytes),
+    ]
+    assert page(pair, 0x80)[4:] == DISK_UUID.hex.encode()
+    assert f"{TARGET},t,0x0001".encode() in page(pair, 0x83)
+
+
+@given(st.uuids(version=4))
+def test_the_company_id_is_nobodys(uuid):
+    name = designators(coupled(MemoryVolume(SIZE, uuid=uuid)))[0][2]
+    company = int.from_bytes(name[:4], "big") >> 4 & 0xFFFFFF
+    assert len(name) == 16 and name[0] >> 4 == 6
+    assert company >> 16 & 0x0F == 0x02  # locally administered, not multicast, and of the quadrant of local administrators
+    assert name.hex().endswith(uuid.hex[22:]) and uuid.hex[:12] in name.hex()
+
+
+def scsi_id(found: list[tuple[int, int, bytes]]) -> str:
+    """What udev's scsi_id chooses: NAA 6, NAA 5, any NAA, EUI-64, T10, in the order of the page."""
+    for kind, naa in ((3, 6), (3, 5), (3, None), (2, None), (1, None)):
+        for _, designator_kind, value in found:
+            if designator_kind == kind and naa in (None, value[0] >> 4):
+                return f"{kind}{value.hex() if kind > 1 else value.decode()}"
+    raise AssertionError(found)
+
+
+def sg3_rules(found: list[tuple[int, int, bytes]]) -> str:
+    """What the udev rules of sg3_utils choose (55-scsi-sg3_id.rules): NAA 6, NAA 5, NAA 2, EUI-64, name, T10, NAA 3."""
+    for kind, naa in ((3, 6), (3, 5), (3, 2), (2, None), (8, None), (1, None), (3, 3)):
+        for _, designator_kind, value in found:
+            if designator_kind == kind and naa in (None, value[0] >> 4):
+                return f"{kind}{value.hex() if kind > 1 else value.decode()}"
+    raise AssertionError(found)
+
+
+def test_udev_scsi_id_and_multipath_call_a_disk_by_one_name(pair):
+    found = designators(pair)
+    assert scsi_id(found) == sg3_rules(found) == f"3{found[0][2].hex()}"
+    assert scsi_id(found[1:]) != sg3_rules(found[1:])  # as it was
 
 
 def test_block_limits_are_those_that_hold(pair):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from protocol.iscsi.initiator_task import CommandFailed
 from protocol.scsi import reservations as kinds
 from protocol.scsi import transport_id
+from protocol.scsi.reservations import NexusId
 from protocol.scsi.transport_id import BadTransportId, TransportId
 from protocol.volume import Completion
 from tests.protocol.coupling import Coupling, settings
@@ -39,6 +40,10 @@ STRANGER = "iqn.2026-01.io.example:stranger"
 
 def port(isid: int, name: str = INITIATOR) -> str:
     return f"{name},i,0x{isid:012x}"
+
+
+def nexus(isid: int, name: str = INITIATOR, target_port: int = 1) -> NexusId:
+    return NexusId(port(isid, name), target_port)
 
 
 def device_id(name: str) -> bytes:
@@ -93,7 +98,7 @@ def state(node: RecordedNode, volume: MemoryVolume, three: list[Coupling]) -> ki
 def test_specified_initiator_ports_are_registered_with_the_sender(three, state):
     one, two, third = three
     register(one, 7, port_id(2) + port_id(9, STRANGER))
-    assert state.registrations == {port(1): 7, port(2): 7, port(9, STRANGER): 7}
+    assert state.registrations == {nexus(1): 7, nexus(2): 7, nexus(9, STRANGER): 7}
     assert state.generation == 1 and not state.survives_power_loss
     out(two, RESERVE, 7, kind=kinds.EXCLUSIVE_ACCESS)
     assert may(two, READ) and not may(one, READ) and not may(third, READ)
@@ -102,7 +107,7 @@ def test_specified_initiator_ports_are_registered_with_the_sender(three, state):
 
 def test_a_device_stands_for_its_known_ports(three, state):
     register(three[0], 5, device_id(INITIATOR), flags=SPEC_I_PT | APTPL | ALL_TG_PT)
-    assert state.registrations == {port(isid): 5 for isid in (1, 2, 3)} and state.survives_power_loss
+    assert state.registrations == {nexus(isid): 5 for isid in (1, 2, 3)} and state.survives_power_loss
 
 
 def test_names_are_compared_in_lower_case(node, volume):
@@ -110,14 +115,14 @@ def test_names_are_compared_in_lower_case(node, volume):
     two = Coupling(node, settings(isid=0xAB, initiator_name=STRANGER.upper().replace("IQN", "iqn"))).login()
     assert take(two) == (6, 0x29, 0)
     register(one, 4, port_id(0xAB, STRANGER.upper()))
-    assert node.unit_for(volume).reservations.registrations == {port(1): 4, port(0xAB, STRANGER): 4}
+    assert node.unit_for(volume).reservations.registrations == {nexus(1): 4, nexus(0xAB, STRANGER): 4}
     out(two, RESERVE, 4, kind=kinds.WRITE_EXCLUSIVE)
 
 
 def test_who_is_registered_keeps_its_key(three, state):
     out(three[1], REGISTER, 0, 2)
     register(three[0], 7, port_id(2) + port_id(3))
-    assert state.registrations == {port(2): 2, port(1): 7, port(3): 7}
+    assert state.registrations == {nexus(2): 2, nexus(1): 7, nexus(3): 7}
 
 
 def test_what_is_refused_registers_nobody(three, state):
@@ -137,9 +142,9 @@ def test_what_is_refused_registers_nobody(three, state):
     assert state.registrations == {}
     out(one, REGISTER, 0, 1)
     fails("5/24/00", register, one, 1, port_id(2), key=1)
-    state.registrations.update({f"port-{number}": 1 for number in range(kinds.REGISTRATIONS_MAX - 2)})
+    state.registrations.update({NexusId(f"port-{number}", 1): 1 for number in range(kinds.REGISTRATIONS_MAX - 2)})
     fails("5/55/04", register, three[1], 1, port_id(3))
-    assert port(2) not in state.registrations
+    assert nexus(2) not in state.registrations
 
 
 BAD_IDS = {
@@ -216,7 +221,7 @@ def test_a_move_can_unregister_the_sender_and_change_a_key(three, state):
     out(two, REGISTER, 0, 2)
     out(one, RESERVE, 1, kind=kinds.WRITE_EXCLUSIVE)
     move(one, 1, 22, port_id(2), flags=UNREG | APTPL)
-    assert state.registrations == {port(2): 22} and held(two) == (22, kinds.WRITE_EXCLUSIVE) and state.survives_power_loss
+    assert state.registrations == {nexus(2): 22} and held(two) == (22, kinds.WRITE_EXCLUSIVE) and state.survives_power_loss
     assert not may(one, WRITE)
 
 
@@ -272,4 +277,4 @@ def test_a_moved_reservation_outlives_a_restart(volume):
     anew.reservations = keeper
     first, fourth = session(anew, 1), session(anew, 4)
     assert held(first) == (5, kinds.EXCLUSIVE_ACCESS) and may(fourth, WRITE) and not may(first, READ)
-    assert anew.unit_for(volume).reservations.registrations == {port(1): 1, port(2): 1, port(4): 5}
+    assert anew.unit_for(volume).reservations.registrations == {nexus(1): 1, nexus(2): 1, nexus(4): 5}
