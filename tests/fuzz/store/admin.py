@@ -270,6 +270,7 @@ class Admin:
         """Find out what a snapshot holds that was taken while writes were under way: all of one moment, and that of its whole group."""
         life = self.session.life
         for snapshot in snapshots:
+            snapshot.forget_beyond()
             for fbn in sorted(snapshot.unsettled):
                 while fbn in snapshot.unsettled:
                     found = await self.read_block(snapshot, fbn)
@@ -315,14 +316,15 @@ class Admin:
         flight = session.begin(plans.SNAPSHOT_RM, full_name + (" after split" if after_split else ""), snapshot)
         end_sharing = self.sharing(origin)
         snapshot.disturbed += 1
-        standing = world.standing_on(snapshot)
+        stood_on = bool(world.standing_on(snapshot))
         gone = [False]
 
         def made(crashed: bool) -> None:
             not_made(crashed)
             if gone[0] or crashed:
-                if [disk for disk in world.surely_standing_on(snapshot) if not disk.gone]:
-                    raise Wrong(f"{full_name} was deleted, though clones stand on it")
+                standing = [disk.full_name for disk in world.surely_standing_on(snapshot)]
+                if standing:
+                    raise Wrong(f"{full_name} was deleted, though {standing} stand on it")
                 if not snapshot.gone:
                     world.forget(snapshot)
             elif not snapshot.gone:
@@ -340,7 +342,7 @@ class Admin:
                 raise Wrong(f"{full_name} was said to be deleted, and not to be gone")
 
         def allowed(error: StorageError) -> bool:
-            return (isinstance(error, Conflict) and bool(standing)) or (isinstance(error, NotFound) and was_marked)
+            return (isinstance(error, Conflict) and stood_on) or (isinstance(error, NotFound) and was_marked)
 
         self.carry_out(Change(flight, lambda listed: full_name not in listed.snapshots, made, not_made), call, allowed)
 

@@ -5,7 +5,7 @@ import gc
 from typing import TYPE_CHECKING, Any
 
 from storage.check import check_device
-from storage.errors import PoolFull, StorageError
+from storage.errors import PoolFull, StorageError, VolumeClosed
 from storage.pool import Pool
 from tests.crash.determinism import end_all_tasks
 from tests.fuzz.store import plan as plans
@@ -165,10 +165,13 @@ class Lives:
         """Everything that these hold, and something beside it, is what may be there; from now on it is known."""
         beside = self.session.random.sample(blocks, min(10, len(blocks))) if (blocks := sorted(self.session.world.blocks())) else []
         for disk in disks:
+            disk.forget_beyond()
             judge = Judge(disk, when)
             wanted = sorted({*disk.cells, *(fbn for fbn in (0, disk.size_blocks - 1, *beside) if fbn < disk.size_blocks)})
             for first, count in runs_of(wanted):
                 found = await self.read(disk, first, count)
+                if found is None:
+                    break  # the last that stood on it has just gone
                 for step in range(count):
                     block = found[step * BLOCK_BYTES : (step + 1) * BLOCK_BYTES]
                     cell = disk.cells.get(first + step, ZEROS)
@@ -178,17 +181,24 @@ class Lives:
                     disk.set(first + step, block)
             judge.end()
 
-    async def read(self, disk: Disk, first: int, count: int) -> bytes:
+    async def read(self, disk: Disk, first: int, count: int) -> bytes | None:
         session = self.session
         volume = session.data.volume(disk)
+        if volume is None and disk.marked:
+            return None
         if volume is None:
             raise Wrong(f"{disk.full_name} is not found")
-        found = volume.try_read(first * BLOCK_BYTES, count * BLOCK_BYTES)
+        try:
+            found = volume.try_read(first * BLOCK_BYTES, count * BLOCK_BYTES)
+        except VolumeClosed:
+            found = None
         if found is not None:
             return bytes(found)
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         volume.read(first * BLOCK_BYTES, count * BLOCK_BYTES, lambda found, error: answer.set_result((found, error)))
         data, error = await session.patiently(f"reading {disk.full_name}", as_coroutine(answer))
+        if isinstance(error, VolumeClosed) and disk.marked:
+            return None
         if error is not None:
             raise Wrong(f"blocks {first}+{count} of {disk.full_name} cannot be read: {type(error).__name__}: {error}") from error
         return bytes(data)

@@ -238,11 +238,13 @@ class Image:
             for start, end, zeroing in self.zeroings:
                 mask = mask_of(fbn, start, end)
                 if mask and zeroing is not write:
-                    cell.add(zeroing, mask, ZEROS)
-                    zeroing.entered.append((fbn, (zeroing, mask, ZEROS)))
+                    self._list(fbn, cell, (zeroing, mask, ZEROS))
         assert isinstance(cell, History), "a snapshot is not written"
+        self._list(fbn, cell, value)
+
+    def _list(self, fbn: int, cell: History, value: Value) -> None:
         cell.add(*value)
-        write.entered.append((fbn, value))
+        value[0].entered.append((fbn, value))
         for reading in self.readings:
             if reading.first <= fbn < reading.first + reading.count:
                 reading.during.setdefault(fbn, []).append(value)
@@ -350,6 +352,11 @@ class Image:
         for fbn, value in taking.during:
             self.cells[fbn] = [*values_of(self.cells.get(fbn, ZEROS)), value]
         self.unsettled = {fbn for fbn, cell in self.cells.items() if not isinstance(cell, bytes)}
+
+    def forget_beyond(self) -> None:
+        """What writes might have brought beyond the end, had it grown again."""
+        for fbn in [fbn for fbn in self.unsettled if fbn >= self.size_blocks]:
+            self.set(fbn, ZEROS)
 
     def crashed(self, now: int, power: bool) -> None:
         """The process is gone, or the power: what was under way ends, and nothing of it was acknowledged."""

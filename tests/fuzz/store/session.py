@@ -36,6 +36,9 @@ PATIENCE_SECONDS: Final = 120.0
 TICK_SECONDS: Final = 2e-5
 # And a turn of the event loop.
 TURN_SECONDS: Final = 1e-5
+# After so many in which nobody waited for a time, somebody turns in a circle: it has to be found out within seconds of ours.
+TURNS_MAX: Final = 2000
+LONG_TURN_SECONDS: Final = 2e-3
 # A pool that has this much room for data refuses nothing. Blocks that are on their way back are waited for by the store itself.
 ROOM_BLOCKS: Final = 64
 
@@ -325,8 +328,11 @@ class Loop(VirtualLoop):
         inner = self._virtual
         select = inner.select
 
+        self._turns = 0
+
         def timed(timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-            inner.passed_seconds += TURN_SECONDS
+            self._turns = 0 if timeout else self._turns + 1
+            inner.passed_seconds += TURN_SECONDS if self._turns < TURNS_MAX else LONG_TURN_SECONDS
             return select(timeout)
 
         inner.select = timed  # type: ignore[method-assign]

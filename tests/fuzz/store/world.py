@@ -73,7 +73,7 @@ class World:
         return [disk for disk in self.all() if disk.backing is snapshot]
 
     def surely_standing_on(self, snapshot: Disk) -> list[Disk]:
-        return [disk for disk in self.standing_on(snapshot) if not disk.splitting]
+        return [disk for disk in self.standing_on(snapshot) if not disk.splitting and not disk.marked]
 
     def free_name(self, number: int) -> str | None:
         names = [name for name in VDISKS if name not in self.vdisks and name not in self.promised]
