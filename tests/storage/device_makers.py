@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from storage.device import Device, create_file, open_device
+from storage.device import Device, open_device
 from tests.storage.devices import DelayDevice, FaultyDevice, MemoryDevice, WrappedDevice
 
 SIZE_BYTES = 16 * 1024 * 1024
@@ -41,8 +41,13 @@ def file_in_memory(_: Path) -> Iterator[Device]:
 
 
 def new_file(folder: Path) -> str:
-    path = str(folder / "pool")
-    create_file(path, SIZE_BYTES)
+    return sparse_file(str(folder / "pool"), SIZE_BYTES)
+
+
+def sparse_file(path: str, size_bytes: int) -> str:
+    """A new file of zeros."""
+    with open(path, "xb") as made:
+        made.truncate(size_bytes)
     return path
 
 
