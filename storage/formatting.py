@@ -14,16 +14,14 @@ def why_no_pool(path: str) -> str:
         found = contents_of(path)
     except OSError as error:
         return f"{path} holds no pool, and cannot be read any more: {error.strerror}; see the host's kernel log"
+    if found is not None:
+        return f"{path} is not a cleaved pool, it holds {found}: check the path"
     if is_block_device(path):
-        if found is None:
-            return f"{path} holds no pool: make one with `cleaved create {path}`"
-        return f"{path} is not a cleaved pool, it holds {found}: check the path (`cleaved create {path} --overwrite` destroys what is there)"
-    if found is None:
-        return (
-            f"{path} is there, but no pool was ever completed in it (it is empty, or its creation was interrupted): remove it and start again,"
-            f" or replace it with `cleaved create {path} --size SIZE --overwrite`"
-        )
-    return f"{path} is not a cleaved pool, it holds {found}: check the path"
+        return f"{path} holds no pool: make one with `cleaved create {path}`"
+    return (
+        f"{path} is there, but no pool was completed in it (it is empty, or its creation was interrupted):"
+        f" remove it and try again, or replace it with `cleaved create {path} --size SIZE --overwrite`"
+    )
 
 
 async def begin_format(device: Device) -> None:

@@ -202,8 +202,8 @@ class Pool:
         if state.read_only_reason is not None or (not copies.faults and owner == superblock.owner):
             return
         if owner is not None and superblock.owner is not None and not owner.shares_boot_with(superblock.owner):
-            previous = superblock.owner
-            state.on_event("pool.owner_changed", previous_host=previous.host, previous_pid=previous.pid, previous_opened_ns=previous.opened_ns)
+            gone = superblock.owner
+            state.on_event("pool.owner_changed", previous_host=gone.host, previous_pid=gone.pid, previous_opened_ns=gone.opened_ns)
         superblock.owner = owner
         try:
             await write_copies(self._device, superblock, copies.whole_vbn)

@@ -138,8 +138,10 @@ class ConsistencyPoints:
                 future.set_exception(VolumeClosed("the pool is closing: nothing is taken any more"))
 
     async def _sync_second_copy(self) -> None:
-        """Of a pool that rests both copies are durable: the second one has no sync of its own, and no consistency point may follow for days."""
-        if self._second_copy_at is None or perf_counter() - self._second_copy_at < REST_SECONDS or self._state.read_only_reason is not None:
+        """A pool that rests has both copies durable: the second has no sync of its own, and the next consistency point may be far."""
+        if self._second_copy_at is None or perf_counter() - self._second_copy_at < REST_SECONDS:
+            return
+        if self._state.read_only_reason is not None:
             return
         self._second_copy_at = None
         try:

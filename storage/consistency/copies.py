@@ -31,8 +31,8 @@ DAMAGED = "damaged"
 
 
 class Copies(NamedTuple):
-    """``best`` is the newest whole superblock. ``whole_vbn`` holds it, and is not where the next consistency point writes first, unless that
-    is the only one. ``faults``: VBN of a copy that does not hold it, and why.
+    """``best`` is the newest whole superblock. ``whole_vbn`` holds it; of two that do, it is the one that was written first.
+    ``faults``: VBN of a copy that does not hold it, and why.
     """
 
     best: Superblock

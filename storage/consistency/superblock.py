@@ -107,7 +107,7 @@ def newest(blocks: Sequence[bytes | bytearray | None], path: str, device_bytes: 
 
     Raises PoolRefused when there is none, or the device is shorter than the pool; NoPool when nothing speaks of a pool at all.
     """
-    found = [superblock for superblock in map(decode, filter(None, blocks)) if superblock is not None]
+    found = [superblock for block in blocks if block is not None and (superblock := decode(block)) is not None]
     if not found:
         magics = [block[:8] for block in blocks if block is not None]
         if SUPERBLOCK_MAGIC in magics and UNFINISHED_MAGIC not in magics:

@@ -1,7 +1,7 @@
-"""Makes what a new pool stands on: a file that gets its name when the pool in it is whole and durable, or a block device that nobody misses.
+"""Makes what a new pool stands on: a file that gets its name when the pool in it is whole and durable, or a block device.
 
-A file is made under another name in the same folder, ``.NAME.creating``, and locked. Whoever makes the pool dies, and the name is left behind
-without a lock: the next creation of the same pool removes it. A block device says itself that its pool is unfinished (storage.layout).
+A file is made under another name in the same folder, ``.NAME.creating``, and locked. If its creator dies, that name is left behind without a
+lock, and the next creation of the same pool removes it. A block device says itself that its pool is unfinished (storage.layout).
 """
 
 import contextlib
@@ -54,11 +54,11 @@ def is_vacant(path: str) -> bool:
 def new_device(path: str, size_bytes: int | None, *, overwrite: bool = False) -> Iterator[DescriptorDevice]:
     """A device to make a pool on, locked; it gets its name when the block ends. After an error nothing is there that was not before.
 
-    ``size_bytes``: None for the whole of a block device. ``overwrite``: what is there goes. Raises Conflict (something is there), PoolLocked
-    (it is in use), RequestError (size), PoolRefused, DeviceFull.
+    ``size_bytes``: None for the whole of a block device. ``overwrite``: what is there goes. Raises Conflict (something is there),
+    PoolLocked (it is in use), RequestError (size), PoolRefused, DeviceFull.
     """
-    made = _on_block_device(path, size_bytes, overwrite=overwrite) if is_block_device(path) else _in_file(path, size_bytes, overwrite=overwrite)
-    with made as device:
+    make = _on_block_device if is_block_device(path) else _in_file
+    with make(path, size_bytes, overwrite=overwrite) as device:
         yield device
 
 
@@ -68,10 +68,10 @@ def _on_block_device(path: str, size_bytes: int | None, *, overwrite: bool) -> I
     try:
         assert isinstance(device, BlockDevice)
         if size_bytes is not None and size_bytes > device.size_bytes:
-            raise RequestError(f"{path} has {device.size_bytes} bytes, fewer than {size_bytes}: give a smaller size, or none to use all of it")
+            raise RequestError(f"{path} has {device.size_bytes} bytes, fewer than {size_bytes}: give a smaller size, or none")
         found = _contents(path)
         if found is not None and not overwrite:
-            raise Conflict(f"{path} holds {found}: choose another device, or destroy what is there with `cleaved create {path} --overwrite`")
+            raise Conflict(f"{path} holds {found}: choose another, or destroy what is there: `cleaved create {path} --overwrite`")
         yield device
     finally:
         device.close()
@@ -152,7 +152,7 @@ def _locked_new_file(temporary: str, path: str) -> int:
 
 
 def _remove_leftover(temporary: str, path: str) -> None:
-    """Remove what a dead creator left behind. Its name alone: where file systems have no better rename, it may be a second name of the pool."""
+    """Remove what a dead creator left behind: the name alone, for on some file systems it may be a second name of a pool that is whole."""
     try:
         descriptor = os.open(temporary, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:

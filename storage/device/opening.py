@@ -38,7 +38,7 @@ def open_device(path: str, *, read_only: bool = False) -> DescriptorDevice:
     try:
         is_block_device = stat.S_ISBLK(os.fstat(descriptor).st_mode)
         _lock(path, descriptor, shared=read_only, attempts=UDEV_ATTEMPTS if is_block_device else 1)
-        pool_lock = _lock_pool(path, descriptor, shared=read_only, is_block_device=is_block_device)
+        pool_lock = lock_pool(path, descriptor, shared=read_only)
     except OSError as error:
         os.close(descriptor)
         raise PoolRefused(f"{path} cannot be used: {error.strerror}; see the host's kernel log") from error
@@ -76,18 +76,6 @@ def _open(path: str, *, read_only: bool) -> int:
             raise PoolLocked(f"{path} is in use (mounted, or opened by another process); unmount it or stop that process") from error
         next_step = NEXT_STEPS.get(error.errno or 0, "see the host's kernel log")
         raise PoolRefused(f"{path} cannot be opened: {error.strerror}; {next_step}") from error
-
-
-def _lock_pool(path: str, descriptor: int, *, shared: bool, is_block_device: bool) -> list[int]:
-    """Lock by UUID. What the kernel remembers of a block device is dropped before the UUID is read, and when it is locked: whoever had the
-    pool meanwhile may have written by another path (the file under a loop device, another host), of which this memory knows nothing.
-    """
-    if not is_block_device:
-        return lock_pool(path, descriptor, shared=shared)
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    held = lock_pool(path, descriptor, shared=shared)
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    return held
 
 
 def _lock(path: str, descriptor: int, *, shared: bool, attempts: int) -> None:

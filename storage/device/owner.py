@@ -1,7 +1,7 @@
-"""Who has a pool open: a record in its superblock, written at the open and cleared at an orderly close (docs/operations.md, "One daemon a pool").
+"""Who has a pool open: a record in its superblock, written at the open and cleared at an orderly close.
 
-It is not a lock between machines, for nobody can tell from here whether a process elsewhere still runs. On this machine it can be told, from
-the boot ID, the PID namespace, and the process with its start time, which no later process shares.
+It is no lock between machines, for nobody can tell from here whether a process elsewhere still runs. On this machine it can be told, by
+boot ID, PID namespace, and process ID with start time, which no later process shares (docs/operations.md, "One daemon for each pool").
 """
 
 import os
@@ -39,12 +39,7 @@ class Owner:
     def is_alive(self) -> bool:
         """Another process of this machine, which is known to run. False where that cannot be told."""
         here = Owner.of_this_process()
-        return (
-            self.shares_boot_with(here)
-            and self.pid != here.pid
-            and self.start_ticks != 0
-            and self.start_ticks == _start_ticks(self.pid)
-        )
+        return self.shares_boot_with(here) and self.pid != here.pid and self.start_ticks != 0 and self.start_ticks == _start_ticks(self.pid)
 
     def shares_boot_with(self, other: "Owner") -> bool:
         """Both are of one boot of one machine, and of one PID namespace: whether one of them is alive, the other one can tell."""

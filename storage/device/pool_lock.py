@@ -1,5 +1,5 @@
-"""The lock on a pool by its UUID: it holds where two paths lead to one pool and the kernel sees two devices, as with a loop device over a pool
-file. What it covers, and what other locks do, stands in docs/operations.md, "One daemon a pool".
+"""The lock on a pool by its UUID: it holds where two paths lead to one pool and the kernel sees two devices, as with a loop device over
+a pool file. What it covers, and what other locks do, stands in docs/operations.md, "One daemon for each pool".
 
 The lock is a set of abstract Unix sockets, names that live in memory and vanish with their process (unix(7)). A writer takes all of them, a
 reader any one: so readers share it, nobody else does, and there is no moment in which two can believe that they have it.
@@ -8,6 +8,7 @@ reader any one: so readers share it, nobody else does, and there is no moment in
 import errno
 import os
 import socket
+import stat
 import struct
 from uuid import UUID
 
@@ -22,7 +23,14 @@ CREDENTIALS = struct.Struct("=iII")
 
 
 def lock_pool(path: str, descriptor: int, *, shared: bool) -> list[int]:
-    """Lock the pool that the open file holds, if it holds one. Returns descriptors: closing them gives the lock up. Raises PoolLocked."""
+    """Lock the pool that the open file or device holds, if it holds one. Returns descriptors: closing them gives the lock up.
+
+    What the kernel remembers of a block device is dropped before the UUID is read, and again when it is locked: whoever had the pool may
+    have written by another path (the file under a loop device, another host), and the page cache does not know. Raises PoolLocked, OSError.
+    """
+    is_block_device = stat.S_ISBLK(os.fstat(descriptor).st_mode)
+    if is_block_device:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     blocks = _superblocks(descriptor)
     held: list[int] = []
     try:
@@ -32,6 +40,8 @@ def lock_pool(path: str, descriptor: int, *, shared: bool) -> list[int]:
             owner = decode_owner(block, OWNER_OFFSET)
             if owner is not None and owner.is_alive:
                 raise _locked(path, owner)
+        if is_block_device:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     except BaseException:
         close_all(held)
         raise
@@ -45,7 +55,7 @@ def close_all(descriptors: list[int]) -> None:
 
 
 def _superblocks(descriptor: int) -> list[bytes]:
-    """Those that are whole. One that cannot be read says nothing of who holds the pool; whoever opens it reads it again, and reports that."""
+    """Those that are whole. One that cannot be read is passed over: whoever opens the pool reads it again, and reports that."""
     found = []
     for vbn in SUPERBLOCK_VBNS:
         try:
@@ -119,5 +129,5 @@ def _locked(path: str, owner: Owner) -> PoolLocked:
 def _locked_by(path: str, who: str, what: str) -> PoolLocked:
     return PoolLocked(
         f"{path} is in use: {who} has {what} open by another path (a loop device, a second path to the disk, or a copy with the same UUID);"
-        " stop that process first, or use a copy on another machine"
+        " stop that process first. A copy can be checked with `cleaved check --copy`, and served on another machine"
     )

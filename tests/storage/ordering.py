@@ -144,9 +144,9 @@ class OrderingChecker(WrappedDevice):
         if parsed.cp <= self._durable.number:
             return  # the other copy of a durable one
         self._first_free = layout.VBN(layout.LOG_FIRST_VBN + parsed.log_blocks)
-        for vbn, what in self._written_by(parsed):
-            if vbn in self.unsynced:
-                self._violated(f"superblock {parsed.cp} is written before {what} at VBN {vbn} was synced")
+        for written, what in self._written_by(parsed):
+            if written in self.unsynced:
+                self._violated(f"superblock {parsed.cp} is written before {what} at VBN {written} was synced")
                 return
         regions = self._durable.regions | dict(self._regions(parsed, parsed.cp))
         self._pending = View(parsed.cp, regions), number

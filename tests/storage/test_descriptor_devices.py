@@ -15,7 +15,7 @@ import pytest
 from storage.device import file, open_device
 from storage.device.descriptor import INLINE_WRITE_BYTES_MAX, DescriptorDevice
 from storage.device.raw import BlockDevice
-from storage.errors import Conflict, DeviceFailed, DeviceFull, OutOfRange, PoolLocked, PoolRefused
+from storage.errors import DeviceFailed, DeviceFull, OutOfRange, PoolLocked, PoolRefused
 from tests.storage.device_makers import LARGER_BYTES, SIZE_BYTES, enlarge_loop_device, loop_device, new_file, sparse_file
 from tests.storage.test_io_threads import PATIENCE_SECONDS, Gate
 
