@@ -20,7 +20,7 @@ from daemon.targets import Targets
 from protocol.control.methods import SPLIT_PROGRESS
 from protocol.iscsi.node import TargetNode
 from protocol.scsi.limits import SECTOR_BYTES
-from storage.device import is_vacant
+from storage.device import is_vacant, remove_leftover
 from storage.errors import NotFound
 from storage.pool import Pool
 
@@ -131,9 +131,12 @@ def create_pool(config: Config) -> None:
 
     Raises StorageError.
     """
-    if config.pool_size_bytes is not None and is_vacant(config.pool_path):
-        made = Pool.create(config.pool_path, config.pool_size_bytes)
-        get_log().info("pool.created", **made)
+    if config.pool_size_bytes is None:
+        return
+    if is_vacant(config.pool_path):
+        get_log().info("pool.created", **Pool.create(config.pool_path, config.pool_size_bytes))
+    else:
+        remove_leftover(config.pool_path)
 
 
 def log_event(event: str, **fields: Any) -> None:

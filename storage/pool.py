@@ -230,18 +230,19 @@ class Pool:
         if self._state.read_only_reason is None:
             try:
                 await self._let_go()
-                await self._device.sync()
             except StorageError as error:
                 self._state.fail(f"the last sync failed: {error}")  # the device is released all the same
         self._state.on_event("pool.closed", cp_number=self._superblock.cp_number)
         self._device.close()
 
     async def _let_go(self) -> None:
-        """Clear the owner in both copies of the superblock: nobody has the pool open any more. Raises DeviceFailed."""
+        """Make everything durable, the second copy of the superblock too, and clear the owner in both. Raises DeviceFailed."""
         superblock = self._superblock
-        if superblock.owner is not None:
-            superblock.owner = None
-            await write_copies(self._device, superblock, superblock.cp_number & 1)
+        if superblock.owner is None:
+            await self._device.sync()
+            return
+        superblock.owner = None
+        await write_copies(self._device, superblock, superblock.cp_number & 1)
 
     async def _reclaim(self) -> bool:
         """Make freed blocks available, those that background reclaim is still collecting included. False: there are none.

@@ -96,14 +96,12 @@ def _is_mixture(block: bytearray, best: Superblock) -> bool:
 
 
 async def write_copies(device: Device, superblock: Superblock, whole_vbn: int) -> None:
-    """Make both copies this superblock. The one at ``whole_vbn`` is written when the other is durable. Raises DeviceFailed.
-
-    Without a sync of the second one: whoever writes over the first syncs before.
-    """
+    """Make both copies this superblock, durably. ``whole_vbn`` is good and durable, and is written last. Raises DeviceFailed."""
     block = superblock.encode()
     await write_block(device, block, 1 - whole_vbn)
     await device.sync()
     await write_block(device, block, whole_vbn)
+    await device.sync()
 
 
 async def write_block(device: Device, block: Buffer, vbn: int) -> None:

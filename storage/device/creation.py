@@ -1,7 +1,7 @@
 """Makes what a new pool stands on: a file that gets its name when the pool in it is whole and durable, or a block device.
 
-A file is made under another name in the same folder, ``.NAME.creating``, and locked. If its creator dies, that name is left behind without a
-lock, and the next creation of the same pool removes it. A block device says itself that its pool is unfinished (storage.layout).
+A file is made under another name in the same folder, ``.NAME.creating``, and locked. If its creator dies, that name is left behind without
+a lock, and the next creation of the same pool removes it. A device says itself that its pool is unfinished (storage.layout).
 """
 
 import contextlib
@@ -95,7 +95,7 @@ def _in_file(path: str, size_bytes: int | None, *, overwrite: bool) -> Iterator[
             replaced = open_device(path)  # so that nobody has it open as a pool
             stack.callback(replaced.close)
         real_path = os.path.realpath(path) if overwrite else path
-        temporary = os.path.join(os.path.dirname(real_path), f".{os.path.basename(real_path)}.creating")
+        temporary = _temporary_name(real_path)
         device = _temporary_device(temporary, path, size_bytes)
         stack.callback(device.close)
         with _removed_on_failure(temporary):
@@ -105,6 +105,18 @@ def _in_file(path: str, size_bytes: int | None, *, overwrite: bool) -> Iterator[
             sync_folder_of(real_path)
         except OSError as error:
             raise device_error(path, "make its name durable", error) from error
+
+
+def _temporary_name(path: str) -> str:
+    return os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.creating")
+
+
+def remove_leftover(path: str) -> None:
+    """Remove what a creator that died may have left beside the pool at ``path``. Raises PoolLocked: it is at work."""
+    try:
+        _remove_leftover(_temporary_name(path), path)
+    except OSError as error:
+        LOG.info("%s: what an interrupted creation left behind cannot be removed: %s", path, error)
 
 
 def _exists(path: str) -> Conflict:
