@@ -135,7 +135,7 @@ def test_a_host_that_is_full_refuses_and_a_start_succeeds_when_there_is_room(tmp
         ballast.unlink()
         is_good(path)
     finally:
-        subprocess.run(["umount", str(tmp_path)], check=True)
+        subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
 
 
 @pytest.mark.parametrize(("code", "kind"), [(errno.EFBIG, PoolRefused), (errno.ENOSPC, DeviceFull)])
@@ -330,7 +330,7 @@ def test_a_mounted_device_is_refused_even_when_told(loop_path: str, tmp_path: Pa
             with pytest.raises(PoolLocked, match="in use"):
                 Pool.create(loop_path, overwrite=overwrite)
     finally:
-        subprocess.run(["umount", str(tmp_path / "mnt")], check=True)
+        subprocess.run(["umount", "--lazy", str(tmp_path / "mnt")], check=True)
 
 
 @pytest.mark.needs("loop device")
