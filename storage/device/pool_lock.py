@@ -13,7 +13,7 @@ import struct
 from uuid import UUID
 
 from storage.device.owner import Owner, decode_owner
-from storage.errors import PoolLocked
+from storage.errors import PoolLocked, PoolRefused
 from storage.layout import BLOCK_BYTES, OWNER_OFFSET, SUPERBLOCK_UUID_OFFSET, SUPERBLOCK_VBNS, is_superblock
 
 # So many checks of one pool can run at once.
@@ -26,7 +26,7 @@ def lock_pool(path: str, descriptor: int, *, shared: bool) -> list[int]:
     """Lock the pool that the open file or device holds, if it holds one. Returns descriptors: closing them gives the lock up.
 
     What the kernel remembers of a block device is dropped before the UUID is read, and again when it is locked: whoever had the pool may
-    have written by another path (the file under a loop device, another host), and the page cache does not know. Raises PoolLocked, OSError.
+    have written by another path (the file under a loop device, another host), and the page cache does not know. Raises PoolLocked, PoolRefused.
     """
     is_block_device = stat.S_ISBLK(os.fstat(descriptor).st_mode)
     if is_block_device:
@@ -92,16 +92,15 @@ def _name(uuid: UUID, share: int) -> str:
 
 def _take(uuid: UUID, share: int) -> int | None:
     """A descriptor that holds this name, or None: another one does."""
-    holder = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        holder.bind(_name(uuid, share))
-        holder.listen(1)  # so that others can ask whose it is
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as holder:
+            holder.bind(_name(uuid, share))
+            holder.listen(1)  # so that others can ask whose it is
+            return holder.detach()
     except OSError as error:
-        holder.close()
         if error.errno == errno.EADDRINUSE:
             return None
-        raise
-    return holder.detach()
+        raise PoolRefused(f"the pool {uuid} cannot be locked: {error.strerror}; let this process use abstract Unix sockets") from error
 
 
 def _holder_pid(uuid: UUID, share: int) -> int:

@@ -54,13 +54,18 @@ def sparse_file(path: str, size_bytes: int) -> str:
 @contextlib.contextmanager
 def loop_device(folder: Path) -> Iterator[str]:
     """Path of a block device over a new file."""
-    with tempfile.TemporaryDirectory(dir=folder) as own:
-        backing = new_file(Path(own))
-        path = subprocess.run(["losetup", "--find", "--show", backing], check=True, capture_output=True, text=True).stdout.strip()
-        try:
-            yield path
-        finally:
-            subprocess.run(["losetup", "--detach", path], check=True)
+    with tempfile.TemporaryDirectory(dir=folder) as own, looped(new_file(Path(own))) as path:
+        yield path
+
+
+@contextlib.contextmanager
+def looped(backing: str) -> Iterator[str]:
+    """Path of a block device over this file."""
+    path = subprocess.run(["losetup", "--find", "--show", backing], check=True, capture_output=True, text=True).stdout.strip()
+    try:
+        yield path
+    finally:
+        subprocess.run(["losetup", "--detach", path], check=True)
 
 
 def enlarge_loop_device(path: str) -> None:

@@ -1,11 +1,10 @@
 """One process has a pool open, whatever paths lead to it: the locks on the file, on the pool's UUID, and the owner noted in the pool."""
 
 import asyncio
+import errno
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,10 @@ from storage.check import check_path
 from storage.consistency.superblock import decode
 from storage.device import open_device, pool_lock
 from storage.device.owner import Owner, decode_owner
-from storage.errors import PoolLocked
+from storage.errors import PoolLocked, PoolRefused
 from storage.layout import BLOCK_BYTES, OWNER, SUPERBLOCK_VBNS
 from storage.pool import Pool
+from tests.storage.device_makers import looped
 from tests.storage.devices import MemoryDevice
 from tests.storage.pools import SMALL_POOL_BYTES
 from tests.storage.test_descriptor_devices import ROOT
@@ -32,16 +32,6 @@ def path(tmp_path: Path) -> str:
     path = str(tmp_path / "pool")
     Pool.create(path, SMALL_POOL_BYTES)
     return path
-
-
-@contextmanager
-def looped(path: str) -> Iterator[str]:
-    """A block device over the pool file."""
-    made = subprocess.run(["losetup", "--find", "--show", path], check=True, capture_output=True, text=True).stdout.strip()
-    try:
-        yield made
-    finally:
-        subprocess.run(["losetup", "--detach", made], check=True)
 
 
 def superblocks(path: str) -> list[bytes]:
@@ -246,3 +236,13 @@ def test_another_process_that_sees_no_lock_is_refused_by_the_owner(path: str) ->
         ended = asyncio.run(attempt(device))
     assert ended.returncode == 1
     assert f"process {os.getpid()} of this machine has this pool open" in ended.stderr
+
+
+def test_a_process_that_may_have_no_such_sockets_is_told_so(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: Any) -> Any:
+        raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
+
+    monkeypatch.setattr("socket.socket", forbidden)
+    for attempt in (lambda: open_device(path), lambda: check_path(path)):
+        with pytest.raises(PoolRefused, match="cannot be locked: .* abstract Unix sockets"):
+            attempt()
