@@ -26,7 +26,8 @@ def lock_pool(path: str, descriptor: int, *, shared: bool) -> list[int]:
     """Lock the pool that the open file or device holds, if it holds one. Returns descriptors: closing them gives the lock up.
 
     What the kernel remembers of a block device is dropped before the UUID is read, and again when it is locked: whoever had the pool may
-    have written by another path (the file under a loop device, another host), and the page cache does not know. Raises PoolLocked, PoolRefused.
+    have written by another path (the file under a loop device, another host), and the page cache does not know.
+    Raises PoolLocked, PoolRefused.
     """
     is_block_device = stat.S_ISBLK(os.fstat(descriptor).st_mode)
     if is_block_device:

@@ -244,5 +244,5 @@ def test_a_process_that_may_have_no_such_sockets_is_told_so(path: str, monkeypat
 
     monkeypatch.setattr("socket.socket", forbidden)
     for attempt in (lambda: open_device(path), lambda: check_path(path)):
-        with pytest.raises(PoolRefused, match="cannot be locked: .* abstract Unix sockets"):
+        with pytest.raises(PoolRefused, match=r"cannot be locked: .* abstract Unix sockets"):
             attempt()
