@@ -1,7 +1,7 @@
-"""`cleaved`: serve a pool, check a configuration, check a pool that is not served.
+"""`cleaved`: create a pool, serve it, check a configuration, check a pool that is not served.
 
-Exit codes: 0 done (for serve: stopped in order), 1 failed, 2 a wrong command line or configuration, 4 the pool is in use
-by another process.
+Exit codes: 0 done (for serve: stopped in order), 1 failed, 2 a wrong command line or configuration, 4 a conflict: the pool is in use by
+another process, or something is already where one shall be created.
 """
 
 import sys
@@ -10,9 +10,9 @@ from typing import Any
 import click
 
 from daemon import VERSION, runtime
-from daemon.config import Config, ConfigError, build, check_private, load_file
+from daemon.config import Config, ConfigError, build, check_private, load_file, pool_size_bytes
 from protocol.control.errors import EXIT_CONFLICT, EXIT_FAILED, EXIT_USAGE
-from storage.errors import PoolLocked, StorageError
+from storage.errors import Conflict, PoolLocked, StorageError
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -24,7 +24,9 @@ def cleaved() -> None:
 @cleaved.command()
 @click.option("--config", "config_path", metavar="FILE", help="TOML file; the other options win over it")
 @click.option("--pool", metavar="PATH", help="the pool: an ordinary file or a block device")
-@click.option("--pool-size", metavar="SIZE", help="create the pool with this size when it does not exist yet, as in 64GiB")
+@click.option(
+    "--pool-size", metavar="SIZE", help="create the pool with this size, as in 64GiB, when no file is there yet, or a blank block device"
+)
 @click.option("--iscsi", metavar="HOST:PORT", multiple=True, help="listen here; port 0 for any free one  [default: 127.0.0.1:3260]")
 @click.option("--advertise", metavar="HOST:PORT", multiple=True, help="tell initiators this address instead of the local ones (behind NAT)")
 @click.option("--open-access/--no-open-access", default=None, help="whether targets without a list of initiators are for everybody")
@@ -50,6 +52,25 @@ def serve(config_path: str | None, **options: Any) -> None:
         fail(str(error), EXIT_FAILED)
 
 
+@cleaved.command()
+@click.argument("path", metavar="PATH|DEVICE")
+@click.option("--size", metavar="SIZE", help="as in 64GiB; a block device is used whole unless given")
+@click.option("--overwrite", is_flag=True, help="destroy what is there: a file, a file system, partitions, another pool")
+@click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True, help="json has stable keys")
+def create(path: str, size: str | None, overwrite: bool, output: str) -> None:
+    """Make a new pool in a file (sparse) or on a block device.
+
+    What is there already is not touched, unless --overwrite is given: a file, or on a device anything but zeros in the first and the last
+    MiB. A device that is mounted or otherwise in use, and a pool that is served, are always refused. A creation that is interrupted
+    leaves nothing behind that a new one, or `serve --pool-size`, stumbles over.
+    """
+    from daemon.admin.output import print_json, print_record  # noqa: PLC0415 -- serve needs none of this
+    from storage.pool import Pool  # noqa: PLC0415
+
+    made = Pool.create(path, None if size is None else pool_size_bytes("--size", size), overwrite=overwrite)
+    (print_json if output == "json" else print_record)(made)
+
+
 @cleaved.command("check-config")
 @click.argument("config_path", metavar="FILE")
 def check_config(config_path: str) -> None:
@@ -61,13 +82,14 @@ def check_config(config_path: str) -> None:
 @cleaved.command()
 @click.argument("path")
 @click.option("--verify-data", is_flag=True, help="read every data block too, and compare its checksum")
+@click.option("--copy", is_flag=True, help="PATH is a copy of a pool that may be served meanwhile: do not ask whether its UUID is in use")
 @click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True, help="json has stable keys")
-def check(path: str, verify_data: bool, output: str) -> None:
+def check(path: str, verify_data: bool, copy: bool, output: str) -> None:
     """Check a pool that is not served; nothing is changed. Exit 1 when something is wrong."""
     from daemon.admin.output import print_json, print_record  # noqa: PLC0415 -- serve needs none of this
     from storage.check import check_path  # noqa: PLC0415
 
-    report = check_path(path, verify_data=verify_data).as_dict()
+    report = check_path(path, verify_data=verify_data, is_copy=copy).as_dict()
     if output == "json":
         print_json(report)
     else:
@@ -123,7 +145,7 @@ def main() -> None:
         sys.exit(EXIT_FAILED)
     except ConfigError as error:
         fail(str(error), EXIT_USAGE)
-    except PoolLocked as error:
+    except (PoolLocked, Conflict) as error:
         fail(str(error), EXIT_CONFLICT)
     except StorageError as error:
         fail(str(error), EXIT_FAILED)

@@ -156,7 +156,7 @@ def build(tables: dict[str, Any]) -> Config:
     listen = _listen(found.iscsi.listen)
     return Config(
         pool_path=_not_empty("pool.path", found.pool.path),
-        pool_size_bytes=None if found.pool.size is None else _pool_size_bytes(found.pool.size),
+        pool_size_bytes=None if found.pool.size is None else pool_size_bytes("pool.size", found.pool.size),
         cache_bytes=_cache_bytes(found.pool.cache),
         soft_threshold_percent=found.pool.soft_threshold_percent,
         iscsi_listen=listen,
@@ -254,10 +254,11 @@ def _not_empty(option: str, text: str) -> str:
     return text
 
 
-def _pool_size_bytes(text: str) -> int:
-    size_bytes = option_value("pool.size", text, parse_size)
+def pool_size_bytes(option: str, text: str) -> int:
+    """The size of a new pool. Raises ConfigError."""
+    size_bytes = option_value(option, text, parse_size)
     if size_bytes < _POOL_BYTES_MIN:
-        raise ConfigError(f"pool.size: {text!r} is too small; at least {_POOL_BYTES_MIN >> 20}MiB are needed")
+        raise ConfigError(f"{option}: {text!r} is too small; at least {_POOL_BYTES_MIN >> 20}MiB are needed")
     return size_bytes
 
 

@@ -1,7 +1,6 @@
 """One daemon: start in order (pool, listeners, control socket, ready), stop in the reverse order within STOP_SECONDS."""
 
 import asyncio
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from daemon.targets import Targets
 from protocol.control.methods import SPLIT_PROGRESS
 from protocol.iscsi.node import TargetNode
 from protocol.scsi.limits import SECTOR_BYTES
+from storage.device import is_vacant, remove_leftover
 from storage.errors import NotFound
 from storage.pool import Pool
 
@@ -45,6 +45,7 @@ EVENT_LEVELS: Final = {
     "split.failed": "error",
     "split.lost": "error",
     "log.unknown_image": "warning",
+    "superblock.repaired": "warning",
     "device.discard_failed": "warning",
 }
 
@@ -143,10 +144,16 @@ def _shares(config: Config) -> Shares:
 
 
 def create_pool(config: Config) -> None:
-    """Create the pool when it does not exist yet and a size is configured. Call it before the event loop runs. Raises StorageError."""
-    if config.pool_size_bytes is not None and not os.path.lexists(config.pool_path):
-        Pool.create(config.pool_path, config.pool_size_bytes)
-        get_log().info("pool.created", path=config.pool_path, size_bytes=config.pool_size_bytes)
+    """Create the pool when a size is configured, and nothing is there yet, or a blank block device. Call it before the event loop runs.
+
+    Raises StorageError.
+    """
+    if config.pool_size_bytes is None:
+        return
+    if is_vacant(config.pool_path):
+        get_log().info("pool.created", **Pool.create(config.pool_path, config.pool_size_bytes))
+    else:
+        remove_leftover(config.pool_path)
 
 
 def log_event(event: str, **fields: Any) -> None:

@@ -89,6 +89,12 @@ class PoolRefused(StorageError):
     errno = errno.EINVAL
 
 
+class NoPool(PoolRefused):
+    """Nothing on the file or device says that a pool is there."""
+
+    errno = errno.EINVAL
+
+
 class PoolLocked(PoolRefused):
     """Another process has the pool open."""
 

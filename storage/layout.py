@@ -26,6 +26,8 @@ Design section 4; docs/on-disk-format.md says the same in prose.
 import struct
 from typing import Final, NewType
 
+from crc32c import crc32c
+
 VBN = NewType("VBN", int)
 FBN = NewType("FBN", int)
 
@@ -65,6 +67,14 @@ CONFIGURATION: Final = 4
 METAFILES: Final = (VDISK_TABLE, ACTIVE_MAP, SHARE_MAP, REGION_SUMMARY, CONFIGURATION)
 METAFILE_NAMES: Final = ("vdisk table", "active map", "share map", "region summary", "configuration")
 METAFILE_ROOTS_OFFSET: Final = 256
+SUPERBLOCK_UUID_OFFSET: Final = 40
+# Who has the pool open: opened_ns (0: nobody), boot ID of the machine, pid, reserved, start of that process in clock ticks since the boot,
+# inode of its PID namespace, host name (UTF-8, filled up with zeros).
+OWNER: Final = struct.Struct("<Q16sIIQQ64s")
+OWNER_OFFSET: Final = 1024
+OWNER_HOST_BYTES_MAX: Final = 64
+# Stands in VBN 0, with zeros behind it, while a pool is being made: no superblock, and nothing that anybody could miss.
+UNFINISHED_MAGIC: Final = b"CLEAVED?"
 # CRC32C of the bytes before it.
 SUPERBLOCK_CRC: Final = struct.Struct("<I")
 SUPERBLOCK_CRC_OFFSET: Final = BLOCK_BYTES - 4
@@ -162,13 +172,23 @@ CONFIGURATION_BYTES_MAX: Final = 64 << 20
 
 assert FIELD.size == FIELD_BYTES and FIELDS_PER_BLOCK == 1 << FIELDS_SHIFT
 assert SUPERBLOCK_HEAD.size <= METAFILE_ROOTS_OFFSET
-assert METAFILE_ROOTS_OFFSET + METAFILE_ROOT.size * len(METAFILES) <= SUPERBLOCK_CRC_OFFSET
+assert struct.calcsize("<8sIIQQQ") == SUPERBLOCK_UUID_OFFSET
+assert METAFILE_ROOTS_OFFSET + METAFILE_ROOT.size * len(METAFILES) <= OWNER_OFFSET
+assert OWNER_OFFSET + OWNER.size <= SUPERBLOCK_CRC_OFFSET
 assert struct.calcsize("<4sBBBB") == IMAGE_UUID_OFFSET
 assert IMAGE_HEAD.size <= IMAGE_NAME_OFFSET and IMAGE_NAME_OFFSET + NAME_BYTES_MAX <= IMAGE_SPLIT_OFFSET
 assert IMAGE_SPLIT_OFFSET + IMAGE_SPLIT.size <= IMAGE_REASON_OFFSET
 assert IMAGE_REASON_OFFSET + REASON_BYTES_MAX <= IMAGE_RESERVED_OFFSET
 assert RECORD_HEAD.size == 48 and RECORD_ENTRY.size == 32
 assert (BLOCK_BYTES - RECORD_HEAD.size) % RECORD_ENTRY.size == RECORD_TAIL.size
+
+
+def is_superblock(block: bytes | bytearray) -> bool:
+    """Whether these bytes are a superblock that is whole, of any format version."""
+    if len(block) != BLOCK_BYTES or block[:8] != SUPERBLOCK_MAGIC:
+        return False
+    (stored,) = SUPERBLOCK_CRC.unpack_from(block, SUPERBLOCK_CRC_OFFSET)
+    return bool(crc32c(memoryview(block)[:SUPERBLOCK_CRC_OFFSET]) == stored)
 
 
 def tree_levels(size_blocks: int) -> int:

@@ -16,11 +16,14 @@ from storage.backdoor.scrub import RATE_BYTES_DEFAULT, Scrub
 from storage.check import check_live
 from storage.configuration import Configuration
 from storage.consistency.consistency_point import ConsistencyPoints
+from storage.consistency.copies import Copies, read_copies, write_copies
 from storage.consistency.intent_log import IntentLog
 from storage.consistency.replay import Replay, Replayed
-from storage.consistency.superblock import Superblock, newest
-from storage.device import Device, create_file, open_device
-from storage.errors import Conflict, NotFound, RequestError, StorageError
+from storage.consistency.superblock import Superblock
+from storage.device import Device, is_block_device, new_device, open_device
+from storage.device.owner import Owner
+from storage.errors import Conflict, NoPool, NotFound, PoolRefused, RequestError, StorageError
+from storage.formatting import begin_format, erase_marks, why_no_pool, write_zeros
 from storage.images.catalogue import Catalogue
 from storage.images.image import Image
 from storage.images.lifecycle import Lifecycle
@@ -40,7 +43,6 @@ from storage.layout import (
     SHARE_MAP,
     SHARES_PER_BLOCK,
     SUMMARIES_PER_BLOCK,
-    SUPERBLOCK_VBNS,
     VDISK_TABLE,
     log_blocks,
     region_count,
@@ -84,16 +86,26 @@ class Pool:
     # --- Creating, opening, closing ------------------------------------------------------------------------------
 
     @staticmethod
-    def create(path: str, size_bytes: int) -> None:
-        """Make a new pool file (sparse). Call it where no event loop runs. Raises Conflict, RequestError, PoolRefused, DeviceFull."""
-        size_blocks = checked_size(size_bytes)
-        create_file(path, size_blocks * BLOCK_BYTES)
-        asyncio.run(_format_path(path))
+    def create(path: str, size_bytes: int | None = None, *, overwrite: bool = False) -> dict[str, Any]:
+        """Make a new pool, in a file (sparse) or on a block device, which has a size of its own. Call it where no event loop runs.
+
+        ``overwrite``: what is there goes, at once when it is a device, and when the new pool is whole when it is a file. Interrupted at any
+        moment it leaves nothing that a later creation stumbles over. Returns path, uuid, size_bytes. Raises Conflict (something is there),
+        RequestError (size), PoolLocked, PoolRefused, DeviceFull, DeviceFailed.
+        """
+        if size_bytes is not None:
+            size_bytes = checked_size(size_bytes) * BLOCK_BYTES
+        with new_device(path, size_bytes, overwrite=overwrite) as device:
+            superblock = asyncio.run(Pool.format(device, size_bytes, erase=overwrite and is_block_device(path)))
+        return {"path": path, "uuid": str(UUID(bytes=superblock.uuid)), "size_bytes": superblock.size_blocks * BLOCK_BYTES}
 
     @classmethod
-    async def format(cls, device: Device) -> None:
-        """Make a new pool on a device, over whatever it holds. Raises RequestError, DeviceFailed."""
-        size_blocks = checked_size(device.size_bytes)
+    async def format(cls, device: Device, size_bytes: int | None = None, *, erase: bool = False) -> Superblock:
+        """Make a new pool on a device, over whatever it holds, with its superblocks last. ``size_bytes``: not the whole device.
+
+        ``erase``: the marks of what was there, too. Raises RequestError, DeviceFailed.
+        """
+        size_blocks = checked_size(device.size_bytes if size_bytes is None else size_bytes)
         superblock = Superblock(uuid.uuid4().bytes, size_blocks, log_blocks(size_blocks), time.time_ns())
         regions = region_count(size_blocks)
         for number, size in (
@@ -102,7 +114,10 @@ class Pool:
             (REGION_SUMMARY, -(-regions // SUMMARIES_PER_BLOCK)),
         ):
             superblock.roots[number].size_blocks, superblock.roots[number].levels = size, tree_levels(size)
-        await _clear_log(device, superblock.log_blocks)
+        await begin_format(device)
+        if erase:
+            await erase_marks(device)
+        await write_zeros(device, LOG_FIRST_VBN, LOG_FIRST_VBN + superblock.log_blocks)
         pool = cls(device, superblock, CACHE_BYTES_DEFAULT)
         fixed = LOG_FIRST_VBN + superblock.log_blocks
         pool._state.allocator.adopt(0, fixed)
@@ -113,36 +128,47 @@ class Pool:
         finally:
             await pool._points.stop()
         await device.sync()
+        return superblock
 
     @classmethod
     async def open(cls, path: str, cache_bytes: int = CACHE_BYTES_DEFAULT, on_event: EventSink | None = None) -> "Pool":
-        """Open the pool at ``path``, replay its log, and go on with its background work. Raises PoolRefused, PoolLocked, DeviceFailed."""
+        """Open the pool at ``path``, note this process as its owner, replay its log, and go on with its background work.
+
+        Raises PoolRefused, PoolLocked, DeviceFailed.
+        """
         device = open_device(path)
         try:
-            return await cls.open_on(device, cache_bytes, on_event)
+            return await cls.open_on(device, cache_bytes, on_event, Owner.of_this_process())
+        except NoPool as refusal:
+            device.close()
+            raise PoolRefused(why_no_pool(path)) from refusal
         except BaseException:
             device.close()
             raise
 
     @classmethod
-    async def open_on(cls, device: Device, cache_bytes: int = CACHE_BYTES_DEFAULT, on_event: EventSink | None = None) -> "Pool":
-        """``open`` on a device that is open already; the pool closes it."""
-        pool = cls(device, newest(await _read_superblocks(device), device.path, device.size_bytes), cache_bytes)
+    async def open_on(
+        cls, device: Device, cache_bytes: int = CACHE_BYTES_DEFAULT, on_event: EventSink | None = None, owner: Owner | None = None
+    ) -> "Pool":
+        """``open`` on a device that is open already; the pool closes it. ``owner`` is noted in the pool until it is closed."""
+        copies = await read_copies(device)
+        pool = cls(device, copies.best, cache_bytes)
         if on_event is not None:
             pool._state.on_event = on_event
         try:
-            await pool._start()
+            await pool._start(copies, owner)
         except BaseException:
             await pool._points.stop()
             raise
         return pool
 
-    async def _start(self) -> None:
+    async def _start(self, copies: Copies, owner: Owner | None) -> None:
         self._points.check_number()
         if self._superblock.unknown_ro_compat:
             self._state.fail("it has features that this version can only read past: use a newer cleaved to write")
         else:
             await self._sync_what_is_there()
+            await self._take_over(copies, owner)
         await read_table(self._state, self._table, self._catalogue, self._superblock.roots[VDISK_TABLE].size_blocks)
         await self._configuration.load()
         self._splits.take_up()
@@ -169,6 +195,25 @@ class Pool:
         except StorageError as error:
             self._state.fail(f"what the pool holds cannot be made durable: {error}")
 
+    async def _take_over(self, copies: Copies, owner: Owner | None) -> None:
+        """Make both copies of the superblock the newest one, with its owner in it: before anything else is written, for a consistency point
+        writes over one copy in the belief that the other one is good.
+        """
+        superblock, state = self._superblock, self._state
+        if state.read_only_reason is not None or (not copies.faults and owner == superblock.owner):
+            return
+        if owner is not None and superblock.owner is not None and not owner.shares_boot_with(superblock.owner):
+            gone = superblock.owner
+            state.on_event("pool.owner_changed", previous_host=gone.host, previous_pid=gone.pid, previous_opened_ns=gone.opened_ns)
+        superblock.owner = owner
+        try:
+            await write_copies(self._device, superblock, copies.whole_vbn)
+        except StorageError as error:
+            state.fail(f"the two copies of the superblock cannot be made the same: {error}")
+            return
+        for vbn, fault in copies.faults.items():
+            state.on_event("superblock.repaired", vbn=vbn, reason=fault, cp_number=superblock.cp_number)
+
     async def _replay(self) -> Replayed:
         with self._state.allocator.replaying():
             replayed = await Replay(self._state, self._superblock, self._catalogue).run()
@@ -185,11 +230,20 @@ class Pool:
             await self._state.discarding
         if self._state.read_only_reason is None:
             try:
-                await self._device.sync()
+                await self._let_go()
             except StorageError as error:
                 self._state.fail(f"the last sync failed: {error}")  # the device is released all the same
         self._state.on_event("pool.closed", cp_number=self._superblock.cp_number)
         self._device.close()
+
+    async def _let_go(self) -> None:
+        """Make everything durable, the second copy of the superblock too, and clear the owner in both. Raises DeviceFailed."""
+        superblock = self._superblock
+        if superblock.owner is None:
+            await self._device.sync()
+            return
+        superblock.owner = None
+        await write_copies(self._device, superblock, superblock.cp_number & 1)
 
     async def _reclaim(self, blocks: int) -> bool:
         """Make freed blocks available, those that background reclaim is still collecting included. False: so many are not on their way.
@@ -323,7 +377,7 @@ class Pool:
         """The superblock in force. On a pool that went read-only the one in memory may be of a consistency point that failed."""
         if self._state.read_only_reason is None:
             return self._superblock.encode()
-        return newest(await _read_superblocks(self._device), self._device.path, self._device.size_bytes).encode()
+        return (await read_copies(self._device)).best.encode()
 
     # --- Vdisks, snapshots, clones -----------------------------------------------------------------------------------
 
@@ -430,30 +484,3 @@ def checked_size(size_bytes: int) -> int:
     if blocks < POOL_BLOCKS_MIN:
         raise RequestError(f"a pool of {size_bytes} bytes is too small: use at least {POOL_BLOCKS_MIN * BLOCK_BYTES} (8MiB)")
     return blocks
-
-
-async def _format_path(path: str) -> None:
-    device = open_device(path)
-    try:
-        await Pool.format(device)
-    finally:
-        device.close()
-
-
-async def _read_superblocks(device: Device) -> list[bytearray]:
-    blocks = [bytearray(BLOCK_BYTES) for _ in SUPERBLOCK_VBNS]
-    if device.size_bytes >= len(blocks) * BLOCK_BYTES:
-        for vbn, block in zip(SUPERBLOCK_VBNS, blocks, strict=True):
-            await device.readv((block,), vbn * BLOCK_BYTES)
-    return blocks
-
-
-async def _clear_log(device: Device, blocks: int) -> None:
-    """Write the whole ring, so that no record of an earlier life is in it, and the host has room for every later one."""
-    zeros = bytes(256 * BLOCK_BYTES)
-    for block in range(0, blocks, 256):
-        length = min(256, blocks - block) * BLOCK_BYTES
-        try:
-            await device.writev((memoryview(zeros)[:length],), (LOG_FIRST_VBN + block) * BLOCK_BYTES)
-        except StorageError as error:
-            raise RequestError(f"no room for the intent log on {device.path}: {error}") from error

@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import hypothesis
@@ -57,6 +58,20 @@ def _loop_device_works() -> bool:
 
 
 @functools.cache
+def _mount_works() -> bool:
+    """A tmpfs can be mounted: for a file system that is small enough to be filled."""
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        return False
+    with tempfile.TemporaryDirectory() as folder:
+        mounted = (
+            subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True, check=False).returncode == 0
+        )
+        if mounted:
+            subprocess.run(["umount", folder], check=True)
+        return mounted
+
+
+@functools.cache
 def _guest_builds() -> bool:
     """The Linux guest is made of Debian's packages, which a mirror must give once."""
     try:
@@ -69,6 +84,7 @@ def _guest_builds() -> bool:
 # Abilities of a machine that no package brings, by the name that ``needs`` takes: how to tell, and what to do about it.
 ABILITIES: dict[str, tuple[Callable[[], bool], str]] = {
     "loop device": (_loop_device_works, "run as root on a machine with /dev/loop-control"),
+    "mount": (_mount_works, "run as root where file systems can be mounted"),
     "Linux guest": (_guest_builds, "use Debian on x86-64, after apt-get update; python -m tests.guest.image says what is wrong"),
 }
 

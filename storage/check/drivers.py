@@ -17,6 +17,7 @@ from storage.check.report import CheckReport
 from storage.check.steps import Block, Steps
 from storage.check.superblock import Buffer, choose_superblock, parse_superblock
 from storage.device import Device
+from storage.device.pool_lock import close_all, lock_pool
 from storage.errors import DeviceFailed, PoolLocked, PoolRefused
 
 # Most buffers that one preadv takes (IOV_MAX of Linux), so that a run of blocks is one call.
@@ -89,15 +90,19 @@ def check_device(reader: BlockReader, verify_data: bool = False, on_progress: On
     ``on_progress`` is called with the phase and the number of blocks read so far, once a batch.
     """
     superblocks = reader.read(layout.SUPERBLOCK_VBNS)
-    check = Check(choose_superblock(superblocks, reader.size_bytes), verify_data)
-    _note_damaged_superblock(superblocks, check.report)
+    chosen = choose_superblock(superblocks, reader.size_bytes)
+    check = Check(chosen, verify_data)
+    _note_differing_superblock(superblocks, chosen.cp, check.report)
     with closing(check.run()) as steps:
         return _drive(steps, check, reader, on_progress or _no_progress)
 
 
-def _note_damaged_superblock(superblocks: Sequence[Buffer | None], report: CheckReport) -> None:
+def _note_differing_superblock(superblocks: Sequence[Buffer | None], cp: int, report: CheckReport) -> None:
     for vbn, block in enumerate(superblocks):
-        if block is None or parse_superblock(block) is None:
+        parsed = None if block is None else parse_superblock(block)
+        if parsed is not None and parsed.cp != cp:
+            report.note(f"the superblock at VBN {vbn} is of consistency point {parsed.cp}, the other one of {cp}: a start repairs it")
+        elif parsed is None:
             report.note(f"the superblock at VBN {vbn} is not valid; the other one holds the pool's state (a torn write leaves this behind)")
 
 
@@ -117,12 +122,13 @@ def _no_progress(phase: str, blocks_read: int) -> None:
     """Nobody watches."""
 
 
-def check_path(path: str, verify_data: bool = False, on_progress: OnProgress | None = None) -> CheckReport:
-    """Check the pool file or device at ``path``, which nobody serves. It is opened for reading only, under a shared lock.
+def check_path(path: str, verify_data: bool = False, on_progress: OnProgress | None = None, *, is_copy: bool = False) -> CheckReport:
+    """Check the pool file or device at ``path``, which nobody serves. It is opened for reading only, under shared locks. ``is_copy``: of a
+    pool that may be served meanwhile, so that its UUID may be in use.
 
     Raises PoolRefused (not there, not a pool, a newer format, truncated) or PoolLocked (a daemon serves it: use ``cleavectl pool check``).
     """
-    with _open_shared(path) as descriptor:
+    with _open_shared(path, is_copy=is_copy) as descriptor:
         try:
             return check_device(FileReader(descriptor), verify_data, on_progress)
         except PoolRefused as refusal:
@@ -130,7 +136,7 @@ def check_path(path: str, verify_data: bool = False, on_progress: OnProgress | N
 
 
 @contextmanager
-def _open_shared(path: str) -> Iterator[int]:
+def _open_shared(path: str, *, is_copy: bool) -> Iterator[int]:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
@@ -141,7 +147,11 @@ def _open_shared(path: str) -> Iterator[int]:
         if not stat.S_ISREG(mode := os.fstat(descriptor).st_mode) and not stat.S_ISBLK(mode):
             raise PoolRefused(f"{path}: is neither a file nor a block device: give the path of a pool")
         _lock_shared(descriptor, path)
-        yield descriptor
+        pool_lock = [] if is_copy else lock_pool(path, descriptor, shared=True)
+        try:
+            yield descriptor
+        finally:
+            close_all(pool_lock)
     finally:
         os.close(descriptor)
 

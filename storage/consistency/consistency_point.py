@@ -22,7 +22,7 @@ from storage.consistency.epoch import Epoch
 from storage.consistency.intent_log import IntentLog
 from storage.consistency.node_writer import NodeWriter
 from storage.consistency.superblock import MetafileRoot, Superblock
-from storage.errors import PoolReadOnly, VolumeClosed
+from storage.errors import PoolReadOnly, StorageError, VolumeClosed
 from storage.images.catalogue import Catalogue
 from storage.images.image import KIND_FREE, Image
 from storage.images.record import KIND_OFFSET, ROOT_FIELD_OFFSET
@@ -52,6 +52,8 @@ Frozen = tuple[Epoch, tuple[int, int, int]]
 INTERVAL_SECONDS = 5.0
 # How often the other triggers are looked at.
 WATCH_SECONDS = 0.1
+# After so long without a consistency point the second copy of the superblock is synced too.
+REST_SECONDS = 1.0
 # 64 MiB of dirty nodes, or so many changes that the full log did not take: more would make one consistency point long.
 DIRTY_NODES_WANTED = 16384
 UNLOGGED_WANTED = 65536
@@ -84,6 +86,8 @@ class ConsistencyPoints:
         self._stopping = False
         self._ended = False
         self._due_at = 0.0
+        # When the second copy of the superblock was written, while no sync has covered it.
+        self._second_copy_at: float | None = None
         # Set when the log goes on elsewhere than the superblock says: then one has to be written although nothing else changed.
         self.log_moved = False
         self.seconds_last = 0.0
@@ -141,6 +145,7 @@ class ConsistencyPoints:
                 await asyncio.wait_for(self._wake.wait(), WATCH_SECONDS)
             except TimeoutError:
                 if not self._due():
+                    await self._sync_second_copy()
                     continue
             self._wake.clear()
             await self._take()
@@ -149,6 +154,18 @@ class ConsistencyPoints:
         for _, future in self._waiting:  # who came during the last one
             if not future.done():
                 future.set_exception(VolumeClosed("the pool is closing: nothing is taken any more"))
+
+    async def _sync_second_copy(self) -> None:
+        """A pool that rests has both copies durable: the second has no sync of its own, and the next consistency point may be far."""
+        if self._second_copy_at is None or perf_counter() - self._second_copy_at < REST_SECONDS:
+            return
+        if self._state.read_only_reason is not None:
+            return
+        self._second_copy_at = None
+        try:
+            await self._state.device.sync()
+        except StorageError as error:
+            self._state.fail(f"a sync failed: {error}")
 
     def _due(self) -> bool:
         epoch = self._state.epoch
@@ -311,8 +328,9 @@ class ConsistencyPoints:
         await self._write_block(block, epoch.number & 1)
         await state.device.sync()
         # The other copy follows without a sync of its own: the first one is durable, and the next consistency point writes over it only
-        # after a sync. So damage to either copy costs nothing (docs/design.md, "Superblocks").
+        # after a sync, or the pool comes to rest and syncs it. So damage to either copy costs nothing (docs/design.md, "Superblocks").
         await self._write_block(block, ~epoch.number & 1)
+        self._second_copy_at = perf_counter()
 
     def _next_superblock(self, epoch: Epoch, head_block: int, head_sequence: int) -> bytearray:
         """The superblock that names what was written, all of it as of one moment."""

@@ -1,14 +1,16 @@
 """The superblock: where everything begins, in two copies that are written in turn. Format: storage.layout.
 
-Invariant: consistency point n writes only the copy n & 1, after everything it names is durable. So whatever a crash does to that
-copy, the other one is whole and names a whole state.
+Invariant: consistency point n first writes only the copy n & 1, after everything it names is durable. So whatever a crash does to that
+copy, the other one is whole and names a whole state. It holds from the open on: ``storage.consistency.copies`` has made both the same then.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from crc32c import crc32c
 
-from storage.errors import PoolRefused
+from storage.device.owner import Owner, decode_owner
+from storage.errors import NoPool, PoolRefused
 from storage.layout import (
     BLOCK_BYTES,
     FEATURES_COMPAT,
@@ -19,10 +21,13 @@ from storage.layout import (
     METAFILE_ROOT,
     METAFILE_ROOTS_OFFSET,
     METAFILES,
+    OWNER_OFFSET,
     SUPERBLOCK_CRC,
     SUPERBLOCK_CRC_OFFSET,
     SUPERBLOCK_HEAD,
     SUPERBLOCK_MAGIC,
+    UNFINISHED_MAGIC,
+    is_superblock,
 )
 
 
@@ -53,6 +58,7 @@ class Superblock:
     ro_compat: int = FEATURES_RO_COMPAT
     incompat: int = FEATURES_INCOMPAT
     roots: list[MetafileRoot] = field(default_factory=lambda: [MetafileRoot() for _ in METAFILES])
+    owner: Owner | None = None
 
     def encode(self) -> bytearray:
         """The 4096 bytes of this superblock."""
@@ -65,6 +71,9 @@ class Superblock:
         for number, root in enumerate(self.roots):
             at = METAFILE_ROOTS_OFFSET + number * METAFILE_ROOT.size
             METAFILE_ROOT.pack_into(block, at, root.vbn, root.crc, root.birth, root.levels, 0, root.size_blocks)
+        if self.owner is not None:
+            record = self.owner.encode()
+            block[OWNER_OFFSET : OWNER_OFFSET + len(record)] = record
         SUPERBLOCK_CRC.pack_into(block, SUPERBLOCK_CRC_OFFSET, crc32c(memoryview(block)[:SUPERBLOCK_CRC_OFFSET]))
         return block
 
@@ -76,10 +85,7 @@ class Superblock:
 
 def decode(block: bytes | bytearray) -> Superblock | None:
     """The superblock in these 4096 bytes, or None if they are not one that is whole. Raises PoolRefused for a newer format."""
-    if block[:8] != SUPERBLOCK_MAGIC:
-        return None
-    (stored,) = SUPERBLOCK_CRC.unpack_from(block, SUPERBLOCK_CRC_OFFSET)
-    if crc32c(memoryview(block)[:SUPERBLOCK_CRC_OFFSET]) != stored:
+    if not is_superblock(block):
         return None
     head = SUPERBLOCK_HEAD.unpack_from(block)
     version, compat, ro_compat, incompat = head[1], head[3], head[4], head[5]
@@ -92,16 +98,21 @@ def decode(block: bytes | bytearray) -> Superblock | None:
     return Superblock(
         uuid=head[6], cp_number=head[7], size_blocks=head[8], used_blocks=head[9], log_blocks=head[11], log_head_block=head[12],
         log_head_sequence=head[13], created_ns=head[14], compat=compat, ro_compat=ro_compat, incompat=incompat, roots=roots,
+        owner=decode_owner(block, OWNER_OFFSET),
     )  # fmt: skip
 
 
-def newest(blocks: list[bytearray], path: str, device_bytes: int) -> Superblock:
-    """The newer of the superblocks that are whole. Raises PoolRefused when there is none, or the device is shorter than the pool."""
-    found = [superblock for superblock in map(decode, blocks) if superblock is not None]
+def newest(blocks: Sequence[bytes | bytearray | None], path: str, device_bytes: int) -> Superblock:
+    """The newer of the superblocks that are whole; None stands for one that cannot be read.
+
+    Raises PoolRefused when there is none, or the device is shorter than the pool; NoPool when nothing speaks of a pool at all.
+    """
+    found = [superblock for block in blocks if block is not None and (superblock := decode(block)) is not None]
     if not found:
-        magic = any(block[:8] == SUPERBLOCK_MAGIC for block in blocks)
-        why = "both superblocks are damaged: restore it from a copy" if magic else "it is not a cleaved pool: check the path"
-        raise PoolRefused(f"{path}: {why}")
+        magics = [block[:8] for block in blocks if block is not None]
+        if SUPERBLOCK_MAGIC in magics and UNFINISHED_MAGIC not in magics:
+            raise PoolRefused(f"{path}: both superblocks are damaged: restore it from a copy")
+        raise NoPool(f"{path}: it is not a cleaved pool: check the path")
     best = max(found, key=lambda superblock: superblock.cp_number)
     if best.size_blocks * BLOCK_BYTES > device_bytes:
         raise PoolRefused(

@@ -20,6 +20,7 @@ from storage.device.dirty_limit import dirty_inline_bytes_max
 from storage.device.failures import device_error
 from storage.device.interface import Buffer, WritableBuffer
 from storage.device.io_threads import IoThreads
+from storage.device.pool_lock import close_all
 from storage.device.transfer import IOV_MAX, read_fully, write_fully
 
 # Three reads that miss the page cache at a time: on two cores, more threads only contend for the interpreter lock.
@@ -39,6 +40,7 @@ class DescriptorDevice(ABC):
         "_dirty_bytes_wanted",
         "_in_memory",
         "_path",
+        "_pool_lock",
         "_read_flags",
         "_size_bytes",
         "_sync_failure",
@@ -67,6 +69,11 @@ class DescriptorDevice(ABC):
         self._tickets_covered = 0
         self._sync_failure: OSError | None = None
         self._background_sync: Future[None] | None = None
+        self._pool_lock: list[int] = []
+
+    def hold(self, pool_lock: list[int]) -> None:
+        """Take over the descriptors that lock the pool by its UUID (storage.device.pool_lock), until ``close``."""
+        self._pool_lock = pool_lock
 
     @property
     def size_bytes(self) -> int:
@@ -161,13 +168,14 @@ class DescriptorDevice(ABC):
         return self._sync_thread.submit(self._grow, size_bytes, None)
 
     def close(self) -> None:
-        """See Device. Closing the descriptor is what gives up the lock."""
+        """See Device. Closing the descriptors is what gives up the locks."""
         if self._descriptor < 0:
             return
         self._data_threads.close()
         self._sync_thread.close()
         descriptor, self._descriptor = self._descriptor, -1
         os.close(descriptor)
+        close_all(self._pool_lock)
 
     # --- On the threads ---
 

@@ -1,15 +1,13 @@
 """A pool in an ordinary file: sparse, discards punch holes, the whole file is locked (flock(2))."""
 
-import contextlib
 import ctypes
 import errno
 import logging
 import os
-from collections.abc import Iterator
 
 from storage.device.descriptor import DescriptorDevice
 from storage.device.failures import device_error
-from storage.errors import Conflict, DeviceFull, OutOfRange, PoolRefused
+from storage.errors import OutOfRange
 
 LOG = logging.getLogger(__name__)
 
@@ -81,45 +79,3 @@ def file_system_type(descriptor: int) -> str:
     except OSError as error:
         LOG.info("the type of the file system is not known: %s", error)
         return ""
-
-
-def create_file(path: str, size_bytes: int) -> None:
-    """Make a new sparse file, durably. Raises Conflict (something has that name), DeviceFull, PoolRefused; then nothing is left."""
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, FILE_MODE)
-    except FileExistsError as error:
-        raise Conflict(f"{path} exists already; choose another path, or open it as the pool that it may be") from error
-    except OSError as error:
-        raise PoolRefused(f"{path} cannot be created: {error.strerror}; choose a folder that exists and may be written") from error
-    try:
-        with removed_on_failure(path):
-            os.ftruncate(descriptor, size_bytes)
-            os.fsync(descriptor)
-            sync_folder_of(path)
-    except OSError as error:
-        failure = device_error(path, f"make a file of {size_bytes} bytes", error)
-        if isinstance(failure, DeviceFull):
-            raise failure from error
-        # EFBIG: ext4 ends at 16 TiB, for one.
-        raise PoolRefused(f"{path} cannot have {size_bytes} bytes: {error.strerror}; choose a smaller size or other file system") from error
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def removed_on_failure(path: str) -> Iterator[None]:
-    """Remove the file that this process has just made when the block fails."""
-    try:
-        yield
-    except BaseException:
-        os.unlink(path)
-        raise
-
-
-def sync_folder_of(path: str) -> None:
-    """Make the file's name durable (fsync(2): the file's own fsync does not). Raises OSError."""
-    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -8,6 +8,7 @@ from time import sleep
 
 from storage.device.descriptor import DescriptorDevice
 from storage.device.file import FileDevice
+from storage.device.pool_lock import close_all, lock_pool
 from storage.device.raw import BlockDevice
 from storage.errors import PoolLocked, PoolRefused
 
@@ -28,7 +29,7 @@ NEXT_STEPS = {
 
 
 def open_device(path: str, *, read_only: bool = False) -> DescriptorDevice:
-    """Open and lock. ``read_only``: with a shared lock, for an offline check, and every write fails.
+    """Open and lock: the file or device, and the pool on it by its UUID. ``read_only``: with shared locks, and every write fails.
 
     Blocks for a moment. Raises PoolRefused (missing, a folder, no permission, ...), PoolLocked (another process has it);
     then nothing was changed.
@@ -37,12 +38,26 @@ def open_device(path: str, *, read_only: bool = False) -> DescriptorDevice:
     try:
         is_block_device = stat.S_ISBLK(os.fstat(descriptor).st_mode)
         _lock(path, descriptor, shared=read_only, attempts=UDEV_ATTEMPTS if is_block_device else 1)
-        return BlockDevice(path, descriptor) if is_block_device else FileDevice(path, descriptor)
+        pool_lock = lock_pool(path, descriptor, shared=read_only)
     except OSError as error:
         os.close(descriptor)
         raise PoolRefused(f"{path} cannot be used: {error.strerror}; see the host's kernel log") from error
     except BaseException:
         os.close(descriptor)
+        raise
+    return _as_device(path, descriptor, pool_lock, is_block_device=is_block_device)
+
+
+def _as_device(path: str, descriptor: int, pool_lock: list[int], *, is_block_device: bool) -> DescriptorDevice:
+    try:
+        device = BlockDevice(path, descriptor) if is_block_device else FileDevice(path, descriptor)
+        device.hold(pool_lock)
+        return device
+    except OSError as error:
+        close_all([descriptor, *pool_lock])
+        raise PoolRefused(f"{path} cannot be used: {error.strerror}; see the host's kernel log") from error
+    except BaseException:
+        close_all([descriptor, *pool_lock])
         raise
 
 

@@ -20,7 +20,7 @@ import uvloop
 
 from daemon.admin.client import ControlClient
 from daemon.initiator import Initiator
-from storage.device import Buffer, create_file, open_device
+from storage.device import Buffer
 from storage.device.file import FileDevice
 from storage.pool import Pool
 from tests.daemon.programs import Daemon
@@ -113,10 +113,7 @@ def _is_payload(buffers: Sequence[Buffer]) -> bool:
 
 async def allocate(path: Path, allocated_bytes: int) -> None:
     """A pool with that much written to one vdisk."""
-    create_file(str(path), allocated_bytes + (allocated_bytes >> 4) + GIB)
-    ordinary = open_device(str(path))
-    await Pool.format(ordinary)
-    ordinary.close()
+    await asyncio.to_thread(Pool.create, str(path), allocated_bytes + (allocated_bytes >> 4) + GIB)
     device = PayloadDropped(str(path), os.open(path, os.O_RDWR))
     pool = await Pool.open_on(device)
     await pool.vdisk_create("large", allocated_bytes)

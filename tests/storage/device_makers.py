@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from storage.device import Device, create_file, open_device
+from storage.device import Device, open_device
 from tests.storage.devices import DelayDevice, FaultyDevice, MemoryDevice, WrappedDevice
 
 SIZE_BYTES = 16 * 1024 * 1024
@@ -41,21 +41,31 @@ def file_in_memory(_: Path) -> Iterator[Device]:
 
 
 def new_file(folder: Path) -> str:
-    path = str(folder / "pool")
-    create_file(path, SIZE_BYTES)
+    return sparse_file(str(folder / "pool"), SIZE_BYTES)
+
+
+def sparse_file(path: str, size_bytes: int) -> str:
+    """A new file of zeros."""
+    with open(path, "xb") as made:
+        made.truncate(size_bytes)
     return path
 
 
 @contextlib.contextmanager
 def loop_device(folder: Path) -> Iterator[str]:
     """Path of a block device over a new file."""
-    with tempfile.TemporaryDirectory(dir=folder) as own:
-        backing = new_file(Path(own))
-        path = subprocess.run(["losetup", "--find", "--show", backing], check=True, capture_output=True, text=True).stdout.strip()
-        try:
-            yield path
-        finally:
-            subprocess.run(["losetup", "--detach", path], check=True)
+    with tempfile.TemporaryDirectory(dir=folder) as own, looped(new_file(Path(own))) as path:
+        yield path
+
+
+@contextlib.contextmanager
+def looped(backing: str) -> Iterator[str]:
+    """Path of a block device over this file."""
+    path = subprocess.run(["losetup", "--find", "--show", backing], check=True, capture_output=True, text=True).stdout.strip()
+    try:
+        yield path
+    finally:
+        subprocess.run(["losetup", "--detach", path], check=True)
 
 
 def enlarge_loop_device(path: str) -> None:

@@ -3,7 +3,8 @@
 1. No superblock names a block that was not synced before it: from each new superblock, what its consistency point wrote is walked.
 2. What the last durable consistency point reaches, or the one that is becoming durable, is not written over and not discarded: so a freed
    block is not used again before the consistency point that frees it is durable.
-3. A flush is acknowledged only when every write that was complete at its call has been synced since.
+3. A copy of the superblock is written only while the other one is whole, synced, and as new as the durable consistency point.
+4. A flush is acknowledged only when every write that was complete at its call has been synced since.
 
 It shares nothing with the store but the format. What it finds is kept in ``violations``, since the pool may survive the exception.
 """
@@ -117,7 +118,7 @@ class OrderingChecker(WrappedDevice):
         self._writes += 1
         first, count = offset_bytes // BLOCK_BYTES, length_bytes // BLOCK_BYTES
         if first in layout.SUPERBLOCK_VBNS:
-            self._superblock_written(b"".join(buffers), self._writes)
+            self._superblock_written(first, b"".join(buffers), self._writes)
         else:
             self._may_change(first, count, "written over")
         for vbn in range(first, first + count):
@@ -131,17 +132,21 @@ class OrderingChecker(WrappedDevice):
                 if view.uses(vbn):
                     self._violated(f"VBN {vbn}, which consistency point {view.number} uses, is {how} while that may still be needed")
 
-    def _superblock_written(self, block: bytes, number: int) -> None:
+    def _superblock_written(self, vbn: int, block: bytes, number: int) -> None:
         parsed = parse_superblock(block)
         if parsed is None:
             self._violated("what is written over a superblock is none")
             return
+        other = parse_superblock(self.peek(1 - vbn))
+        if self._durable.number and (other is None or other.cp < self._durable.number or 1 - vbn in self.unsynced):
+            self._violated(f"the superblock at VBN {vbn} is written while the other copy is not good")
+            return
         if parsed.cp <= self._durable.number:
             return  # the other copy of a durable one
         self._first_free = layout.VBN(layout.LOG_FIRST_VBN + parsed.log_blocks)
-        for vbn, what in self._written_by(parsed):
-            if vbn in self.unsynced:
-                self._violated(f"superblock {parsed.cp} is written before {what} at VBN {vbn} was synced")
+        for written, what in self._written_by(parsed):
+            if written in self.unsynced:
+                self._violated(f"superblock {parsed.cp} is written before {what} at VBN {written} was synced")
                 return
         regions = self._durable.regions | dict(self._regions(parsed, parsed.cp))
         self._pending = View(parsed.cp, regions), number

@@ -23,7 +23,9 @@ def test_empty_pool_is_clean() -> None:
 def test_rich_pool_is_clean(verify_data: bool) -> None:
     pool, _ = rich_pool()
     report = check(pool.build(), verify_data)
-    assert report.errors == [] and report.notes == []
+    assert report.errors == []
+    # What the writer of these pools leaves at VBN 0, as a lost write of the second copy does.
+    assert report.notes == ["the superblock at VBN 0 is of consistency point 6, the other one of 7: a start repairs it"]
     assert (report.vdisks, report.snapshots, report.deleted_images, report.cp_number) == (4, 1, 1, CP)
     assert report.bytes_verified == (7 * BLOCK if verify_data else 0)
     assert report.as_dict()["ok"] is True and report.as_dict()["blocks_used"] == report.blocks_used

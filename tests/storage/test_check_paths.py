@@ -9,7 +9,7 @@ import pytest
 
 from storage import layout
 from storage.check import CheckReport, check_live, check_path
-from storage.device import create_file, open_device
+from storage.device import open_device
 from storage.errors import PoolLocked, PoolRefused
 from tests.storage.checking import assert_finds, check, flip, rich_pool
 from tests.storage.devices import READ, Fault, FaultyDevice, MemoryDevice
@@ -158,7 +158,6 @@ def test_live_check_gives_way_between_slices() -> None:
 def test_check_of_a_device_made_by_the_store(tmp_path: Path) -> None:
     path = str(tmp_path / "pool")
     built = rich_pool()[0].build()
-    create_file(path, len(built))
     Path(path).write_bytes(built)
 
     async def run() -> CheckReport:

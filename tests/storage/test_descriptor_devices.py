@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from storage.device import create_file, file, open_device
+from storage.device import file, open_device
 from storage.device.descriptor import INLINE_WRITE_BYTES_MAX, DescriptorDevice
 from storage.device.raw import BlockDevice
-from storage.errors import Conflict, DeviceFailed, DeviceFull, OutOfRange, PoolLocked, PoolRefused
-from tests.storage.device_makers import LARGER_BYTES, SIZE_BYTES, enlarge_loop_device, loop_device, new_file
+from storage.errors import DeviceFailed, DeviceFull, OutOfRange, PoolLocked, PoolRefused
+from tests.storage.device_makers import LARGER_BYTES, SIZE_BYTES, enlarge_loop_device, loop_device, new_file, sparse_file
 from tests.storage.test_io_threads import PATIENCE_SECONDS, Gate
 
 BLOCK = 4096
@@ -73,7 +73,7 @@ def test_where_all_is_in_memory_a_plain_read_is_an_inline_read(device: Descripto
 
 def test_a_file_on_tmpfs_is_read_inline() -> None:
     path = f"/dev/shm/cleaved-test-{os.getpid()}"
-    create_file(path, SIZE_BYTES)
+    sparse_file(path, SIZE_BYTES)
     try:
         device = open_device(path)
         assert device.try_readv([bytearray(BLOCK)], BLOCK)
@@ -269,34 +269,6 @@ async def test_a_file_grows_durably_or_says_why_not(device: DescriptorDevice) ->
     assert device.size_bytes == SIZE_BYTES
     await device.grow(LARGER_BYTES)
     assert os.stat(device.path).st_size == LARGER_BYTES
-
-
-# --- Creation ---
-
-
-def test_a_new_file_is_sparse_and_private(path: str) -> None:
-    status = os.stat(path)
-    assert (status.st_size, status.st_blocks, status.st_mode & 0o777) == (SIZE_BYTES, 0, 0o600)
-
-
-def test_an_existing_file_is_not_touched(path: str) -> None:
-    Path(path).write_bytes(b"precious")
-    with pytest.raises(Conflict, match="exists already"):
-        create_file(path, SIZE_BYTES)
-    assert Path(path).read_bytes() == b"precious"
-
-
-def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(PoolRefused, match="choose a folder"):
-        create_file(str(tmp_path / "no" / "pool"), SIZE_BYTES)
-
-
-@pytest.mark.parametrize(("code", "kind"), [(errno.EFBIG, PoolRefused), (errno.ENOSPC, DeviceFull)])
-def test_a_file_that_cannot_be_made_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, kind: type[Exception]) -> None:
-    monkeypatch.setattr(os, "ftruncate", failing(code))
-    with pytest.raises(kind):
-        create_file(str(tmp_path / "pool"), SIZE_BYTES)
-    assert list(tmp_path.iterdir()) == []
 
 
 # --- Opening ---

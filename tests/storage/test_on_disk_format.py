@@ -52,6 +52,8 @@ def spelled_out(match: "re.Match[str]") -> str:
         (r"format version, (\d+)", layout.FORMAT_VERSION),
         (r"From byte (\d+) on, the roots", layout.METAFILE_ROOTS_OFFSET),
         (r"\(offset (\d+)\) are the CRC32C", layout.SUPERBLOCK_CRC_OFFSET),
+        (r"At offset (\d+): who has the pool open", layout.OWNER_OFFSET),
+        (r"48 \| (\d+) bytes \| host name", layout.OWNER_HOST_BYTES_MAX),
         (r"Each has (\d+) bytes:", layout.METAFILE_ROOT.size),
         (r"covers ([\d,]+) VBNs, a \*region\*", layout.REGION_BLOCKS),
         (r"how many of its bits are set. (\d+) to a block", layout.SUMMARIES_PER_BLOCK),

@@ -93,7 +93,7 @@ def test_a_pool_file_that_is_too_small_or_exists_is_refused(tmp_path: Path) -> N
 async def test_a_pool_is_opened_once_and_what_is_no_pool_is_refused_untouched(tmp_path: Path) -> None:
     path = tmp_path / "pool"
     path.write_bytes(b"precious" * 4096)
-    with pytest.raises(PoolRefused, match="it is not a cleaved pool: check the path"):
+    with pytest.raises(PoolRefused, match="is not a cleaved pool, it holds data of an unknown kind: check the path"):
         await Pool.open(str(path))
     assert path.read_bytes() == b"precious" * 4096
     with pytest.raises(StorageError, match="missing"):
