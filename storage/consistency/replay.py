@@ -33,7 +33,7 @@ from storage.tree.attempt import when_possible
 
 # Data writes installed in one step.
 STEP_ENTRIES = 256
-# VBNs named in one event.
+# Places named in one event, and records told of one by one.
 NAMED_MAX = 64
 
 
@@ -210,7 +210,7 @@ class Replay:
                 "log.torn_tail", sequence=min(torn), records_missing=len(findings.torn_records),
                 blocks_missing=sum(count for _, _, count, _ in left_out), missing=[self._words(place) for place in left_out[:NAMED_MAX]],
             )  # fmt: skip
-        for lost in findings.lost:
+        for lost in findings.lost[:NAMED_MAX]:
             self._report_lost(lost)
 
     def _report_lost(self, lost: Missing) -> None:
