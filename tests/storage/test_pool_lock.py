@@ -110,6 +110,22 @@ async def test_a_loop_device_over_an_open_pool_is_refused_and_the_other_way_roun
             await again.close()
 
 
+@pytest.mark.needs("loop device")
+async def test_what_the_page_cache_of_a_device_remembers_is_not_believed(path: str) -> None:
+    """Somebody (multipathd, say) keeps the device open, so that its cache lives on, while the pool is served by another path."""
+    with looped(path) as device:
+        await opened_and_closed(device)
+        watcher = os.open(device, os.O_RDONLY)
+        os.pread(watcher, SMALL_POOL_BYTES, 0)
+        pool = await Pool.open(path)
+        await pool.vdisk_create("by-the-file", 1 << 20)
+        await pool.close()
+        again = await Pool.open(device)
+        assert again.names() == ["by-the-file"]
+        await again.close()
+        os.close(watcher)
+
+
 async def test_a_copy_of_an_open_pool_is_refused_and_can_be_checked(path: str, tmp_path: Path) -> None:
     copy = copied(path, tmp_path / "copy")
     pool = await Pool.open(path)
