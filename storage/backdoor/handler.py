@@ -59,9 +59,9 @@ class BackdoorMessageHandler:
 
     async def stop(self) -> None:
         """End; a message that is under way is abandoned where it waits, which leaves only what the next start goes on from."""
-        self._queue.clear()
         # asyncio.wait_for swallows a cancellation that meets the end of what it waits for (python/cpython#86296); the flag stays.
         self._stopping = True
+        self._queue.clear()
         if self._task is not None:
             self._task.cancel()
             with suppress(asyncio.CancelledError):
@@ -72,8 +72,8 @@ class BackdoorMessageHandler:
         return any(isinstance(work, kind) for work in self._queue)
 
     def post(self, work: Work) -> None:
-        """Put a work into the queue, if it is not there."""
-        if work not in self._queue:
+        """Put a work into the queue, if it is not there. None is taken any more once the handler stops: nobody must wait for it."""
+        if work not in self._queue and not self._stopping:
             self._queue.append(work)
         self._wake.set()
 

@@ -7,7 +7,9 @@ The rule (docs/on-disk-format.md, "Reading it after a crash"). Every record that
 the highest ``durable_sequence`` that any of them states must be there, with their data: what is not is damage. A block of data that does
 not verify gets its pointer all the same, so that reading it is an error and not old data, and is reported. A record that is missing leaves
 the pool read-only, for nobody knows for certain what it changed; the blocks that it seems to name read as errors. Above that sequence
-anything may be missing, for no flush was answered: a write of which a block does not verify is left out whole, and all others are applied.
+anything may be missing, for no flush was answered: the log ends before a record that is missing, and a write of which a block does not
+verify is left out whole. So is what was written later to one of its blocks (the parts of the block that it did not cover are those of
+the write that is left out, which would be there in part), until a trim of that block. All others are applied.
 """
 
 from collections.abc import Iterator, Sequence
@@ -58,6 +60,9 @@ class Replay:
         self._slicer = Slicer()
         self._findings = Findings()
         self._durable = 0
+        # Above that: whether a record was missing, and the blocks (image, FBN) whose newest write was left out.
+        self._ended = False
+        self._without: set[tuple[int, int]] = set()
         self._first_free = LOG_FIRST_VBN + superblock.log_blocks
 
     async def run(self) -> Replayed:
@@ -123,13 +128,28 @@ class Replay:
             return
         findings, first = self._findings, len(self._findings.entries)
         findings.entries += record.entries
-        bad = await self._damaged_entries(record)
+        bad = set(await self._damaged_entries(record))
         if record.sequence <= self._durable:
             findings.damaged.update(first + position for position in bad)
             return
-        for position in bad:
-            findings.torn_data.add(record.sequence)
-            findings.left_out.update(first + at for at in record.unit(position))
+        position = 0
+        while position < len(record.entries):
+            unit = record.unit(position)
+            if self._leave_out([record.entries[at] for at in unit], any(at in bad for at in unit)):
+                findings.torn_data.add(record.sequence)
+                findings.left_out.update(first + at for at in unit)
+            position = unit.stop
+
+    def _leave_out(self, write: list[Entry], bad: bool) -> bool:
+        """Whether a write that was not durable is left out: it is not whole, or over one that is not there, or behind the log's end."""
+        blocks = {(number, fbn) for number, _, fbn, vbn, _ in write if vbn > ZERO_POINTER}
+        if bad or self._ended or blocks & self._without:
+            self._without |= blocks
+            return True
+        for number, _, fbn, vbn, count in write if self._without else ():
+            if vbn == ZERO_POINTER:
+                self._without = {key for key in self._without if key[0] != number or not fbn <= key[1] < fbn + count}
+        return False
 
     def _take_lost(self, missing: Missing, ring: Ring) -> None:
         """Take up what a missing record may have said: to be named, and to read as errors if it may have been durable."""
@@ -138,6 +158,7 @@ class Replay:
         if missing.sequence > self._durable and not self._may_be_durable(missing, ring):
             if not missing.unreadable or not missing.at_end:
                 findings.torn_records.add(missing.sequence)
+            self._ended = True
             findings.left_out.update(findings.add(claim) for claim in missing.claims)
             return
         findings.lost.append(missing)
