@@ -161,8 +161,8 @@ class Lives:
             if disk.is_snapshot:
                 disk.splitting = False
 
-    async def compare(self, disks: list[Disk], when: str) -> None:
-        """Everything that these hold, and something beside it, is what may be there; from now on it is known."""
+    async def compare(self, disks: list[Disk], when: str, durable: bool = True) -> None:
+        """Everything that these hold, and something beside it, is what may be there; if it is durable, it is known from now on."""
         beside = self.session.random.sample(blocks, min(10, len(blocks))) if (blocks := sorted(self.session.world.blocks())) else []
         for disk in disks:
             disk.forget_beyond()
@@ -178,7 +178,8 @@ class Lives:
                     if cell == block:
                         continue
                     judge.block(first + step, values_of(cell), block, ALL)
-                    disk.set(first + step, block)
+                    if durable or disk.is_snapshot:
+                        disk.set(first + step, block)
             judge.end()
 
     async def read(self, disk: Disk, first: int, count: int) -> bytes | None:
@@ -226,7 +227,10 @@ class Lives:
         disks = session.world.all()
         if not everything and len(disks) > 4:
             disks = session.random.sample(disks, 4)
-        await self.compare(disks, "at rest")
+        durable = session.random.random() < 0.5
+        if durable:
+            await self.ignoring_full(session.patiently("a consistency point", point(session.pool)))
+        await self.compare(disks, "at rest", durable)
         await self.compare_counts(disks)
         pinned = getattr(session.pool._state.cache, "pinned", 0)
         if pinned and not session.pool.show()["background_messages"]:

@@ -202,7 +202,7 @@ class Session:
         if isinstance(error, BlockDamaged):
             return False
         if isinstance(error, DeviceFailed):
-            return failed or self.read_only
+            return failed or self.read_only or self.closing
         if isinstance(error, PoolReadOnly):
             return (self.read_only and self.device.failures > 0) or (disk is not None and disk.is_snapshot)
         if isinstance(error, VolumeClosed | OutOfRange):
