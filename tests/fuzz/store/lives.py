@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from storage.check import check_device
 from storage.errors import PoolFull, StorageError, VolumeClosed
 from storage.pool import Pool
-from tests.crash.determinism import end_all_tasks
 from tests.fuzz.store import plan as plans
 from tests.fuzz.store.admin import Listed
 from tests.fuzz.store.device import FuzzDevice, Manner
@@ -47,7 +46,7 @@ class Lives:
 
     async def open(self) -> None:
         """Open what the last life left; sometimes the power goes, or the process dies, while that is under way."""
-        from tests.fuzz.store.session import cache_bytes
+        from tests.fuzz.store.session import cache_bytes, end_all_tasks
 
         session = self.session
         self.next_device(session.device.pages)
@@ -70,6 +69,8 @@ class Lives:
 
     async def crash(self, power: bool) -> None:
         """The process dies, or the power goes, whatever is under way; then everything is looked at."""
+        from tests.fuzz.store.session import end_all_tasks
+
         session = self.session
         if session.trace is not None:
             session.trace(f"{session.seconds():10.4f} {session.moment:6d} = {'power' if power else 'kill'}")
