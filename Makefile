@@ -10,7 +10,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo test lint format bench conformance crash fuzz clean
+.PHONY: help setup demo test lint format bench conformance crash fuzz fuzz-store clean
 
 help:
 	@echo "make demo         the main job from nothing: daemon, vdisk over iSCSI, snapshot, clone, online split, verification"
@@ -20,6 +20,7 @@ help:
 	@echo "make conformance  protocol conformance suites; needs libiscsi-bin"
 	@echo "make crash        crash and power-loss tests, long form (ARGS=\"--replay 'STATE'\" for one state)"
 	@echo "make fuzz         fuzzer over all that a peer's bytes reach (FUZZ_ARGS='--seconds 600 --seed 1'); guided by coverage too where atheris is installed"
+	@echo "make fuzz-store   fuzzer of the whole store against an oracle (ARGS=\"--seconds 3600 --jobs 2\", ARGS=\"--replay 'SEED:OPTIONS'\")"
 	@echo "make setup        only the virtual environment"
 	@echo "make clean        remove .venv and caches"
 
@@ -65,6 +66,9 @@ FUZZ_ARGS ?=
 fuzz: $(READY)
 	$(BIN)/python -m tests.fuzz.run $(FUZZ_ARGS)
 	$(BIN)/python -m tests.fuzz.guided $(FUZZ_ARGS)
+
+fuzz-store: $(READY)
+	$(BIN)/python -m tests.fuzz.store.run $(ARGS)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

@@ -87,13 +87,13 @@ class Data:
     def write(self, kind: str, disk: Disk, start: int, count: int, c: int) -> "Flight":
         session = self.session
         version = next(session.versions)
-        flight = session.begin(kind, f"{disk.full_name} sectors {start}+{count} (write {version})", disk)
+        fua = kind == plans.FUA or c >> 16 & 31 == 0
+        flight = session.begin(kind, f"{disk.full_name} sectors {start}+{count} (write {version}){' FUA' if fua else ''}", disk)
         data = bytes(count * SECTOR_BYTES) if c >> 8 & 31 == 0 else content(version, start, count)
         whole = not (start | count) % SECTORS
         write = Write(version, flight.start, f"{kind} {version}", whole and count <= ATOMIC_BLOCKS * SECTORS)
         disk.begin_write(write, parts_of(start, data))
         buffer = bytearray(data)
-        fua = kind == plans.FUA or c >> 16 & 31 == 0
         volume = disk.volume
 
         def answered(error: Exception | None) -> None:

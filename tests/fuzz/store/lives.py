@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from storage.check import check_device
 from storage.errors import PoolFull, StorageError, VolumeClosed
 from storage.pool import Pool
-from tests.crash.determinism import end_all_tasks
 from tests.fuzz.store import plan as plans
 from tests.fuzz.store.admin import Listed
 from tests.fuzz.store.device import FuzzDevice, Manner
@@ -47,7 +46,7 @@ class Lives:
 
     async def open(self) -> None:
         """Open what the last life left; sometimes the power goes, or the process dies, while that is under way."""
-        from tests.fuzz.store.session import cache_bytes
+        from tests.fuzz.store.session import cache_bytes, end_all_tasks
 
         session = self.session
         self.next_device(session.device.pages)
@@ -70,6 +69,8 @@ class Lives:
 
     async def crash(self, power: bool) -> None:
         """The process dies, or the power goes, whatever is under way; then everything is looked at."""
+        from tests.fuzz.store.session import end_all_tasks
+
         session = self.session
         if session.trace is not None:
             session.trace(f"{session.seconds():10.4f} {session.moment:6d} = {'power' if power else 'kill'}")
@@ -161,8 +162,8 @@ class Lives:
             if disk.is_snapshot:
                 disk.splitting = False
 
-    async def compare(self, disks: list[Disk], when: str) -> None:
-        """Everything that these hold, and something beside it, is what may be there; from now on it is known."""
+    async def compare(self, disks: list[Disk], when: str, durable: bool = True) -> None:
+        """Everything that these hold, and something beside it, is what may be there; if it is durable, it is known from now on."""
         beside = self.session.random.sample(blocks, min(10, len(blocks))) if (blocks := sorted(self.session.world.blocks())) else []
         for disk in disks:
             disk.forget_beyond()
@@ -178,7 +179,8 @@ class Lives:
                     if cell == block:
                         continue
                     judge.block(first + step, values_of(cell), block, ALL)
-                    disk.set(first + step, block)
+                    if durable or disk.is_snapshot:
+                        disk.set(first + step, block)
             judge.end()
 
     async def read(self, disk: Disk, first: int, count: int) -> bytes | None:
@@ -226,7 +228,10 @@ class Lives:
         disks = session.world.all()
         if not everything and len(disks) > 4:
             disks = session.random.sample(disks, 4)
-        await self.compare(disks, "at rest")
+        durable = session.random.random() < 0.5
+        if durable:
+            await self.ignoring_full(session.patiently("a consistency point", point(session.pool)))
+        await self.compare(disks, "at rest", durable)
         await self.compare_counts(disks)
         pinned = getattr(session.pool._state.cache, "pinned", 0)
         if pinned and not session.pool.show()["background_messages"]:

@@ -313,8 +313,8 @@ class Image:
 
     # --- Size --------------------------------------------------------------------------------------------------
 
-    def resized(self, size_blocks: int) -> None:
-        """What lies beyond a smaller end is gone; writes that are under way there may still come, if it grows again."""
+    def resized(self, size_blocks: int, cut: Write | None = None) -> None:
+        """What lies beyond a smaller end is gone; writes that are under way may have been there before, or come when it has grown again."""
         if size_blocks < self.size_blocks:
             for fbn in [fbn for fbn in self.cells if fbn >= size_blocks]:
                 del self.cells[fbn]
@@ -326,6 +326,8 @@ class Image:
                         write.entered.append((fbn, value))
                     else:
                         self.enter(fbn, value)
+                        if cut is not None:
+                            self.enter(fbn, (cut, ALL, ZEROS))
         self.size_blocks = size_blocks
 
     # --- Snapshots ---------------------------------------------------------------------------------------------

@@ -30,6 +30,16 @@ ADMIN: Final = {
 }  # fmt: skip
 CONTROL: Final = {KILL: 0.18, POWER: 0.22, REOPEN: 0.12, QUIET: 0.25, TROUBLE: 0.3, FILL: 0.1, FORGET: 0.15, SPREAD: 0.5, BURST: 0.5}
 
+# What some seeds do much more often than others.
+FOCUSES: Final = (
+    {}, {},
+    {REPORT: 8, START: 5, CLONE: 3, SNAPSHOT: 2, KILL: 0.3, POWER: 0.3},
+    {FILL: 8, SNAPSHOT: 3, DELETE: 2, SNAPSHOT_RM: 2, UNMAP: 3, READ: 2},
+    {CLONE: 6, SNAPSHOT: 4, START: 5, PAUSE: 4, CANCEL: 4, RESUME: 5, SNAPSHOT_RM: 3},
+    {COPY: 8, UNMAP: 3, RESIZE: 4, COMPARE: 3, PARTIAL: 2},
+    {FLUSH: 4, FUA: 6, ATOMIC: 5, POWER: 6, KILL: 4},
+)  # fmt: skip
+
 POOL_MIB: Final = (8, 8, 8, 12, 16, 16, 24, 32, 64)
 SPARSE_MIB: Final = (256, 512, 2048)
 CACHE_NODES: Final = (16, 16, 18, 20, 24, 32, 48, 64, 128, 256, 4096)
@@ -103,6 +113,8 @@ def operations(random: Random, count: int) -> list[Operation]:
     for kind in CONTROL:
         weights[kind] *= control
     weights[TROUBLE] *= trouble
+    for kind, factor in random.choice(FOCUSES).items():
+        weights[kind] *= factor
     for kind in random.sample(sorted(weights), 6):  # what is common here is rare elsewhere
         weights[kind] *= random.choice((0.0, 0.2, 4.0))
     kinds = [CREATE, CREATE, SPREAD, *random.choices(list(weights), list(weights.values()), k=count)][:count]

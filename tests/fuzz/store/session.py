@@ -23,7 +23,7 @@ from storage.errors import (
 )
 from storage.pool import Pool
 from storage.tree.node import NODE_BYTES
-from tests.crash.determinism import CLOCKED, VirtualLoop, end_all_tasks, repeatable
+from tests.crash.determinism import CLOCKED, VirtualLoop, repeatable
 from tests.fuzz.store import plan as plans
 from tests.fuzz.store.device import FuzzDevice, Trouble
 from tests.fuzz.store.oracle import Wrong
@@ -174,6 +174,7 @@ class Session:
         task = asyncio.get_running_loop().create_task(guarded())
         self.tasks.add(task)
         task.add_done_callback(self.task_ended)
+        task.add_done_callback(lambda _: work.close())  # a process may be killed before it began
 
     def task_ended(self, task: "asyncio.Task[None]") -> None:
         self.tasks.discard(task)
@@ -202,7 +203,7 @@ class Session:
         if isinstance(error, BlockDamaged):
             return False
         if isinstance(error, DeviceFailed):
-            return failed or self.read_only
+            return failed or self.read_only or self.closing
         if isinstance(error, PoolReadOnly):
             return (self.read_only and self.device.failures > 0) or (disk is not None and disk.is_snapshot)
         if isinstance(error, VolumeClosed | OutOfRange):
@@ -356,6 +357,14 @@ def circumstances(plan: Plan, loop: VirtualLoop) -> Iterator[None]:
 
 def cache_bytes(plan: Plan) -> int:
     return plan.cache_nodes * NODE_BYTES
+
+
+async def end_all_tasks() -> None:
+    """The process is gone. In the order in which they began: a set of tasks has another one in each process."""
+    while tasks := [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]:
+        for task in sorted(tasks, key=lambda task: int(task.get_name().removeprefix("Task-"))):
+            task.cancel()
+        await asyncio.sleep(0)
 
 
 def carry_out(plan: Plan, trace: Callable[[str], None] | None = None) -> tuple[Tally, Exception | None]:
