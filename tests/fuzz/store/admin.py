@@ -1,5 +1,5 @@
-"""What administrators do, at the same time as clients. Each change is one `Change`: made when it was answered, not made when it was refused,
-and after a crash whichever the pool's list shows.
+"""What administrators do, at the same time as clients. Each change is one `Change`: made when it was answered, not made when it was
+refused, and after a crash whichever the pool's list shows.
 """
 
 import asyncio
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from storage.errors import BlockDamaged, Conflict, NotFound, PoolFull, StorageError, VolumeClosed
 from tests.fuzz.store import plan as plans
-from tests.fuzz.store.oracle import BLOCK_BYTES, SECTORS, Judge, Moment, Wrong, Write, values_of
+from tests.fuzz.store.oracle import BLOCK_BYTES, SECTORS, Judge, Moment, Write, Wrong, values_of
 from tests.fuzz.store.plan import Operation
 from tests.fuzz.store.world import DEPTH_MAX, SNAPSHOTS, Disk
 
@@ -445,12 +445,12 @@ class Admin:
     def list(self, operation: Operation) -> None:
         session, world = self.session, self.session.world
         flight = session.begin(plans.LIST, "")
-        before = {disk.full_name for disk in world.all() if not disk.exclusive and not disk.marked and not (disk.origin and disk.origin.exclusive)}
+        before = world.sure_names()
 
         async def call() -> None:
             rows = [*await session.pool.vdisk_list(), *await session.pool.snapshot_list()]
             names = {row["name"] for row in rows}
-            after = {disk.full_name for disk in world.all() if not disk.exclusive and not disk.marked and not (disk.origin and disk.origin.exclusive)}
+            after = world.sure_names()
             missing = before & after - names
             if missing:
                 raise Wrong(f"lists lack {sorted(missing)}")

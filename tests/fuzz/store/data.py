@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from storage.errors import NotFound, OutOfRange, PoolFull
 from tests.fuzz.store import plan as plans
-from tests.fuzz.store.oracle import ATOMIC_BLOCKS, BLOCK_BYTES, SECTOR_BYTES, SECTORS, ZEROS, Judge, Reading, Wrong, Write, content, mask_of
+from tests.fuzz.store.oracle import ATOMIC_BLOCKS, BLOCK_BYTES, SECTOR_BYTES, SECTORS, ZEROS, Judge, Reading, Write, Wrong, content, mask_of
 from tests.fuzz.store.plan import Operation
 from tests.fuzz.store.world import Disk
 
@@ -46,7 +46,8 @@ class Data:
     def block(self, disk: Disk, number: int) -> int:
         plan, spots = self.session.plan, self.session.spots
         leaf = number % plan.leaves * plan.stride
-        return (leaf * 256 + spots[(number >> 12) % len(spots)]) % disk.size_blocks
+        fbn: int = (leaf * 256 + spots[(number >> 12) % len(spots)]) % disk.size_blocks
+        return fbn
 
     # --- Beginning -------------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """A device in memory that is as unkind as a real one may be: slow, out of order, failing now and then, full for a while, without power.
 
-Each job takes a time drawn from the seed and has its effect at its end. A sync makes durable what was complete when it was called. A loss of
-power leaves of every sector that is not durable one of the contents that it had since, or that were on their way; a death of the process
+Each job takes a time drawn from the seed and has its effect at its end. A sync makes durable what was complete when it was called. A loss
+of power leaves of every sector that is not durable one of the contents that it had since, or that were on their way; a death of the process
 leaves all that was complete, and any part of what was on its way.
 """
 
@@ -66,7 +66,7 @@ class FuzzDevice:
     # --- The device ------------------------------------------------------------------------------------------------
 
     def try_readv(self, buffers: Sequence[WritableBuffer], offset_bytes: int) -> bool:
-        if self.dead or self.closed or self.manner.read_misses and self._random.random() < self.manner.read_misses:
+        if self.dead or self.closed or (self.manner.read_misses and self._random.random() < self.manner.read_misses):
             return False
         if self.trouble.reads:
             self._fails("reads", errno.EIO, "read")
@@ -74,7 +74,7 @@ class FuzzDevice:
         return True
 
     def try_writev(self, buffers: Sequence[Buffer], offset_bytes: int, length_bytes: int) -> bool:
-        if self.dead or self.closed or self.manner.write_misses and self._random.random() < self.manner.write_misses:
+        if self.dead or self.closed or (self.manner.write_misses and self._random.random() < self.manner.write_misses):
             return False
         data = pages_of(buffers)
         assert offset_bytes % PAGE == 0 and len(data) * PAGE == length_bytes and offset_bytes + length_bytes <= self.size_bytes

@@ -9,6 +9,7 @@ from storage.errors import PoolFull, StorageError, VolumeClosed
 from storage.pool import Pool
 from tests.fuzz.store import plan as plans
 from tests.fuzz.store.admin import Listed
+from tests.fuzz.store.circumstances import cache_bytes, end_all_tasks
 from tests.fuzz.store.device import FuzzDevice, Manner
 from tests.fuzz.store.oracle import ALL, BLOCK_BYTES, FOREVER, SECTORS, ZEROS, Judge, Wrong, values_of
 from tests.fuzz.store.plan import Operation
@@ -46,10 +47,9 @@ class Lives:
 
     async def open(self) -> None:
         """Open what the last life left; sometimes the power goes, or the process dies, while that is under way."""
-        from tests.fuzz.store.session import cache_bytes, end_all_tasks
-
         session = self.session
         self.next_device(session.device.pages)
+        session.reclaim_failed = False
         while session.random.random() < 0.15 and session.tally.openings:
             opening = asyncio.get_running_loop().create_task(Pool.open_on(session.device, cache_bytes(session.plan), session.on_event))
             await asyncio.sleep(session.random.random() * 0.05)
@@ -69,8 +69,6 @@ class Lives:
 
     async def crash(self, power: bool) -> None:
         """The process dies, or the power goes, whatever is under way; then everything is looked at."""
-        from tests.fuzz.store.session import end_all_tasks
-
         session = self.session
         if session.trace is not None:
             session.trace(f"{session.seconds():10.4f} {session.moment:6d} = {'power' if power else 'kill'}")
@@ -310,7 +308,7 @@ class Lives:
         for step in range(8 + operation.c % 24):
             await asyncio.sleep(session.random.random() * 0.001)
             near = [fbn for fbn in blocks[at : at + 6] if fbn < disk.size_blocks] or [0]
-            if disk.gone or session.read_only or session.wrong is not None or data.volume(disk) is None:
+            if session.read_only or session.wrong is not None or data.volume(disk) is None:
                 return
             fbn, chance = session.random.choice(near), session.random.getrandbits(32)
             match chance % 8:
@@ -333,7 +331,7 @@ class Lives:
         session, data = self.session, self.session.data
         if operation.b & 1:
             await self.fill(operation)
-        for step in range(10 + operation.c % 20):
+        for _ in range(10 + operation.c % 20):
             number = session.random.getrandbits(32)
             disk = data.vdisk(number)
             if disk is None or session.read_only or session.wrong is not None or data.volume(disk) is None:
@@ -418,6 +416,8 @@ class Lives:
         await session.drain()
         await self.quiet()
         await self.check()
+        if session.reclaim_failed:
+            await self.reopen()
         if session.random.random() < 0.7 and not session.read_only:
             await self.empty()
         session.closing = True
@@ -466,7 +466,7 @@ class Lives:
         return None
 
     async def compare_gone(self, disk: Disk, error: StorageError | None) -> None:
-        if error is not None and not (disk.marked or disk.is_snapshot and "there is no snapshot" in str(error)):
+        if error is not None and not (disk.marked or (disk.is_snapshot and "there is no snapshot" in str(error))):
             raise Wrong(f"{disk.full_name} cannot be deleted: {type(error).__name__}: {error}") from error
         if disk.marked and disk.gone:
             return

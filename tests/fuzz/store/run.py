@@ -20,7 +20,6 @@ from tests.fuzz.store.plan import Plan, plan_of, replayed
 from tests.fuzz.store.session import Tally, carry_out
 from tests.fuzz.store.shrink import shrunk
 
-# Between two looks at what other processes have found.
 SEED_BITS = 32
 
 Finding = tuple[str, str]
@@ -82,8 +81,9 @@ def fuzz(seed: int, jobs: int, seconds: float, shrink: bool) -> int:
 def summary(total: Tally, seeds: int, failed: int) -> str:
     rate = total.operations / total.seconds if total.seconds else 0.0
     return (
-        f"{seeds} seeds, {total.operations} operations ({total.refused} of them refused), {total.kills} kills, {total.power_losses} losses of power, "
-        f"{total.openings} openings, {total.checks} checks with data, {total.seconds:.0f} s of processor time, {rate:.0f} a second; {failed} failures"
+        f"{seeds} seeds, {total.operations} operations ({total.refused} of them refused), {total.kills} kills, "
+        f"{total.power_losses} losses of power, {total.openings} openings, {total.checks} checks with data, "
+        f"{total.seconds:.0f} s of processor time, {rate:.0f} a second; {failed} failures"
     )
 
 
@@ -102,7 +102,8 @@ def canaries() -> int:
     for canary in CANARIES:
         found = seeds_until_found(canary)
         missed += found is None
-        print(f"{canary.name:40} " + ("NOT FOUND" if found is None else f"found by seed {found.seed}, {found.operations} operations: {found.wrong}"), flush=True)
+        how = "NOT FOUND" if found is None else f"found by seed {found.seed}, after {found.operations} operations: {found.wrong}"
+        print(f"{canary.name:40} {how}", flush=True)
     return missed
 
 

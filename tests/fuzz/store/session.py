@@ -1,16 +1,13 @@
-"""One life after another of one pool, as a plan says: begins commands, judges what they answer, ends processes, and looks at what is left."""
+"""One life after another of one pool, as a plan says: begins commands and judges what they answer."""
 
 import asyncio
 import gc
 import itertools
-import selectors
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any, Final
-from unittest import mock
 
 from storage.errors import (
     BlockDamaged,
@@ -18,27 +15,21 @@ from storage.errors import (
     OutOfRange,
     PoolFull,
     PoolReadOnly,
-    StorageError,
     VolumeClosed,
 )
 from storage.pool import Pool
-from storage.tree.node import NODE_BYTES
-from tests.crash.determinism import CLOCKED, VirtualLoop, repeatable
 from tests.fuzz.store import plan as plans
+from tests.fuzz.store.admin import Admin
+from tests.fuzz.store.circumstances import Loop, circumstances, end_all_tasks
+from tests.fuzz.store.data import Data
 from tests.fuzz.store.device import FuzzDevice, Trouble
+from tests.fuzz.store.lives import Lives
 from tests.fuzz.store.oracle import Wrong
 from tests.fuzz.store.plan import Operation, Plan
 from tests.fuzz.store.world import Disk, World
 
 # Virtual seconds in which everything has to be answered. The longest that the store waits by itself is the pause of a background work.
 PATIENCE_SECONDS: Final = 120.0
-# What a look at the clock costs, in virtual seconds.
-TICK_SECONDS: Final = 2e-5
-# And a turn of the event loop.
-TURN_SECONDS: Final = 1e-5
-# After so many in which nobody waited for a time, somebody turns in a circle: it has to be found out within seconds of ours.
-TURNS_MAX: Final = 2000
-LONG_TURN_SECONDS: Final = 2e-3
 # A pool that has this much room for data refuses nothing. Blocks that are on their way back are waited for by the store itself.
 ROOM_BLOCKS: Final = 64
 
@@ -108,6 +99,9 @@ class Session:
         self.copies: list[tuple[Disk, range, Disk, range]] = []
         self.configured: set[bytes] = {b""}
         self.shared_ever = False
+        # A deleted image is not taken apart further in this life.
+        self.reclaim_failed = False
+        self.data, self.admin, self.lives = Data(self), Admin(self), Lives(self)
         # Drawn once, so that the same addresses come again and again.
         self.spots = [0, 255, 1, 128, 254, 7, *self.random.sample(range(8, 128), 40), *range(129, 254)][: plan.spots]
 
@@ -221,6 +215,7 @@ class Session:
             self.trace(f"{self.seconds():10.4f} {self.moment:6d}   * {event} {fields}")
         if event == "block.damaged":
             self.note(Wrong(f"the store says block.damaged, and nothing was: {fields}"))
+        self.reclaim_failed |= event == "reclaim.failed"
         if event in {"reclaim.failed", "split.lost", "log.damaged"} and not self.device.failures:
             self.note(Wrong(f"the store says {event}: {fields}"))
         if event == "pool.read_only" and not self.device.failures:
@@ -249,8 +244,9 @@ class Session:
         """Where all tasks stand, for who looks into a hang."""
         found = []
         for task in asyncio.all_tasks():
-            frames, coroutine = [], task.get_coro()
-            while coroutine is not None and hasattr(coroutine, "cr_frame") and coroutine.cr_frame is not None:
+            frames: list[str] = []
+            coroutine: Any = task.get_coro()
+            while getattr(coroutine, "cr_frame", None) is not None:
                 frames.append(f"{coroutine.__qualname__}:{coroutine.cr_frame.f_lineno}")
                 coroutine = coroutine.cr_await
             found.append(" > ".join(frames))
@@ -269,11 +265,6 @@ class Session:
 
     async def run(self) -> Tally:
         """Carry the plan out. Raises Wrong, or whatever else the store lets out."""
-        from tests.fuzz.store.admin import Admin
-        from tests.fuzz.store.data import Data
-        from tests.fuzz.store.lives import Lives
-
-        self.data, self.admin, self.lives = Data(self), Admin(self), Lives(self)
         await self.lives.format()
         await self.lives.open()
         for operation in self.plan.operations:
@@ -318,53 +309,7 @@ class Session:
         self.device.trouble = Trouble()
 
 
-# --- Around it ---------------------------------------------------------------------------------------------------------
-
-
-class Loop(VirtualLoop):
-    """Each turn takes some time: a background work that only takes turns until something has happened would wait for ever otherwise."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        inner = self._virtual
-        select = inner.select
-
-        self._turns = 0
-
-        def timed(timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-            self._turns = 0 if timeout else self._turns + 1
-            inner.passed_seconds += TURN_SECONDS if self._turns < TURNS_MAX else LONG_TURN_SECONDS
-            return select(timeout)
-
-        inner.select = timed  # type: ignore[method-assign]
-
-
-@contextmanager
-def circumstances(plan: Plan, loop: VirtualLoop) -> Iterator[None]:
-    """Everything that is drawn or measured comes from the plan; a small cache is allowed."""
-    ticks = itertools.count(1)
-
-    def clock() -> float:
-        return loop.time() + next(ticks) * TICK_SECONDS
-
-    with ExitStack() as stack:
-        stack.enter_context(repeatable())
-        for module in CLOCKED:
-            stack.enter_context(mock.patch(f"{module}.perf_counter", clock))
-        stack.enter_context(mock.patch("storage.tree.node.CACHE_NODES_MIN", 16))
-        yield
-
-
-def cache_bytes(plan: Plan) -> int:
-    return plan.cache_nodes * NODE_BYTES
-
-
-async def end_all_tasks() -> None:
-    """The process is gone. In the order in which they began: a set of tasks has another one in each process."""
-    while tasks := [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]:
-        for task in sorted(tasks, key=lambda task: int(task.get_name().removeprefix("Task-"))):
-            task.cancel()
-        await asyncio.sleep(0)
+# --- Around it -------------------------------------------------------------------------------------------------------
 
 
 def carry_out(plan: Plan, trace: Callable[[str], None] | None = None) -> tuple[Tally, Exception | None]:
@@ -402,6 +347,3 @@ def unretrieved(context: dict[str, Any]) -> Wrong:
     wrong = Wrong(f"the loop says: {context['message']}")
     wrong.__cause__ = context.get("exception")
     return wrong
-
-
-__all__ = ["Flight", "Session", "StorageError", "Tally", "carry_out"]

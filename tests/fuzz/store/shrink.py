@@ -24,7 +24,7 @@ def likeness(wrong: Exception | None) -> str | None:
 def failing(plan: Plan, wanted: str | None) -> Plan | None:
     """The plan on a device on which it fails like that, cut off after the operation that it failed in; None if it does not."""
     for device in range(DEVICES):
-        candidate = kept_of(plan, plan.kept, device if device else plan.device)
+        candidate = kept_of(plan, plan.kept, device or plan.device)
         _, wrong = carry_out(candidate)
         if likeness(wrong) == wanted:
             return candidate

@@ -94,6 +94,14 @@ class World:
         """Blocks that any image has."""
         return {fbn for disk in self.all() for fbn in disk.cells}
 
+    def sure_names(self) -> set[str]:
+        """Names that every list must have just now."""
+        return {
+            disk.full_name
+            for disk in self.all()
+            if not disk.exclusive and not disk.marked and not (disk.origin is not None and disk.origin.exclusive)
+        }
+
     def unsure(self) -> Iterator[Disk]:
         """Marked snapshots: they go as soon as nothing stands on them."""
         return (snapshot for snapshot in self.snapshots if snapshot.marked)
