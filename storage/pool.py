@@ -51,6 +51,7 @@ from storage.layout import (
 from storage.split.service import SplitService
 from storage.state import EventSink, PoolState
 from storage.tree.buffer_tree import BufferTree
+from storage.under_way import UnderWay, ends_at_close
 
 CACHE_BYTES_DEFAULT = 256 << 20
 
@@ -67,6 +68,7 @@ class Pool:
             for number, root in enumerate(superblock.roots)
         ]
         self._metafiles = metafiles
+        self.under_way = UnderWay()
         self._scrub: Scrub | None = None
         self._table = metafiles[VDISK_TABLE]
         self._active_map = ActiveMap(state, metafiles[ACTIVE_MAP], metafiles[REGION_SUMMARY], superblock.used_blocks)
@@ -226,6 +228,7 @@ class Pool:
         await self._lifecycle.close_volumes()
         await self._log.drain()
         await self._points.stop()
+        await self.under_way.end()
         while self._state.discarding is not None:
             await self._state.discarding
         if self._state.read_only_reason is None:
@@ -278,6 +281,7 @@ class Pool:
     def on_event(self, sink: EventSink) -> None:
         self._state.on_event = sink
 
+    @ends_at_close
     async def consistency_point(self) -> None:
         """Make everything durable and the log empty. Raises PoolReadOnly, DeviceFailed."""
         await self._points.request()
@@ -286,6 +290,7 @@ class Pool:
         """What ``configure`` last stored under that name; empty if nothing was."""
         return self._configuration.get(section)
 
+    @ends_at_close
     async def configure(self, section: str, value: bytes) -> None:
         """Store bytes under a name, durably (targets, access control, reservations). Raises RequestError, PoolFull, PoolReadOnly."""
         await self._points.request(lambda: self._configuration.replace(section, value))
@@ -321,6 +326,7 @@ class Pool:
             "background_messages": self._handler.messages,
         }
 
+    @ends_at_close
     async def check(self, verify_data: bool = False) -> dict[str, Any]:
         """Check the state of the last consistency point while the pool goes on; its blocks are kept from reuse meanwhile.
 
@@ -346,6 +352,7 @@ class Pool:
             state.end_read(epoch)
         return report.as_dict()
 
+    @ends_at_close
     async def scrub_start(self, rate_max_bytes: int | None = None) -> dict[str, Any]:
         """Begin to read and verify every block in use, in the background, at most so many bytes a second. Raises Conflict, PoolReadOnly."""
         self._state.check_writable()
@@ -365,6 +372,7 @@ class Pool:
             raise NotFound("no scrub was started since the pool was opened: `cleavectl pool scrub` starts one")
         return self._scrub.as_dict()
 
+    @ends_at_close
     async def scrub_cancel(self) -> dict[str, Any]:
         """End the scrub; what it found so far stays to be shown. Raises NotFound."""
         shown = self.scrub_show()
@@ -397,10 +405,12 @@ class Pool:
         """The volume of ``NAME`` or ``NAME@SNAP``. Raises NotFound."""
         return self._lifecycle.volume(name)
 
+    @ends_at_close
     async def vdisk_create(self, name: str, size_bytes: int) -> dict[str, Any]:
         """A new, empty, thin vdisk. Raises RequestError, Conflict, PoolFull."""
         return self._listing.brief(await self._lifecycle.create(name, size_bytes))
 
+    @ends_at_close
     async def vdisk_list(self) -> list[dict[str, Any]]:
         """All vdisks, by name."""
         return await self._listing.all(KIND_VDISK)
@@ -409,40 +419,49 @@ class Pool:
         """Names of the vdisks of these UUIDs, as far as there are any."""
         return self._catalogue.names_of_uuids(wanted)
 
+    @ends_at_close
     async def vdisk_show(self, name: str) -> dict[str, Any]:
         """One vdisk, or snapshot, with what it shares. Raises NotFound."""
         return await self._listing.full(self._lifecycle.volume(name).image)
 
+    @ends_at_close
     async def vdisk_resize(self, name: str, size_bytes: int) -> dict[str, Any]:
         """Grow or shrink. Raises NotFound, RequestError, Conflict, PoolFull."""
         return self._listing.brief(await self._lifecycle.resize(name, size_bytes))
 
+    @ends_at_close
     async def vdisk_rename(self, old: str, new: str) -> dict[str, Any]:
         """Another name; sessions go on. Raises NotFound, RequestError, Conflict."""
         return self._listing.brief(await self._lifecycle.rename(old, new))
 
+    @ends_at_close
     async def vdisk_delete(self, name: str) -> None:
         """Delete; blocks come free in the background. Raises NotFound, Conflict."""
         await self._lifecycle.delete(name)
 
+    @ends_at_close
     async def snapshot_create(self, pairs: list[tuple[str, str]]) -> list[dict[str, Any]]:
         """Snapshots (vdisk, name) of one moment, all or none. Raises NotFound, RequestError, Conflict, PoolFull."""
         return [self._listing.brief(image) for image in await self._lifecycle.snapshot(pairs)]
 
+    @ends_at_close
     async def snapshot_list(self, vdisk: str | None = None) -> list[dict[str, Any]]:
         """All snapshots, or those of one vdisk. Raises NotFound."""
         return await self._listing.all(KIND_SNAPSHOT, self._catalogue.vdisk(vdisk).number if vdisk is not None else None)
 
+    @ends_at_close
     async def snapshot_delete(self, vdisk: str, name: str, after_split: bool = False) -> bool:
         """Delete a snapshot, with ``after_split`` once no clone stands on it; returns whether it is gone. Raises NotFound, Conflict."""
         return await self._lifecycle.delete_snapshot(vdisk, name, after_split)
 
+    @ends_at_close
     async def clone_create(self, vdisk: str, snapshot: str, name: str) -> dict[str, Any]:
         """A writable clone of a snapshot. Raises NotFound, RequestError, Conflict, PoolFull."""
         return self._listing.brief(await self._lifecycle.clone(vdisk, snapshot, name))
 
     # --- Splits ------------------------------------------------------------------------------------------------------
 
+    @ends_at_close
     async def split_start(
         self, name: str, mode: str = "copy", rate_min_bytes: int | None = None, rate_max_bytes: int | None = None
     ) -> dict[str, Any]:
@@ -457,18 +476,22 @@ class Pool:
         """All that are running or paused."""
         return self._splits.list()
 
+    @ends_at_close
     async def split_pause(self, name: str) -> dict[str, Any]:
         """Stop until resumed. Raises NotFound, Conflict."""
         return await self._splits.pause(name)
 
+    @ends_at_close
     async def split_resume(self, name: str) -> dict[str, Any]:
         """Go on after a pause. Raises NotFound, Conflict."""
         return await self._splits.resume(name)
 
+    @ends_at_close
     async def split_cancel(self, name: str) -> dict[str, Any]:
         """End it; the clone stays a clone. Raises NotFound, Conflict."""
         return await self._splits.cancel(name)
 
+    @ends_at_close
     async def split_estimate(self, name: str) -> dict[str, Any]:
         """What a copy split would move, and how long that takes. Raises NotFound, Conflict."""
         return await self._splits.estimate(name)
