@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from storage.allocation.active_map import NO_BITS, REGION_SHIFT, ActiveMap, Bits, count_bits
+from storage.allocation.node_stock import NodeStock
 from storage.consistency.epoch import Epoch
-from storage.errors import PoolFull
-from storage.layout import FIELDS_PER_BLOCK, REGION_BLOCKS, SHARES_PER_BLOCK, SUMMARIES_PER_BLOCK, region_count, tree_levels
+from storage.errors import HostFull, PoolFull
+from storage.layout import BLOCK_BYTES, FIELDS_PER_BLOCK, REGION_BLOCKS, SHARES_PER_BLOCK, SUMMARIES_PER_BLOCK, region_count, tree_levels
 
 if TYPE_CHECKING:
     from storage.state import PoolState
@@ -49,6 +50,7 @@ PART_BLOCKS_MAX = 4096
 NODES_ROOM = 32
 # What a touched image's entry may take: itself, and the level-1 block of the table above it.
 ENTRY_BLOCKS = 2
+HOST_FULL = "the host's file system is full: free space where the pool lies, or delete snapshots or vdisks"
 
 
 class Window:
@@ -115,6 +117,7 @@ class WriteAllocator:
         "_data",
         "_held",
         "_nodes",
+        "_replaying",
         "_roomy",
         "_size_blocks",
         "_state",
@@ -125,6 +128,7 @@ class WriteAllocator:
         "reclaim",
         "reclaim_floor",
         "reserve_blocks",
+        "stock",
     )
 
     def __init__(self, state: "PoolState", active_map: ActiveMap, size_blocks: int) -> None:
@@ -146,8 +150,18 @@ class WriteAllocator:
         self.reclaim_floor = map_blocks(size_blocks) + POINT_BLOCKS_EXTRA
         self.client_floor = self.reclaim_floor + part
         self.reserve_blocks = self.client_floor + part
+        self._replaying = False
+        # Blocks for nodes that the host has allocated already, where that is a question.
+        self.stock = NodeStock(state, self, size_blocks)
+        if state.device.thin:
+            state.room.has_room = self.stock.has_room
         # Waits until the freed blocks of now can be used again; False when there are none.
         self.reclaim: Callable[[], Awaitable[bool]] = nothing_on_its_way
+
+    @property
+    def available_bytes(self) -> int:
+        """What the pool still has for data, whatever its host has."""
+        return max(0, self.free_now - self.reserve_blocks) * BLOCK_BYTES
 
     # --- Handing out -------------------------------------------------------------------------------------------
 
@@ -196,7 +210,7 @@ class WriteAllocator:
         if self.free_now <= self._floor(epoch, for_reclaim):
             return 0
         window = self._nodes
-        if window.next == window.end and not window.advance() and not (self._fill(window) and window.advance()):
+        if window.next == window.end and not window.advance() and not (self._fill_nodes(epoch, for_reclaim) and window.advance()):
             return 0
         vbn = window.next
         window.next = vbn + 1
@@ -208,6 +222,18 @@ class WriteAllocator:
         if epoch is self._state.frozen:
             return -self.promised_blocks
         return self.reclaim_floor if for_reclaim else self.client_floor
+
+    def _fill_nodes(self, epoch: Epoch, for_reclaim: bool) -> bool:
+        """Fill the node window, on a sparse pool file from the stock alone. False: wait with ``prepare_nodes``."""
+        if self.stock.draw(self._nodes, self._kept(epoch, for_reclaim)):
+            return True
+        return not self._state.device.thin and self._fill(self._nodes)
+
+    def _kept(self, epoch: Epoch, for_reclaim: bool) -> int:
+        """How much of the stock is for others."""
+        if self._replaying or epoch is self._state.frozen:
+            return 0
+        return self.stock.point_blocks if for_reclaim else self.stock.kept_blocks
 
     def promise(self, blocks: int = ENTRY_BLOCKS) -> None:
         """Something changed that the next consistency point will write (an image's entry): nobody may take the last blocks before."""
@@ -223,15 +249,18 @@ class WriteAllocator:
     def replaying(self) -> Iterator[None]:
         """Replay must succeed: it may take what clients may not, since it repeats what was possible before."""
         floor, self.client_floor = self.client_floor, self.reclaim_floor
+        self._replaying = True
         try:
             yield
         finally:
-            self.client_floor = floor
+            self.client_floor, self._replaying = floor, False
 
     def check_room(self, images: int = 0, blocks: int = 0) -> None:
         """Raise PoolFull when there is no room for so many more table entries, or blocks of the configuration."""
         if self.free_now - images * ENTRY_BLOCKS - blocks <= self.client_floor:
             raise PoolFull("the pool is full: delete snapshots or vdisks")
+        if self._state.room.full and self.stock.blocks < self.stock.point_blocks + images * ENTRY_BLOCKS + blocks:
+            raise HostFull(HOST_FULL)
 
     # --- Waiting -----------------------------------------------------------------------------------------------
 
@@ -251,7 +280,18 @@ class WriteAllocator:
         while self.free_now <= wanted:
             if within_point or not await self.reclaim():
                 raise PoolFull("the pool is full, its reserve included: delete snapshots or vdisks")
-        await self._refill(self._nodes)
+        if not self._state.device.thin:
+            await self._refill(self._nodes)
+            return
+        kept = self._kept(epoch, for_reclaim)
+        if self._nodes.left_blocks or self.stock.blocks > kept:
+            return
+        await self.stock.top_up()
+        if self.stock.blocks > kept:
+            return
+        if kept:
+            raise HostFull(HOST_FULL)
+        await self._refill(self._nodes)  # not set aside by the host: what is written there waits until it has room
 
     async def _refill(self, window: Window, count: int = 1) -> None:
         """Fill a window until it has ``count`` blocks, loading map blocks as needed; ends empty-handed after one circle round the pool."""
@@ -264,6 +304,8 @@ class WriteAllocator:
             await asyncio.sleep(0)
         other = self._nodes if window is self._data else self._data
         self._release_window(other)
+        if window is self._data:
+            self.stock.release_surplus()
 
     # --- Claiming ----------------------------------------------------------------------------------------------
 
@@ -309,10 +351,10 @@ class WriteAllocator:
                 return True
         return False
 
-    def _claim(self, region: int, start: int, wanted: int, window: Window, run_min: int = 1) -> int | None:
+    def _claim(self, region: int, start: int, wanted: int, window: Window, run_min: int = 1, among: Bits | None = None) -> int | None:
         """Move up to ``wanted`` blocks of a region, from its block ``start`` on, into the window; None when its map has to be loaded first.
 
-        Runs shorter than ``run_min`` stay where they are.
+        Runs shorter than ``run_min`` stay where they are, and so does what is not ``among`` those bits.
         """
         used = self._active_map.peek_used(region)
         if used is None:
@@ -324,6 +366,8 @@ class WriteAllocator:
         if bits is None:
             return None
         busy = bits | self._claimed.get(region, NO_BITS) | self._held.get(region, NO_BITS)
+        if among is not None:
+            busy = busy | ~among
         free = np.unpackbits(~busy, bitorder="little").view(np.int8)
         free[blocks:] = 0
         free[:start] = 0
@@ -354,10 +398,39 @@ class WriteAllocator:
         if window.next < window.end:
             window.runs.append((window.next, window.end))
         for first, end in window.runs:
-            for region, bits in region_bits(first, end):
-                self.settle(region, bits)
+            self.settle_run(first, end)
         window.runs = []
         window.next = window.end = 0
+
+    # --- For the stock -------------------------------------------------------------------------------------------
+
+    @property
+    def node_window_blocks(self) -> int:
+        """What the stock is filled with at a time."""
+        return self._nodes.size_blocks
+
+    def new_window(self, blocks: int) -> Window:
+        """A window of its own, of so many blocks, but no more than that for nodes."""
+        return Window(min(blocks, self._nodes.size_blocks))
+
+    async def claim(self, window: Window) -> None:
+        """Claim free runs for ``window``; none are left in the pool when it stays empty."""
+        await self._refill(window)
+
+    async def claim_among(self, region: int, wanted: Bits, window: Window) -> None:
+        """Claim for ``window`` what is free among the ``wanted`` bits of a region."""
+        while self._claim(region, 0, window.size_blocks, window, among=wanted) is None:
+            await self._active_map.load(region)
+
+    def settle_run(self, first: int, end: int) -> None:
+        """Blocks that were claimed, and not used, are available again."""
+        for region, bits in region_bits(first, end):
+            self.settle(region, bits)
+
+    def data_ahead(self, blocks: int) -> tuple[int, int]:
+        """The run (first VBN, length up to ``blocks``) that data will be written to next; a length of 0 where that is not known."""
+        self._data.advance()
+        return self._data.next, min(blocks, self._data.end - self._data.next)
 
     def adopt(self, first: int, length: int = 1) -> None:
         """Claim blocks by their address: replay found them in use by records of the intent log."""
@@ -388,6 +461,8 @@ class WriteAllocator:
             else:
                 del self._held[region]
             self.free_now += count_bits(bits)
+            if self._state.room.full:
+                self.stock.freed_in(region)
             used = self._active_map.peek_used(region)
             if used is not None and used <= ROOMY_USED_MAX:
                 self._roomy[region] = None

@@ -22,7 +22,7 @@ from collections.abc import Callable
 
 from storage.consistency.epoch import Epoch
 from storage.consistency.log_record import ENTRIES_PER_RECORD, LogRecord
-from storage.errors import DeviceFailed, as_storage_error
+from storage.errors import DeviceFailed, DeviceFull, as_storage_error
 from storage.layout import BLOCK_BYTES
 from storage.slices import Slicer
 from storage.state import PoolState
@@ -54,6 +54,7 @@ class IntentLog:
         "commits",
         "durable_by_cp",
         "head_block",
+        "held",
         "next_sequence",
     )
 
@@ -73,6 +74,8 @@ class IntentLog:
         self._flushing: list[Completion] = []
         self._worker: asyncio.Task[None] | None = None
         self.commits = 0
+        # Nothing may be logged until a consistency point has said where the log begins (after a replay that ended elsewhere).
+        self.held = False
         # Makes everything durable by a consistency point instead; set by it.
         self.durable_by_cp: Callable[[], asyncio.Future[None]]
         self.begin_at(head_block, next_sequence)
@@ -82,6 +85,11 @@ class IntentLog:
         self.head_block = head_block
         self.next_sequence = next_sequence
         self._durable_sequence = next_sequence - 1
+
+    @property
+    def records(self) -> int:
+        """Records that the last durable consistency point does not hold: what the next opening would replay."""
+        return self._used_blocks
 
     # --- Called by the consistency point -------------------------------------------------------------------------
 
@@ -140,7 +148,7 @@ class IntentLog:
         record = self._open
         if record is not None and record.room and record.cp_number == epoch.number:
             return record
-        if epoch.by_reference or self._used_blocks >= self._blocks:
+        if epoch.by_reference or self.held or self._used_blocks >= self._blocks:
             return None
         record = LogRecord(self.head_block, self.next_sequence, epoch.number, self._durable_sequence, self._pool_uuid)
         self.head_block = (self.head_block + 1) % self._blocks
@@ -159,6 +167,8 @@ class IntentLog:
         try:
             while self._unwritten and device.try_writev((self._unwritten[0].buf,), self._unwritten[0].offset_bytes, BLOCK_BYTES):
                 del self._unwritten[0]
+        except DeviceFull as full:
+            self._state.room.met(full)  # the record stays, and with it whoever waits for its changes: see ``_write_rest``
         except DeviceFailed as failure:
             self._state.fail(f"the device failed to take a record of the intent log: {failure}")
 
@@ -232,7 +242,7 @@ class IntentLog:
             record = self._unwritten[0]
             self._in_threads = True
             try:
-                await self._state.device.writev((record.buf,), record.offset_bytes)
+                await self._state.room.put((record.buf,), record.offset_bytes)
             finally:
                 self._in_threads = False
             if self._unwritten and self._unwritten[0] is record:  # else a consistency point has made it superfluous

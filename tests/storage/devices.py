@@ -28,7 +28,9 @@ WRITE = "write"
 SYNC = "sync"
 DISCARD = "discard"
 GROW = "grow"
-OPERATIONS = (READ, WRITE, SYNC, DISCARD, GROW)
+# Setting room aside on the host, and asking where there is some.
+RESERVE = "reserve"
+OPERATIONS = (READ, WRITE, SYNC, DISCARD, GROW, RESERVE)
 
 Start = Callable[[], Future[None]]
 
@@ -111,6 +113,21 @@ class MemoryDevice:
     def discard(self, offset_bytes: int, length_bytes: int) -> Future[None]:
         self._check(offset_bytes, length_bytes)
         return self._submit(lambda: self._discard(offset_bytes, length_bytes))
+
+    @property
+    def thin(self) -> bool:
+        return False
+
+    def reserve(self, offset_bytes: int, length_bytes: int) -> Future[None]:
+        self._check(offset_bytes, length_bytes)
+        return self._submit(lambda: None)
+
+    def backed(self, offset_bytes: int, length_bytes: int, found: list[tuple[int, int]]) -> Future[None]:
+        self._check(offset_bytes, length_bytes)
+        return self._submit(lambda: found.append((offset_bytes, offset_bytes + length_bytes)))
+
+    def host_available_bytes(self) -> int | None:
+        return None
 
     def grow(self, size_bytes: int) -> Future[None]:
         assert size_bytes % SECTOR_BYTES == 0
@@ -248,6 +265,19 @@ class WrappedDevice:
 
     def discard(self, offset_bytes: int, length_bytes: int) -> Future[None]:
         return self._later(DISCARD, lambda: self.inner.discard(offset_bytes, length_bytes))
+
+    @property
+    def thin(self) -> bool:
+        return self.inner.thin
+
+    def reserve(self, offset_bytes: int, length_bytes: int) -> Future[None]:
+        return self._later(RESERVE, lambda: self.inner.reserve(offset_bytes, length_bytes))
+
+    def backed(self, offset_bytes: int, length_bytes: int, found: list[tuple[int, int]]) -> Future[None]:
+        return self._later(RESERVE, lambda: self.inner.backed(offset_bytes, length_bytes, found))
+
+    def host_available_bytes(self) -> int | None:
+        return self.inner.host_available_bytes()
 
     def grow(self, size_bytes: int) -> Future[None]:
         return self._later(GROW, lambda: self.inner.grow(size_bytes))

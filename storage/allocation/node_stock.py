@@ -1,0 +1,215 @@
+"""Blocks for nodes that the host has allocated already, so that writing a node cannot meet a full host.
+
+On a sparse pool file (``Device.thin``) every node gets its block from here. The stock is filled ahead of need, by the I/O threads: free
+runs are claimed from the write allocator, and the host sets room aside for them (``Device.reserve``). A part of it is *kept*: for
+consistency points alone, or for what makes room (deletes and reclaim). So a pool on a full host can delete, and take consistency points.
+
+While the host is full, the stock is filled with free blocks that the host allocated in earlier times: those that nodes or data had before.
+They are found by asking the device (``Device.backed``), so nothing about them stands on disk, and a pool that is opened on a full host
+finds the stock of its last life again.
+
+Invariants:
+- A block in the stock is claimed, and was set aside by the host after that. What is being discarded is not available yet (PoolState), so
+  nobody punches a hole there afterwards.
+- Whoever must not be refused (a consistency point, replay) takes blocks that the host has not allocated when the stock is empty;
+  their writes are tried until there is room (storage.consistency.host_room).
+"""
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from storage.allocation.active_map import Bits
+from storage.errors import DeviceFull
+from storage.layout import BLOCK_BYTES, REGION_BLOCKS, region_count
+
+if TYPE_CHECKING:
+    from storage.allocation.write_allocator import Window, WriteAllocator
+    from storage.state import PoolState
+
+# 32 MiB: the whole maps of a pool of some 20 GiB. On a larger one a consistency point that changes more of them than this waits for room.
+KEPT_BLOCKS_MAX = 8192
+# Who may go below what is kept for others takes so many at a time: what is left of them is in the node window, and so everybody's.
+BELOW_KEPT_BLOCKS = 16
+# Regions looked into by one search for blocks that the host has allocated: one question to the device each.
+REGIONS_PER_SEARCH = 64
+# The host is said to have room when it can set aside this much for data, and has so much left: 1 MiB and 4 MiB.
+AHEAD_BLOCKS = 256
+ROOM_BYTES_MIN = 4 << 20
+
+
+class NodeStock:
+    """``blocks`` is what it holds; ``kept_blocks`` of that are not for clients, ``point_blocks`` not for deletes either."""
+
+    __slots__ = (
+        "_allocator",
+        "_freed",
+        "_next_region",
+        "_refused",
+        "_regions",
+        "_runs",
+        "_size_blocks",
+        "_state",
+        "_task",
+        "blocks",
+        "kept_blocks",
+        "point_blocks",
+    )
+
+    def __init__(self, state: "PoolState", allocator: "WriteAllocator", size_blocks: int) -> None:
+        self._state = state
+        self._allocator = allocator
+        self._size_blocks = size_blocks
+        self._regions = region_count(size_blocks)
+        self._runs: list[tuple[int, int]] = []
+        self.blocks = 0
+        self.kept_blocks = min(KEPT_BLOCKS_MAX, allocator.client_floor)
+        self.point_blocks = min(KEPT_BLOCKS_MAX // 2, allocator.reclaim_floor)
+        # Regions where blocks came free lately: the host has allocated those.
+        self._freed: dict[int, None] = {}
+        self._next_region = 0
+        # Whether the host had no room when the stock was filled last.
+        self._refused = False
+        self._task: asyncio.Task[None] | None = None
+
+    # --- Taking ----------------------------------------------------------------------------------------------------
+
+    def draw(self, window: "Window", kept_blocks: int, least: int = 1) -> bool:
+        """Move a window's worth of blocks to ``window``, or at least ``least``, but keep ``kept_blocks``. False: there are too few."""
+        if self.blocks - kept_blocks < least:
+            return False
+        wanted = max(least, min(window.size_blocks, self.blocks - max(kept_blocks, self.kept_blocks)))
+        if wanted == least:
+            wanted = min(self.blocks - kept_blocks, max(least, BELOW_KEPT_BLOCKS))
+        moved: list[tuple[int, int]] = []
+        while wanted:
+            first, end = self._runs.pop()
+            length = min(wanted, end - first)
+            if first + length < end:
+                self._runs.append((first + length, end))
+            moved.append((first, first + length))
+            wanted -= length
+            self.blocks -= length
+        window.runs[:0] = reversed(moved)
+        if self.blocks < self._target:
+            self._start()
+        return True
+
+    def freed_in(self, region: int) -> None:
+        """Blocks of that region are available again."""
+        self._freed[region] = None
+
+    def release_surplus(self) -> None:
+        """Give back to the pool what is not kept: data finds no other block."""
+        while self.blocks > self.kept_blocks:
+            first, end = self._runs.pop()
+            self._allocator.settle_run(first, end)
+            self.blocks -= end - first
+
+    # --- Filling ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _target(self) -> int:
+        """What is kept, and a window's worth if the pool is not nearly full: data and nodes would take turns at the last blocks."""
+        window = self._allocator.node_window_blocks
+        roomy = self._allocator.free_now > self._allocator.reserve_blocks + 2 * window
+        return self.kept_blocks + (window if roomy else 0)
+
+    def _start(self) -> "asyncio.Task[None]":
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._fill())
+            self._task.add_done_callback(self._filled)
+        return self._task
+
+    def _filled(self, task: "asyncio.Task[None]") -> None:
+        self._task = None
+        if not task.cancelled():
+            task.exception()  # marks it as seen: who waits gets it, and others meet the same device
+
+    async def top_up(self) -> None:
+        """Fill it, as far as pool and host have room. One at a time, whoever asks. Raises DeviceFailed."""
+        await asyncio.shield(self._start())
+
+    async def stop(self) -> None:
+        """End with the pool."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    async def _fill(self) -> None:
+        self._refused = False
+        while (missing := self._target - self.blocks) > 0:
+            window = self._allocator.new_window(missing)
+            await self._allocator.claim(window)
+            if not window.runs:
+                return
+            if not await self._reserve(window.runs):
+                self._refused = True
+                await self._search()
+                return
+
+    async def _reserve(self, runs: list[tuple[int, int]]) -> bool:
+        """Take claimed runs into the stock as the host sets room aside for them. False: it has no more; the rest is given back."""
+        left = list(reversed(runs))
+        try:
+            while left:
+                first, end = left[-1]
+                await self._state.device.reserve(first * BLOCK_BYTES, (end - first) * BLOCK_BYTES)
+                self._runs.append(left.pop())
+                self.blocks += end - first
+        except DeviceFull as error:
+            self._state.room.met(error)
+            return False
+        finally:
+            for first, end in left:
+                self._allocator.settle_run(first, end)
+        return True
+
+    async def _search(self) -> None:
+        """The host has no more: find free blocks that it has allocated before."""
+        for _ in range(min(REGIONS_PER_SEARCH, self._regions)):
+            if self.blocks >= self._target:
+                return
+            region = self._region_to_search()
+            first = region * REGION_BLOCKS
+            length = min(REGION_BLOCKS, self._size_blocks - first)
+            found: list[tuple[int, int]] = []
+            await self._state.device.backed(first * BLOCK_BYTES, length * BLOCK_BYTES, found)
+            if not found:
+                continue
+            window = self._allocator.new_window(self._target - self.blocks)
+            await self._allocator.claim_among(region, whole_blocks(found, first), window)
+            # Asked for once more: a hole may have been punched there since the device was asked.
+            await self._reserve(window.runs)
+
+    def _region_to_search(self) -> int:
+        if self._freed:
+            return self._freed.popitem()[0]
+        region = self._next_region
+        self._next_region = (region + 1) % self._regions
+        return region
+
+    async def has_room(self) -> bool:
+        """Whether the host has room again, for what is kept and for the data that comes next. Raises DeviceFailed."""
+        device = self._state.device
+        await self.top_up()
+        available_bytes = device.host_available_bytes()
+        if self._refused or (available_bytes is not None and available_bytes < ROOM_BYTES_MIN):
+            return False
+        first, length = self._allocator.data_ahead(AHEAD_BLOCKS)
+        if length:
+            try:
+                await device.reserve(first * BLOCK_BYTES, length * BLOCK_BYTES)
+            except DeviceFull as error:
+                self._state.room.met(error)
+                return False
+        return True
+
+
+def whole_blocks(ranges: list[tuple[int, int]], first: int) -> Bits:
+    """The bits of a region that begins with block ``first`` for the blocks that lie entirely in one of the ranges (first byte, end)."""
+    mask = np.zeros(REGION_BLOCKS, dtype=np.uint8)
+    for start, end in ranges:
+        mask[-(-start // BLOCK_BYTES) - first : max(0, end // BLOCK_BYTES - first)] = 1
+    return np.packbits(mask, bitorder="little")
