@@ -147,6 +147,7 @@ class Pool:
         self._splits.take_up()
         replayed = await self._replay()
         self._state.allocator.reclaim = self._reclaim
+        self._state.allocator.stock.start()
         self._points.start()
         if replayed.moved and self._state.read_only_reason is None:
             self._points.log_moved = self._log.held = True

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from storage.allocation.active_map import Bits
 from storage.errors import DeviceFull
 from storage.layout import BLOCK_BYTES, REGION_BLOCKS, region_count
 
@@ -116,6 +115,11 @@ class NodeStock:
         roomy = self._allocator.free_now > self._allocator.reserve_blocks + 2 * window
         return self.kept_blocks + (window if roomy else 0)
 
+    def start(self) -> None:
+        """Begin to fill it, where nodes come from it: nobody who writes first is to wait for that."""
+        if self._state.device.thin and self._state.read_only_reason is None:
+            self._start()
+
     def _start(self) -> "asyncio.Task[None]":
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._fill())
@@ -168,20 +172,36 @@ class NodeStock:
 
     async def _search(self) -> None:
         """The host has no more: find free blocks that it has allocated before."""
+        if self.blocks < self.kept_blocks:
+            self._allocator.release_data_window()  # they may all be in there
         for _ in range(min(REGIONS_PER_SEARCH, self._regions)):
             if self.blocks >= self._target:
                 return
-            region = self._region_to_search()
-            first = region * REGION_BLOCKS
-            length = min(REGION_BLOCKS, self._size_blocks - first)
-            found: list[tuple[int, int]] = []
+            await self._take_backed(self._region_to_search())
+
+    async def _take_backed(self, region: int) -> None:
+        """Take what is free in a region and allocated by the host.
+
+        It is claimed first: so no hole is punched there after the device was asked. Asking the device to set it aside once more would be
+        in vain, since xfs wants as much room for that as if nothing were there.
+        """
+        runs = await self._allocator.claim_in(region)
+        if not runs:
+            return
+        first = region * REGION_BLOCKS
+        length = min(REGION_BLOCKS, self._size_blocks - first)
+        found: list[tuple[int, int]] = []
+        free = region_mask(runs, first)
+        kept = np.zeros_like(free)
+        try:
             await self._state.device.backed(first * BLOCK_BYTES, length * BLOCK_BYTES, found)
-            if not found:
-                continue
-            window = self._allocator.new_window(self._target - self.blocks)
-            await self._allocator.claim_among(region, whole_blocks(found, first), window)
-            # Asked for once more: a hole may have been punched there since the device was asked.
-            await self._reserve(window.runs)
+            kept = free & region_mask([(-(-start // BLOCK_BYTES), end // BLOCK_BYTES) for start, end in found], first)
+            kept[np.flatnonzero(kept)[max(0, self._target - self.blocks) :]] = 0
+            edges = np.flatnonzero(np.diff(kept.view(np.int8), prepend=np.int8(0), append=np.int8(0))) + first
+            self._runs += zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
+            self.blocks += int(kept.sum())
+        finally:
+            self._allocator.settle(region, np.packbits(free ^ kept, bitorder="little"))
 
     def _region_to_search(self) -> int:
         if self._freed:
@@ -207,9 +227,9 @@ class NodeStock:
         return True
 
 
-def whole_blocks(ranges: list[tuple[int, int]], first: int) -> Bits:
-    """The bits of a region that begins with block ``first`` for the blocks that lie entirely in one of the ranges (first byte, end)."""
+def region_mask(runs: list[tuple[int, int]], first: int) -> "np.ndarray[tuple[int], np.dtype[np.uint8]]":
+    """One byte for each block of the region that begins with block ``first``: 1 where it lies in one of the runs (first VBN, end)."""
     mask = np.zeros(REGION_BLOCKS, dtype=np.uint8)
-    for start, end in ranges:
-        mask[-(-start // BLOCK_BYTES) - first : max(0, end // BLOCK_BYTES - first)] = 1
-    return np.packbits(mask, bitorder="little")
+    for start, end in runs:
+        mask[start - first : max(0, end - first)] = 1
+    return mask

@@ -351,10 +351,10 @@ class WriteAllocator:
                 return True
         return False
 
-    def _claim(self, region: int, start: int, wanted: int, window: Window, run_min: int = 1, among: Bits | None = None) -> int | None:
+    def _claim(self, region: int, start: int, wanted: int, window: Window, run_min: int = 1) -> int | None:
         """Move up to ``wanted`` blocks of a region, from its block ``start`` on, into the window; None when its map has to be loaded first.
 
-        Runs shorter than ``run_min`` stay where they are, and so does what is not ``among`` those bits.
+        Runs shorter than ``run_min`` stay where they are.
         """
         used = self._active_map.peek_used(region)
         if used is None:
@@ -366,8 +366,6 @@ class WriteAllocator:
         if bits is None:
             return None
         busy = bits | self._claimed.get(region, NO_BITS) | self._held.get(region, NO_BITS)
-        if among is not None:
-            busy = busy | ~among
         free = np.unpackbits(~busy, bitorder="little").view(np.int8)
         free[blocks:] = 0
         free[:start] = 0
@@ -417,10 +415,16 @@ class WriteAllocator:
         """Claim free runs for ``window``; none are left in the pool when it stays empty."""
         await self._refill(window)
 
-    async def claim_among(self, region: int, wanted: Bits, window: Window) -> None:
-        """Claim for ``window`` what is free among the ``wanted`` bits of a region."""
-        while self._claim(region, 0, window.size_blocks, window, among=wanted) is None:
+    def release_data_window(self) -> None:
+        """Let nodes have what was claimed for data; that is claimed anew."""
+        self._release_window(self._data)
+
+    async def claim_in(self, region: int) -> list[tuple[int, int]]:
+        """Claim whatever is free in a region: runs (first VBN, end)."""
+        window = Window(REGION_BLOCKS)
+        while self._claim(region, 0, REGION_BLOCKS, window) is None:
             await self._active_map.load(region)
+        return window.runs
 
     def settle_run(self, first: int, end: int) -> None:
         """Blocks that were claimed, and not used, are available again."""

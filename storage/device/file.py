@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from storage.device.descriptor import DescriptorDevice
 from storage.device.failures import device_error
-from storage.device.host_space import allocate, allocated_ranges, available_bytes, punch_hole
+from storage.device.host_space import allocate, allocated_ranges, available_bytes, populate, punch_hole
 from storage.errors import Conflict, DeviceFull, OutOfRange, PoolRefused
 
 LOG = logging.getLogger(__name__)
@@ -46,6 +46,8 @@ class FileDevice(DescriptorDevice):
             return
         try:
             allocate(self._descriptor, offset_bytes, length_bytes)
+            if self._in_memory:
+                populate(self._descriptor, offset_bytes, length_bytes)
         except OSError as error:
             if error.errno != errno.EOPNOTSUPP:
                 raise device_error(self._path, f"reserve {length_bytes} bytes at byte {offset_bytes}", error) from error

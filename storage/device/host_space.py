@@ -11,6 +11,8 @@ import fcntl
 import os
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
+from mmap import mmap
 
 # linux/falloc.h
 FALLOC_FL_KEEP_SIZE = 0x01
@@ -24,6 +26,8 @@ FIEMAP_HEAD = struct.Struct("=QQIIII")
 # logical start, physical start, length, reserved, flags, reserved
 FIEMAP_EXTENT = struct.Struct("=QQQ16xI12x")
 FIEMAP_EXTENTS = 512
+# linux/mman.h
+MADV_POPULATE_WRITE = 23
 NOT_KNOWN_ERRNOS = frozenset((errno.ENOTTY, errno.EOPNOTSUPP, errno.EINVAL))
 
 # Python has posix_fallocate only, which cannot punch, and writes zeros where the file system cannot allocate. ctypes gives up the
@@ -58,13 +62,19 @@ def allocate(descriptor: int, offset_bytes: int, length_bytes: int) -> None:
 def available_bytes(descriptor: int) -> int | None:
     """What the file system has left for this process, or None where it does not say (fstatvfs(3)).
 
-    Root may take the blocks that ext4 keeps for it; a quota does not show here.
+    Not what ext4 keeps for root, nor for its own metadata. A quota does not show here.
     """
     try:
         found = os.fstatvfs(descriptor)
     except OSError:
         return None
-    return (found.f_bfree if os.geteuid() == 0 else found.f_bavail) * found.f_frsize
+    return found.f_bavail * found.f_frsize
+
+
+def populate(descriptor: int, offset_bytes: int, length_bytes: int) -> None:
+    """Have tmpfs fill in what it has allocated, and keep the content (madvise(2)): else ``allocated_ranges`` would not find it again."""
+    with suppress(OSError), mmap(descriptor, length_bytes, offset=offset_bytes) as view:
+        view.madvise(MADV_POPULATE_WRITE)  # EINVAL before Linux 5.14: then it is found only once it was written
 
 
 def allocated_ranges(descriptor: int, offset_bytes: int, length_bytes: int) -> Iterator[Range]:
