@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from storage.errors import DeviceFull, HostStaysFull, StorageError
+from storage.layout import SUPERBLOCK_VBNS
 from storage.pool import CLOSE_SECONDS, Pool
 from tests.crash.oracle import Model
 from tests.crash.recording import PageDevice, Pages, RecordingDevice
@@ -24,6 +25,7 @@ from tests.crash.test_faults import (
     goes_on,
     in_virtual_time,
     left_by_a_crash,
+    make_room,
     opened,
     shows_what_is,
     split_is_durable,
@@ -56,6 +58,8 @@ class Rig:
     async def open(self, model: Model) -> Session:
         session = await opened(self.device, model, lambda name, **fields: self.events.append((name, fields)))
         await session.pool._state.allocator.stock.top_up()
+        # Nothing but what is in use, or was set aside: what else was written once would make it easy.
+        self.device.allocated &= used_pages(self.recording.base, self.recording.pages) | self.device.reserved
         self.device.calls = 0
         return session
 
@@ -120,7 +124,6 @@ def test_what_needs_no_room_goes_on_on_a_full_host(base: tuple[Pages, Model], na
 async def writes_refused_and_taken_again(base: tuple[Pages, Model]) -> None:
     rig = Rig(base)
     session = await rig.open(base[1])
-    rig.device.allocated &= used_pages({}, rig.recording.pages) | rig.device.reserved
     rig.device.full = True
     volume = session.pool.volume("a")
     for _ in range(3):
@@ -156,6 +159,9 @@ async def reopened_on_a_full_host(base: tuple[Pages, Model]) -> None:
     await session.pool.close()
     recording = RecordingDevice(POOL_BYTES, rig.recording.pages, nothing)
     rig.device.inner, rig.recording = recording, recording
+    # Much is allocated, but in pieces: no run that is asked for whole.
+    used = used_pages({}, recording.pages)
+    rig.device.allocated = {page for page in range(POOL_BYTES // 4096) if page in used or page % 3}
     again = Session(await Pool.open_on(rig.device, CACHE_BYTES), session.model)
     await again.pool._state.allocator.stock.top_up()
     stock = again.pool._state.allocator.stock
@@ -175,7 +181,7 @@ def test_a_start_on_a_full_host_finds_what_was_set_aside(base: tuple[Pages, Mode
 
 
 def used_pages(base: Pages, pages: Pages) -> set[int]:
-    """What a pool that was left by a crash cannot do without: in use by its consistency point, or written since."""
+    """What a pool cannot do without: in use by its consistency point, or other than in ``base``, an earlier state of the device."""
     checker = OrderingChecker(PageDevice(POOL_BYTES, pages))
     return {vbn for vbn in pages if checker._durable.uses(vbn) or vbn < checker._first_free or pages[vbn] != base.get(vbn)}
 
@@ -234,7 +240,7 @@ async def acknowledged_while_it_waits(base: tuple[Pages, Model]) -> None:
     rig = Rig(base)
     session = await rig.open(base[1])
     stock = session.pool._state.allocator.stock
-    stock._runs, stock.blocks, rig.device.allocated = [], 0, rig.device.allocated & used_pages({}, rig.recording.pages)
+    stock._runs, stock.blocks, rig.device.allocated = [], 0, used_pages(rig.recording.base, rig.recording.pages)
     rig.device.full = True
     point = asyncio.ensure_future(outcome(session.pool.consistency_point()))
     await asyncio.sleep(FULL_SECONDS)
@@ -249,3 +255,55 @@ async def acknowledged_while_it_waits(base: tuple[Pages, Model]) -> None:
 
 def test_a_stop_while_a_consistency_point_waits_loses_nothing(base: tuple[Pages, Model]) -> None:
     in_virtual_time(acknowledged_while_it_waits(base))
+
+
+async def room_after_it_was_given_up(base: tuple[Pages, Model]) -> None:
+    rig = Rig(base)
+    session = await rig.open(base[1])
+    stock = session.pool._state.allocator.stock
+    stock._runs, stock.blocks, rig.device.allocated = [], 0, used_pages(rig.recording.base, rig.recording.pages)
+    await session.write("c", 22 * BLOCK, BLOCK, fua=True)
+    rig.device.full = True
+    point = asyncio.ensure_future(outcome(session.pool.consistency_point()))
+    session.pool._points.on_failure = lambda: make_room(rig.device)
+    await asyncio.sleep(FULL_SECONDS)
+    await session.unmap("a", 20 * BLOCK, BLOCK)
+    await session.pool.close()
+    assert not rig.device.full and isinstance(await point, HostStaysFull) and not rig.count("pool.read_only")
+    await rig.verify(session.model)
+
+
+def test_no_consistency_point_follows_one_that_was_given_up(base: tuple[Pages, Model]) -> None:
+    """It would make a state durable that lacks what the first one holds."""
+    in_virtual_time(room_after_it_was_given_up(base))
+
+
+class SuperblocksRefused(FullHostDevice):
+    """A host that is full for the superblocks alone, as one may be that never writes in place."""
+
+    def _allocate(self, offset_bytes: int, length_bytes: int) -> None:
+        if self.full and offset_bytes // 4096 in SUPERBLOCK_VBNS:
+            raise DeviceFull("no room for a superblock")
+
+
+async def written_before_the_log_is_found(base: tuple[Pages, Model]) -> None:
+    pages, model = await left_by_a_crash(base)
+    recording = RecordingDevice(POOL_BYTES, pages, nothing)
+    device = SuperblocksRefused(recording, pages)
+    device.full = True
+    session = Session(await Pool.open_on(device, CACHE_BYTES), model)
+    assert session.pool._log.held
+    writing = asyncio.create_task(session.write("a", 30 * BLOCK, BLOCK, fua=True))
+    await asyncio.wait([writing], timeout=FULL_SECONDS)
+    assert not writing.done()
+    device.full = False
+    await writing
+    assert not session.pool._log.held
+    await session.write("a", 31 * BLOCK, BLOCK, fua=True)
+    await abandon(session.pool)
+    await Verification(recording.base, POOL_BYTES, model.expectation()).run(use=False)
+
+
+def test_nothing_is_logged_before_a_superblock_says_where_the_log_goes_on(base: tuple[Pages, Model]) -> None:
+    """After a replay it may go on elsewhere than it did; what lay there would not be found after the next crash."""
+    in_virtual_time(written_before_the_log_is_found(base))
