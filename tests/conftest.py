@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -56,6 +57,11 @@ def _loop_device_works() -> bool:
     return os.geteuid() == 0 and os.path.exists("/dev/loop-control") and shutil.which("losetup") is not None
 
 
+def _file_systems_can_be_made() -> bool:
+    known = "xfs" in Path("/proc/filesystems").read_text().split() or shutil.which("modprobe") is not None
+    return _loop_device_works() and known and all(map(os.path.exists, ("/sbin/mke2fs", "/sbin/mkfs.xfs")))
+
+
 @functools.cache
 def _guest_builds() -> bool:
     """The Linux guest is made of Debian's packages, which a mirror must give once."""
@@ -69,6 +75,7 @@ def _guest_builds() -> bool:
 # Abilities of a machine that no package brings, by the name that ``needs`` takes: how to tell, and what to do about it.
 ABILITIES: dict[str, tuple[Callable[[], bool], str]] = {
     "loop device": (_loop_device_works, "run as root on a machine with /dev/loop-control"),
+    "file systems": (_file_systems_can_be_made, "run as root on a machine with /dev/loop-control, e2fsprogs and xfsprogs"),
     "Linux guest": (_guest_builds, "use Debian on x86-64, after apt-get update; python -m tests.guest.image says what is wrong"),
 }
 

@@ -33,9 +33,9 @@ KEPT_BLOCKS_MAX = 8192
 BELOW_KEPT_BLOCKS = 16
 # Regions looked into by one search for blocks that the host has allocated: one question to the device each.
 REGIONS_PER_SEARCH = 64
-# The host is said to have room when it can set aside this much for data, and has so much left: 1 MiB and 4 MiB.
+# The host is said to have room when it can set aside this much (1 MiB) for data, in the first of so many free runs that needs it.
 AHEAD_BLOCKS = 256
-ROOM_BYTES_MIN = 4 << 20
+RUNS_AHEAD = 64
 
 
 class NodeStock:
@@ -212,18 +212,26 @@ class NodeStock:
 
     async def has_room(self) -> bool:
         """Whether the host has room again, for what is kept and for the data that comes next. Raises DeviceFailed."""
-        device = self._state.device
         await self.top_up()
-        available_bytes = device.host_available_bytes()
-        if self._refused or (available_bytes is not None and available_bytes < ROOM_BYTES_MIN):
+        if self._refused:
             return False
-        first, length = self._allocator.data_ahead(AHEAD_BLOCKS)
-        if length:
-            try:
-                await device.reserve(first * BLOCK_BYTES, length * BLOCK_BYTES)
-            except DeviceFull as error:
-                self._state.room.met(error)
-                return False
+        for first, end in self._allocator.data_ahead(RUNS_AHEAD):
+            found: list[tuple[int, int]] = []
+            await self._state.device.backed(first * BLOCK_BYTES, (end - first) * BLOCK_BYTES, found)
+            for start, following in found:
+                if start > first * BLOCK_BYTES:
+                    break
+                first = -(-following // BLOCK_BYTES)
+            if first < end:
+                return await self._can_reserve(first * BLOCK_BYTES, min(AHEAD_BLOCKS, end - first) * BLOCK_BYTES)
+        return True  # what comes next is allocated already
+
+    async def _can_reserve(self, offset_bytes: int, length_bytes: int) -> bool:
+        try:
+            await self._state.device.reserve(offset_bytes, length_bytes)
+        except DeviceFull as error:
+            self._state.room.met(error)
+            return False
         return True
 
 

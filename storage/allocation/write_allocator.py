@@ -431,10 +431,12 @@ class WriteAllocator:
         for region, bits in region_bits(first, end):
             self.settle(region, bits)
 
-    def data_ahead(self, blocks: int) -> tuple[int, int]:
-        """The run (first VBN, length up to ``blocks``) that data will be written to next; a length of 0 where that is not known."""
-        self._data.advance()
-        return self._data.next, min(blocks, self._data.end - self._data.next)
+    def data_ahead(self, runs_max: int) -> list[tuple[int, int]]:
+        """Where data will be written next: runs (first VBN, end), in their order; none where that is not known."""
+        window = self._data
+        if not window.advance():
+            self._fill(window)
+        return [(window.next, window.end), *reversed(window.runs[-runs_max:])]
 
     def adopt(self, first: int, length: int = 1) -> None:
         """Claim blocks by their address: replay found them in use by records of the intent log."""

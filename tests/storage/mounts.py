@@ -25,6 +25,13 @@ class Host:
 
     @property
     def available_bytes(self) -> int:
+        """What everybody may take."""
+        found = os.statvfs(self.folder)
+        return found.f_bavail * found.f_frsize
+
+    @property
+    def free_bytes(self) -> int:
+        """What root may take is part of it."""
         found = os.statvfs(self.folder)
         return found.f_bfree * found.f_frsize
 
