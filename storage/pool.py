@@ -176,10 +176,11 @@ class Pool:
         self._splits.take_up()
         replayed = await self._replay()
         self._state.allocator.reclaim = self._reclaim
+        self._state.allocator.stock.start()
         self._points.start()
         if replayed.moved and self._state.read_only_reason is None:
-            self._points.log_moved = True
-            await self._points.request()
+            self._points.log_moved = self._log.held = True
+            await self._unless_the_host_is_full(self._points.request())
         self._handler.start()
         self._splits.go_on()
         self._lifecycle.delete_marked()
@@ -187,6 +188,15 @@ class Pool:
             self._post_reclaim(self._catalogue.image(number))
         self._state.on_event("pool.opened", path=self._device.path, cp_number=self._superblock.cp_number, images=len(self._catalogue),
                              records_replayed=replayed.records, changes_replayed=replayed.entries)  # fmt: skip
+
+    async def _unless_the_host_is_full(self, point: "asyncio.Future[None]") -> None:
+        """Wait for a consistency point, but not for the host to have room: everything can be read meanwhile."""
+        while not point.done() and not self._state.room.full:
+            await asyncio.wait([point], timeout=FULL_POLL_SECONDS)
+        if point.done():
+            point.result()
+        else:
+            point.add_done_callback(seen)
 
     async def _sync_what_is_there(self) -> None:
         """What the last process wrote may be in the page cache only. Nothing must be built on that: blocks that its consistency point freed
@@ -223,7 +233,11 @@ class Pool:
         return replayed
 
     async def close(self) -> None:
-        """Finish what is under way, take a consistency point, release the device."""
+        """Finish what is under way, take a consistency point, release the device.
+
+        On a full host that consistency point is given up after CLOSE_SECONDS. What was acknowledged is then durable in the log.
+        """
+        self.close_soon()
         await self._handler.stop()
         await self._lifecycle.close_volumes()
         await self._log.drain()
@@ -231,12 +245,16 @@ class Pool:
         await self.under_way.end()
         while self._state.discarding is not None:
             await self._state.discarding
+        await self._state.room.stop()
+        await self._state.allocator.stock.stop()
         if self._state.read_only_reason is None:
             try:
                 await self._let_go()
             except StorageError as error:
                 self._state.fail(f"the last sync failed: {error}")  # the device is released all the same
-        self._state.on_event("pool.closed", cp_number=self._superblock.cp_number)
+        if self._state.frozen is not None and self._state.read_only_reason is None:
+            self._state.on_event("pool.closed_on_full_host", cp_number=self._superblock.cp_number, log_records=self._log.records)
+        self._state.on_event("pool.closed", cp_number=self._superblock.cp_number, log_records=self._log.records)
         self._device.close()
 
     async def _let_go(self) -> None:
@@ -247,6 +265,10 @@ class Pool:
             return
         superblock.owner = None
         await write_copies(self._device, superblock, superblock.cp_number & 1)
+
+    def close_soon(self) -> None:
+        """The pool will be closed: what waits for room on the host gets an answer within CLOSE_SECONDS."""
+        self._state.room.close_within(CLOSE_SECONDS)
 
     async def _reclaim(self, blocks: int) -> bool:
         """Make freed blocks available, those that background reclaim is still collecting included. False: so many are not on their way.
@@ -296,23 +318,21 @@ class Pool:
         await self._points.request(lambda: self._configuration.replace(section, value))
 
     def space(self) -> tuple[int, int]:
-        """Bytes used, and bytes that vdisks can still take. Cheaper than ``show``: for those who look every second."""
-        allocator = self._state.allocator
-        available = max(0, allocator.free_now - allocator.reserve_blocks)
-        return self._active_map.used_blocks * BLOCK_BYTES, available * BLOCK_BYTES
+        """Bytes used, and bytes that the pool (not its host) has for vdisks. Cheaper than ``show``: for those who look every second."""
+        return self._active_map.used_blocks * BLOCK_BYTES, self._state.allocator.available_bytes
 
     def show(self) -> dict[str, Any]:
         """Size, use and state of the pool."""
         state, superblock = self._state, self._superblock
         size = superblock.size_blocks
-        free = state.allocator.free_now
         return {
             "path": self._device.path,
             "uuid": str(UUID(bytes=superblock.uuid)),
             "size_bytes": size * BLOCK_BYTES,
             "used_bytes": self._active_map.used_blocks * BLOCK_BYTES,
             "free_bytes": (size - self._active_map.used_blocks) * BLOCK_BYTES,
-            "available_bytes": max(0, free - state.allocator.reserve_blocks) * BLOCK_BYTES,
+            **state.room.shown(state.allocator.available_bytes),
+            "host_reserve_bytes": state.allocator.stock.blocks * BLOCK_BYTES,
             "reserve_bytes": state.allocator.reserve_blocks * BLOCK_BYTES,
             "cp_number": superblock.cp_number,
             "cp_seconds_last": round(self._points.seconds_last, 6),
@@ -499,6 +519,10 @@ class Pool:
 
 # How often a writer to a full pool looks whether background reclaim has freed something.
 RECLAIM_POLL_SECONDS = 0.01
+# How often an opening looks whether its consistency point waits for room on the host.
+FULL_POLL_SECONDS = 0.05
+# How long a pool that closes waits for room on the host. An orderly stop of the daemon takes at most 10 s in all.
+CLOSE_SECONDS = 2.0
 
 
 def checked_size(size_bytes: int) -> int:
@@ -507,3 +531,9 @@ def checked_size(size_bytes: int) -> int:
     if blocks < POOL_BLOCKS_MIN:
         raise RequestError(f"a pool of {size_bytes} bytes is too small: use at least {POOL_BLOCKS_MIN * BLOCK_BYTES} (8MiB)")
     return blocks
+
+
+def seen(future: "asyncio.Future[None]") -> None:
+    """Nobody waits for it: what it raises shows in the state of the pool."""
+    if not future.cancelled():
+        future.exception()

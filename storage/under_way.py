@@ -70,7 +70,7 @@ def ends_at_close(
     """An operation that a pool ends when it closes (``UnderWay.carry_out``)."""
 
     @wraps(method)
-    async def carried_out(self: S, *arguments: P.args, **options: P.kwargs) -> T:
+    async def carried_out(self: S, /, *arguments: P.args, **options: P.kwargs) -> T:
         return await self.under_way.carry_out(method(self, *arguments, **options))
 
     return carried_out

@@ -441,12 +441,18 @@ class Admin:
     def list(self, operation: Operation) -> None:
         session, world = self.session, self.session.world
         flight = session.begin(plans.LIST, "")
-        before = {disk.full_name for disk in world.all() if not disk.exclusive and not disk.marked and not (disk.origin and disk.origin.exclusive)}
+        before = {
+            disk.full_name for disk in world.all() if not disk.exclusive and not disk.marked and not (disk.origin and disk.origin.exclusive)
+        }
 
         async def call() -> None:
             rows = [*await session.pool.vdisk_list(), *await session.pool.snapshot_list()]
             names = {row["name"] for row in rows}
-            after = {disk.full_name for disk in world.all() if not disk.exclusive and not disk.marked and not (disk.origin and disk.origin.exclusive)}
+            after = {
+                disk.full_name
+                for disk in world.all()
+                if not disk.exclusive and not disk.marked and not (disk.origin and disk.origin.exclusive)
+            }
             missing = before & after - names
             if missing:
                 raise Wrong(f"lists lack {sorted(missing)}")

@@ -102,7 +102,11 @@ def canaries() -> int:
     for canary in CANARIES:
         found = seeds_until_found(canary)
         missed += found is None
-        print(f"{canary.name:40} " + ("NOT FOUND" if found is None else f"found by seed {found.seed}, {found.operations} operations: {found.wrong}"), flush=True)
+        print(
+            f"{canary.name:40} "
+            + ("NOT FOUND" if found is None else f"found by seed {found.seed}, {found.operations} operations: {found.wrong}"),
+            flush=True,
+        )
     return missed
 
 
