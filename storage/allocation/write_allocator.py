@@ -259,7 +259,7 @@ class WriteAllocator:
         """Raise PoolFull when there is no room for so many more table entries, or blocks of the configuration."""
         if self.free_now - images * ENTRY_BLOCKS - blocks <= self.client_floor:
             raise PoolFull("the pool is full: delete snapshots or vdisks")
-        if self._state.room.full and self.stock.blocks < self.stock.point_blocks + images * ENTRY_BLOCKS + blocks:
+        if self.stock.refused and self.stock.blocks < self.stock.point_blocks + images * ENTRY_BLOCKS + blocks:
             raise HostFull(HOST_FULL)
 
     # --- Waiting -----------------------------------------------------------------------------------------------
@@ -286,11 +286,12 @@ class WriteAllocator:
         kept = self._kept(epoch, for_reclaim)
         if self._nodes.left_blocks or self.stock.blocks > kept:
             return
-        await self.stock.top_up()
-        if self.stock.blocks > kept:
-            return
+        for _ in range(2):  # the second time with what the data window gave back
+            await self.stock.top_up()
+            if self.stock.blocks > kept:
+                return
         if kept:
-            raise HostFull(HOST_FULL)
+            raise HostFull(HOST_FULL) if self.stock.refused else PoolFull("the pool is full: delete snapshots or vdisks")
         await self._refill(self._nodes)  # not set aside by the host: what is written there waits until it has room
 
     async def _refill(self, window: Window, count: int = 1) -> None:
