@@ -46,7 +46,6 @@ class NodeStock:
         "_asked",
         "_freed",
         "_next_region",
-        "_refused",
         "_regions",
         "_runs",
         "_size_blocks",
@@ -55,6 +54,7 @@ class NodeStock:
         "blocks",
         "kept_blocks",
         "point_blocks",
+        "refused",
     )
 
     def __init__(self, state: "PoolState", allocator: "WriteAllocator", size_blocks: int) -> None:
@@ -70,7 +70,7 @@ class NodeStock:
         self._freed: dict[int, None] = {}
         self._next_region = 0
         # Whether the host had no room when the stock was filled last.
-        self._refused = False
+        self.refused = False
         self._task: asyncio.Task[None] | None = None
         # What whoever waits for it needs, beyond what it is filled to anyway.
         self._asked = 0
@@ -113,10 +113,10 @@ class NodeStock:
 
     @property
     def _target(self) -> int:
-        """What is kept, and a window's worth if the pool is not nearly full: data and nodes would take turns at the last blocks."""
+        """What is kept, and a window's worth; or little if the pool is nearly full: data and nodes would take turns at the last blocks."""
         window = self._allocator.node_window_blocks
         roomy = self._allocator.free_now > self._allocator.reserve_blocks + 2 * window
-        return self.kept_blocks + (window if roomy else 0)
+        return self.kept_blocks + (window if roomy else BELOW_KEPT_BLOCKS)
 
     def start(self) -> None:
         """Begin to fill it, where nodes come from it: nobody who writes first is to wait for that."""
@@ -146,7 +146,7 @@ class NodeStock:
             await asyncio.wait([self._task])
 
     async def _fill(self) -> None:
-        self._refused = False
+        self.refused = False
         try:
             await self._fill_up()
         finally:
@@ -159,7 +159,7 @@ class NodeStock:
             if not window.runs:
                 return
             if not await self._reserve(window.runs):
-                self._refused = True
+                self.refused = True
                 await self._search()
                 return
 
@@ -223,7 +223,7 @@ class NodeStock:
     async def has_room(self) -> bool:
         """Whether the host has room again, for what is kept and for the data that comes next. Raises DeviceFailed."""
         await self.top_up()
-        if self._refused:
+        if self.refused:
             return False
         for first, end in self._allocator.data_ahead(RUNS_AHEAD):
             found: list[tuple[int, int]] = []

@@ -52,6 +52,7 @@ PART_BLOCKS_MIN = 64
 PART_BLOCKS_MAX = 4096
 # What a touched image's entry may take: itself, and the level-1 block of the table above it.
 ENTRY_BLOCKS = 2
+POOL_FULL = "the pool is full: delete snapshots or vdisks, or trim what is not needed"
 HOST_FULL = "the host's file system is full: free space where the pool lies, or delete snapshots or vdisks"
 
 
@@ -293,8 +294,8 @@ class WriteAllocator:
     def check_room(self, images: int = 0, blocks: int = 0) -> None:
         """Raise PoolFull when there is no room for so many more table entries, or blocks of the configuration."""
         if self.free_now - images * ENTRY_BLOCKS - blocks <= self.client_floor:
-            raise PoolFull("the pool is full: delete snapshots or vdisks")
-        if self._state.room.full and self.stock.blocks < self.stock.point_blocks + images * ENTRY_BLOCKS + blocks:
+            raise PoolFull(POOL_FULL)
+        if self.stock.refused and self.stock.blocks < self.stock.point_blocks + images * ENTRY_BLOCKS + blocks:
             raise HostFull(HOST_FULL)
 
     # --- Waiting -----------------------------------------------------------------------------------------------
@@ -304,7 +305,7 @@ class WriteAllocator:
         within_point = floor <= 0
         while self.free_now - count < floor:
             if within_point or not await self.reclaim(floor + count - self.free_now):
-                raise PoolFull("the pool is full: delete snapshots or vdisks, or trim what is not needed")
+                raise PoolFull(POOL_FULL)
         if window is self._data:
             await self._refill(window, count, hold)
             if window.left_blocks < count:
@@ -324,7 +325,7 @@ class WriteAllocator:
         if self.stock.blocks - kept >= missing:
             return True
         if kept:
-            raise HostFull(HOST_FULL)
+            raise HostFull(HOST_FULL) if self.stock.refused else PoolFull(POOL_FULL)
         return False
 
     async def _refill(self, window: Window, count: int, hold: Hold) -> None:
@@ -446,7 +447,10 @@ class WriteAllocator:
     async def claim(self, window: Window) -> None:
         """Claim free runs for ``window``; none are left in the pool when it stays empty."""
         with self._state.cache.hold() as hold:
-            await self._refill(window, 1, hold)
+            for _ in range(2):  # the second time with what the data window gave back
+                await self._refill(window, 1, hold)
+                if window.left_blocks:
+                    return
 
     def release_data_window(self) -> None:
         """Let nodes have what was claimed for data; that is claimed anew."""

@@ -90,8 +90,9 @@ class IntentLog:
 
     @property
     def records(self) -> int:
-        """Records that the last durable consistency point does not hold: what the next opening would replay."""
-        return self._used_blocks
+        """Records of changes that the last durable consistency point does not hold: what the next opening would replay."""
+        only_a_mark = self._open is not None and self._open.room == ENTRIES_PER_RECORD
+        return self._used_blocks - only_a_mark
 
     # --- Called by the consistency point -------------------------------------------------------------------------
 
