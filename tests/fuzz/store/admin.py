@@ -394,13 +394,17 @@ class Admin:
         return disks[number % len(disks)] if disks else None
 
     def split(self, operation: Operation) -> None:
-        disk, pool = self.clone_of(operation.a), self.session.pool
+        disk = self.clone_of(operation.a)
         if disk is not None:
-            disk.splitting = disk.use_unknown = True
-            mode = ("copy", "share")[operation.b & 1]
-            rate = (operation.b >> 2 & 3) == 0
-            self.session.shared_ever = True
-            self.split_command(plans.START, disk, lambda: pool.split_start(disk.name, mode, None, 4 << 20 if rate else None))
+            self.start_split(disk, operation)
+
+    def start_split(self, disk: Disk, operation: Operation) -> None:
+        pool = self.session.pool
+        disk.splitting = disk.use_unknown = True
+        mode = ("copy", "share")[operation.b & 1]
+        rate = (operation.b >> 2 & 3) == 0
+        self.session.shared_ever = True
+        self.split_command(plans.START, disk, lambda: pool.split_start(disk.name, mode, None, 4 << 20 if rate else None))
 
     def pause(self, operation: Operation) -> None:
         disk, pool = self.clone_of(operation.a), self.session.pool

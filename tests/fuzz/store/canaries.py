@@ -3,19 +3,15 @@
 One more is one more entry of CANARIES. A canary may say which plans are worth trying; it must not say anything to the oracle.
 """
 
-import asyncio
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
-
-import numpy as np
 
 from storage.consistency.intent_log import IntentLog
 from storage.images.block_locks import BlockLocks
 from tests.crash import canaries as crash_canaries
-from tests.fuzz.store.device import Manner
 from tests.fuzz.store.plan import Plan, plan_of
 from tests.fuzz.store.session import carry_out
 
@@ -32,6 +28,13 @@ class Canary:
     seeds: int = 60
     choose: Choose = lambda plan: plan
 
+    @contextmanager
+    def planted(self) -> Iterator[None]:
+        """While the bug is in the store."""
+        with ExitStack() as stack:
+            self.plant(stack)
+            yield
+
 
 @dataclass(frozen=True)
 class Found:
@@ -45,8 +48,7 @@ def seeds_until_found(canary: Canary, first: int = 1) -> Found | None:
     operations = 0
     for seed in range(first, first + canary.seeds):
         plan = canary.choose(plan_of(seed))
-        with ExitStack() as stack:
-            canary.plant(stack)
+        with canary.planted():
             tally, wrong = carry_out(plan)
         operations += tally.operations
         if wrong is not None and carry_out(plan)[1] is None:  # and not without it

@@ -272,6 +272,10 @@ class Lives:
                 self.burst(operation)
             case plans.FILL:
                 await self.fill(operation)
+            case plans.RACE:
+                await self.race(operation)
+            case plans.SQUEEZE:
+                await self.squeeze(operation)
 
     async def spread(self, operation: Operation) -> None:
         """One block below each of many level-1 blocks."""
@@ -293,6 +297,68 @@ class Lives:
             kind = (plans.WRITE, plans.PARTIAL, plans.READ, plans.PARTIAL)[(operation.c >> step) % 4]
             number = operation.b ^ (step % 3 << 12)
             session.data.begin(Operation(kind, 0.0, operation.a & ~3, number, operation.c * 2654435761 + step * 40503))
+
+    async def race(self, operation: Operation) -> None:
+        """A split, and clients who write, trim and ask just where it works."""
+        session, data = self.session, self.session.data
+        disk = session.admin.clone_of(operation.a)
+        if disk is None or session.read_only or data.volume(disk) is None:
+            return
+        session.admin.start_split(disk, operation._replace(b=operation.b >> 3))
+        blocks = sorted(disk.cells)
+        at = operation.b % len(blocks) if blocks else 0
+        for step in range(8 + operation.c % 24):
+            await asyncio.sleep(session.random.random() * 0.001)
+            near = [fbn for fbn in blocks[at : at + 6] if fbn < disk.size_blocks] or [0]
+            if disk.gone or session.read_only or session.wrong is not None or data.volume(disk) is None:
+                return
+            fbn, chance = session.random.choice(near), session.random.getrandbits(32)
+            match chance % 8:
+                case 0 | 1:
+                    data.report(disk, fbn, chance >> 3 if step % 4 else 0)
+                case 2:
+                    data.zero(plans.UNMAP, disk, fbn, chance >> 3 | 4)
+                case 3:
+                    data.read(disk, fbn * SECTORS, SECTORS, operation._replace(kind=plans.READ))
+                case 4 | 5:
+                    data.write(plans.PARTIAL, disk, fbn * SECTORS + 1, 3, 1 << 8)
+                case _:
+                    data.write(plans.WRITE, disk, fbn * SECTORS, SECTORS, 1 << 8)
+            session.settle()
+            if len(session.flying) >= session.plan.depth + 4:
+                await session.drain(session.plan.depth + 4)
+
+    async def squeeze(self, operation: Operation) -> None:
+        """On a pool that is nearly full: slow reads that pin freed blocks, overwrites that free some, and snapshots meanwhile."""
+        session, data = self.session, self.session.data
+        if operation.b & 1:
+            await self.fill(operation)
+        for step in range(10 + operation.c % 20):
+            number = session.random.getrandbits(32)
+            disk = data.vdisk(number)
+            if disk is None or session.read_only or session.wrong is not None or data.volume(disk) is None:
+                return
+            drawn = Operation(plans.READ, 0.0, number, session.random.getrandbits(32), session.random.getrandbits(32))
+            match number >> 20 & 7:
+                case 0:
+                    session.admin.snapshot(drawn)
+                case 1:
+                    session.admin.snapshot_rm(drawn)
+                case 2:
+                    data.begin(drawn._replace(kind=plans.UNMAP))
+                case 3 | 4:
+                    blocks = list(disk.cells)
+                    fbn = blocks[drawn.b % len(blocks)] if blocks else 0
+                    if fbn < disk.size_blocks:
+                        data.write(plans.WRITE, disk, fbn * SECTORS, SECTORS, 1 << 8)
+                case 5:
+                    session.admin.point(drawn)
+                case _:
+                    data.begin(drawn)
+            await asyncio.sleep(session.random.random() * 0.002)
+            session.settle()
+            if len(session.flying) >= session.plan.depth + 8:
+                await session.drain(session.plan.depth + 8)
 
     async def fill(self, operation: Operation) -> None:
         """Write until the pool is full. Then writes are refused, and leave nothing behind."""

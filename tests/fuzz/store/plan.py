@@ -17,8 +17,8 @@ CREATE, DELETE, SNAPSHOT, SNAPSHOT_RM, CLONE, RENAME, RESIZE, START, PAUSE, RESU
     "create", "delete", "snapshot", "snapshot-rm", "clone", "rename", "resize", "split", "pause", "resume", "cancel",
 )  # fmt: skip
 SHOW, ESTIMATE, LIST, CHECK, SCRUB, CONFIGURE, POINT = "show", "estimate", "list", "check", "scrub", "configure", "point"
-KILL, POWER, REOPEN, QUIET, TROUBLE, FILL, FORGET, SPREAD, BURST = (
-    "kill", "power", "reopen", "quiet", "trouble", "fill", "forget", "spread", "burst",
+KILL, POWER, REOPEN, QUIET, TROUBLE, FILL, FORGET, SPREAD, BURST, RACE, SQUEEZE = (
+    "kill", "power", "reopen", "quiet", "trouble", "fill", "forget", "spread", "burst", "race", "squeeze",
 )  # fmt: skip
 
 DATA: Final = {
@@ -28,14 +28,16 @@ ADMIN: Final = {
     CREATE: 1.5, DELETE: 1.5, SNAPSHOT: 3, SNAPSHOT_RM: 2.5, CLONE: 3, RENAME: 0.7, RESIZE: 1.5, START: 2.5, PAUSE: 0.7, RESUME: 1, CANCEL: 0.5,
     SHOW: 1, ESTIMATE: 0.7, LIST: 0.4, CHECK: 0.15, SCRUB: 0.15, CONFIGURE: 0.3, POINT: 1.5,
 }  # fmt: skip
-CONTROL: Final = {KILL: 0.18, POWER: 0.22, REOPEN: 0.12, QUIET: 0.25, TROUBLE: 0.3, FILL: 0.1, FORGET: 0.15, SPREAD: 0.5, BURST: 0.5}
+CONTROL: Final = {
+    KILL: 0.18, POWER: 0.22, REOPEN: 0.12, QUIET: 0.25, TROUBLE: 0.3, FILL: 0.1, FORGET: 0.15, SPREAD: 0.5, BURST: 0.5, RACE: 0.6, SQUEEZE: 0.15,
+}  # fmt: skip
 
 # What some seeds do much more often than others.
 FOCUSES: Final = (
     {}, {},
-    {REPORT: 8, START: 5, CLONE: 3, SNAPSHOT: 2, KILL: 0.3, POWER: 0.3},
-    {FILL: 8, SNAPSHOT: 3, DELETE: 2, SNAPSHOT_RM: 2, UNMAP: 3, READ: 2},
-    {CLONE: 6, SNAPSHOT: 4, START: 5, PAUSE: 4, CANCEL: 4, RESUME: 5, SNAPSHOT_RM: 3},
+    {REPORT: 8, START: 5, CLONE: 3, SNAPSHOT: 2, KILL: 0.3, POWER: 0.3, RACE: 4},
+    {FILL: 6, SQUEEZE: 8, SNAPSHOT: 3, DELETE: 2, SNAPSHOT_RM: 2, UNMAP: 3, READ: 2},
+    {CLONE: 6, SNAPSHOT: 4, START: 5, PAUSE: 4, CANCEL: 4, RESUME: 5, SNAPSHOT_RM: 3, RACE: 6},
     {COPY: 8, UNMAP: 3, RESIZE: 4, COMPARE: 3, PARTIAL: 2},
     {FLUSH: 4, FUA: 6, ATOMIC: 5, POWER: 6, KILL: 4},
 )  # fmt: skip
@@ -79,6 +81,8 @@ class Plan:
         text = str(self.seed)
         if len(self.kept) < self.kept_max:
             text += f":keep={ranges(self.kept)}"
+        if self.cache_nodes != plan_of(self.seed).cache_nodes:
+            text += f":nodes={self.cache_nodes}"
         return text + (f":device={self.device}" if self.device else "")
 
 
@@ -129,11 +133,11 @@ def pause(random: Random, hurry: float) -> float:
     return random.random() * (0.3 if chance > 0.99 else 0.003)
 
 
-def kept_of(plan: Plan, kept: list[int], device: int) -> Plan:
+def kept_of(plan: Plan, kept: list[int], device: int, nodes: int = 0) -> Plan:
     """The same plan with some of its operations only (numbers of the whole list)."""
     whole = plan_of(plan.seed)
     return Plan(
-        plan.seed, plan.pool_bytes, plan.cache_nodes, plan.depth, plan.manner, plan.leaves, plan.stride, plan.spots,
+        plan.seed, plan.pool_bytes, nodes or plan.cache_nodes, plan.depth, plan.manner, plan.leaves, plan.stride, plan.spots,
         [whole.operations[number] for number in kept], kept, plan.kept_max, device,
     )  # fmt: skip
 
@@ -141,16 +145,18 @@ def kept_of(plan: Plan, kept: list[int], device: int) -> Plan:
 def replayed(text: str) -> Plan:
     """The plan that ``Plan.text`` names."""
     seed, *options = text.split(":")
-    plan, device, kept = plan_of(int(seed)), 0, None
+    plan, device, kept, nodes = plan_of(int(seed)), 0, None, 0
     for option in options:
         name, _, value = option.partition("=")
         if name == "keep":
             kept = numbers(value)
         elif name == "device":
             device = int(value)
+        elif name == "nodes":
+            nodes = int(value)
         else:
-            raise ValueError(f"{option}: not keep=NUMBERS, nor device=NUMBER")
-    return kept_of(plan, plan.kept if kept is None else kept, device)
+            raise ValueError(f"{option}: not keep=NUMBERS, device=NUMBER or nodes=NUMBER (of the cache)")
+    return kept_of(plan, plan.kept if kept is None else kept, device, nodes)
 
 
 def ranges(found: list[int]) -> str:

@@ -31,13 +31,13 @@ def failing(plan: Plan, wanted: str | None) -> Plan | None:
     return None
 
 
-def shrunk(plan: Plan, wrong: Exception, report: Report) -> Plan:
+def shrunk(plan: Plan, wrong: Exception, report: Report, runs_max: int = RUNS_MAX) -> Plan:
     """A plan with few operations that fails as this one does."""
     wanted, runs = likeness(wrong), 0
     size = len(plan.kept) // 2
-    while size and runs < RUNS_MAX:
+    while size and runs < runs_max:
         at = 0
-        while at < len(plan.kept) and runs < RUNS_MAX:
+        while at < len(plan.kept) and runs < runs_max:
             runs += 1
             kept = plan.kept[:at] + plan.kept[at + size :]
             found = failing(kept_of(plan, kept, plan.device), wanted) if kept else None
@@ -46,5 +46,5 @@ def shrunk(plan: Plan, wrong: Exception, report: Report) -> Plan:
             else:
                 plan = found
         report(f"  {len(plan.kept)} operations")
-        size = size // 2 if size > 1 or runs >= RUNS_MAX else 0
+        size = size // 2 if size > 1 or runs >= runs_max else 0
     return plan
