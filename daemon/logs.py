@@ -7,6 +7,7 @@ import itertools
 import logging
 import sys
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, Final
 
 import structlog
@@ -84,3 +85,10 @@ def get_log() -> Log:
     """The daemon's one logger."""
     log: Log = structlog.get_logger()
     return log
+
+
+def log_at(level: str, event: str, **fields: Any) -> None:
+    """Log at a level that is data: "error", "warning" or "info"."""
+    log = get_log()
+    levels: dict[str, Callable[..., Any]] = {"error": log.error, "warning": log.warning, "info": log.info}
+    levels[level](event, **fields)

@@ -3,7 +3,6 @@
 import asyncio
 import signal
 import sys
-from collections.abc import Callable
 from typing import Any, Final
 
 from daemon import runtime
@@ -11,7 +10,7 @@ from daemon.config import Config
 from daemon.control import ControlServer
 from daemon.descriptors import PER_LISTENER, Shares, open_now, raise_limit, share_out
 from daemon.iscsi_listener import IscsiListener
-from daemon.logs import get_log
+from daemon.logs import get_log, log_at
 from daemon.notify import notify
 from daemon.reservation_store import ReservationStore
 from daemon.service import ControlService
@@ -32,6 +31,8 @@ CONTROL_STOP_SECONDS: Final = 2.0
 # Events of the pool that somebody should look at; all others are logged at level info.
 EVENT_LEVELS: Final = {
     "pool.read_only": "error",
+    "pool.host_full": "error",
+    "pool.closed_on_full_host": "warning",
     "block.damaged": "error",
     "image.damaged": "error",
     "log.record_damaged": "error",
@@ -75,13 +76,13 @@ class Daemon:
         shares = _shares(config)
         full = f"{shares.iscsi} connections, as many as the limit of open files allows" if shares.iscsi < config.connections_max else None
         self._iscsi = IscsiListener(node, shares.iscsi, advertise=config.iscsi_advertise, full=full)
-        service = ControlService(self._pool, config.pool_path, targets, self._reservations, self._iscsi)
+        self._space = SpaceWatch(config.soft_threshold_percent, self._iscsi.node.soft_threshold_reached)
+        service = ControlService(self._pool, config.pool_path, targets, self._reservations, self._iscsi, self._space)
         self._control = ControlServer(config.control_path, service.call, shares.control)
         await self._control.start()
         for address in config.iscsi_listen:
             await self._iscsi.listen(address)
         self._progress = SplitProgress(self._show_split, self._notify_progress, log_progress)
-        self._space = SpaceWatch(config.soft_threshold_percent, self._iscsi.node.soft_threshold_reached)
         self._look_regularly()
 
     def ready_line(self) -> str:
@@ -94,6 +95,8 @@ class Daemon:
         """Stop accepting, let end what is in flight, take a consistency point, release the pool."""
         if self._ticker is not None:
             self._ticker.cancel()
+        if self._pool is not None:
+            self._pool.close_soon()
         if self._iscsi is not None:
             await self._iscsi.stop(ISCSI_STOP_SECONDS)
         if self._control is not None:
@@ -105,6 +108,8 @@ class Daemon:
 
     def _on_event(self, event: str, **fields: Any) -> None:
         log_event(event, **fields)
+        if event == "pool.host_full" and self._iscsi is not None:
+            self._iscsi.node.soft_threshold_reached()
         if event.startswith("split.") and self._progress is not None:
             # Whoever waits for a split learns of its beginning and end at once, not at the next look.
             self._progress.expect(fields["vdisk"])
@@ -161,9 +166,7 @@ def log_event(event: str, **fields: Any) -> None:
     level = EVENT_LEVELS.get(event, "info")
     if event == "split.paused" and fields.get("reason"):
         level = "warning"  # not by an operator
-    log = get_log()
-    levels: dict[str, Callable[..., Any]] = {"error": log.error, "warning": log.warning, "info": log.info}
-    levels[level](event, **fields)
+    log_at(level, event, **fields)
 
 
 def log_progress(row: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Final
 from daemon import VERSION
 from daemon.pool_interface import PoolInterface, Row
 from daemon.reservation_store import ReservationStore
+from daemon.space_watch import SpaceWatch
 from daemon.target_service import Handler, TargetService, Wire
 from daemon.targets import VDISK, Targets
 from protocol.control import errors, methods
@@ -53,8 +54,11 @@ def control_error(error: StorageError) -> ControlError:
 class ControlService:
     """Carries out calls. ``wire`` is told what open sessions must learn."""
 
-    def __init__(self, pool: PoolInterface, pool_path: str, targets: Targets, reservations: ReservationStore, wire: Wire) -> None:
+    def __init__(
+        self, pool: PoolInterface, pool_path: str, targets: Targets, reservations: ReservationStore, wire: Wire, space: SpaceWatch
+    ) -> None:
         self._pool = pool
+        self._space = space
         self._pool_path = pool_path
         self._targets = targets
         self._reservations = reservations
@@ -176,7 +180,7 @@ class ControlService:
         return await self._pool.split_estimate(params.name)
 
     async def _pool_show(self, params: methods.Params) -> Row:
-        return self._pool.show()
+        return {**self._pool.show(), **self._space.shown()}
 
     async def _pool_check(self, params: methods.PoolCheck) -> Row:
         return await self._pool.check(verify_data=params.verify_data)

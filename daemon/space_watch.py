@@ -1,32 +1,61 @@
-"""Says when a thin pool is filling up: once in the log and to every initiator, and again only after it was well below.
+"""Says when a thin pool, or the host under it, is running out of room: once for each threshold, in the log and to every initiator.
 
-Clients wrote what they were promised room for; the pool has less. The earlier somebody learns of that, the more can be done.
+Clients wrote what they were promised room for; the pool has less. The earlier somebody learns of that, the more can be done. A threshold
+that was reached is told again only after the use was well below it.
 """
 
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
-from daemon.logs import get_log
+from daemon.logs import log_at
 
-# How far below the threshold the use has to fall before it is told again: a pool at the threshold is not to ring all day.
+# How far below a threshold the use has to fall before it is told again: a pool at the threshold is not to ring all day.
 REARM_PERCENT: Final = 5
+# After the threshold that is configured, which may be early, these say that it is urgent.
+WARNING_PERCENTS: Final = (90, 95)
+# Less than a thousandth is left: a write of more than that is refused already.
+FULL_PERCENT: Final = 99.9
+
+
+class Threshold:
+    """One share of the space that data can take. ``reached`` from when it is used so far until the use is well below it."""
+
+    def __init__(self, event: str, percent: float, level: str = "warning", **fields: Any) -> None:
+        self.event = event
+        self.percent = percent
+        self.level = level
+        self.fields = fields
+        self.reached = False
+
+    def rises(self, percent: float) -> bool:
+        """Whether it is reached now, and was not before."""
+        if self.reached:
+            self.reached = percent >= self.percent - REARM_PERCENT
+            return False
+        self.reached = percent >= self.percent
+        return self.reached
 
 
 class SpaceWatch:
-    """``reached`` is called each time the use rises to ``threshold_percent``."""
+    """``reached`` is called each time the use rises to one of the thresholds: every initiator is to be told."""
 
     def __init__(self, threshold_percent: int, reached: Callable[[], None]) -> None:
-        self._threshold_percent = threshold_percent
         self._reached = reached
-        self._armed = True
+        self._warnings = [Threshold("pool.space_warning", percent, threshold_percent=percent) for percent in WARNING_PERCENTS]
+        self._full = Threshold("pool.full", FULL_PERCENT, "error")
+        self._thresholds = [Threshold("pool.filling", threshold_percent), *self._warnings, self._full]
 
     def look(self, used_bytes: int, available_bytes: int) -> None:
         """The pool's space now. Call it every second or so."""
         percent = 100 * used_bytes / max(1, used_bytes + available_bytes)
-        if percent < self._threshold_percent - REARM_PERCENT:
-            self._armed = True
-        elif self._armed and percent >= self._threshold_percent:
-            self._armed = False
-            fields = {"used_bytes": used_bytes, "available_bytes": available_bytes, "percent": round(percent, 1)}
-            get_log().warning("pool.filling", **fields)
+        risen = [threshold for threshold in self._thresholds if threshold.rises(percent)]
+        for threshold in risen:
+            fields = {"used_bytes": used_bytes, "available_bytes": available_bytes, "percent": round(percent, 1), **threshold.fields}
+            log_at(threshold.level, threshold.event, **fields)
+        if risen:
             self._reached()
+
+    def shown(self) -> dict[str, Any]:
+        """The rows of ``pool show``: whether the pool is full, and the highest threshold above the configured one that it has reached."""
+        reached = [threshold.percent for threshold in self._warnings if threshold.reached]
+        return {"full": self._full.reached, "space_warning_percent": max(reached, default=None)}

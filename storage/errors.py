@@ -1,7 +1,7 @@
 """Errors of the store. Each class carries ``errno``, from which the wire protocols make their status.
 
 The tree has three branches: what the caller asked for cannot be (RequestError), the device or the data on it failed
-(DeviceFailed, BlockDamaged, PoolDamaged), and what a pool cannot do in its present state (PoolFull, PoolReadOnly).
+(DeviceFailed, BlockDamaged, PoolDamaged), and what a pool cannot do in its present state (PoolFull, HostFull, PoolReadOnly).
 """
 
 import errno
@@ -47,6 +47,16 @@ class NotByReference(RequestError):
 
 class PoolFull(StorageError):
     """No free block is left for this write; reads, deletes and consistency points still work."""
+
+    errno = errno.ENOSPC
+
+
+class HostFull(PoolFull):
+    """The file system (or thin volume) that the pool lies on has no room for this change, and what is kept for deletes is not for it."""
+
+
+class HostStaysFull(StorageError):
+    """The pool is closing, and the host has no room for the last consistency point: what waits for that was not made."""
 
     errno = errno.ENOSPC
 

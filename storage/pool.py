@@ -51,6 +51,7 @@ from storage.layout import (
 from storage.split.service import SplitService
 from storage.state import EventSink, PoolState
 from storage.tree.buffer_tree import BufferTree
+from storage.under_way import UnderWay, ends_at_close
 
 CACHE_BYTES_DEFAULT = 256 << 20
 
@@ -67,6 +68,7 @@ class Pool:
             for number, root in enumerate(superblock.roots)
         ]
         self._metafiles = metafiles
+        self.under_way = UnderWay()
         self._scrub: Scrub | None = None
         self._table = metafiles[VDISK_TABLE]
         self._active_map = ActiveMap(state, metafiles[ACTIVE_MAP], metafiles[REGION_SUMMARY], superblock.used_blocks)
@@ -174,10 +176,11 @@ class Pool:
         self._splits.take_up()
         replayed = await self._replay()
         self._state.allocator.reclaim = self._reclaim
+        self._state.allocator.stock.start()
         self._points.start()
         if replayed.moved and self._state.read_only_reason is None:
-            self._points.log_moved = True
-            await self._points.request()
+            self._points.log_moved = self._log.held = True
+            await self._unless_the_host_is_full(self._points.request())
         self._handler.start()
         self._splits.go_on()
         self._lifecycle.delete_marked()
@@ -185,6 +188,15 @@ class Pool:
             self._post_reclaim(self._catalogue.image(number))
         self._state.on_event("pool.opened", path=self._device.path, cp_number=self._superblock.cp_number, images=len(self._catalogue),
                              records_replayed=replayed.records, changes_replayed=replayed.entries)  # fmt: skip
+
+    async def _unless_the_host_is_full(self, point: "asyncio.Future[None]") -> None:
+        """Wait for a consistency point, but not for the host to have room: everything can be read meanwhile."""
+        while not point.done() and not self._state.room.full:
+            await asyncio.wait([point], timeout=FULL_POLL_SECONDS)
+        if point.done():
+            point.result()
+        else:
+            point.add_done_callback(seen)
 
     async def _sync_what_is_there(self) -> None:
         """What the last process wrote may be in the page cache only. Nothing must be built on that: blocks that its consistency point freed
@@ -221,19 +233,28 @@ class Pool:
         return replayed
 
     async def close(self) -> None:
-        """Finish what is under way, take a consistency point, release the device."""
+        """Finish what is under way, take a consistency point, release the device.
+
+        On a full host that consistency point is given up after CLOSE_SECONDS. What was acknowledged is then durable in the log.
+        """
+        self.close_soon()
         await self._handler.stop()
         await self._lifecycle.close_volumes()
         await self._log.drain()
         await self._points.stop()
+        await self.under_way.end()
         while self._state.discarding is not None:
             await self._state.discarding
+        await self._state.room.stop()
+        await self._state.allocator.stock.stop()
         if self._state.read_only_reason is None:
             try:
                 await self._let_go()
             except StorageError as error:
                 self._state.fail(f"the last sync failed: {error}")  # the device is released all the same
-        self._state.on_event("pool.closed", cp_number=self._superblock.cp_number)
+        if self._state.frozen is not None and self._state.read_only_reason is None:
+            self._state.on_event("pool.closed_on_full_host", cp_number=self._superblock.cp_number, log_records=self._log.records)
+        self._state.on_event("pool.closed", cp_number=self._superblock.cp_number, log_records=self._log.records)
         self._device.close()
 
     async def _let_go(self) -> None:
@@ -244,6 +265,10 @@ class Pool:
             return
         superblock.owner = None
         await write_copies(self._device, superblock, superblock.cp_number & 1)
+
+    def close_soon(self) -> None:
+        """The pool will be closed: what waits for room on the host gets an answer within CLOSE_SECONDS."""
+        self._state.room.close_within(CLOSE_SECONDS)
 
     async def _reclaim(self, blocks: int) -> bool:
         """Make freed blocks available, those that background reclaim is still collecting included. False: so many are not on their way.
@@ -278,6 +303,7 @@ class Pool:
     def on_event(self, sink: EventSink) -> None:
         self._state.on_event = sink
 
+    @ends_at_close
     async def consistency_point(self) -> None:
         """Make everything durable and the log empty. Raises PoolReadOnly, DeviceFailed."""
         await self._points.request()
@@ -286,28 +312,27 @@ class Pool:
         """What ``configure`` last stored under that name; empty if nothing was."""
         return self._configuration.get(section)
 
+    @ends_at_close
     async def configure(self, section: str, value: bytes) -> None:
         """Store bytes under a name, durably (targets, access control, reservations). Raises RequestError, PoolFull, PoolReadOnly."""
         await self._points.request(lambda: self._configuration.replace(section, value))
 
     def space(self) -> tuple[int, int]:
-        """Bytes used, and bytes that vdisks can still take. Cheaper than ``show``: for those who look every second."""
-        allocator = self._state.allocator
-        available = max(0, allocator.free_now - allocator.reserve_blocks)
-        return self._active_map.used_blocks * BLOCK_BYTES, available * BLOCK_BYTES
+        """Bytes used, and bytes that the pool (not its host) has for vdisks. Cheaper than ``show``: for those who look every second."""
+        return self._active_map.used_blocks * BLOCK_BYTES, self._state.allocator.available_bytes
 
     def show(self) -> dict[str, Any]:
         """Size, use and state of the pool."""
         state, superblock = self._state, self._superblock
         size = superblock.size_blocks
-        free = state.allocator.free_now
         return {
             "path": self._device.path,
             "uuid": str(UUID(bytes=superblock.uuid)),
             "size_bytes": size * BLOCK_BYTES,
             "used_bytes": self._active_map.used_blocks * BLOCK_BYTES,
             "free_bytes": (size - self._active_map.used_blocks) * BLOCK_BYTES,
-            "available_bytes": max(0, free - state.allocator.reserve_blocks) * BLOCK_BYTES,
+            **state.room.shown(state.allocator.available_bytes),
+            "host_reserve_bytes": state.allocator.stock.blocks * BLOCK_BYTES,
             "reserve_bytes": state.allocator.reserve_blocks * BLOCK_BYTES,
             "cp_number": superblock.cp_number,
             "cp_seconds_last": round(self._points.seconds_last, 6),
@@ -321,6 +346,7 @@ class Pool:
             "background_messages": self._handler.messages,
         }
 
+    @ends_at_close
     async def check(self, verify_data: bool = False) -> dict[str, Any]:
         """Check the state of the last consistency point while the pool goes on; its blocks are kept from reuse meanwhile.
 
@@ -346,6 +372,7 @@ class Pool:
             state.end_read(epoch)
         return report.as_dict()
 
+    @ends_at_close
     async def scrub_start(self, rate_max_bytes: int | None = None) -> dict[str, Any]:
         """Begin to read and verify every block in use, in the background, at most so many bytes a second. Raises Conflict, PoolReadOnly."""
         self._state.check_writable()
@@ -365,6 +392,7 @@ class Pool:
             raise NotFound("no scrub was started since the pool was opened: `cleavectl pool scrub` starts one")
         return self._scrub.as_dict()
 
+    @ends_at_close
     async def scrub_cancel(self) -> dict[str, Any]:
         """End the scrub; what it found so far stays to be shown. Raises NotFound."""
         shown = self.scrub_show()
@@ -397,10 +425,12 @@ class Pool:
         """The volume of ``NAME`` or ``NAME@SNAP``. Raises NotFound."""
         return self._lifecycle.volume(name)
 
+    @ends_at_close
     async def vdisk_create(self, name: str, size_bytes: int) -> dict[str, Any]:
         """A new, empty, thin vdisk. Raises RequestError, Conflict, PoolFull."""
         return self._listing.brief(await self._lifecycle.create(name, size_bytes))
 
+    @ends_at_close
     async def vdisk_list(self) -> list[dict[str, Any]]:
         """All vdisks, by name."""
         return await self._listing.all(KIND_VDISK)
@@ -409,40 +439,49 @@ class Pool:
         """Names of the vdisks of these UUIDs, as far as there are any."""
         return self._catalogue.names_of_uuids(wanted)
 
+    @ends_at_close
     async def vdisk_show(self, name: str) -> dict[str, Any]:
         """One vdisk, or snapshot, with what it shares. Raises NotFound."""
         return await self._listing.full(self._lifecycle.volume(name).image)
 
+    @ends_at_close
     async def vdisk_resize(self, name: str, size_bytes: int) -> dict[str, Any]:
         """Grow or shrink. Raises NotFound, RequestError, Conflict, PoolFull."""
         return self._listing.brief(await self._lifecycle.resize(name, size_bytes))
 
+    @ends_at_close
     async def vdisk_rename(self, old: str, new: str) -> dict[str, Any]:
         """Another name; sessions go on. Raises NotFound, RequestError, Conflict."""
         return self._listing.brief(await self._lifecycle.rename(old, new))
 
+    @ends_at_close
     async def vdisk_delete(self, name: str) -> None:
         """Delete; blocks come free in the background. Raises NotFound, Conflict."""
         await self._lifecycle.delete(name)
 
+    @ends_at_close
     async def snapshot_create(self, pairs: list[tuple[str, str]]) -> list[dict[str, Any]]:
         """Snapshots (vdisk, name) of one moment, all or none. Raises NotFound, RequestError, Conflict, PoolFull."""
         return [self._listing.brief(image) for image in await self._lifecycle.snapshot(pairs)]
 
+    @ends_at_close
     async def snapshot_list(self, vdisk: str | None = None) -> list[dict[str, Any]]:
         """All snapshots, or those of one vdisk. Raises NotFound."""
         return await self._listing.all(KIND_SNAPSHOT, self._catalogue.vdisk(vdisk).number if vdisk is not None else None)
 
+    @ends_at_close
     async def snapshot_delete(self, vdisk: str, name: str, after_split: bool = False) -> bool:
         """Delete a snapshot, with ``after_split`` once no clone stands on it; returns whether it is gone. Raises NotFound, Conflict."""
         return await self._lifecycle.delete_snapshot(vdisk, name, after_split)
 
+    @ends_at_close
     async def clone_create(self, vdisk: str, snapshot: str, name: str) -> dict[str, Any]:
         """A writable clone of a snapshot. Raises NotFound, RequestError, Conflict, PoolFull."""
         return self._listing.brief(await self._lifecycle.clone(vdisk, snapshot, name))
 
     # --- Splits ------------------------------------------------------------------------------------------------------
 
+    @ends_at_close
     async def split_start(
         self, name: str, mode: str = "copy", rate_min_bytes: int | None = None, rate_max_bytes: int | None = None
     ) -> dict[str, Any]:
@@ -457,18 +496,22 @@ class Pool:
         """All that are running or paused."""
         return self._splits.list()
 
+    @ends_at_close
     async def split_pause(self, name: str) -> dict[str, Any]:
         """Stop until resumed. Raises NotFound, Conflict."""
         return await self._splits.pause(name)
 
+    @ends_at_close
     async def split_resume(self, name: str) -> dict[str, Any]:
         """Go on after a pause. Raises NotFound, Conflict."""
         return await self._splits.resume(name)
 
+    @ends_at_close
     async def split_cancel(self, name: str) -> dict[str, Any]:
         """End it; the clone stays a clone. Raises NotFound, Conflict."""
         return await self._splits.cancel(name)
 
+    @ends_at_close
     async def split_estimate(self, name: str) -> dict[str, Any]:
         """What a copy split would move, and how long that takes. Raises NotFound, Conflict."""
         return await self._splits.estimate(name)
@@ -476,6 +519,10 @@ class Pool:
 
 # How often a writer to a full pool looks whether background reclaim has freed something.
 RECLAIM_POLL_SECONDS = 0.01
+# How often an opening looks whether its consistency point waits for room on the host.
+FULL_POLL_SECONDS = 0.05
+# How long a pool that closes waits for room on the host. An orderly stop of the daemon takes at most 10 s in all.
+CLOSE_SECONDS = 2.0
 
 
 def checked_size(size_bytes: int) -> int:
@@ -484,3 +531,9 @@ def checked_size(size_bytes: int) -> int:
     if blocks < POOL_BLOCKS_MIN:
         raise RequestError(f"a pool of {size_bytes} bytes is too small: use at least {POOL_BLOCKS_MIN * BLOCK_BYTES} (8MiB)")
     return blocks
+
+
+def seen(future: "asyncio.Future[None]") -> None:
+    """Nobody waits for it: what it raises shows in the state of the pool."""
+    if not future.cancelled():
+        future.exception()

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from storage.consistency.epoch import Epoch
+from storage.consistency.host_room import HostRoom
 from storage.device import Device
 from storage.errors import PoolReadOnly, StorageError
 from storage.layout import BLOCK_BYTES
@@ -47,6 +48,7 @@ class PoolState:
         "read_only_reason",
         "released",
         "retired",
+        "room",
         "share_map",
         "wanted",
     )
@@ -56,6 +58,7 @@ class PoolState:
 
     def __init__(self, device: Device, cp_number: int, cache_bytes: int) -> None:
         self.device = device
+        self.room = HostRoom(self)
         self.epoch = Epoch(cp_number + 1)
         self.frozen: Epoch | None = None
         self.retired: deque[Epoch] = deque()
@@ -148,3 +151,4 @@ class PoolState:
         finally:
             self.discarding = None
             self.release_retired()
+            self.room.wake()

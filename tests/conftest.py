@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -57,6 +58,11 @@ def _loop_device_works() -> bool:
     return os.geteuid() == 0 and os.path.exists("/dev/loop-control") and shutil.which("losetup") is not None
 
 
+def _file_systems_can_be_made() -> bool:
+    known = "xfs" in Path("/proc/filesystems").read_text().split() or shutil.which("modprobe") is not None
+    return _loop_device_works() and known and all(map(os.path.exists, ("/sbin/mke2fs", "/sbin/mkfs.xfs")))
+
+
 @functools.cache
 def _mount_works() -> bool:
     """A tmpfs can be mounted: for a file system that is small enough to be filled."""
@@ -85,6 +91,7 @@ def _guest_builds() -> bool:
 ABILITIES: dict[str, tuple[Callable[[], bool], str]] = {
     "loop device": (_loop_device_works, "run as root on a machine with /dev/loop-control"),
     "mount": (_mount_works, "run as root where file systems can be mounted"),
+    "file systems": (_file_systems_can_be_made, "run as root on a machine with /dev/loop-control, e2fsprogs and xfsprogs"),
     "Linux guest": (_guest_builds, "use Debian on x86-64, after apt-get update; python -m tests.guest.image says what is wrong"),
 }
 

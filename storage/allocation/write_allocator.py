@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from storage.allocation.active_map import NO_BITS, REGION_SHIFT, ActiveMap, Bits, count_bits
+from storage.allocation.node_stock import NodeStock
 from storage.consistency.epoch import Epoch
-from storage.errors import PoolFull
-from storage.layout import FIELDS_PER_BLOCK, REGION_BLOCKS, SHARES_PER_BLOCK, SUMMARIES_PER_BLOCK, region_count, tree_levels
+from storage.errors import HostFull, PoolFull
+from storage.layout import BLOCK_BYTES, FIELDS_PER_BLOCK, REGION_BLOCKS, SHARES_PER_BLOCK, SUMMARIES_PER_BLOCK, region_count, tree_levels
 from storage.tree.node import Hold
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ PART_BLOCKS_MIN = 64
 PART_BLOCKS_MAX = 4096
 # What a touched image's entry may take: itself, and the level-1 block of the table above it.
 ENTRY_BLOCKS = 2
+POOL_FULL = "the pool is full: delete snapshots or vdisks, or trim what is not needed"
+HOST_FULL = "the host's file system is full: free space where the pool lies, or delete snapshots or vdisks"
 
 
 class Window:
@@ -117,6 +120,7 @@ class WriteAllocator:
         "_data",
         "_held",
         "_nodes",
+        "_replaying",
         "_roomy",
         "_size_blocks",
         "_state",
@@ -129,6 +133,7 @@ class WriteAllocator:
         "promised_blocks",
         "reclaim",
         "reserve_blocks",
+        "stock",
     )
 
     def __init__(self, state: "PoolState", active_map: ActiveMap, size_blocks: int) -> None:
@@ -152,8 +157,18 @@ class WriteAllocator:
         self.borrow_floor = self.point_floor + part // 2
         self.client_floor = self.point_floor + part
         self.reserve_blocks = self.client_floor + part
+        self._replaying = False
+        # Blocks for nodes that the host has allocated already, where that is a question.
+        self.stock = NodeStock(state, self, size_blocks)
+        if state.device.thin:
+            state.room.has_room = self.stock.has_room
         # Waits until freed blocks can be used again; False when fewer than so many are on their way.
         self.reclaim: Callable[[int], Awaitable[bool]] = nothing_on_its_way
+
+    @property
+    def available_bytes(self) -> int:
+        """What the pool still has for data, whatever its host has."""
+        return max(0, self.free_now - self.reserve_blocks) * BLOCK_BYTES
 
     # --- Handing out -------------------------------------------------------------------------------------------
 
@@ -215,7 +230,7 @@ class WriteAllocator:
         """
         wanted = count + ENTRY_BLOCKS if entry else count
         window = self._nodes
-        if self.free_now - wanted >= floor and (window.end - window.next >= count or self._fill_up(window, count)):
+        if self.free_now - wanted >= floor and (window.end - window.next >= count or self._fill_nodes(count, floor)):
             return True
         self._state.missing = partial(self._bring, window, wanted, floor)
         return False
@@ -240,6 +255,20 @@ class WriteAllocator:
             return -self.promised_blocks
         return self.client_floor if grows else self.move_floor
 
+    def _fill_nodes(self, count: int, floor: int) -> bool:
+        """Fill the node window until it has ``count`` blocks, on a sparse pool file from the stock alone."""
+        window = self._nodes
+        while (missing := count - window.left_blocks) > 0:
+            if not self.stock.draw(window, self._kept(floor), missing) and (self._state.device.thin or not self._fill(window)):
+                return False
+        return True
+
+    def _kept(self, floor: int) -> int:
+        """How much of the stock is for others than whoever may take nodes down to this floor."""
+        if self._replaying or floor <= 0:
+            return 0
+        return self.stock.kept_blocks if floor >= self.client_floor else self.stock.point_blocks
+
     def promise(self, blocks: int = ENTRY_BLOCKS) -> None:
         """Something changed that the next consistency point will write (an image's entry): nobody may take the last blocks before."""
         self.free_now -= blocks
@@ -255,25 +284,49 @@ class WriteAllocator:
         """Replay must succeed: it may take what clients may not, since it repeats what was possible before."""
         floors = self.client_floor, self.move_floor
         self.client_floor = self.move_floor = self.point_floor
+        self._replaying = True
         try:
             yield
         finally:
             self.client_floor, self.move_floor = floors
+            self._replaying = False
 
     def check_room(self, images: int = 0, blocks: int = 0) -> None:
         """Raise PoolFull when there is no room for so many more table entries, or blocks of the configuration."""
         if self.free_now - images * ENTRY_BLOCKS - blocks <= self.client_floor:
-            raise PoolFull("the pool is full: delete snapshots or vdisks")
+            raise PoolFull(POOL_FULL)
+        if self.stock.refused and self.stock.blocks < self.stock.point_blocks + images * ENTRY_BLOCKS + blocks:
+            raise HostFull(HOST_FULL)
 
     # --- Waiting -----------------------------------------------------------------------------------------------
 
     async def _bring(self, window: Window, count: int, floor: int, hold: Hold) -> None:
-        """Wait until there are ``count`` blocks above the floor, and in the window. Raises PoolFull when too few are on their way."""
+        """Wait until there are ``count`` blocks above the floor, and in the window. Raises PoolFull (too few are on the way), HostFull."""
         within_point = floor <= 0
         while self.free_now - count < floor:
             if within_point or not await self.reclaim(floor + count - self.free_now):
-                raise PoolFull("the pool is full: delete snapshots or vdisks, or trim what is not needed")
-        await self._refill(window, count, hold)
+                raise PoolFull(POOL_FULL)
+        if window is self._data:
+            await self._refill(window, count, hold)
+            if window.left_blocks < count:
+                self.stock.release_surplus(floor)
+        elif not self._state.device.thin or not await self._stocked(count, floor):
+            await self._refill(window, count, hold)
+
+    async def _stocked(self, count: int, floor: int) -> bool:
+        """Wait until the stock has what the node window lacks. False: the host has no room, for one who must not be refused.
+
+        What is written to blocks that the host has not set aside waits until it has room. Raises HostFull.
+        """
+        kept = self._kept(floor)
+        missing = count - self._nodes.left_blocks
+        if self.stock.blocks - kept < missing:
+            await self.stock.top_up(kept + missing)
+        if self.stock.blocks - kept >= missing:
+            return True
+        if kept:
+            raise HostFull(HOST_FULL) if self.stock.refused else PoolFull(POOL_FULL)
+        return False
 
     async def _refill(self, window: Window, count: int, hold: Hold) -> None:
         """Fill a window until it has ``count`` blocks, loading map blocks as needed; ends empty-handed after one circle round the pool."""
@@ -376,10 +429,52 @@ class WriteAllocator:
         if window.next < window.end:
             window.runs.append((window.next, window.end))
         for first, end in window.runs:
-            for region, bits in region_bits(first, end):
-                self.settle(region, bits)
+            self.settle_run(first, end)
         window.runs = []
         window.next = window.end = 0
+
+    # --- For the stock -------------------------------------------------------------------------------------------
+
+    @property
+    def node_window_blocks(self) -> int:
+        """What the stock is filled with at a time."""
+        return self._nodes.size_blocks
+
+    def new_window(self, blocks: int) -> Window:
+        """A window of its own, of so many blocks, but no more than that for nodes."""
+        return Window(min(blocks, self._nodes.size_blocks))
+
+    async def claim(self, window: Window) -> None:
+        """Claim free runs for ``window``; none are left in the pool when it stays empty."""
+        with self._state.cache.hold() as hold:
+            for _ in range(2):  # the second time with what the data window gave back
+                await self._refill(window, 1, hold)
+                if window.left_blocks:
+                    return
+
+    def release_data_window(self) -> None:
+        """Let nodes have what was claimed for data; that is claimed anew."""
+        self._release_window(self._data)
+
+    async def claim_in(self, region: int) -> list[tuple[int, int]]:
+        """Claim whatever is free in a region: runs (first VBN, end)."""
+        window = Window(REGION_BLOCKS)
+        with self._state.cache.hold() as hold:
+            while self._claim(region, 0, REGION_BLOCKS, window) is None:
+                await self._active_map.load(region, hold)
+        return window.runs
+
+    def settle_run(self, first: int, end: int) -> None:
+        """Blocks that were claimed, and not used, are available again."""
+        for region, bits in region_bits(first, end):
+            self.settle(region, bits)
+
+    def data_ahead(self, runs_max: int) -> list[tuple[int, int]]:
+        """Where data will be written next: runs (first VBN, end), in their order; none where that is not known."""
+        window = self._data
+        if not window.advance():
+            self._fill(window)
+        return [(window.next, window.end), *reversed(window.runs[-runs_max:])]
 
     def adopt(self, first: int, length: int = 1) -> None:
         """Claim blocks by their address: replay found them in use by records of the intent log."""
@@ -410,6 +505,8 @@ class WriteAllocator:
             else:
                 del self._held[region]
             self.free_now += count_bits(bits)
+            if self._state.room.full:
+                self.stock.freed_in(region)
             used = self._active_map.peek_used(region)
             if used is not None and used <= ROOMY_USED_MAX:
                 self._roomy[region] = None

@@ -7,6 +7,7 @@ Order, which is all that makes it atomic:
 4. sync; 5. write the superblock; 6. sync. Only then is the epoch durable, and what it freed may be released.
 
 A crash before 5 is complete leaves the previous superblock in force, and nothing that it reaches was overwritten.
+A write that finds the host's file system full is tried until there is room (storage.consistency.host_room): that is no failure.
 If any step fails the pool goes read-only: what is frozen can neither be completed nor undone. The table is shown as the last durable one.
 """
 
@@ -22,7 +23,7 @@ from storage.consistency.epoch import Epoch
 from storage.consistency.intent_log import IntentLog
 from storage.consistency.node_writer import NodeWriter
 from storage.consistency.superblock import MetafileRoot, Superblock
-from storage.errors import PoolReadOnly, StorageError, VolumeClosed
+from storage.errors import HostStaysFull, PoolReadOnly, StorageError, VolumeClosed
 from storage.images.catalogue import Catalogue
 from storage.images.image import KIND_FREE, Image
 from storage.images.record import KIND_OFFSET, ROOT_FIELD_OFFSET
@@ -171,6 +172,8 @@ class ConsistencyPoints:
         epoch = self._state.epoch
         if len(epoch.dirty) > min(DIRTY_NODES_WANTED, self._state.cache.nodes_max // 2) or len(epoch.unlogged) > UNLOGGED_WANTED:
             return True
+        if self._state.room.full and epoch.frees:
+            return True  # the sooner blocks are free, the sooner the host has them back
         return epoch.changed and perf_counter() >= self._due_at
 
     async def _take(self) -> None:
@@ -182,12 +185,13 @@ class ConsistencyPoints:
             # First of all: on a pool that takes no changes, no change must be made in memory either.
             self.check_number()
             self._state.check_writable()
+            self._check_not_given_up()
             frozen = self._freeze(waiting)
             if frozen is not None:
                 started = perf_counter()
                 await self._consistency_point(frozen)
                 self.seconds_last = perf_counter() - started
-        except PoolReadOnly as failure:
+        except (PoolReadOnly, HostStaysFull) as failure:
             error = failure
         except Exception as failure:  # noqa: BLE001
             # Whatever it was: what is frozen can neither be completed nor undone, and nobody may wait for ever.
@@ -207,6 +211,11 @@ class ConsistencyPoints:
             else:
                 future.set_exception(error)
         self._due_at = perf_counter() + INTERVAL_SECONDS
+
+    def _check_not_given_up(self) -> None:
+        """What is frozen found no room on the host, and the pool is closing: there will not be another one. Raises HostStaysFull."""
+        if self._state.frozen is not None:
+            raise HostStaysFull("the pool is closing, and its last consistency point found no room on the host: nothing was changed")
 
     def check_number(self) -> None:
         """Say that the numbers of consistency points will come to an end, and stop taking changes long before they do."""
@@ -275,7 +284,7 @@ class ConsistencyPoints:
         await writer.write_dirty()
         state.check_writable()  # a map that contradicts itself has failed the pool: then this state must not become the pool's
         await self._write_superblock(epoch, head_block, head_sequence)
-        self.log_moved = False
+        self.log_moved = self._log.held = False
         self._log.trim(used_at_mark)
         for number, entry in entries:
             self._catalogue.entry_written(number, entry)
@@ -347,9 +356,7 @@ class ConsistencyPoints:
         return superblock.encode()
 
     async def _write_block(self, block: bytearray, vbn: int) -> None:
-        device = self._state.device
-        if not device.try_writev((block,), vbn * BLOCK_BYTES, BLOCK_BYTES):
-            await device.writev((block,), vbn * BLOCK_BYTES)
+        await self._state.room.put((block,), vbn * BLOCK_BYTES)
 
     def _finish(self, epoch: Epoch) -> None:
         """The epoch is durable: what it freed waits only for older reads now."""

@@ -24,7 +24,7 @@ from collections.abc import Callable
 
 from storage.consistency.epoch import Epoch
 from storage.consistency.log_record import ENTRIES_PER_RECORD, LogRecord
-from storage.errors import DeviceFailed, as_storage_error
+from storage.errors import DeviceFailed, DeviceFull, as_storage_error
 from storage.layout import BLOCK_BYTES
 from storage.slices import Slicer
 from storage.state import PoolState
@@ -56,6 +56,7 @@ class IntentLog:
         "commits",
         "durable_by_cp",
         "head_block",
+        "held",
         "next_sequence",
     )
 
@@ -75,6 +76,8 @@ class IntentLog:
         self._flushing: list[Completion] = []
         self._worker: asyncio.Task[None] | None = None
         self.commits = 0
+        # Nothing may be logged until a consistency point has said where the log begins (after a replay that ended elsewhere).
+        self.held = False
         # Makes everything durable by a consistency point instead; set by it.
         self.durable_by_cp: Callable[[], asyncio.Future[None]]
         self.begin_at(head_block, next_sequence)
@@ -84,6 +87,12 @@ class IntentLog:
         self.head_block = head_block
         self.next_sequence = next_sequence
         self._durable_sequence = next_sequence - 1
+
+    @property
+    def records(self) -> int:
+        """Records of changes that the last durable consistency point does not hold: what the next opening would replay."""
+        only_a_mark = self._open is not None and self._open.room == ENTRIES_PER_RECORD
+        return self._used_blocks - only_a_mark
 
     # --- Called by the consistency point -------------------------------------------------------------------------
 
@@ -145,7 +154,7 @@ class IntentLog:
 
     def _begin_record(self, epoch: Epoch) -> LogRecord | None:
         """A new record, the open one from now on; None when the ring is full."""
-        if self._used_blocks >= self._blocks:
+        if self.held or self._used_blocks >= self._blocks:
             return None
         record = LogRecord(self.head_block, self.next_sequence, epoch.number, self._durable_sequence, self._pool_uuid)
         self.head_block = (self.head_block + 1) % self._blocks
@@ -168,6 +177,8 @@ class IntentLog:
         try:
             while self._unwritten and device.try_writev((self._unwritten[0].buf,), self._unwritten[0].offset_bytes, BLOCK_BYTES):
                 del self._unwritten[0]
+        except DeviceFull as full:
+            self._state.room.met(full)  # the record stays, and with it whoever waits for its changes: see ``_write_rest``
         except DeviceFailed as failure:
             self._state.fail(f"the device failed to take a record of the intent log: {failure}")
 
@@ -255,7 +266,7 @@ class IntentLog:
             record = self._unwritten[0]
             self._in_threads = True
             try:
-                await self._state.device.writev((record.buf,), record.offset_bytes)
+                await self._state.room.put((record.buf,), record.offset_bytes)
             finally:
                 self._in_threads = False
             if self._unwritten and self._unwritten[0] is record:  # else a consistency point has made it superfluous

@@ -9,8 +9,7 @@ import asyncio
 from crc32c import crc32c
 
 from storage.consistency.epoch import Epoch
-from storage.device.waiting import all_of
-from storage.errors import DeviceFailed
+from storage.errors import DeviceFailed, DeviceFull
 from storage.layout import BLOCK_BYTES, FIELDS_MASK, FIELDS_SHIFT, TREE_LEVELS_MAX
 from storage.slices import Slicer
 from storage.state import PoolState
@@ -20,6 +19,8 @@ from storage.tree.node import Node
 # One call to the device writes at most this many blocks: 1 MiB.
 RUN_BLOCKS_MAX = 256
 Place = tuple[BufferTree, int, int]
+# Neighbouring blocks, and where they go (byte offset).
+Run = tuple[list[bytearray], int]
 
 
 def frozen_state(epoch: Epoch, node: Node) -> tuple[bytearray, int]:
@@ -93,27 +94,41 @@ class NodeWriter:
             tree.root_crc = crc
 
     async def write_blocks(self, blocks: list[tuple[int, bytearray]]) -> None:
-        """Write (VBN, bytes) pairs, contiguous ones together. Raises DeviceFailed."""
+        """Write (VBN, bytes) pairs, contiguous ones together. Raises DeviceFailed, PoolReadOnly, HostStaysFull."""
         blocks.sort(key=lambda block: block[0])
-        pending: list[asyncio.Future[None]] = []
+        refused: list[Run] = []
+        pending: list[tuple[Run, asyncio.Future[None]]] = []
+        failure: BaseException | None = None
         try:
-            await self._submit(blocks, pending)
-        except DeviceFailed:
-            # Those under way are waited for all the same; what failed first is what is told.
-            await asyncio.gather(*pending, return_exceptions=True)
-            raise
+            await self._submit(blocks, pending, refused)
+        except DeviceFailed as error:
+            failure = error  # those under way are waited for all the same; what failed first is what is told
         self.blocks_written += len(blocks)
-        await all_of(pending)
+        outcomes = await asyncio.gather(*(future for _, future in pending), return_exceptions=True)
+        for (run, _), outcome in zip(pending, outcomes, strict=True):
+            if isinstance(outcome, DeviceFull):
+                refused.append(run)
+            else:
+                failure = failure or outcome
+        if failure is not None:
+            raise failure
+        for run in refused:  # not all at once: the host will have room for them one after the other
+            await self._state.room.put(*run)
 
-    async def _submit(self, blocks: list[tuple[int, bytearray]], pending: list[asyncio.Future[None]]) -> None:
+    async def _submit(
+        self, blocks: list[tuple[int, bytearray]], pending: list[tuple[Run, asyncio.Future[None]]], refused: list[Run]
+    ) -> None:
+        """Begin to write them; ``refused`` are those for which the host has no room."""
         device = self._state.device
         start = 0
         for at in range(1, len(blocks) + 1):
             if at < len(blocks) and blocks[at][0] == blocks[at - 1][0] + 1 and at - start < RUN_BLOCKS_MAX:
                 continue
-            buffers = [buf for _, buf in blocks[start:at]]
-            offset = blocks[start][0] * BLOCK_BYTES
-            if not device.try_writev(buffers, offset, len(buffers) * BLOCK_BYTES):
-                pending.append(device.writev(buffers, offset))
+            run = [buf for _, buf in blocks[start:at]], blocks[start][0] * BLOCK_BYTES
+            try:
+                if not device.try_writev(*run, len(run[0]) * BLOCK_BYTES):
+                    pending.append((run, device.writev(*run)))
+            except DeviceFull:
+                refused.append(run)
             start = at
             await self._slicer.breathe()

@@ -167,6 +167,23 @@ class DescriptorDevice(ABC):
         """See Device. On the one sync thread, so that two of them cannot overtake each other and shrink the device."""
         return self._sync_thread.submit(self._grow, size_bytes, None)
 
+    @property
+    def thin(self) -> bool:
+        """See Device."""
+        return False
+
+    def reserve(self, offset_bytes: int, length_bytes: int) -> "Future[None]":
+        """See Device."""
+        return self._data_threads.submit(self._reserve, offset_bytes, length_bytes)
+
+    def backed(self, offset_bytes: int, length_bytes: int, found: list[tuple[int, int]]) -> "Future[None]":
+        """See Device."""
+        return self._data_threads.submit(self._backed, (offset_bytes, length_bytes), found)
+
+    def host_available_bytes(self) -> int | None:
+        """See Device."""
+        return None
+
     def close(self) -> None:
         """See Device. Closing the descriptors is what gives up the locks."""
         if self._descriptor < 0:
@@ -207,6 +224,14 @@ class DescriptorDevice(ABC):
     @abstractmethod
     def _discard(self, offset_bytes: int, length_bytes: int) -> None:
         """Give the range back, or do nothing where that is not supported. Raises DeviceFailed."""
+
+    @abstractmethod
+    def _reserve(self, offset_bytes: int, length_bytes: int) -> None:
+        """Have the host allocate the range, or do nothing where it cannot be asked to. Raises DeviceFull, DeviceFailed."""
+
+    @abstractmethod
+    def _backed(self, span: tuple[int, int], found: list[tuple[int, int]]) -> None:
+        """Add the parts of ``span`` (first byte, length) that need no more of the host. Raises DeviceFailed."""
 
     @abstractmethod
     def _grow(self, size_bytes: int, _: None) -> None:

@@ -1,4 +1,4 @@
-"""What `storage` asks of a device: vectored reads and writes at a byte offset, sync, discard, grow.
+"""What `storage` asks of a device: vectored reads and writes at a byte offset, sync, discard, reserve, grow.
 
 Two ways lead to the same bytes. ``try_readv`` and ``try_writev`` act at once or not at all, and cost neither a Future nor a
 thread (design section 3: a page-cache hit takes under a microsecond). ``readv``, ``writev``, ``sync``, ``discard`` and
@@ -59,6 +59,19 @@ class Device(Protocol):
 
     def discard(self, offset_bytes: int, length_bytes: int) -> Future[None]:
         """Tell the device that the range is unused. What it reads as is open until it is written again. May do nothing."""
+
+    @property
+    def thin(self) -> bool:
+        """Whether a write may meet DeviceFull where nothing was written yet, and ``reserve`` sees to it that it does not."""
+
+    def reserve(self, offset_bytes: int, length_bytes: int) -> Future[None]:
+        """Have the host set room aside for the range; what it holds stays. DeviceFull: not for all of it. May do nothing."""
+
+    def backed(self, offset_bytes: int, length_bytes: int, found: list[tuple[int, int]]) -> Future[None]:
+        """Add to ``found`` the parts (first byte, end) of the range that have room set aside, in their order; some may be missing."""
+
+    def host_available_bytes(self) -> int | None:
+        """What the host's file system has left, as of now; None where there is none, or it does not say."""
 
     def grow(self, size_bytes: int) -> Future[None]:
         """Make the device at least ``size_bytes`` large, durably. OutOfRange: smaller than now, or the device cannot grow."""

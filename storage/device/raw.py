@@ -44,6 +44,12 @@ class BlockDevice(DescriptorDevice):
             self._can_discard = False
             LOG.info("%s: the device knows no discard; freed blocks are not given back to it", self._path)
 
+    def _reserve(self, offset_bytes: int, length_bytes: int) -> None:
+        """A volume that is thin itself tells nobody what it has set aside, and takes no orders."""
+
+    def _backed(self, span: tuple[int, int], found: list[tuple[int, int]]) -> None:
+        found.append((span[0], sum(span)))
+
     def _grow(self, size_bytes: int, _: None) -> None:
         try:
             device_bytes = device_size_bytes(self._descriptor)

@@ -15,7 +15,7 @@ from uuid import UUID
 from crc32c import crc32c
 
 from storage.consistency.intent_log import IntentLog
-from storage.errors import BlockDamaged, DeviceFailed, NotByReference, OutOfRange, PoolReadOnly, VolumeClosed, as_storage_error
+from storage.errors import BlockDamaged, DeviceFailed, DeviceFull, NotByReference, OutOfRange, PoolReadOnly, VolumeClosed, as_storage_error
 from storage.images import read_path, write_path
 from storage.images.allocation_report import allocated_runs
 from storage.images.block_locks import BlockLocks
@@ -103,10 +103,9 @@ class Volume:
         return self.image.kind != KIND_VDISK or self.state.read_only_reason is not None
 
     def usage(self) -> "VolumeUsage":
-        """What the volume takes up in the pool, and what is left there for data."""
-        allocator = self.state.allocator
-        available = max(0, allocator.free_now - allocator.reserve_blocks)
-        return VolumeUsage(self.image.used_blocks * BLOCK_BYTES, available * BLOCK_BYTES)
+        """What the volume takes up in the pool, and what is left for data there, or on its host if that has less."""
+        state = self.state
+        return VolumeUsage(self.image.used_blocks * BLOCK_BYTES, state.room.available_bytes(state.allocator.available_bytes))
 
     def split_state(self) -> "SplitState | None":
         """How far a clone is from standing on its own; None where there is no backing store."""
@@ -270,7 +269,7 @@ class Volume:
             self._check([write])
             written = write_long(self.image, offset, data)
         except Exception as error:  # noqa: BLE001
-            done(as_storage_error(error))
+            done(self._failure(error))
             return
         if written == len(data):
             self._written([write])
@@ -291,7 +290,7 @@ class Volume:
             finished = write_path.write_now(self.image, targets, buffers)
         except Exception as error:  # noqa: BLE001
             if len(batch) == 1:
-                batch[0][3](as_storage_error(error))
+                batch[0][3](self._failure(error))
                 return
             for write in batch:  # what one of them meets is no matter of the others
                 self._write_whole([write])
@@ -308,7 +307,7 @@ class Volume:
             self._check([write])
             finished = self._merge_now(offset, data)
         except Exception as error:  # noqa: BLE001
-            done(as_storage_error(error))
+            done(self._failure(error))
             return
         if finished:
             self._written([write])
@@ -353,6 +352,12 @@ class Volume:
             else:
                 self._log.when_noted(done)
 
+    def _failure(self, error: Exception) -> Exception:
+        """What a write that failed is answered with. A host without room is noted in the state of the pool."""
+        if isinstance(error, DeviceFull):
+            self.state.room.met(error)
+        return as_storage_error(error)
+
     async def _write_later(self, batch: list[Write]) -> None:
         for write in batch:
             offset, data, _, done = write
@@ -361,7 +366,7 @@ class Volume:
                 if data:
                     await self._write_one(offset, data)
             except Exception as error:  # noqa: BLE001
-                done(as_storage_error(error))
+                done(self._failure(error))
             else:
                 self._written([write])
 
@@ -402,7 +407,7 @@ class Volume:
             await self._zero_range(offset, offset + length)
             noted = self._log.note()
         except Exception as error:  # noqa: BLE001
-            done(as_storage_error(error))
+            done(self._failure(error))
             return
         self.counters.trims += 1
         self.state.operations += 1

@@ -6,7 +6,7 @@ from typing import Any
 
 from storage.backdoor.handler import BackdoorMessageHandler
 from storage.consistency.consistency_point import ConsistencyPoints
-from storage.errors import Conflict, NotFound, PoolFull, RequestError, StorageError
+from storage.errors import Conflict, DeviceFull, NotFound, PoolFull, RequestError, StorageError
 from storage.images.backing import next_index
 from storage.images.catalogue import Catalogue
 from storage.images.image import Image
@@ -177,12 +177,14 @@ class SplitService:
         )  # fmt: skip
 
     async def stopped(self, job: SplitJob, error: StorageError) -> None:
-        """A message failed: a full pool pauses the split, anything else ends it; both keep the reason."""
+        """A message failed: a full pool or host pauses the split, anything else ends it; both keep the reason."""
         image = job.image
         if image.split.state != SPLIT_RUNNING:
             return  # paused meanwhile: whatever it was shows again after the resume
         image.touch()
-        command = "pause" if isinstance(error, PoolFull) else "fail"
+        if isinstance(error, DeviceFull):
+            self._state.room.met(error)
+        command = "pause" if isinstance(error, PoolFull | DeviceFull) else "fail"
         image.split.state = states.after(image.split.state, command, image.name)
         image.split.reason = str(error)
         if command == "fail":

@@ -77,6 +77,20 @@ class PageDevice:
     def discard(self, offset_bytes: int, length_bytes: int) -> Future[None]:
         return done()
 
+    @property
+    def thin(self) -> bool:
+        return False
+
+    def reserve(self, offset_bytes: int, length_bytes: int) -> Future[None]:
+        return done()
+
+    def backed(self, offset_bytes: int, length_bytes: int, found: list[tuple[int, int]]) -> Future[None]:
+        found.append((offset_bytes, offset_bytes + length_bytes))
+        return done()
+
+    def host_available_bytes(self) -> int | None:
+        return None
+
     def grow(self, size_bytes: int) -> Future[None]:
         self.size_bytes = max(self.size_bytes, size_bytes)
         return done()

@@ -4,6 +4,7 @@ import asyncio
 from typing import Any
 
 from storage.backdoor.handler import in_background
+from storage.device import Device
 from storage.device.owner import Owner
 from storage.errors import Conflict
 from storage.images.volume import Volume
@@ -11,7 +12,6 @@ from storage.layout import SPLIT_RUNNING
 from storage.pool import Pool
 from tests.crash.determinism import SteadyPace, end_all_tasks
 from tests.crash.oracle import SECTOR_BYTES, SECTORS_PER_BLOCK, Disk, Model
-from tests.crash.recording import PageDevice
 
 CACHE_BYTES = 4 << 20
 # Noted in the pool while it is open, so that the writes that do so are under the power losses too.
@@ -78,7 +78,7 @@ async def read_block(volume: Volume, fbn: int) -> bytes:
     return bytes(found)
 
 
-async def open_steady(device: PageDevice, on_event: Any = None) -> Pool:
+async def open_steady(device: Device, on_event: Any = None) -> Pool:
     """Open a pool whose background does nothing by itself: ``step`` carries out one message."""
     pool = await Pool.open_on(device, CACHE_BYTES, on_event, OWNER)
     task = pool._handler._task

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from storage.consistency.host_room import QUIET_SECONDS
 from storage.errors import StorageError
 from storage.pool import Pool
 from tests.crash.determinism import SteadyPace, VirtualLoop, repeatable, run_to_the_end
@@ -21,11 +22,14 @@ from tests.crash.recording import PageDevice, Pages, RecordingDevice
 from tests.crash.session import CACHE_BYTES, Session, abandon, read_block, waiter
 from tests.crash.verify import Verification, image_names, nothing
 from tests.crash.workloads import POOL_BYTES, make_base
-from tests.storage.devices import DISCARD, READ, SYNC, WRITE, Fault, FaultyDevice
+from tests.storage.devices import DISCARD, READ, SYNC, WRITE, Fault, FaultyDevice, FullHostDevice
 
 # An operation makes fewer device calls of a kind than this, or the loop would not end.
 CALLS_MAX = 400
 SUSPENSIONS_MAX = 400
+
+# Virtual seconds after which a full host has room again: several tries.
+FULL_SECONDS = 3.0
 
 Operation = Callable[[Session], Awaitable[Any]]
 BLOCK = SECTORS_PER_BLOCK
@@ -200,11 +204,7 @@ async def fail_once(base: tuple[Pages, Model], operation: Operation, fault: Faul
     session = await opened(device, base[1], lambda name, **fields: events.append(name))
     device.calls.clear()
     device.faults = [fault]
-    failed = False
-    try:
-        await operation(session)
-    except StorageError:
-        failed = True
+    failed = not await carried_out(session, operation, device)
     met = device.calls[fault.operation] >= fault.nth
     device.faults = []
     await still_reads(session)
@@ -213,6 +213,8 @@ async def fail_once(base: tuple[Pages, Model], operation: Operation, fault: Faul
     if fault.operation == SYNC and met:
         assert shown["read_only"] and shown["read_only_reason"], "a sync failed, and the pool goes on as if nothing were"
         assert "pool.read_only" in events and session.pool.volume("a").read_only
+    if fault.errno == errno.ENOSPC:
+        await goes_on(session)
     split_done = not failed and session.splits_ended
     await abandon(session.pool)
     if split_done:
@@ -223,6 +225,33 @@ async def fail_once(base: tuple[Pages, Model], operation: Operation, fault: Faul
     await Verification(recording.base, POOL_BYTES, session.model.expectation()).run(use=False)
     await Verification(dict(recording.pages), POOL_BYTES, session.model.expectation()).run(use=False)
     return met
+
+
+async def carried_out(session: Session, operation: Operation, device: FaultyDevice | FullHostDevice) -> bool:
+    """Whether it succeeded. A host that is full has room again after a while: nothing waits any longer, and nothing is lost by the wait."""
+    task = asyncio.create_task(as_coroutine(operation(session)))
+    await asyncio.wait([task], timeout=FULL_SECONDS)
+    make_room(device)
+    await asyncio.wait([task])
+    error = task.exception()
+    assert error is None or isinstance(error, StorageError), error
+    return error is None
+
+
+def make_room(device: FaultyDevice | FullHostDevice) -> None:
+    if isinstance(device, FullHostDevice):
+        device.full = False
+    else:
+        device.faults = [fault for fault in device.faults if fault.errno != errno.ENOSPC]
+
+
+async def goes_on(session: Session) -> None:
+    """The host was full, and has room: that was no failure."""
+    shown = session.pool.show()
+    assert not shown["read_only"], shown["read_only_reason"]
+    await session.pool.consistency_point()
+    await asyncio.sleep(QUIET_SECONDS + 1)
+    assert not session.pool.show()["host_full"], "the host has room, and the pool does not see it"
 
 
 async def split_is_durable(pages: Pages) -> None:

@@ -8,6 +8,7 @@ import pytest_asyncio
 
 from daemon.reservation_store import ReservationStore
 from daemon.service import ControlService, control_error
+from daemon.space_watch import SpaceWatch
 from daemon.targets import Targets
 from protocol.control import errors, methods
 from protocol.control.errors import ControlError
@@ -46,7 +47,7 @@ def wire() -> RecordedWire:
 
 @pytest.fixture
 def service(pool: Pool, wire: RecordedWire) -> ControlService:
-    return ControlService(pool, "/pool", Targets(pool, None), ReservationStore(pool), wire)
+    return ControlService(pool, "/pool", Targets(pool, None), ReservationStore(pool), wire, SpaceWatch(80, lambda: None))
 
 
 async def call(service: ControlService, method: str, **params: object) -> object:

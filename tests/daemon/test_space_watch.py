@@ -16,10 +16,25 @@ TEST_UNIT_READY = bytes(6)
 def test_it_is_told_once_and_again_after_it_was_well_below(capsys: pytest.CaptureFixture[str]) -> None:
     told: list[None] = []
     watch = SpaceWatch(80, lambda: told.append(None))
-    for percent, times in ((79, 0), (80, 1), (99, 1), (100, 1), (80 - REARM_PERCENT, 1), (81, 1), (79 - REARM_PERCENT, 1), (80, 2)):
+    for percent, times in ((79, 0), (80, 1), (89, 1), (80 - REARM_PERCENT, 1), (81, 1), (79 - REARM_PERCENT, 1), (80, 2)):
         watch.look(percent << 20, (100 - percent) << 20)
         assert len(told) == times, percent
     assert capsys.readouterr().out.count("pool.filling") == 2
+
+
+def test_each_threshold_is_told_once_and_shown_until_the_use_is_well_below(capsys: pytest.CaptureFixture[str]) -> None:
+    told: list[None] = []
+    watch = SpaceWatch(80, lambda: told.append(None))
+    steps = (
+        (89, 1, False, None), (90, 2, False, 90), (89, 2, False, 90), (95, 3, False, 95), (91, 3, False, 95), (100, 4, True, 95),
+        (99, 4, True, 95), (100, 4, True, 95), (94, 4, False, 95), (100, 5, True, 95),
+        (89, 5, False, 90), (84, 5, False, None), (100, 6, True, 95),
+    )  # fmt: skip
+    for percent, times, full, warning in steps:
+        watch.look(percent << 20, (100 - percent) << 20)
+        assert (len(told), watch.shown()) == (times, {"full": full, "space_warning_percent": warning}), percent
+    output = capsys.readouterr().out
+    assert [output.count(event) for event in ("pool.filling", "pool.space_warning", "pool.full")] == [1, 4, 3]
 
 
 def test_a_pool_of_nothing_is_not_full() -> None:

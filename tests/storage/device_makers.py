@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from storage.device import Device, open_device
-from tests.storage.devices import DelayDevice, FaultyDevice, MemoryDevice, WrappedDevice
+from tests.storage.devices import DelayDevice, FaultyDevice, FullHostDevice, MemoryDevice, WrappedDevice
 
 SIZE_BYTES = 16 * 1024 * 1024
 LARGER_BYTES = 2 * SIZE_BYTES
@@ -103,6 +103,7 @@ MAKERS: dict[str, Maker] = {
     "missing": lambda _: in_memory(deferred=True, miss_rate=0.5, seed=2),
     "wrapped": lambda folder: wrapped(WrappedDevice, file_on_disk, folder),
     "faulty": lambda folder: wrapped(FaultyDevice, file_on_disk, folder),
+    "thin": lambda folder: wrapped(FullHostDevice, file_on_disk, folder),
     "delayed": lambda _: wrapped(lambda inner: DelayDevice(inner, {"read": 1e-6, "sync": 1e-6}), lambda _: in_memory(), Path()),
 }
 KINDS = [pytest.param(kind, marks=pytest.mark.needs("loop device") if kind == "block" else ()) for kind in MAKERS]

@@ -9,7 +9,7 @@ import errno
 import os
 from asyncio import Future
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -28,7 +28,9 @@ WRITE = "write"
 SYNC = "sync"
 DISCARD = "discard"
 GROW = "grow"
-OPERATIONS = (READ, WRITE, SYNC, DISCARD, GROW)
+# Setting room aside on the host, and asking where there is some.
+RESERVE = "reserve"
+OPERATIONS = (READ, WRITE, SYNC, DISCARD, GROW, RESERVE)
 
 Start = Callable[[], Future[None]]
 
@@ -111,6 +113,21 @@ class MemoryDevice:
     def discard(self, offset_bytes: int, length_bytes: int) -> Future[None]:
         self._check(offset_bytes, length_bytes)
         return self._submit(lambda: self._discard(offset_bytes, length_bytes))
+
+    @property
+    def thin(self) -> bool:
+        return False
+
+    def reserve(self, offset_bytes: int, length_bytes: int) -> Future[None]:
+        self._check(offset_bytes, length_bytes)
+        return self._submit(lambda: None)
+
+    def backed(self, offset_bytes: int, length_bytes: int, found: list[tuple[int, int]]) -> Future[None]:
+        self._check(offset_bytes, length_bytes)
+        return self._submit(lambda: found.append((offset_bytes, offset_bytes + length_bytes)))
+
+    def host_available_bytes(self) -> int | None:
+        return None
 
     def grow(self, size_bytes: int) -> Future[None]:
         assert size_bytes % SECTOR_BYTES == 0
@@ -248,6 +265,19 @@ class WrappedDevice:
 
     def discard(self, offset_bytes: int, length_bytes: int) -> Future[None]:
         return self._later(DISCARD, lambda: self.inner.discard(offset_bytes, length_bytes))
+
+    @property
+    def thin(self) -> bool:
+        return self.inner.thin
+
+    def reserve(self, offset_bytes: int, length_bytes: int) -> Future[None]:
+        return self._later(RESERVE, lambda: self.inner.reserve(offset_bytes, length_bytes))
+
+    def backed(self, offset_bytes: int, length_bytes: int, found: list[tuple[int, int]]) -> Future[None]:
+        return self._later(RESERVE, lambda: self.inner.backed(offset_bytes, length_bytes, found))
+
+    def host_available_bytes(self) -> int | None:
+        return self.inner.host_available_bytes()
 
     def grow(self, size_bytes: int) -> Future[None]:
         return self._later(GROW, lambda: self.inner.grow(size_bytes))
@@ -389,6 +419,75 @@ class DelayDevice(WrappedDevice):
         if not seconds:
             return start()
         return chained(start(), lambda waiting: loop.call_later(seconds, finish, waiting))
+
+
+class FullHostDevice(WrappedDevice):
+    """A sparse file: what was never written, nor reserved, needs a page of the host, and there is none while ``full``.
+
+    ``allocated`` holds the pages that need no more, ``reserved`` those that were asked for by ``reserve``. ``full_from`` makes it full at
+    that call of a write or reserve that needs room (from 1), and ``calls`` counts those.
+    """
+
+    def __init__(self, inner: Device, allocated: Iterable[int] = (), full_from: int | None = None) -> None:
+        super().__init__(inner)
+        self.allocated = set(allocated)
+        self.reserved: set[int] = set()
+        self.full = False
+        self.full_from = full_from
+        self.calls = 0
+
+    @property
+    def thin(self) -> bool:
+        return True
+
+    def host_available_bytes(self) -> int | None:
+        return 0 if self.full else 1 << 40
+
+    def try_writev(self, buffers: Sequence[Buffer], offset_bytes: int, length_bytes: int) -> bool:
+        self._allocate(offset_bytes, length_bytes)
+        return self.inner.try_writev(buffers, offset_bytes, length_bytes)
+
+    def writev(self, buffers: Sequence[Buffer], offset_bytes: int) -> Future[None]:
+        return self._with_room(offset_bytes, buffers_length(buffers), lambda: self.inner.writev(buffers, offset_bytes))
+
+    def reserve(self, offset_bytes: int, length_bytes: int) -> Future[None]:
+        future = self._with_room(offset_bytes, length_bytes, lambda: self.inner.reserve(offset_bytes, length_bytes))
+        self.reserved.update(page for page in self._pages(offset_bytes, length_bytes) if page in self.allocated)
+        return future
+
+    def discard(self, offset_bytes: int, length_bytes: int) -> Future[None]:
+        pages = range(-(-offset_bytes // PAGE_BYTES), (offset_bytes + length_bytes) // PAGE_BYTES)
+        self.allocated.difference_update(pages)
+        return self.inner.discard(offset_bytes, length_bytes)
+
+    def backed(self, offset_bytes: int, length_bytes: int, found: list[tuple[int, int]]) -> Future[None]:
+        pages = self._pages(offset_bytes, length_bytes)
+        found.extend((page * PAGE_BYTES, (page + 1) * PAGE_BYTES) for page in pages if page in self.allocated)
+        return self.inner.backed(offset_bytes, length_bytes, [])
+
+    def _with_room(self, offset_bytes: int, length_bytes: int, start: Start) -> Future[None]:
+        try:
+            self._allocate(offset_bytes, length_bytes)
+        except DeviceFailed as error:
+            future: Future[None] = asyncio.get_running_loop().create_future()
+            future.set_exception(error)
+            return future
+        return start()
+
+    def _allocate(self, offset_bytes: int, length_bytes: int) -> None:
+        needed = [page for page in self._pages(offset_bytes, length_bytes) if page not in self.allocated]
+        if not needed:
+            return
+        self.calls += 1
+        if self.calls == self.full_from:
+            self.full = True
+        if self.full:
+            raise device_error(self.path, f"write at byte {offset_bytes}", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        self.allocated.update(needed)
+
+    @staticmethod
+    def _pages(offset_bytes: int, length_bytes: int) -> range:
+        return range(offset_bytes // PAGE_BYTES, (offset_bytes + length_bytes + PAGE_BYTES - 1) // PAGE_BYTES)
 
 
 def first_bytes(buffers: Sequence[Buffer], length_bytes: int) -> list[memoryview]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from storage.device import file, open_device
+from storage.device import file, host_space, open_device
 from storage.device.descriptor import INLINE_WRITE_BYTES_MAX, DescriptorDevice
 from storage.device.raw import BlockDevice
 from storage.errors import DeviceFailed, DeviceFull, OutOfRange, PoolLocked, PoolRefused
@@ -259,7 +259,7 @@ async def test_a_failed_discard_is_an_error(device: DescriptorDevice, monkeypatc
 
 def test_a_refused_punch_has_the_kernels_reason() -> None:
     with pytest.raises(OSError, match="Bad file descriptor") as caught:
-        file.punch_hole(-1, 0, BLOCK)
+        host_space.punch_hole(-1, 0, BLOCK)
     assert caught.value.errno == errno.EBADF
 
 

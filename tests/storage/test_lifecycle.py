@@ -5,7 +5,8 @@ import gc
 
 import pytest
 
-from storage.errors import Conflict, NotFound, PoolReadOnly, VolumeClosed
+from storage.backdoor.reclaim import Reclaim
+from storage.errors import Conflict, NotFound, PoolFull, PoolReadOnly, VolumeClosed
 from storage.images.catalogue import Catalogue
 from storage.images.image import Image
 from storage.images.lifecycle import new_record
@@ -351,3 +352,42 @@ def test_a_chain_of_clones_may_be_longer_than_the_interpreter_nests_calls() -> N
         assert image is not None and image.number == number and catalogue.image(number) is image
         image = image.backing
     assert image is None
+
+
+async def test_a_pool_that_closes_ends_what_is_under_way_and_answers_before_the_device_goes() -> None:
+    """Found by the store fuzzer: a shrink, and a live check, went on against a closed device."""
+    async with new_pool() as running:
+        await running.pool.vdisk_create("a", 64 * LEAF_BYTES)
+        for index in range(64):
+            await running.write("a", index * LEAF_BYTES, data(index))
+        await running.checkpoint()
+        memory = await running.crashed()
+    device = DelayDevice(memory)
+    running = await open_on(memory, device)
+    device.hold(READ)
+    works = [running.pool.vdisk_resize("a", LEAF_BYTES), running.pool.check()]
+    tasks = [asyncio.ensure_future(work) for work in works]
+    await running.until(lambda: device.held(READ) >= 2)
+    closing = asyncio.create_task(running.pool.close())
+    outcomes = await within(asyncio.gather(*tasks, return_exceptions=True))
+    assert all(isinstance(outcome, VolumeClosed) for outcome in outcomes), outcomes
+    device.release(READ)
+    await within(closing)
+    with pytest.raises(VolumeClosed):
+        await running.pool.vdisk_create("b", LEAF_BYTES)
+    running.closed = True
+
+
+async def test_a_write_that_waits_for_a_reclaim_ends_when_the_pool_closes() -> None:
+    """Found by the store fuzzer: a snapshot that was deleted last posted a reclaim that nobody would carry out, and writes waited for it."""
+    async with new_pool(8 << 20) as running:
+        await running.pool.vdisk_create("a", 1 << 30)
+        with pytest.raises(PoolFull):
+            for index in range(4000):
+                await running.write("a", index * BLOCK_BYTES, data(index))
+        handler = running.pool._handler
+        await handler.stop()
+        running.pool._post_reclaim(running.image("a"))
+        assert not handler.holds(Reclaim)
+        with pytest.raises(PoolFull):
+            await running.write("a", 1 << 29, data(1))

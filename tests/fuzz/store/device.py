@@ -55,6 +55,8 @@ class FuzzDevice:
         self.pages = pages
         self.manner = manner
         self.trouble = Trouble()
+        # Whether blocks for nodes must be set aside first, as in a sparse file.
+        self.thin = seed % 2 == 0
         self.failures = 0
         self.dead = self.closed = False
         self._random = Random(seed)
@@ -124,6 +126,23 @@ class FuzzDevice:
             self._write([DISCARDED] * (last - first), first * PAGE)
 
         return self._submit(work, None)
+
+    def reserve(self, offset_bytes: int, length_bytes: int) -> Future[None]:
+        def work() -> None:
+            if self.trouble.full:
+                self._fails("full", errno.ENOSPC, "reserve")
+
+        return self._submit(work, None)
+
+    def backed(self, offset_bytes: int, length_bytes: int, found: list[tuple[int, int]]) -> Future[None]:
+        def work() -> None:
+            pages = range(offset_bytes // PAGE, (offset_bytes + length_bytes) // PAGE)
+            found.extend((page * PAGE, (page + 1) * PAGE) for page in pages if page in self.pages)
+
+        return self._submit(work, None)
+
+    def host_available_bytes(self) -> int | None:
+        return None
 
     def grow(self, size_bytes: int) -> Future[None]:
         raise AssertionError("pools do not grow")
