@@ -308,7 +308,7 @@ class Lives:
         for step in range(8 + operation.c % 24):
             await asyncio.sleep(session.random.random() * 0.001)
             near = [fbn for fbn in blocks[at : at + 6] if fbn < disk.size_blocks] or [0]
-            if session.read_only or session.wrong is not None or data.volume(disk) is None:
+            if session.read_only or session.broken or data.volume(disk) is None:
                 return
             fbn, chance = session.random.choice(near), session.random.getrandbits(32)
             match chance % 8:
@@ -334,7 +334,7 @@ class Lives:
         for _ in range(10 + operation.c % 20):
             number = session.random.getrandbits(32)
             disk = data.vdisk(number)
-            if disk is None or session.read_only or session.wrong is not None or data.volume(disk) is None:
+            if disk is None or session.read_only or session.broken or data.volume(disk) is None:
                 return
             drawn = Operation(plans.READ, 0.0, number, session.random.getrandbits(32), session.random.getrandbits(32))
             match number >> 20 & 7:

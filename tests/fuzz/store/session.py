@@ -207,6 +207,11 @@ class Session:
         return False
 
     @property
+    def broken(self) -> bool:
+        """Something wrong was found."""
+        return self.wrong is not None
+
+    @property
     def read_only(self) -> bool:
         return self.pool._state.read_only_reason is not None
 
