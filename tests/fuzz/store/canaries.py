@@ -3,14 +3,24 @@
 One more is one more entry of CANARIES. A canary may say which plans are worth trying; it must not say anything to the oracle.
 """
 
-from collections.abc import Callable, Iterator
+import asyncio
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+from storage.consistency.consistency_point import ConsistencyPoints
+from storage.consistency.epoch import Epoch
 from storage.consistency.intent_log import IntentLog
+from storage.images import allocation_report, write_path
+from storage.images.backing import fields_behind, visible_slots
 from storage.images.block_locks import BlockLocks
+from storage.images.image import Image
+from storage.layout import FIELDS_MASK, HOLE, ZERO_POINTER
+from storage.tree.attempt import when_possible
+from storage.tree.buffer_tree import Plan as BufferPlan
+from storage.tree.node import NodeCache
 from tests.crash import canaries as crash_canaries
 from tests.fuzz.store.plan import Plan, plan_of
 from tests.fuzz.store.session import carry_out
@@ -94,7 +104,68 @@ def flush_without_sync(stack: ExitStack) -> None:
     stack.enter_context(mock.patch.object(IntentLog, "_put_down", planted))
 
 
+def node_in_hand_is_evicted(stack: ExitStack) -> None:
+    """A node that is taken in makes room at once, in the middle of whatever step loads it (issue 7, A1)."""
+
+    def planted(self: NodeCache, looks: int) -> None:
+        self._looks_due += looks
+        self._evict()
+
+    stack.enter_context(mock.patch.object(NodeCache, "_evict_soon", planted))
+
+
+def report_looks_behind_later(stack: ExitStack) -> None:
+    """An allocation report looks at a clone, waits, and then looks behind it (issue 7, A2)."""
+
+    async def planted(image: Image, index: int, start: int, end: int, runs: list[allocation_report.Run]) -> None:
+        own = (await image.tree.load(index)).vbns().copy()
+        await asyncio.sleep(0.002)
+        behind = await when_possible(image.state, lambda: fields_behind(image, index, (own == HOLE) & visible_slots(image, index)))
+        for fbn in range(start, end):
+            slot = fbn & FIELDS_MASK
+            allocation_report._append(runs, 1, bool(own[slot] > ZERO_POINTER or behind["vbn"][slot] > ZERO_POINTER))
+
+    stack.enter_context(mock.patch.object(allocation_report, "_append_block", planted))
+
+
+def wait_before_the_freeze(stack: ExitStack) -> None:
+    """Between what belongs to a freeze and the freeze itself others get a turn (issue 7, A6)."""
+    room_for_one, freeze = ConsistencyPoints._room_for_one, ConsistencyPoints._freeze
+    early: dict[int, list[asyncio.Future[None]]] = {}
+
+    async def planted_room(self: ConsistencyPoints) -> None:
+        await room_for_one(self)
+        if self._state.read_only_reason is None and self._state.frozen is None:
+            self._run_at_freeze(early.setdefault(id(self), []))
+            await asyncio.sleep(0.0005)
+
+    def planted_freeze(self: ConsistencyPoints, waiting: list[asyncio.Future[None]]) -> Any:
+        waiting += early.pop(id(self), [])
+        return freeze(self, waiting)
+
+    stack.enter_context(mock.patch.object(ConsistencyPoints, "_room_for_one", planted_room))
+    stack.enter_context(mock.patch.object(ConsistencyPoints, "_freeze", planted_freeze))
+
+
+def refused_writes_make_pointer_blocks(stack: ExitStack) -> None:
+    """Pointer blocks are made before there is room for the data (issue 7, A10)."""
+    plan_for = write_path.plan_for
+
+    def planted(image: Image, epoch: Epoch, indexes: Iterable[int]) -> BufferPlan | None:
+        plan = plan_for(image, epoch, indexes)
+        if plan is None:
+            return None
+        image.tree.carry_out(plan)
+        return BufferPlan(epoch)
+
+    stack.enter_context(mock.patch.object(write_path, "plan_for", planted))
+
+
 CANARIES: tuple[Canary, ...] = (
+    Canary("a node in hand is evicted", node_in_hand_is_evicted),
+    Canary("a report looks behind a clone later", report_looks_behind_later),
+    Canary("a wait before the freeze", wait_before_the_freeze),
+    Canary("refused writes make pointer blocks", refused_writes_make_pointer_blocks),
     Canary("a freed block is used again too early", crash_canaries.early_reuse_of_freed_block),
     Canary("a split without compare-and-set", crash_canaries.split_without_compare_and_set),
     Canary("a trim leaves holes in a clone", crash_canaries.trimmed_block_becomes_a_hole),

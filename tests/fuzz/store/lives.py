@@ -126,6 +126,9 @@ class Lives:
         stray = [task for task in asyncio.all_tasks() if task is not asyncio.current_task() and task not in session.tasks]
         if stray:
             raise Wrong(f"tasks are left by a closed pool: {stray[:3]}")
+        held = session.pool._state.cache.held
+        if held:
+            raise Wrong(f"{held} nodes are held in memory by a closed pool")
         if not session.device.failures:
             report = check_device(session.device, verify_data=True)  # type: ignore[arg-type]
             if not report.ok:
@@ -231,9 +234,6 @@ class Lives:
             await self.ignoring_full(session.patiently("a consistency point", point(session.pool)))
         await self.compare(disks, "at rest", durable)
         await self.compare_counts(disks)
-        pinned = getattr(session.pool._state.cache, "pinned", 0)
-        if pinned and not session.pool.show()["background_messages"]:
-            raise Wrong(f"{pinned} nodes are pinned at rest")
 
     async def compare_counts(self, disks: list[Disk]) -> None:
         """A vdisk that never was a clone uses the blocks that are not zeros, and reports those."""
@@ -308,7 +308,7 @@ class Lives:
         for step in range(8 + operation.c % 24):
             await asyncio.sleep(session.random.random() * 0.001)
             near = [fbn for fbn in blocks[at : at + 6] if fbn < disk.size_blocks] or [0]
-            if session.read_only or session.broken or data.volume(disk) is None:
+            if session.stopped or data.volume(disk) is None:
                 return
             fbn, chance = session.random.choice(near), session.random.getrandbits(32)
             match chance % 8:
@@ -334,7 +334,7 @@ class Lives:
         for _ in range(10 + operation.c % 20):
             number = session.random.getrandbits(32)
             disk = data.vdisk(number)
-            if disk is None or session.read_only or session.broken or data.volume(disk) is None:
+            if disk is None or session.stopped or data.volume(disk) is None:
                 return
             drawn = Operation(plans.READ, 0.0, number, session.random.getrandbits(32), session.random.getrandbits(32))
             match number >> 20 & 7:

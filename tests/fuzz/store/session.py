@@ -207,9 +207,9 @@ class Session:
         return False
 
     @property
-    def broken(self) -> bool:
-        """Something wrong was found."""
-        return self.wrong is not None
+    def stopped(self) -> bool:
+        """There is nothing more to be done in this life."""
+        return self.wrong is not None or self.read_only
 
     @property
     def read_only(self) -> bool:
