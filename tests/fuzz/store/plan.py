@@ -39,6 +39,7 @@ FOCUSES: Final[tuple[dict[str, float], ...]] = (
     {}, {},
     {REPORT: 8, START: 5, CLONE: 3, SNAPSHOT: 2, KILL: 0.3, POWER: 0.3, RACE: 4},
     {FILL: 6, SQUEEZE: 8, SNAPSHOT: 3, DELETE: 2, SNAPSHOT_RM: 2, UNMAP: 3, READ: 2},
+    {RACE: 40, SNAPSHOT: 8, CLONE: 10},
     {CLONE: 6, SNAPSHOT: 4, START: 5, PAUSE: 4, CANCEL: 4, RESUME: 5, SNAPSHOT_RM: 3, RACE: 6},
     {COPY: 8, UNMAP: 3, RESIZE: 4, COMPARE: 3, PARTIAL: 2},
     {FLUSH: 4, FUA: 6, ATOMIC: 5, POWER: 6, KILL: 4},
