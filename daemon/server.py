@@ -64,7 +64,7 @@ class Daemon:
         exponent = (config.physical_block_bytes // SECTOR_BYTES).bit_length() - 1
         node = TargetNode(targets, reservations=self._reservations, physical_block_exponent=exponent)
         self._iscsi = IscsiListener(node, config.connections_max)
-        service = ControlService(self._pool, config.pool_path, targets, self._reservations, self._iscsi)
+        service = ControlService(self._pool, config.pool_path, targets, self._reservations, self._iscsi, config.soft_threshold_percent)
         self._control = ControlServer(config.control_path, service.call)
         await self._control.start()
         for address in config.iscsi_listen:

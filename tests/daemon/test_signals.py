@@ -23,7 +23,7 @@ ENDING = {
 
 
 def test_every_signal_that_would_end_the_process_is_decided_on() -> None:
-    assert ENDING == set(signals.STOPPING | signals.IGNORED)
+    assert set(signals.STOPPING | signals.IGNORED) == ENDING
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         assert signal.getsignal(number) is signal.SIG_IGN
 
