@@ -259,7 +259,7 @@ def stats(settings: Settings, name: str, watch: bool, interval: float) -> None:
 @click.argument("name")
 @click.option("--client", "kind", type=click.Choice(sorted(CLIENTS)), required=True)
 @click.option("--portal", help="HOST:PORT by which the client reaches the daemon, where that is not what it listens on")
-@click.option("--initiator", metavar="IQN", help="the client's iSCSI name; needed where the access list has several")
+@click.option("--initiator", metavar="IQN", help="the client's iSCSI name, where the access list has several")
 @with_output
 @click.pass_obj
 def connect(settings: Settings, name: str, kind: str, portal: str | None, initiator: str | None) -> None:

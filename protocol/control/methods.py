@@ -244,7 +244,7 @@ METHODS: Final[Mapping[str, Method]] = {
     "split.show": Method(Named, "state and progress of one split"),
     "split.ls": Method(Params, "state and progress of all splits"),
     "split.pause": Method(Named, "pause a split"),
-    "split.resume": Method(Named, "resume a paused or failed split"),
+    "split.resume": Method(Named, "resume a paused split"),
     "split.cancel": Method(Named, "cancel a split; the clone keeps its backing store"),
     "split.estimate": Method(Named, "how much a split would copy, and how long that takes"),
     "pool.show": Method(Params, "size, use and state of the pool"),
