@@ -76,10 +76,14 @@ class AccessControl:
         own = self.chap.get(fold(initiator))
         return self._chap if own is None else own.as_secrets(initiator)
 
-    def chap_needed(self, keys: list[str]) -> bool:
-        """Whether any initiator of these targets must prove something."""
-        named = (initiator for key in keys for initiator in self.acls.get(key, ()))
-        return self._chap is not None or any(initiator in self.chap for initiator in named)
+    def listed(self, keys: list[str]) -> list[str] | None:
+        """The initiators on the lists of ``keys``, sorted; None where none of them has a list."""
+        lists = [self.acls[key] for key in keys if key in self.acls]
+        return sorted({initiator for found in lists for initiator in found}) if lists else None
+
+    def secrets_of_others(self) -> ChapSecrets | None:
+        """What initiators without credentials of their own must prove."""
+        return self._chap
 
     # --- Changes ---------------------------------------------------------------------------------------------------
 

@@ -34,7 +34,8 @@ def cleaved() -> None:
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]))
 @click.option("--log-format", type=click.Choice(["auto", "json", "text"]))
 def serve(config_path: str | None, **options: Any) -> None:
-    """Serve one pool until SIGTERM. Prints one line that names every listener when it is ready."""
+    """Serve one pool until SIGTERM (or Ctrl-C, or the terminal is closed). Prints one line that names every listener when it is ready."""
+    runtime.hold_standard_descriptors()
     config = read_config(config_path, options)
     runtime.tune_start()
     import uvloop  # noqa: PLC0415 -- check-config and --help need none of what follows

@@ -1,14 +1,15 @@
 """The log: structlog to stderr, JSON lines or text for a terminal. Event names are stable and stand in docs/operations.md.
 
-Nothing is logged per I/O. What Python's own logging says (asyncio's complaints) comes out as ``python.log``.
+Nothing is logged per I/O. A line that cannot be written (the terminal is closed, the reader of a pipe has gone, the disk is full) is lost:
+no disk stops for it. What Python's own logging says (asyncio's complaints) comes out as ``python.log``.
 """
 
 import itertools
 import logging
-import sys
+import os
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, TextIO, cast
 
 import structlog
 
@@ -18,6 +19,36 @@ LEVELS: Final = {"debug": logging.DEBUG, "info": logging.INFO, "warning": loggin
 # Different reasons that `Repeats` logs one by one until its tick; a stranger can make up as many as he wants.
 REASONS_MAX: Final = 20
 _OTHER_REASONS: Final = "other reasons"
+
+
+STDOUT: Final = 1
+STDERR: Final = 2
+
+
+class _Stderr:
+    """What structlog writes to. Not `sys.stderr`, which raises, keeps what it could not write, and tries again at each line."""
+
+    def write(self, text: str) -> None:
+        """Write, or lose, a line."""
+        _write(STDERR, text)
+
+    def flush(self) -> None:
+        """Nothing waits."""
+
+
+def _write(descriptor: int, text: str) -> None:
+    """Write it all, or as much as is taken."""
+    left = text.encode(errors="backslashreplace")
+    try:
+        while left:
+            left = left[os.write(descriptor, left) :]
+    except OSError:
+        return
+
+
+def write_ready_line(line: str) -> None:
+    """One line to standard output. If nobody takes it, the log has it too (``daemon.ready``)."""
+    _write(STDOUT, line + "\n")
 
 
 class _PythonLog(logging.Handler):
@@ -32,7 +63,7 @@ class _PythonLog(logging.Handler):
 
 def set_up(level: str, log_format: str) -> None:
     """Configure once, at start. ``log_format``: json, text, or auto (text on a terminal)."""
-    text = log_format == "text" or (log_format == "auto" and sys.stderr.isatty())
+    text = log_format == "text" or (log_format == "auto" and os.isatty(STDERR))
     processors: list[structlog.typing.Processor] = [
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -40,13 +71,13 @@ def set_up(level: str, log_format: str) -> None:
     if text:
         # Not the formatter that shows local variables: secrets may be among them.
         plain = structlog.dev.plain_traceback
-        processors.append(structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain))
+        processors.append(structlog.dev.ConsoleRenderer(colors=os.isatty(STDERR), exception_formatter=plain))
     else:
         processors += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     structlog.configure(
         processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(file=cast("TextIO", _Stderr())),
         cache_logger_on_first_use=False,
     )
     logging.basicConfig(handlers=[_PythonLog()], level=max(LEVELS[level], logging.INFO), force=True)

@@ -1,6 +1,7 @@
 """How the interpreter is tuned for one event loop thread that must not stall, and a few I/O threads."""
 
 import gc
+import os
 import sys
 from typing import Final
 
@@ -11,6 +12,18 @@ SWITCH_INTERVAL_SECONDS: Final = 0.0005
 # rings of references, so: the young are collected 5,000 at a time (about 1 ms), twice that at most with the middle generation, and
 # the old never by themselves, but when nobody is served (`collect_old`).
 GC_THRESHOLDS: Final = (5_000, 1, 1_000_000)
+
+
+_STANDARD_DESCRIPTORS: Final = 3
+
+
+def hold_standard_descriptors() -> None:
+    """Call before anything is opened: where the daemon was started without standard input, output or error (``2>&-``), the pool would
+    become that descriptor, and what is written to it, the log for one, would go into the pool.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < _STANDARD_DESCRIPTORS:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
 
 
 def tune_start() -> None:

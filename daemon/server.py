@@ -1,11 +1,9 @@
 """One daemon: start in order (pool, listeners, control socket, ready), stop in the reverse order within STOP_SECONDS."""
 
 import asyncio
-import signal
-import sys
 from typing import Any, Final
 
-from daemon import runtime
+from daemon import logs, runtime, signals
 from daemon.config import Config
 from daemon.control import ControlServer
 from daemon.descriptors import PER_LISTENER, Shares, open_now, raise_limit, share_out
@@ -180,23 +178,21 @@ def log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> 
 
 
 async def run(config: Config) -> None:
-    """Serve until SIGTERM or SIGINT. Raises what `Daemon.start` raises."""
+    """Serve until a signal says stop (`daemon.signals`). Raises what `Daemon.start` raises."""
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(log_loop_error)
-    stopping = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
+    stopping: asyncio.Queue[str] = asyncio.Queue()
+    signals.take_over(loop, stopping.put_nowait)
     daemon = Daemon(config)
     try:
         await daemon.start()
         runtime.tune_memory()
-        sys.stdout.write(daemon.ready_line() + "\n")
-        sys.stdout.flush()
+        logs.write_ready_line(daemon.ready_line())
         notify("READY=1")
         get_log().info("daemon.ready", pool=config.pool_path, listeners=daemon.ready_line().partition(": ")[2])
-        await stopping.wait()
+        by = await stopping.get()
         notify("STOPPING=1")
-        get_log().info("daemon.stopping")
+        get_log().info("daemon.stopping", signal=by)
     finally:
         await daemon.stop()
     get_log().info("daemon.stopped")

@@ -4,19 +4,23 @@ Handlers take validated parameters and give what travels as the result. Errors o
 their class, in one place (``control_error``).
 """
 
+import asyncio
 import os
 from collections.abc import Mapping
 from typing import Any, Final
 
 from daemon import VERSION
+from daemon.logs import get_log
 from daemon.pool_interface import PoolInterface, Row
 from daemon.reservation_store import ReservationStore
-from daemon.space_watch import SpaceWatch
+from daemon.space_watch import SpaceWatch, space_warnings
 from daemon.target_service import Handler, TargetService, Wire
 from daemon.targets import VDISK, Targets
+from daemon.units import format_exact
 from protocol.control import errors, methods
 from protocol.control.errors import ControlError
 from protocol.control.limits import PROTOCOL_VERSION
+from protocol.iscsi.limits import LOGOUT_SECONDS
 from storage.errors import (
     BlockDamaged,
     Conflict,
@@ -44,6 +48,10 @@ ERROR_CODES: Final[Mapping[type[StorageError], str]] = {
     StorageError: errors.FAILED,
 }
 
+# A session that is to end has LOGOUT_SECONDS for that by itself; then it is cut off, at the listener's next tick, and what its commands
+# still hold at the device comes back.
+SESSION_END_SECONDS: Final = LOGOUT_SECONDS + 10
+
 
 def control_error(error: StorageError) -> ControlError:
     """The protocol's error for one of the pool's."""
@@ -52,7 +60,7 @@ def control_error(error: StorageError) -> ControlError:
 
 
 class ControlService:
-    """Carries out calls. ``wire`` is told what open sessions must learn."""
+    """Carries out calls. ``wire`` is told what open sessions must learn. ``space`` knows from when on to warn who wants more."""
 
     def __init__(
         self, pool: PoolInterface, pool_path: str, targets: Targets, reservations: ReservationStore, wire: Wire, space: SpaceWatch
@@ -88,6 +96,7 @@ class ControlService:
             "pool.scrub_show": self._pool_scrub_show,
             "pool.scrub_cancel": self._pool_scrub_cancel,
             "session.ls": self._session_list,
+            "session.end": self._session_end,
             "stats": self._stats,
             "connect": self._connect,
             **TargetService(pool, targets, wire).handlers,
@@ -109,9 +118,14 @@ class ControlService:
         who = {"server": "cleaved", "version": VERSION, "protocol": PROTOCOL_VERSION}
         return {**who, "pool": self._pool_path, "pid": os.getpid()}
 
+    def _warnings(self) -> list[str]:
+        """For who asked for something that will want room. It was made all the same: what takes the room are writes."""
+        return space_warnings(self._pool.show(), self._space.threshold_percent)
+
     async def _vdisk_create(self, params: methods.VdiskCreate) -> Row:
         with self._targets.claim(VDISK, params.name):
-            return await self._pool.vdisk_create(params.name, params.size_bytes)
+            created = await self._pool.vdisk_create(params.name, params.size_bytes)
+        return {**created, "warnings": self._warnings()}
 
     async def _vdisk_list(self, params: methods.Params) -> list[Row]:
         return await self._pool.vdisk_list()
@@ -120,9 +134,13 @@ class ControlService:
         return await self._pool.vdisk_show(params.name)
 
     async def _vdisk_resize(self, params: methods.VdiskResize) -> Row:
+        before_bytes = self._pool.volume(params.name).size_bytes
+        if params.size_bytes < before_bytes and not params.shrink:
+            raise _would_cut(params.name, before_bytes, params.size_bytes)
+        # No wait in between: the pool takes the vdisk for this resize in the same step, and no other one can come first.
         await self._pool.vdisk_resize(params.name, params.size_bytes)
         self._wire.volume_resized(self._pool.volume(params.name))
-        return await self._pool.vdisk_show(params.name)
+        return {**await self._pool.vdisk_show(params.name), "warnings": self._warnings()}
 
     async def _vdisk_rename(self, params: methods.VdiskRename) -> Row:
         with self._targets.claim(VDISK, params.new_name, self._pool.volume(params.name)):
@@ -132,6 +150,7 @@ class ControlService:
     async def _vdisk_delete(self, params: methods.Named) -> Row:
         volume = self._pool.volume(params.name)
         self._targets.check_unmapped(volume)
+        self._targets.check_unused(volume)
         await self._pool.vdisk_delete(params.name)
         await self._targets.forget(volume)
         self._wire.volume_deleted(volume.uuid)
@@ -139,7 +158,9 @@ class ControlService:
         return {"name": params.name, "deleted": True}
 
     async def _snapshot_create(self, params: methods.SnapshotCreate) -> list[Row]:
-        return await self._pool.snapshot_create([_two_names(reference) for reference in params.snapshots])
+        created = await self._pool.snapshot_create([_two_names(reference) for reference in params.snapshots])
+        warnings = self._warnings()
+        return [{**row, "warnings": warnings} for row in created]
 
     async def _snapshot_list(self, params: methods.SnapshotList) -> list[Row]:
         return await self._pool.snapshot_list(params.vdisk)
@@ -153,7 +174,7 @@ class ControlService:
             created = await self._pool.clone_create(*_two_names(params.snapshot), params.name)
         if params.split:
             await self._pool.split_start(params.name)
-        return created
+        return {**created, "warnings": self._warnings()}
 
     async def _split_start(self, params: methods.SplitStart) -> Row:
         return await self._pool.split_start(params.name, params.mode, params.rate_min_bytes, params.rate_max_bytes)
@@ -200,15 +221,35 @@ class ControlService:
     async def _stats(self, params: methods.Named) -> Row:
         return self._targets.stats(params.name)
 
-    async def _connect(self, params: methods.Named) -> Row:
+    async def _session_end(self, params: methods.SessionEnd) -> Row:
+        session, ended = self._targets.session(params.id)
+        who = {"id": params.id, "initiator": session.initiator_name, "target": session.target_name}
+        get_log().info("session.ending", **who)
+        self._wire.end_sessions([session])
+        try:
+            await asyncio.wait_for(ended.wait(), SESSION_END_SECONDS)
+        except TimeoutError:
+            raise ControlError(
+                errors.FAILED,
+                f"session {params.id} was cut off, and commands of it are still under way: the pool's device does not answer them",
+                "look at the device and the daemon's log; the session ends when they do",
+            ) from None
+        return {**who, "ended": True}
+
+    async def _connect(self, params: methods.Connect) -> Row:
         volume = self._pool.volume(params.name)
-        return {
-            "name": params.name,
-            "target": self._targets.target_name(params.name),
-            "lun": 0,
-            "portals": self._wire.portals(),
-            "chap": self._targets.chap_needed(volume),
-        }
+        where = {"name": params.name, "target": self._targets.target_name(params.name), "lun": 0, "portals": self._wire.portals()}
+        return {**where, **self._targets.access_to(volume, params.initiator)}
+
+
+def _would_cut(name: str, before_bytes: int, after_bytes: int) -> ControlError:
+    """A vdisk was to shrink, and nobody said that this is meant."""
+    return ControlError(
+        errors.CONFLICT,
+        f"vdisk {name} has {format_exact(before_bytes)}: a size of {format_exact(after_bytes)} would cut off its last "
+        f"{format_exact(before_bytes - after_bytes)}, with the data in them",
+        f"nothing was changed; if that is meant: cleavectl vdisk resize {name} {after_bytes} --shrink",
+    )
 
 
 def _two_names(reference: str) -> tuple[str, str]:

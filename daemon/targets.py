@@ -7,10 +7,11 @@ A vdisk without a list of initiators of its own, mapped into targets that have o
 target is no way around the lists.
 """
 
+import asyncio
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -44,11 +45,21 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Session:
-    """What an open session holds: its label, its target's key, and the volumes that it attached, by LUN."""
+    """What an open session holds: its number, its target's key, and the volumes that it attached, by LUN.
 
-    label: str
+    The number is the session's ``id`` wherever one is shown, in errors and in the log too. No session ever has that of another.
+    """
+
+    number: int
+    initiator: str
     key: str | None
     volumes: dict[int, AttachableVolume]
+    ended: asyncio.Event
+
+    @property
+    def label(self) -> str:
+        """As errors name it."""
+        return f"{self.initiator} (session {self.number})"
 
 
 class Targets:
@@ -127,19 +138,24 @@ class Targets:
     def session_opened(self, session: SessionView) -> None:
         """Attach the vdisks of the target for as long as the session lives."""
         found = self.find(session.target_name) if session.target_name else None
-        label = f"{session.initiator_name} (session {next(self._numbers)})"
-        opened = _Session(label, None, {}) if found is None else _Session(label, found.key, found.luns)
+        key, volumes = (None, {}) if found is None else (found.key, found.luns)
+        opened = _Session(next(self._numbers), session.initiator_name, key, volumes, asyncio.Event())
         for volume in opened.volumes.values():
             volume.attach(opened.label)
         self._sessions[session] = opened
-        get_log().info("session.opened", initiator=session.initiator_name, target=session.target_name, address=session.peer_address)
+        get_log().info(
+            "session.opened", id=opened.number, initiator=session.initiator_name, target=session.target_name, address=session.peer_address
+        )
 
     def session_closed(self, session: SessionView) -> None:
         """Detach. No command of the session can touch its vdisks any more."""
         opened = self._sessions.pop(session)
         for volume in opened.volumes.values():
             volume.detach(opened.label)
-        get_log().info("session.closed", initiator=session.initiator_name, target=session.target_name, address=session.peer_address)
+        opened.ended.set()
+        get_log().info(
+            "session.closed", id=opened.number, initiator=session.initiator_name, target=session.target_name, address=session.peer_address
+        )
 
     # --- Finding ---------------------------------------------------------------------------------------------------
 
@@ -204,9 +220,9 @@ class Targets:
 
     def _check_unused(self, name: str, key: str | None) -> None:
         """Raise Conflict while sessions came by this name to what had it then: they would log in again to another disk, and write on."""
-        users = sorted(opened.label for opened in self._came_by(name) if opened.key != key)
+        users = [opened for opened in self._came_by(name) if opened.key != key]
         if users:
-            raise Conflict(f"{', '.join(users)} came by the name {name} to another disk: end those sessions first, or choose another name")
+            raise Conflict(f"{_labels(users)} came by the name {name} to another disk: {_to_end(users)}, or choose another name")
 
     def _check_leaves_nobody_behind(self, volume: AttachableVolume) -> None:
         """Raise Conflict while sessions use a vdisk by a name that is to go and another has in another case: they would find that."""
@@ -236,9 +252,9 @@ class Targets:
     async def remove(self, reference: str) -> str:
         """Remove a created target with its LUNs and its list; the vdisks stay. Raises NotFound, Conflict (it has sessions)."""
         found = self._created(reference)
-        users = sorted(opened.label for opened in self._sessions.values() if opened.key == found.key)
+        users = [opened for opened in self._sessions.values() if opened.key == found.key]
         if users:
-            raise Conflict(f"target {found.name} is in use by {', '.join(users)}: end those sessions first")
+            raise Conflict(f"target {found.name} is in use by {_labels(users)}: {_to_end(users)}")
         await self.table.remove(found.name)
         for volume in found.luns.values():
             volume.detach(_mapping_label(found.name))
@@ -309,6 +325,12 @@ class Targets:
         if places:
             raise Conflict(f"vdisk {volume.name} is {' and '.join(places)}: cleavectl target unmap takes it out")
 
+    def check_unused(self, volume: AttachableVolume) -> None:
+        """Raise Conflict where sessions use a vdisk that is to be deleted."""
+        users = [opened for opened in self._sessions.values() if volume in opened.volumes.values()]
+        if users:
+            raise Conflict(f"vdisk {volume.name} is in use by {_labels(users)}: {_to_end(users)}")
+
     def no_longer_allowed(self) -> list[SessionView]:
         """Open sessions whose initiators may not use their targets any more."""
         return [
@@ -323,9 +345,26 @@ class Targets:
         """The iSCSI name of a vdisk's target."""
         return self.names.announced(vdisk)
 
-    def chap_needed(self, volume: AttachableVolume) -> bool:
-        """Initiators of this vdisk's own target must authenticate, or some of them."""
-        return self.access.chap_needed(self._lists_of_vdisk(volume.uuid.hex))
+    def access_to(self, volume: AttachableVolume, initiator: str | None) -> Row:
+        """Who may use a vdisk's own target, and what must be proved there: by ``initiator``, or by whoever may.
+
+        ``initiator`` in the answer is the one asked for, else the only one that may; ``allowed`` is false where its login, or any, would be
+        refused; ``chap_user`` is null where there is none, or not the same for all.
+        """
+        keys = self._lists_of_vdisk(volume.uuid.hex)
+        listed = self.access.listed(keys)
+        if initiator is None and listed is not None and len(listed) == 1:
+            (initiator,) = listed
+        if initiator is None:
+            allowed = self.access.open_access if listed is None else bool(listed)
+            secrets = [self.access.secrets_of_others()] if listed is None else [self.access.secrets_for(name) for name in listed]
+        else:
+            allowed = self.access.allows(keys, initiator)
+            secrets = [self.access.secrets_for(initiator)]
+        users = {None if found is None else found.user for found in secrets}
+        chap_user = users.pop() if len(users) == 1 else None
+        chap = any(found is not None for found in secrets)
+        return {"initiators": listed, "initiator": initiator, "allowed": allowed, "chap": chap, "chap_user": chap_user}
 
     def describe(self, name: str) -> Row:
         """A created target: its LUNs, its list (None: it has none), and how many sessions use it."""
@@ -343,8 +382,15 @@ class Targets:
 
     def sessions(self) -> list[Row]:
         """One row a session, sorted by target and initiator."""
-        rows: list[dict[str, Any]] = [dict(session.describe()) for session in self._sessions]
+        rows: list[dict[str, Any]] = [{"id": opened.number, **session.describe()} for session, opened in self._sessions.items()]
         return sorted(rows, key=lambda row: (str(row.get("target")), str(row.get("initiator"))))
+
+    def session(self, number: int) -> tuple[SessionView, asyncio.Event]:
+        """By its ``id``; the event is set when it has ended, and none of its commands can touch a volume. Raises NotFound."""
+        for session, opened in self._sessions.items():
+            if opened.number == number:
+                return session, opened.ended
+        raise NotFound(f"there is no session {number}: cleavectl session ls shows those that are open")
 
     def stats(self, vdisk: str) -> Row:
         """Counters of one vdisk since the daemon started. Raises NotFound."""
@@ -356,6 +402,17 @@ class Targets:
 def full_name(reference: str) -> str:
     """The iSCSI name that a reference stands for."""
     return reference if re.fullmatch(ISCSI_NAME, reference) else TARGET_PREFIX + reference
+
+
+def _labels(sessions: Iterable[_Session]) -> str:
+    return ", ".join(sorted(opened.label for opened in sessions))
+
+
+def _to_end(sessions: list[_Session]) -> str:
+    """What an administrator does about sessions that are in the way."""
+    if len(sessions) == 1:
+        return f"end that session first (cleavectl session end {sessions[0].number})"
+    return "end those sessions first (cleavectl session end ID, for each)"
 
 
 def _mapping_label(target_name: str) -> str:

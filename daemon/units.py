@@ -59,6 +59,11 @@ def format_size(size_bytes: float) -> str:
     return f"{size_bytes:.0f} B"
 
 
+def format_exact(size_bytes: int) -> str:
+    """As people read it, and to the byte: ``1.5 TiB (1,649,267,441,664 bytes)``."""
+    return f"{format_size(size_bytes)} ({size_bytes:,} bytes)"
+
+
 def format_duration(seconds: float) -> str:
     """As people read it: ``0:07``, ``12:34``, ``3:25:45``."""
     whole = round(seconds)

@@ -6,71 +6,27 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 not found, 4 conflict, 5 daemon not rea
 import os
 import sys
 import time
-from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 import click
 
 from daemon.admin.access_commands import acl, chap, target
-from daemon.admin.client import ControlClient, Unreachable
-from daemon.admin.connect import CLIENTS
+from daemon.admin.client import Unreachable
+from daemon.admin.connect import CLIENTS, check_reachable, notes
 from daemon.admin.output import print_json
-from daemon.admin.settings import Settings, with_output
-from daemon.units import UnitError, parse_duration, parse_rate, parse_size
+from daemon.admin.parameters import DURATION, RATE, SIZE, SNAPSHOT
+from daemon.admin.settings import Settings, confirm, with_output
+from daemon.admin.split_commands import split
+from daemon.units import format_exact
 from protocol.control.errors import EXIT_FAILED, EXIT_UNREACHABLE, ControlError
 
 CONTROL_PATH_DEFAULT: Final = "/run/cleaved/control.sock"
 
 VDISK_COLUMNS: Final = ("name", "size_bytes", "used_bytes", "backing", "split")
 SNAPSHOT_COLUMNS: Final = ("name", "size_bytes", "used_bytes", "clones", "created_ns")
-SPLIT_COLUMNS: Final = ("name", "state", "mode", "percent", "holes_remaining", "rate_bytes_per_second", "eta_seconds", "reason")
-SESSION_COLUMNS: Final = ("initiator", "target", "address", "commands_in_flight")
+SESSION_COLUMNS: Final = ("id", "initiator", "target", "address", "commands_in_flight")
 
-NOTIFICATION_SECONDS: Final = 2.0
 SCRUB_POLL_SECONDS: Final = 0.5
-
-
-class Quantity(click.ParamType[float]):
-    """A size, rate or duration; the usage error says what would be right."""
-
-    def __init__(self, name: str, parse: Callable[[str], float]) -> None:
-        self.name = name
-        self._parse = parse
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Bytes, bytes a second, or seconds."""
-        if not isinstance(value, str):
-            return float(value)
-        try:
-            return self._parse(value)
-        except UnitError as error:
-            self.fail(str(error), param, ctx)
-
-
-class SnapshotReference(click.ParamType[str]):
-    """``VDISK@SNAPSHOT``."""
-
-    name = "VDISK@SNAPSHOT"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The text itself, when it has one ``@`` inside."""
-        vdisk, _, snapshot = str(value).partition("@")
-        if not vdisk or not snapshot or "@" in snapshot:
-            self.fail(f"{value!r} is not a snapshot; write VDISK@SNAPSHOT, as in golden@v1", param, ctx)
-        return str(value)
-
-
-def _vdisk_size(text: str) -> int:
-    size_bytes = parse_size(text)
-    if size_bytes == 0:
-        raise UnitError(f"{text!r} is no size of a vdisk; write a size above zero, as in 10GiB")
-    return size_bytes
-
-
-SIZE: Final = Quantity("SIZE", _vdisk_size)
-RATE: Final = Quantity("SIZE/s", parse_rate)
-DURATION: Final = Quantity("DURATION", parse_duration)
-SNAPSHOT: Final = SnapshotReference()
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -97,7 +53,7 @@ def vdisk() -> None:
 @click.pass_obj
 def vdisk_create(settings: Settings, name: str, size: int) -> None:
     """Create an empty vdisk."""
-    settings.show(settings.call("vdisk.create", name=name, size_bytes=size))
+    settings.show_with_warnings(settings.call("vdisk.create", name=name, size_bytes=size))
 
 
 @vdisk.command("ls")
@@ -120,11 +76,17 @@ def vdisk_show(settings: Settings, name: str) -> None:
 @vdisk.command("resize")
 @click.argument("name")
 @click.argument("size", type=SIZE)
+@click.option("--shrink", is_flag=True, help="a smaller size is meant: cut the end off, with the data in it; asks on a terminal")
+@click.option("--yes", is_flag=True, help="with --shrink: do not ask; needed where there is no terminal")
 @with_output
 @click.pass_obj
-def vdisk_resize(settings: Settings, name: str, size: int) -> None:
-    """Change the size. Smaller cuts the end off, with the data in it."""
-    settings.show(settings.call("vdisk.resize", name=name, size_bytes=size))
+def vdisk_resize(settings: Settings, name: str, size: int, shrink: bool, yes: bool) -> None:
+    """Change the size. A smaller one cuts the end off, with the data in it, and is refused without --shrink."""
+    if shrink:
+        before = settings.call("vdisk.show", name=name)["size_bytes"]
+        if size < before:
+            confirm(f"This cuts {format_exact(before - size)} off the end of vdisk {name}, with the data in them, for good", yes)
+    settings.show_with_warnings(settings.call("vdisk.resize", name=name, size_bytes=size, shrink=shrink))
 
 
 @vdisk.command("rename")
@@ -157,7 +119,7 @@ def snapshot() -> None:
 @click.pass_obj
 def snapshot_create(settings: Settings, snapshots: tuple[str, ...]) -> None:
     """Take snapshots; several are of one moment, all or none."""
-    settings.show(settings.call("snapshot.create", snapshots=list(snapshots)), SNAPSHOT_COLUMNS)
+    settings.show_with_warnings(settings.call("snapshot.create", snapshots=list(snapshots)), SNAPSHOT_COLUMNS)
 
 
 @snapshot.command("ls")
@@ -192,76 +154,10 @@ def clone() -> None:
 @click.pass_obj
 def clone_create(settings: Settings, source: str, name: str, split: bool) -> None:
     """Create a clone; it is a vdisk like any other."""
-    settings.show(settings.call("clone.create", snapshot=source, name=name, split=split))
+    settings.show_with_warnings(settings.call("clone.create", snapshot=source, name=name, split=split))
 
 
-@cleavectl.group()
-def split() -> None:
-    """Separate clones from their backing store."""
-
-
-@split.command("start")
-@click.argument("name")
-@click.option("--mode", type=click.Choice(["copy", "share"]), default="copy", show_default=True, help="share moves no data")
-@click.option("--wait", is_flag=True, help="show progress until it is done")
-@click.option("--max-rate", type=RATE, metavar="SIZE/s", help="ceiling of the copying")
-@click.option("--min-rate", type=RATE, metavar="SIZE/s", help="floor of the copying, kept under any load")
-@with_output
-@click.pass_obj
-def split_start(settings: Settings, name: str, mode: str, wait: bool, max_rate: int | None, min_rate: int | None) -> None:
-    """Start to split a clone; it goes on in the background."""
-    with settings.client() as client:
-        if wait:
-            client.call("rpc.subscribe", events=["split.progress"])
-        started = client.call("split.start", name=name, mode=mode, rate_min_bytes=min_rate, rate_max_bytes=max_rate)
-        settings.show(_wait_for_split(client, name) if wait else started)
-
-
-def _wait_for_split(client: ControlClient, name: str) -> dict[str, Any]:
-    """The final state. Raises ControlError when the split stops short of its end."""
-    from daemon.admin.progress import progress_view  # noqa: PLC0415 -- only for those who wait
-
-    with progress_view(name) as view:
-        found: dict[str, Any] = client.call("split.show", name=name)
-        view.update(found)
-        while found["state"] == "running":
-            update = client.notification(NOTIFICATION_SECONDS)
-            if update is None:
-                # Progress comes several times a second: silence means that the split ended unseen, or its vdisk was deleted.
-                found = client.call("split.show", name=name)
-            elif update.params["name"] == name:
-                found = update.params
-            view.update(found)
-    if found["state"] != "done":
-        reason = found.get("reason") or "by request"
-        raise ControlError("failed", f"the split of {name} is {found['state']}: {reason}", f"cleavectl split show {name}")
-    return found
-
-
-def _split_command(name: str, method: str, summary: str) -> None:
-    """The commands that take a name and show the split."""
-
-    @split.command(name, help=summary)
-    @click.argument("name")
-    @with_output
-    @click.pass_obj
-    def run(settings: Settings, name: str) -> None:
-        settings.show(settings.call(method, name=name))
-
-
-_split_command("show", "split.show", "Show state and progress of one split.")
-_split_command("pause", "split.pause", "Pause a split; resume goes on where it was.")
-_split_command("resume", "split.resume", "Resume a paused or failed split.")
-_split_command("cancel", "split.cancel", "Cancel a split; the clone keeps its backing store.")
-_split_command("estimate", "split.estimate", "How much would be copied, and how long that takes.")
-
-
-@split.command("ls")
-@with_output
-@click.pass_obj
-def split_ls(settings: Settings) -> None:
-    """List all splits."""
-    settings.show(settings.call("split.ls"), SPLIT_COLUMNS)
+cleavectl.add_command(split)
 
 
 @cleavectl.group()
@@ -329,6 +225,19 @@ def session_ls(settings: Settings) -> None:
     settings.show(settings.call("session.ls"), SESSION_COLUMNS)
 
 
+@session.command("end")
+@click.argument("number", metavar="ID", type=click.IntRange(min=1))
+@with_output
+@click.pass_obj
+def session_end(settings: Settings, number: int) -> None:
+    """End a session (ID as session ls shows it), and wait for its end.
+
+    Its initiator is asked to log out, and cut off after 5 s if it does not. One that still wants the disk logs in again: log out there,
+    or shut it out by an access list (acl).
+    """
+    settings.show(settings.call("session.end", id=number))
+
+
 @cleavectl.command()
 @click.argument("name")
 @click.option("--watch", is_flag=True, help="show what happens, until interrupted")
@@ -350,19 +259,22 @@ def stats(settings: Settings, name: str, watch: bool, interval: float) -> None:
 @click.argument("name")
 @click.option("--client", "kind", type=click.Choice(sorted(CLIENTS)), required=True)
 @click.option("--portal", help="HOST:PORT by which the client reaches the daemon, where that is not what it listens on")
+@click.option("--initiator", metavar="IQN", help="the client's iSCSI name, where the access list has several")
 @with_output
 @click.pass_obj
-def connect(settings: Settings, name: str, kind: str, portal: str | None) -> None:
-    """Print what a client program needs to use a vdisk."""
-    where = settings.call("connect", name=name)
+def connect(settings: Settings, name: str, kind: str, portal: str | None, initiator: str | None) -> None:
+    """Print what a client program needs to use a vdisk. Fails where a login would be refused, and says what opens access."""
+    where = settings.call("connect", name=name, initiator=initiator)
     if portal is not None:
         where["portals"] = [portal]
-    if not where["portals"]:
-        raise ControlError("failed", "the daemon listens on no iSCSI address", "set iscsi.listen, or start it with --iscsi HOST:PORT")
+    check_reachable(where)
+    lines = CLIENTS[kind](where)
     if settings.output == "json":
-        print_json({**where, "client": kind, "lines": CLIENTS[kind](where)})
+        print_json({**where, "client": kind, "lines": lines, "notes": notes(where)})
     else:
-        sys.stdout.write("\n".join(CLIENTS[kind](where)) + "\n")
+        sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.flush()
+    sys.stderr.writelines(f"cleavectl: {note}\n" for note in notes(where))
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """What the global options of `cleavectl` say, for the modules that hold its commands."""
 
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -35,6 +36,28 @@ class Settings:
             print_table(value, columns)
         elif value is not None:
             print_record(value)
+
+    def show_with_warnings(self, value: Any, columns: tuple[str, ...] | None = None) -> None:
+        """Print a result, and on stderr what the daemon warns of: it is done, and yet somebody should know."""
+        rows = value if isinstance(value, list) else [value]
+        warnings = dict.fromkeys(warning for row in rows for warning in row.get("warnings", ()))
+        if self.output == "table":
+            for row in rows:
+                row.pop("warnings", None)
+        self.show(value, columns)
+        sys.stdout.flush()
+        sys.stderr.writelines(f"cleavectl: warning: {warning}\n" for warning in warnings)
+
+
+def confirm(what: str, yes: bool) -> None:
+    """Ask on the terminal before something is destroyed; ``yes``: it was answered beforehand. Raises UsageError, Abort."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise click.UsageError(f"{what}. There is no terminal to ask: give --yes if that is meant")
+    if not click.confirm(f"{what}. Go on?", err=True):
+        sys.stderr.write("cleavectl: nothing was changed\n")
+        raise click.Abort
 
 
 def _set_output(ctx: click.Context, param: click.Parameter, value: str | None) -> None:

@@ -83,10 +83,11 @@ class VdiskCreate(Params, frozen=True, kw_only=True):
 
 
 class VdiskResize(Params, frozen=True, kw_only=True):
-    """Smaller cuts the end off; larger adds zeros."""
+    """Larger adds zeros. Smaller cuts the end off, with the data in it, and is refused unless ``shrink`` is true."""
 
     name: Name
     size_bytes: SizeBytes
+    shrink: bool = False
 
 
 class VdiskRename(Params, frozen=True, kw_only=True):
@@ -193,6 +194,19 @@ class OneInitiator(Params, frozen=True, kw_only=True):
     initiator: Initiator
 
 
+class SessionEnd(Params, frozen=True, kw_only=True):
+    """``id`` as ``session.ls`` shows it."""
+
+    id: Annotated[int, msgspec.Meta(ge=1)]
+
+
+class Connect(Params, frozen=True, kw_only=True):
+    """What a client needs to use a vdisk; what it must prove and whether it may depends on its ``initiator`` name."""
+
+    name: Name
+    initiator: Initiator | None = None
+
+
 class PoolCheck(Params, frozen=True, kw_only=True):
     """``verify_data`` reads every data block too, and compares its checksum."""
 
@@ -219,7 +233,7 @@ METHODS: Final[Mapping[str, Method]] = {
     "vdisk.create": Method(VdiskCreate, "create an empty vdisk"),
     "vdisk.ls": Method(Params, "list all vdisks"),
     "vdisk.show": Method(Named, "one vdisk in full"),
-    "vdisk.resize": Method(VdiskResize, "change a vdisk's size"),
+    "vdisk.resize": Method(VdiskResize, "change a vdisk's size; a smaller one wants shrink"),
     "vdisk.rename": Method(VdiskRename, "rename a vdisk"),
     "vdisk.rm": Method(Named, "delete a vdisk; its space is reclaimed in the background"),
     "snapshot.create": Method(SnapshotCreate, "take snapshots, all at one moment"),
@@ -230,7 +244,7 @@ METHODS: Final[Mapping[str, Method]] = {
     "split.show": Method(Named, "state and progress of one split"),
     "split.ls": Method(Params, "state and progress of all splits"),
     "split.pause": Method(Named, "pause a split"),
-    "split.resume": Method(Named, "resume a paused or failed split"),
+    "split.resume": Method(Named, "resume a paused split"),
     "split.cancel": Method(Named, "cancel a split; the clone keeps its backing store"),
     "split.estimate": Method(Named, "how much a split would copy, and how long that takes"),
     "pool.show": Method(Params, "size, use and state of the pool"),
@@ -251,8 +265,9 @@ METHODS: Final[Mapping[str, Method]] = {
     "chap.rm": Method(OneInitiator, "remove an initiator's credentials"),
     "chap.ls": Method(Params, "which initiators have credentials, without their secrets"),
     "session.ls": Method(Params, "list the iSCSI sessions"),
+    "session.end": Method(SessionEnd, "end an iSCSI session: its initiator is asked to log out, and cut off if it does not"),
     "stats": Method(Named, "counters of one vdisk since the daemon started"),
-    "connect": Method(Named, "what a client needs to connect to a vdisk"),
+    "connect": Method(Connect, "what a client needs to connect to a vdisk"),
 }
 
 

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # No program of a test takes longer on any machine; a hang fails the test by this, never a slow machine.
@@ -58,11 +58,20 @@ class Daemon:
     """A daemon of its own process on a pool in a directory. Use as an asynchronous context; leaving it stops the process in order."""
 
     def __init__(
-        self, directory: Path, pool_size: str = "256MiB", options: tuple[str, ...] = (), open_files_max: int | None = None
+        self,
+        directory: Path,
+        pool_size: str = "256MiB",
+        options: tuple[str, ...] = (),
+        open_files_max: int | None = None,
+        *,
+        under: tuple[str, ...] = (),
+        log_to_nobody: bool = False,
     ) -> None:
         self.directory = directory
         self.pool_path = directory / "pool"
         self.control_path = directory / "control.sock"
+        self._under = under
+        self._log_to_nobody = log_to_nobody
         self._options = ("--pool", str(self.pool_path), "--pool-size", pool_size, *options)
         self._limited = limited(open_files_max)
         self._process: asyncio.subprocess.Process
@@ -80,13 +89,20 @@ class Daemon:
     async def start(self, portal: str = "127.0.0.1:0") -> None:
         """Start, and wait for the ready line. Initiators that shall find it again after a restart need the same portal."""
         listeners = ("--iscsi", portal, "--control", str(self.control_path))
-        command = (*self._limited, sys.executable, "-c", CLEAVED, "serve", *self._options, *listeners, "--log-format", "json")
-        with (self.directory / "log").open("ab") as log:
+        command = (*self._under, *self._limited, sys.executable, "-c", CLEAVED, "serve", *self._options, *listeners, "--log-format", "json")
+        with self._log_file() as log:
             self._process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=log, cwd=ROOT)
         assert self._process.stdout is not None
         ready = (await self._process.stdout.readline()).decode()
         assert ready.startswith("cleaved ready: "), f"{ready!r}\n{self.log()}"
         self.portal = ready.removeprefix("cleaved ready: iscsi ").partition(",")[0]
+
+    def _log_file(self) -> BinaryIO:
+        if not self._log_to_nobody:
+            return (self.directory / "log").open("ab")
+        reading, writing = os.pipe()
+        os.close(reading)
+        return os.fdopen(writing, "wb")
 
     async def stop(self, number: int = signal.SIGTERM) -> int:
         """Send a signal, and wait for the end. The exit status."""

@@ -145,13 +145,37 @@ async def test_secrets_do_not_show(pool: MemoryPool, targets: Targets) -> None:
     assert "hunter" not in str(caught.value) + repr(caught.value.__cause__)
 
 
-async def test_connect_says_whether_chap_is_needed(pool: MemoryPool, targets: Targets) -> None:
-    await targets.allow("a", [ANNA, BERTA])
-    assert not targets.chap_needed(pool.volumes["a"])
+async def test_connect_says_who_may_and_what_must_be_proved(pool: MemoryPool, targets: Targets) -> None:
+    a, b = pool.volumes["a"], pool.volumes["b"]
+    everybody = {"initiators": None, "initiator": None, "allowed": True, "chap": False, "chap_user": None}
+    assert targets.access_to(a, None) == everybody
+    assert targets.access_to(a, ANNA) == {**everybody, "initiator": ANNA}
+    assert Targets(pool, None, open_access=False).access_to(a, None) == {**everybody, "allowed": False}
+    assert not Targets(pool, None, open_access=False).access_to(a, ANNA)["allowed"]
+    await targets.allow("a", [ANNA])
+    assert targets.access_to(a, None) == {**everybody, "initiators": [ANNA], "initiator": ANNA}  # the only one that may
+    assert not targets.access_to(a, BERTA)["allowed"]
+    await targets.allow("a", [BERTA])
+    assert targets.access_to(a, None) == {**everybody, "initiators": [ANNA, BERTA]}
     await targets.access.set_chap(BERTA, Credentials(user="u", secret="s" * 12))
-    assert targets.chap_needed(pool.volumes["a"])
-    assert not targets.chap_needed(pool.volumes["b"])
-    assert Targets(pool, Chap("u", "s" * 12, None, None)).chap_needed(pool.volumes["b"])
+    assert targets.access_to(a, None) == {**everybody, "initiators": [ANNA, BERTA], "chap": True}
+    assert targets.access_to(a, BERTA.upper())["chap_user"] == "u"
+    assert not targets.access_to(a, ANNA)["chap"]
+    assert not targets.access_to(b, None)["chap"]
+    for_all = Targets(pool, Chap("all", "s" * 12, None, None))
+    assert [for_all.access_to(b, who)["chap_user"] for who in (None, ANNA, BERTA)] == ["all", "all", "u"]
+    for initiator in (ANNA, BERTA):
+        await targets.access.remove(a.uuid.hex, initiator)
+    assert targets.access_to(a, None) == {**everybody, "initiators": [], "allowed": False}  # an empty list lets nobody in
+
+
+async def test_connect_of_a_vdisk_in_targets_with_lists(pool: MemoryPool, targets: Targets) -> None:
+    await targets.create("t")
+    await targets.map("t", pool.volumes["a"], None)
+    await targets.allow("t", [ANNA])
+    assert targets.access_to(pool.volumes["a"], None)["initiators"] == [ANNA]
+    assert may(targets, ANNA)
+    assert not targets.access_to(pool.volumes["a"], BERTA)["allowed"]
 
 
 # --- Created targets --------------------------------------------------------------------------------------------------------

@@ -230,7 +230,7 @@ async def test_a_resize_is_seen_by_open_sessions(tmp_path: Path) -> None:
             await daemon.ctl("vdisk", "resize", "a", "3MiB")
             assert await disk.capacity_bytes() == 3 * MIB
             await disk.write(2 * MIB, b"x" * 4096)
-            await daemon.ctl("vdisk", "resize", "a", "1MiB")
+            await daemon.ctl("vdisk", "resize", "a", "1MiB", "--shrink", "--yes")
             with pytest.raises(CommandFailed) as caught:
                 await disk.read(2 * MIB, 4096)
             assert (caught.value.key, caught.value.asc) == (0x5, 0x21)  # LOGICAL BLOCK ADDRESS OUT OF RANGE

@@ -1,14 +1,16 @@
 """The control service: nothing of the protocol is left unanswered, and every error of the pool has a code."""
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 import pytest_asyncio
 
 from daemon.reservation_store import ReservationStore
 from daemon.service import ControlService, control_error
-from daemon.space_watch import SpaceWatch
+from daemon.space_watch import SpaceWatch, space_warnings
 from daemon.targets import Targets
 from protocol.control import errors, methods
 from protocol.control.errors import ControlError
@@ -26,6 +28,7 @@ from storage.errors import (
 )
 from storage.pool import Pool
 from tests.daemon.fakes import RecordedWire
+from tests.daemon.test_targets import Session
 from tests.storage.devices import MemoryDevice
 
 MIB = 1 << 20
@@ -46,8 +49,13 @@ def wire() -> RecordedWire:
 
 
 @pytest.fixture
-def service(pool: Pool, wire: RecordedWire) -> ControlService:
-    return ControlService(pool, "/pool", Targets(pool, None), ReservationStore(pool), wire, SpaceWatch(80, lambda: None))
+def targets(pool: Pool) -> Targets:
+    return Targets(pool, None)
+
+
+@pytest.fixture
+def service(pool: Pool, targets: Targets, wire: RecordedWire) -> ControlService:
+    return ControlService(pool, "/pool", targets, ReservationStore(pool), wire, SpaceWatch(80, lambda: None))
 
 
 async def call(service: ControlService, method: str, **params: object) -> object:
@@ -134,5 +142,120 @@ async def test_what_clients_need_to_connect(service: ControlService, tmp_path: P
         "target": "iqn.2026-01.io.cleaved:a",
         "lun": 0,
         "portals": ["127.0.0.1:3260"],
+        "initiators": None,
+        "initiator": None,
+        "allowed": True,
         "chap": False,
+        "chap_user": None,
     }
+
+
+# --- Shrinking ------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_smaller_size_is_refused_unless_it_is_meant(service: ControlService, pool: Pool, wire: RecordedWire) -> None:
+    """`vdisk resize NAME smaller` cut data off without a question."""
+    await call(service, "vdisk.create", name="a", size_bytes=3 * MIB)
+    with pytest.raises(ControlError) as caught:
+        await call(service, "vdisk.resize", name="a", size_bytes=MIB)
+    assert caught.value.code == errors.CONFLICT
+    assert "3 MiB (3,145,728 bytes)" in caught.value.message
+    assert "cut off its last 2 MiB (2,097,152 bytes)" in caught.value.message
+    assert caught.value.next_step is not None
+    assert "cleavectl vdisk resize a 1048576 --shrink" in caught.value.next_step
+    assert (pool.volume("a").size_bytes, wire.resized) == (3 * MIB, [])
+    for size_bytes, shrink in ((3 * MIB, False), (4 * MIB, False), (2 * MIB, True), (5 * MIB, True)):
+        resized = await call(service, "vdisk.resize", name="a", size_bytes=size_bytes, shrink=shrink)
+        assert isinstance(resized, dict)
+        assert resized["size_bytes"] == size_bytes
+
+
+async def test_a_vdisk_that_grows_meanwhile_is_not_cut(service: ControlService) -> None:
+    """The size is compared in the step in which the pool takes the vdisk for this resize."""
+    await call(service, "vdisk.create", name="a", size_bytes=MIB)
+    grown, refused = await asyncio.gather(
+        call(service, "vdisk.resize", name="a", size_bytes=4 * MIB),
+        call(service, "vdisk.resize", name="a", size_bytes=2 * MIB),
+        return_exceptions=True,
+    )
+    assert isinstance(grown, dict)
+    assert grown["size_bytes"] == 4 * MIB
+    assert isinstance(refused, ControlError)
+    assert refused.code == errors.CONFLICT
+
+
+# --- A pool without room ----------------------------------------------------------------------------------------------------
+
+
+async def fill(pool: Pool, left_bytes: int) -> None:
+    """Write to the vdisk ``full`` until so much is left; 0: until writes are refused."""
+    await pool.vdisk_create("full", 1 << 30)
+    volume, offset = pool.volume("full"), 0
+    while pool.space()[1] > left_bytes:
+        written: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
+        volume.write(offset, bytes(range(256)) * 16, False, written.set_result)
+        volume.settle()
+        if isinstance(await written, PoolFull):
+            break
+        offset += 4096
+
+
+async def warnings_of_creating(service: ControlService) -> list[list[str]]:
+    """Of everything that somebody asks for and that will want room."""
+    answers = [
+        await call(service, "vdisk.create", name="a", size_bytes=MIB),
+        await call(service, "vdisk.resize", name="a", size_bytes=2 * MIB),
+        *cast("list[object]", await call(service, "snapshot.create", snapshots=["a@s", "a@t"])),
+        await call(service, "clone.create", snapshot="a@s", name="b"),
+    ]
+    return [cast("dict[str, list[str]]", answer)["warnings"] for answer in answers]
+
+
+async def test_who_creates_on_a_roomy_pool_is_not_warned(service: ControlService) -> None:
+    assert await warnings_of_creating(service) == [[]] * 5
+
+
+async def test_who_creates_on_a_full_pool_is_told(service: ControlService, pool: Pool) -> None:
+    """vdisks, snapshots and clones were made without a word, and the first write failed."""
+    await fill(pool, 0)
+    for (warning,) in await warnings_of_creating(service):
+        assert "the pool is full: writes will be refused until there is room" in warning
+        assert "delete snapshots or vdisks" in warning
+
+
+async def test_who_creates_on_a_pool_that_is_nearly_full_is_told(service: ControlService, pool: Pool) -> None:
+    await fill(pool, 4 * MIB)
+    for (warning,) in await warnings_of_creating(service):
+        assert "% full: writes will be refused when the last" in warning
+        assert "MiB are taken" in warning
+
+
+def test_what_is_being_freed_need_not_be_deleted_again() -> None:
+    shown = {"used_bytes": 100 * MIB, "available_bytes": 0, "deleted_images": 1}
+    (warning,) = space_warnings(shown, 80)
+    assert "still being freed" in warning
+    assert "delete " not in warning
+    assert space_warnings({**shown, "used_bytes": 79 * MIB, "available_bytes": 21 * MIB}, 80) == []
+    assert len(space_warnings({**shown, "used_bytes": 80 * MIB, "available_bytes": 20 * MIB}, 80)) == 1
+
+
+# --- Sessions ---------------------------------------------------------------------------------------------------------------
+
+
+async def test_no_such_session(service: ControlService) -> None:
+    with pytest.raises(ControlError, match="no session 7: cleavectl session ls") as caught:
+        await call(service, "session.end", id=7)
+    assert caught.value.code == errors.NOT_FOUND
+
+
+async def test_a_session_whose_commands_do_not_end_is_said_to_go_on(
+    service: ControlService, targets: Targets, wire: RecordedWire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("daemon.service.SESSION_END_SECONDS", 0.01)
+    await call(service, "vdisk.create", name="a", size_bytes=MIB)
+    session = Session("iqn.2026-01.io.cleaved:a")
+    targets.session_opened(session)
+    with pytest.raises(ControlError, match="commands of it are still under way"):
+        await call(service, "session.end", id=1)
+    assert wire.ended == [session]
+    targets.session_closed(session)
