@@ -44,6 +44,7 @@ class NodeStock:
     __slots__ = (
         "_allocator",
         "_asked",
+        "_exhausted",
         "_freed",
         "_next_region",
         "_regions",
@@ -71,6 +72,8 @@ class NodeStock:
         self._next_region = 0
         # Whether the host had no room when the stock was filled last.
         self.refused = False
+        # Whether host or pool had no more then.
+        self._exhausted = False
         self._task: asyncio.Task[None] | None = None
         # What whoever waits for it needs, beyond what it is filled to anyway.
         self._asked = 0
@@ -134,10 +137,18 @@ class NodeStock:
         if not task.cancelled():
             task.exception()  # marks it as seen: who waits gets it, and others meet the same device
 
-    async def top_up(self, blocks: int = 0) -> None:
-        """Fill it, for one who needs so many blocks in it, as far as pool and host have room. One at a time. Raises DeviceFailed."""
-        self._asked = max(self._asked, blocks)
-        await asyncio.shield(self._start())
+    async def top_up(self, blocks: int = 0) -> bool:
+        """Fill it, for one who needs so many blocks in it. False: the host (``refused``) or the pool has no more. Raises DeviceFailed.
+
+        Whoever comes while it is being filled waits for that, and then for his own.
+        """
+        while True:
+            self._asked = max(self._asked, blocks)
+            await asyncio.shield(self._start())
+            if self.blocks >= blocks:
+                return True
+            if self._exhausted:
+                return False
 
     async def stop(self) -> None:
         """End with the pool."""
@@ -146,7 +157,7 @@ class NodeStock:
             await asyncio.wait([self._task])
 
     async def _fill(self) -> None:
-        self.refused = False
+        self.refused = self._exhausted = False
         try:
             await self._fill_up()
         finally:
@@ -157,9 +168,10 @@ class NodeStock:
             window = self._allocator.new_window(missing)
             await self._allocator.claim(window)
             if not window.runs:
+                self._exhausted = True
                 return
             if not await self._reserve(window.runs):
-                self.refused = True
+                self.refused = self._exhausted = True
                 await self._search()
                 return
 

@@ -314,19 +314,16 @@ class WriteAllocator:
             await self._refill(window, count, hold)
 
     async def _stocked(self, count: int, floor: int) -> bool:
-        """Wait until the stock has what the node window lacks. False: the host has no room, for one who must not be refused.
-
-        What is written to blocks that the host has not set aside waits until it has room. Raises HostFull.
+        """Wait until the stock has what the node window lacks. False: it cannot, and blocks that the host has not set aside must do: what
+        is written there waits until it has room. Raises HostFull for one who may be refused.
         """
         kept = self._kept(floor)
-        missing = count - self._nodes.left_blocks
-        if self.stock.blocks - kept < missing:
-            await self.stock.top_up(kept + missing)
-        if self.stock.blocks - kept >= missing:
-            return True
-        if kept:
-            raise HostFull(HOST_FULL) if self.stock.refused else PoolFull(POOL_FULL)
-        return False
+        while self.stock.blocks - kept < count - self._nodes.left_blocks:
+            if not await self.stock.top_up(kept + count - self._nodes.left_blocks):
+                if kept and self.stock.refused:
+                    raise HostFull(HOST_FULL)
+                return False
+        return True
 
     async def _refill(self, window: Window, count: int, hold: Hold) -> None:
         """Fill a window until it has ``count`` blocks, loading map blocks as needed; ends empty-handed after one circle round the pool."""

@@ -4,11 +4,12 @@ from typing import Any
 from uuid import UUID
 
 from storage.consistency.consistency_point import ConsistencyPoints
+from storage.errors import NotFound
 from storage.images.catalogue import Catalogue
 from storage.images.image import Image
 from storage.images.record import ImageRecord
 from storage.images.usage import exclusive_blocks
-from storage.layout import BLOCK_BYTES, KIND_SNAPSHOT, SPLIT_STATES
+from storage.layout import BLOCK_BYTES, KIND_SNAPSHOT, KIND_VDISK, SPLIT_STATES
 from storage.slices import Slicer
 from storage.state import PoolState
 
@@ -58,6 +59,8 @@ class Listing:
         if image.tree.shared_cp and self._state.read_only_reason is None:
             await self._points.request()
         exclusive = min(await exclusive_blocks(image), image.used_blocks)
+        if image.kind not in {KIND_VDISK, KIND_SNAPSHOT}:
+            raise NotFound("it was deleted while it was looked at: list again")
         shown = self.brief(image)
         shown["exclusive_bytes"] = exclusive * BLOCK_BYTES
         shown["shared_bytes"] = shown["used_bytes"] - shown["exclusive_bytes"]

@@ -203,6 +203,11 @@ class Volume:
             f"{self.name}: bytes {offset_bytes} to {offset_bytes + length_bytes} do not lie within its {self.image.limit_bytes} bytes"
         )
 
+    def _check_still_there(self, offset_bytes: int, length_bytes: int) -> None:
+        """After a wait: of an image that was deleted meanwhile, what was found may be what reclaim has left of it. Raises VolumeClosed."""
+        if self._closed and self.image.kind not in {KIND_VDISK, KIND_SNAPSHOT}:
+            self._refuse(offset_bytes, length_bytes)
+
     def read(self, offset_bytes: int, length_bytes: int, done: ReadCompletion) -> None:
         """Read by way of the I/O threads, then call ``done``."""
         self._spawn(self._read(offset_bytes, length_bytes, done))
@@ -214,8 +219,7 @@ class Volume:
             first = offset_bytes >> 12
             count = (offset_bytes + length_bytes + BLOCK_MASK >> 12) - first
             blocks = await read_path.read_blocks(self.image, first, count)
-            if self._closed and self.image.kind not in {KIND_VDISK, KIND_SNAPSHOT}:
-                self._refuse(offset_bytes, length_bytes)  # what was read may be what reclaim has left
+            self._check_still_there(offset_bytes, length_bytes)
         except Exception as error:  # noqa: BLE001
             failure = as_storage_error(error)
             await read_path.locate_failure(self.image, offset_bytes, length_bytes, failure)
@@ -442,6 +446,7 @@ class Volume:
             self.check_range(offset, length)
             first = offset >> 12
             blocks = await allocated_runs(self.image, first, (offset + length + BLOCK_MASK >> 12) - first, runs_max)
+            self._check_still_there(offset, length)
         except Exception as error:  # noqa: BLE001
             done(None, as_storage_error(error))
             return

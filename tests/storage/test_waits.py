@@ -14,7 +14,7 @@ import pytest
 
 from storage.backdoor.scrub import Scrub
 from storage.device import Device, WritableBuffer
-from storage.errors import DeviceFailed, OutOfRange
+from storage.errors import DeviceFailed, OutOfRange, VolumeClosed
 from storage.images.allocation_report import allocated_runs
 from storage.layout import BLOCK_BYTES
 from tests.storage.devices import READ, SYNC, DelayDevice, WrappedDevice
@@ -123,6 +123,30 @@ async def test_an_allocation_report_sees_data_that_a_split_moves_meanwhile() -> 
         assert (await running.split_ended("clone"))["state"] == "done"
         device.gate.set()
         assert await within(report) == [(512, True), (256, False), (1, True), (255, False)]
+
+
+async def test_a_report_on_a_snapshot_that_is_deleted_meanwhile_says_so() -> None:
+    """Found by the store fuzzer: it answered "deallocated", from what reclaim had left of the tree."""
+    async with new_pool() as running:
+        await backed_clone(running, 512)
+        await running.write("clone", 0, data(5, 100))
+        await running.pool.snapshot_create([("clone", "s")])
+        await running.write("clone", 0, data(6, 100))  # so that the snapshot's blocks are its own
+        await running.checkpoint()
+        behind = int((await running.image("base@snap").tree.load(0)).vbn)
+        memory = await running.crashed()
+    device = HoldingDevice(memory)
+    device.vbns.add(behind)
+    async with opened(memory, device) as running:
+        answered: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        volume = running.volume("clone@s")
+        volume.allocation(0, 4 * LEAF_BYTES, 1024, lambda runs, error: answered.set_result((runs, error)))
+        await running.until(lambda: device.waiting > 0)
+        await running.pool.snapshot_delete("clone", "s")
+        await running.reclaimed()
+        device.gate.set()
+        runs, error = await within(answered)
+        assert runs is None and isinstance(error, VolumeClosed)
 
 
 @pytest.mark.parametrize("mode", ["copy", "share"])
