@@ -52,6 +52,8 @@ def circumstances(plan: Plan, loop: VirtualLoop) -> Iterator[None]:
         for module in CLOCKED:
             stack.enter_context(mock.patch(f"{module}.perf_counter", clock))
         stack.enter_context(mock.patch("storage.tree.node.CACHE_NODES_MIN", min(CACHE_NODES)))
+        # A thread takes real time, in which virtual time would run away.
+        stack.enter_context(mock.patch("storage.slices.LARGE_ARRAY", 1 << 62))
         yield
 
 

@@ -32,6 +32,8 @@ from tests.fuzz.store.world import Disk, World
 PATIENCE_SECONDS: Final = 120.0
 # A pool that has this much room for data refuses nothing. Blocks that are on their way back are waited for by the store itself.
 ROOM_BLOCKS: Final = 64
+# With less than this (which also has what others have under way) a write may be refused.
+SHORT_BLOCKS: Final = ROOM_BLOCKS + 300
 
 
 @dataclass
@@ -203,8 +205,12 @@ class Session:
         if isinstance(error, VolumeClosed | OutOfRange):
             return self.closing or (disk is not None and (disk.disturbed != flight.disturbed or disk.exclusive or disk.marked or disk.gone))
         if isinstance(error, PoolFull):
-            return min(flight.available, self.pool.space()[1] >> 12) < ROOM_BLOCKS + 300
+            return flight.available < SHORT_BLOCKS or self.is_short()
         return False
+
+    def is_short(self) -> bool:
+        """Whether the pool has so little room that what needs some may be refused."""
+        return self.pool.space()[1] >> 12 < SHORT_BLOCKS
 
     @property
     def stopped(self) -> bool:
