@@ -30,10 +30,9 @@ from tests.fuzz.store.world import Disk, World
 
 # Virtual seconds in which everything has to be answered. The longest that the store waits by itself is the pause of a background work.
 PATIENCE_SECONDS: Final = 120.0
-# A pool that has this much room for data refuses nothing. Blocks that are on their way back are waited for by the store itself.
-ROOM_BLOCKS: Final = 64
-# With less than this (which also has what others have under way) a write may be refused.
-SHORT_BLOCKS: Final = ROOM_BLOCKS + 300
+# A pool that has more room than this for data refuses nothing, whatever else is under way. Blocks that are on their way back are waited for
+# by the store itself.
+SHORT_BLOCKS: Final = 364
 
 
 @dataclass
