@@ -44,8 +44,8 @@ Write = tuple[int, Buffer, bool, Completion]
 BLOCK_MASK = BLOCK_BYTES - 1
 # A batch above this goes by the I/O threads anyway, and one write at a time, so that no copy of a large batch is made.
 BATCH_BYTES_MAX = 1 << 20
-# Where a full pool lends blocks, a write is done in pieces of this many bytes. What is not longer is there entirely or not at all
-# (protocol.volume, ATOMIC_WRITE_BYTES_MAX).
+# Where a full pool lends blocks, what is borrowed must come back before more is, and a write is done in pieces of this many bytes. What is
+# not longer is there entirely or not at all (protocol.volume, ATOMIC_WRITE_BYTES_MAX).
 SHORT_WRITE_BYTES = 128 << 10
 
 
@@ -384,8 +384,13 @@ class Volume:
                 old = await read_path.read_blocks(self.image, first, count)
                 old[offset & BLOCK_MASK : (offset & BLOCK_MASK) + len(data)] = data
                 data = old
-            # On a full pool what is borrowed must come back before more is: such a write is several (but none that may be atomic).
-            step = SHORT_WRITE_BYTES if self.state.allocator.is_short(count) else len(data)
+            step = len(data)
+            if (
+                step > SHORT_WRITE_BYTES
+                and self.state.allocator.is_short(count)
+                and await write_path.only_replaces(self.image, first, count)
+            ):
+                step = SHORT_WRITE_BYTES
             view = memoryview(data)
             for at in range(0, len(data), step):
                 targets: list[write_path.Target] = []

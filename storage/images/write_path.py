@@ -162,6 +162,19 @@ def replaces_own(image: "Image", fbns: Iterable[int]) -> bool | None:
     return not maybe_shared or image.state.share_map.try_unshared(maybe_shared)
 
 
+async def only_replaces(image: "Image", fbn: int, count: int) -> bool:
+    """Whether a write of these blocks takes no more than it gives back. For full pools only. Raises BlockDamaged, DeviceFailed."""
+    return await when_possible(image.state, lambda: _only_replaces_now(image, fbn, count))
+
+
+def _only_replaces_now(image: "Image", fbn: int, count: int) -> bool | None:
+    plan = Plan(image.state.epoch)
+    indexes = range(fbn >> FIELDS_SHIFT, (fbn + count - 1 >> FIELDS_SHIFT) + 1)
+    if not all(image.tree.plan(plan, index) for index in indexes):
+        return None
+    return not plan.grows and replaces_own(image, range(fbn, fbn + count))
+
+
 def write_now(image: "Image", targets: list[Target], buffers: list[Buffer]) -> bool:
     """Allocate, write and install without waiting. False: nothing was changed. Raises DeviceFailed, BlockDamaged."""
     epoch = image.state.epoch

@@ -210,6 +210,22 @@ async def test_a_refused_write_changes_nothing() -> None:
         assert after["cp_number"] <= before["cp_number"] + 1
 
 
+async def test_a_long_write_that_is_refused_changes_nothing_either() -> None:
+    """Found by the store fuzzer: of a write that did not fit, what fitted was written, piece by piece."""
+    async with new_pool(SMALL_POOL_BYTES) as running:
+        await running.pool.vdisk_create("a", 4 * MANY_BYTES)
+        written = await fill(running, "a")
+        await running.zero("a", 0, 40 * BLOCK_BYTES)
+        await running.checkpoint()
+        await running.until(lambda: running.pool.space()[1] >= 40 * BLOCK_BYTES)
+        for offset in (MANY_BYTES, MANY_BYTES + 512, (written - 8) * BLOCK_BYTES):
+            before = running.image("a").used_blocks
+            with pytest.raises(PoolFull):
+                await running.write("a", offset, data(1, 64))
+            assert running.image("a").used_blocks == before
+            assert await running.read("a", MANY_BYTES, 66 * BLOCK_BYTES) == bytes(66 * BLOCK_BYTES)
+
+
 async def exhaust(running: OpenPool, name: str) -> None:
     """Everything that a client can do to use up a pool: data, zeros, parts of blocks, trims of single blocks, all at once."""
     await fill(running, name)
