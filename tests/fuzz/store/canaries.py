@@ -74,6 +74,12 @@ def splitting(plan: Plan) -> Plan:
     return replace(plan, operations=changed)
 
 
+def filling(plan: Plan) -> Plan:
+    """A small pool that is filled again and again."""
+    changed = [one._replace(kind=plans.FILL) if number % 50 == 49 else one for number, one in enumerate(plan.operations)]
+    return replace(plan, pool_bytes=8 << 20, operations=changed)
+
+
 # --- The bugs ------------------------------------------------------------------------------------------------------------
 
 
@@ -173,7 +179,7 @@ CANARIES: tuple[Canary, ...] = (
     Canary("a node in hand is evicted", node_in_hand_is_evicted),
     Canary("a report looks behind a clone later", report_looks_behind_later, choose=splitting),
     Canary("a wait before the freeze", wait_before_the_freeze),
-    Canary("refused writes make pointer blocks", refused_writes_make_pointer_blocks),
+    Canary("refused writes make pointer blocks", refused_writes_make_pointer_blocks, choose=filling),
     Canary("a freed block is used again too early", crash_canaries.early_reuse_of_freed_block),
     Canary("a split without compare-and-set", crash_canaries.split_without_compare_and_set, choose=splitting),
     Canary("a trim leaves holes in a clone", crash_canaries.trimmed_block_becomes_a_hole),
