@@ -46,13 +46,17 @@ class SpaceWatch:
     def __init__(self, threshold_percent: int, reached: Callable[[], None]) -> None:
         self.threshold_percent = threshold_percent
         self._reached = reached
-        self._warnings = [Threshold("pool.space_warning", percent, threshold_percent=percent) for percent in WARNING_PERCENTS]
-        self._full = Threshold("pool.full", FULL_PERCENT, "error")
-        self._thresholds = [Threshold("pool.filling", threshold_percent), *self._warnings, self._full]
+        # At the last look.
+        self._percent = 0.0
+        self._thresholds = [
+            Threshold("pool.filling", threshold_percent),
+            *(Threshold("pool.space_warning", percent, threshold_percent=percent) for percent in WARNING_PERCENTS),
+            Threshold("pool.full", FULL_PERCENT, "error"),
+        ]
 
     def look(self, used_bytes: int, available_bytes: int) -> None:
         """The pool's space now. Call it every second or so."""
-        percent = percent_used(used_bytes, available_bytes)
+        percent = self._percent = percent_used(used_bytes, available_bytes)
         risen = [threshold for threshold in self._thresholds if threshold.rises(percent)]
         for threshold in risen:
             fields = {"used_bytes": used_bytes, "available_bytes": available_bytes, "percent": round(percent, 1), **threshold.fields}
@@ -61,9 +65,9 @@ class SpaceWatch:
             self._reached()
 
     def shown(self) -> dict[str, Any]:
-        """The rows of ``pool show``: whether the pool is full, and the highest threshold above the configured one that it has reached."""
-        reached = [threshold.percent for threshold in self._warnings if threshold.reached]
-        return {"full": self._full.reached, "space_warning_percent": max(reached, default=None)}
+        """The rows of ``pool show``: whether the pool is full, and the highest of the warnings' thresholds that it is above."""
+        reached = [percent for percent in WARNING_PERCENTS if self._percent >= percent]
+        return {"full": self._percent >= FULL_PERCENT, "space_warning_percent": max(reached, default=None)}
 
 
 def percent_used(used_bytes: int, available_bytes: int) -> float:

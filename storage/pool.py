@@ -4,6 +4,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Collection
+from contextlib import suppress
 from typing import Any
 from uuid import UUID
 
@@ -22,7 +23,7 @@ from storage.consistency.replay import Replay, Replayed
 from storage.consistency.superblock import Superblock
 from storage.device import Device, is_block_device, new_device, open_device
 from storage.device.owner import Owner
-from storage.errors import Conflict, NoPool, NotFound, PoolRefused, RequestError, StorageError
+from storage.errors import Conflict, DeviceFull, NoPool, NotFound, PoolRefused, RequestError, StorageError
 from storage.formatting import begin_format, erase_marks, why_no_pool, write_zeros
 from storage.images.catalogue import Catalogue
 from storage.images.image import Image
@@ -98,7 +99,7 @@ class Pool:
         if size_bytes is not None:
             size_bytes = checked_size(size_bytes) * BLOCK_BYTES
         with new_device(path, size_bytes, overwrite=overwrite) as device:
-            superblock = asyncio.run(Pool.format(device, size_bytes, erase=overwrite and is_block_device(path)))
+            superblock = asyncio.run(Pool.format(device, size_bytes, erase=is_block_device(path)))
         return {"path": path, "uuid": str(UUID(bytes=superblock.uuid)), "size_bytes": superblock.size_blocks * BLOCK_BYTES}
 
     @classmethod
@@ -220,6 +221,12 @@ class Pool:
         superblock.owner = owner
         try:
             await write_copies(self._device, superblock, copies.whole_vbn)
+        except DeviceFull as full:
+            if copies.faults:
+                state.fail(f"the two copies of the superblock cannot be made the same: {full}")
+            else:
+                state.room.met(full)  # both are good, and the owner gets in with the next consistency point
+            return
         except StorageError as error:
             state.fail(f"the two copies of the superblock cannot be made the same: {error}")
             return
@@ -260,11 +267,12 @@ class Pool:
     async def _let_go(self) -> None:
         """Make everything durable, the second copy of the superblock too, and clear the owner in both. Raises DeviceFailed."""
         superblock = self._superblock
-        if superblock.owner is None:
-            await self._device.sync()
-            return
+        await self._device.sync()  # first of all: what was acknowledged may be in the log only
+        if superblock.owner is None or self._state.frozen is not None:
+            return  # what was given up for want of room must not come to be after all
         superblock.owner = None
-        await write_copies(self._device, superblock, superblock.cp_number & 1)
+        with suppress(DeviceFull):  # an owner that is dead is in nobody's way
+            await write_copies(self._device, superblock, superblock.cp_number & 1)
 
     def close_soon(self) -> None:
         """The pool will be closed: what waits for room on the host gets an answer within CLOSE_SECONDS."""

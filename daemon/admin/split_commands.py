@@ -84,7 +84,7 @@ _split_command("estimate", "split.estimate", "How much would be copied, and how 
 @with_output
 @click.pass_obj
 def split_ls(settings: Settings) -> None:
-    """List all splits."""
+    """List the splits that run or are paused."""
     settings.show(settings.call("split.ls"), SPLIT_COLUMNS)
 
 

@@ -39,8 +39,9 @@ class Findings:
                 unsettled[number, fbn] = at
             elif at in self.left_out:
                 unsettled.setdefault((number, fbn), at)  # damage stays damage under what was not applied
-            elif count == 1:
-                unsettled.pop((number, fbn), None)
+            elif count <= len(unsettled):
+                for here in range(fbn, fbn + count):
+                    unsettled.pop((number, here), None)
             else:
                 gone = [key for key in unsettled if key[0] == number and fbn <= key[1] < fbn + count]
                 for key in gone:

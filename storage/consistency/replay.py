@@ -147,7 +147,9 @@ class Replay:
             self._without |= blocks
             return True
         for number, _, fbn, vbn, count in write if self._without else ():
-            if vbn == ZERO_POINTER:
+            if vbn == ZERO_POINTER and count <= len(self._without):
+                self._without.difference_update([(number, at) for at in range(fbn, fbn + count)])
+            elif vbn == ZERO_POINTER:
                 self._without = {key for key in self._without if key[0] != number or not fbn <= key[1] < fbn + count}
         return False
 

@@ -92,6 +92,7 @@ def _in_file(path: str, size_bytes: int | None, *, overwrite: bool) -> Iterator[
         if os.path.lexists(path):
             if not overwrite:
                 raise _exists(path)
+            remove_leftover(os.path.realpath(path))  # which may be another name of this very file
             replaced = open_device(path)  # so that nobody has it open as a pool
             stack.callback(replaced.close)
         real_path = os.path.realpath(path) if overwrite else path

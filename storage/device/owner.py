@@ -60,9 +60,12 @@ def _boot_id() -> bytes:
 
 
 def _start_ticks(pid: int) -> int:
-    """Field 22 of proc(5), stat; 0: no such process, or it cannot be seen. The name before it may hold blanks and parentheses."""
+    """Field 22 of proc(5), stat; 0: no such process, it cannot be seen, or it is dead and only not waited for yet (a zombie).
+
+    The name before it may hold blanks and parentheses.
+    """
     fields = _proc(f"{pid}/stat").rpartition(")")[2].split()
-    return int(fields[19]) if len(fields) > 19 else 0
+    return int(fields[19]) if len(fields) > 19 and fields[0] not in "ZXx" else 0
 
 
 def _pid_namespace() -> int:

@@ -22,13 +22,13 @@ def test_it_is_told_once_and_again_after_it_was_well_below(capsys: pytest.Captur
     assert capsys.readouterr().out.count("pool.filling") == 2
 
 
-def test_each_threshold_is_told_once_and_shown_until_the_use_is_well_below(capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_threshold_is_told_once_until_the_use_is_well_below_and_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     told: list[None] = []
     watch = SpaceWatch(80, lambda: told.append(None))
     steps = (
-        (89, 1, False, None), (90, 2, False, 90), (89, 2, False, 90), (95, 3, False, 95), (91, 3, False, 95), (100, 4, True, 95),
-        (99, 4, True, 95), (100, 4, True, 95), (94, 4, False, 95), (100, 5, True, 95),
-        (89, 5, False, 90), (84, 5, False, None), (100, 6, True, 95),
+        (89, 1, False, None), (90, 2, False, 90), (89, 2, False, None), (95, 3, False, 95), (91, 3, False, 90), (100, 4, True, 95),
+        (99, 4, False, 95), (100, 4, True, 95), (94, 4, False, 90), (100, 5, True, 95),
+        (89, 5, False, None), (84, 5, False, None), (100, 6, True, 95),
     )  # fmt: skip
     for percent, times, full, warning in steps:
         watch.look(percent << 20, (100 - percent) << 20)

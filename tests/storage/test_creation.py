@@ -226,6 +226,15 @@ def test_a_leftover_is_removed_and_one_that_is_in_use_is_respected(path: str, tm
     assert os.listdir(tmp_path) == ["pool"]
 
 
+def test_a_leftover_that_is_a_second_name_of_the_pool_does_not_keep_it_from_being_replaced(path: str, tmp_path: Path) -> None:
+    """Found by review: the pool that is to be replaced was locked, and then its other name found locked, for ever."""
+    uuid = Pool.create(path, SIZE_BYTES)["uuid"]
+    os.link(path, tmp_path / ".pool.creating")
+    made = Pool.create(path, SIZE_BYTES, overwrite=True)["uuid"]
+    assert is_good(path) == made != uuid
+    assert os.listdir(tmp_path) == ["pool"]
+
+
 def test_a_leftover_that_is_a_second_name_of_the_pool_costs_no_data(path: str, tmp_path: Path) -> None:
     """As a kill between link and unlink leaves it; the pool was then moved away."""
     uuid = Pool.create(path, SIZE_BYTES)["uuid"]

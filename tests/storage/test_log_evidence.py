@@ -379,3 +379,23 @@ async def test_a_record_of_changes_beyond_the_pool_is_not_followed() -> None:
     running = await open_on(killed)
     assert "beyond the pool" in running.pool.show()["read_only_reason"]
     await running.close()
+
+
+async def test_a_trim_of_any_length_ends_what_was_left_out_below_it() -> None:
+    """Short ones are taken out block by block, long ones at once: a log of many of both was replayed in quadratic time."""
+    async with new_pool() as running:
+        await running.pool.vdisk_create("a", 1 << 30)
+        await running.write("a", 0, data(1, 64))
+        await running.checkpoint()
+        await running.write("a", 0, data(2, 32))
+        vbn = next(first for first, length in running.pool._state.epoch.allocated if length == 32)
+        await running.zero("a", 8 * BLOCK_BYTES, 4 * BLOCK_BYTES)
+        await running.zero("a", 20 * BLOCK_BYTES, 1 << 29)
+        for fbn in (9, 25, 1):
+            await running.write("a", fbn * BLOCK_BYTES + 512, b"p" * 512)
+        unflushed = running.memory.copy()
+    async with opened(lost(unflushed, vbn)) as running:
+        partly = bytes(512) + b"p" * 512 + bytes(BLOCK_BYTES - 1024)
+        assert await running.read("a", 9 * BLOCK_BYTES, BLOCK_BYTES) == partly
+        assert await running.read("a", 25 * BLOCK_BYTES, BLOCK_BYTES) == partly
+        assert await running.read("a", 0, 8 * BLOCK_BYTES) == data(1, 64)[: 8 * BLOCK_BYTES]

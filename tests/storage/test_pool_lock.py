@@ -5,6 +5,7 @@ import errno
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -262,3 +263,30 @@ def test_a_process_that_may_have_no_such_sockets_is_told_so(path: str, monkeypat
     for attempt in (lambda: open_device(path), lambda: check_path(path)):
         with pytest.raises(PoolRefused, match=r"cannot be locked: .* abstract Unix sockets"):
             attempt()
+
+
+HOLDS_A_POOL = """
+import asyncio, sys
+from storage.pool import Pool
+
+async def main():
+    await Pool.open(sys.argv[1])
+    print("open", flush=True)
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+def test_an_owner_that_is_dead_and_not_waited_for_is_in_nobodys_way(path: str) -> None:
+    """Found by review: after kill -9 the next start was refused as long as the parent had not reaped the old process."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDS_A_POOL, path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "open\n"
+        os.kill(process.pid, 9)
+        while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+            time.sleep(0.01)
+        assert names_of(asyncio.run(opened_and_closed(path)), "pool.opened")
+    finally:
+        process.kill()
+        process.communicate()

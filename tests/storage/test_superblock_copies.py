@@ -1,15 +1,20 @@
 """The two copies of the superblock: repaired at the open, never both at risk, and both durable when the pool rests or is closed."""
 
+import asyncio
+from collections.abc import Sequence
+
 import pytest
 
 from storage.consistency import consistency_point
 from storage.consistency.copies import DAMAGED, STALE, TORN, UNREADABLE, UNWRITTEN, judge, read_copies
 from storage.consistency.superblock import Superblock, decode
-from storage.errors import DeviceFailed, PoolRefused
+from storage.device import Buffer
+from storage.device.owner import Owner
+from storage.errors import DeviceFailed, DeviceFull, PoolRefused
 from storage.layout import BLOCK_BYTES, SUPERBLOCK_CRC_OFFSET, SUPERBLOCK_VBNS, UNFINISHED_MAGIC, VBN
 from storage.pool import Pool
 from tests.storage.crash_device import CrashDevice
-from tests.storage.devices import READ, SYNC, WRITE, Fault, FaultyDevice, MemoryDevice
+from tests.storage.devices import READ, SYNC, WRITE, Fault, FaultyDevice, MemoryDevice, WrappedDevice
 from tests.storage.pools import SMALL_POOL_BYTES, OpenPool, data, new_pool, open_on, opened
 from tests.storage.test_superblock import SIZE_BLOCKS, superblock
 
@@ -192,3 +197,44 @@ async def test_a_failed_sync_of_the_second_copy_is_a_failed_sync(monkeypatch: py
     device.faults = [Fault(SYNC, nth=device.calls[SYNC] + 1)]
     await running.until(lambda: running.pool.show()["read_only"])
     await running.close()
+
+
+class FullForSuperblocks(WrappedDevice):
+    """A host that does not write in place, and is full: no superblock can be written over. ``syncs`` counts."""
+
+    full = True
+    syncs = 0
+
+    def try_writev(self, buffers: Sequence[Buffer], offset_bytes: int, length_bytes: int) -> bool:
+        if self.full and offset_bytes < 2 * BLOCK_BYTES:
+            raise DeviceFull("full")
+        return self.inner.try_writev(buffers, offset_bytes, length_bytes)
+
+    def writev(self, buffers: Sequence[Buffer], offset_bytes: int) -> "asyncio.Future[None]":
+        if self.full and offset_bytes < 2 * BLOCK_BYTES:
+            failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            failed.set_exception(DeviceFull("full"))
+            return failed
+        return self.inner.writev(buffers, offset_bytes)
+
+    def sync(self) -> "asyncio.Future[None]":
+        self.syncs += 1
+        return self.inner.sync()
+
+
+async def test_a_full_host_that_does_not_write_in_place_makes_no_pool_read_only_at_its_open_nor_at_its_close() -> None:
+    """Found by review: the owner could not be noted, and nothing could be deleted any more to make room."""
+    memory = await a_pool()
+    device = FullForSuperblocks(memory)
+    events: list[str] = []
+    owner = Owner(1, b"a boot of a host", 1, 1, 1, "host")
+    pool = await Pool.open_on(device, 4 << 20, lambda name, **_: events.append(name), owner)
+    assert not pool.show()["read_only"] and "pool.host_full" in events
+    device.full = False
+    await pool.vdisk_create("b", 1 << 20)
+    assert at(memory, 0).owner == at(memory, 1).owner == owner
+    device.full, device.syncs = True, 0
+    await pool.close()
+    assert device.syncs and "pool.read_only" not in events
+    async with opened(memory.copy()) as running:
+        assert running.pool.names() == ["a", "b"]
