@@ -49,6 +49,8 @@ class PoolFull(StorageError):
     """No free block is left for this write; reads, deletes and consistency points still work."""
 
     errno = errno.ENOSPC
+    # How many more would have to come free, where that is known.
+    missing_blocks: int = 1
 
 
 class HostFull(PoolFull):

@@ -278,12 +278,12 @@ class Pool:
         """The pool will be closed: what waits for room on the host gets an answer within CLOSE_SECONDS."""
         self._state.room.close_within(CLOSE_SECONDS)
 
-    async def _reclaim(self, blocks: int) -> bool:
+    async def _reclaim(self, blocks: int, patient: bool) -> bool:
         """Make freed blocks available, those that background reclaim is still collecting included. False: so many are not on their way.
 
         The background itself does not wait for reclaim: that is a message in the same queue, and would wait for it in turn.
         """
-        if await self._points.reclaim(blocks):
+        if await self._points.reclaim(blocks, patient):
             return True
         if in_background.get() or not self._handler.holds(Reclaim) or self._state.read_only_reason is not None:
             return False

@@ -107,10 +107,13 @@ class NodeStock:
 
     def release_surplus(self, floor: int) -> None:
         """Give back to the pool what data that may take all but ``floor`` blocks could have: it finds no others."""
-        while self.blocks > min(self.kept_blocks, floor):
+        while (surplus := self.blocks - min(self.kept_blocks, floor)) > 0:
             first, end = self._runs.pop()
-            self._allocator.settle_run(first, end)
-            self.blocks -= end - first
+            start = max(first, end - surplus)  # no more than that: nodes of the same write may need the rest
+            if first < start:
+                self._runs.append((first, start))
+            self._allocator.settle_run(start, end)
+            self.blocks -= end - start
 
     # --- Filling ---------------------------------------------------------------------------------------------------
 

@@ -105,7 +105,7 @@ def region_bits(first: int, end: int) -> Iterator[tuple[int, Bits]]:
         yield region, np.packbits(mask, bitorder="little")
 
 
-async def nothing_on_its_way(blocks: int) -> bool:
+async def nothing_on_its_way(blocks: int, patient: bool) -> bool:
     """The answer to who waits for freed blocks while there are no consistency points yet."""
     return False
 
@@ -128,11 +128,13 @@ class WriteAllocator:
         "borrow_floor",
         "client_floor",
         "free_now",
+        "lent_blocks",
         "move_floor",
         "point_floor",
         "promised_blocks",
         "reclaim",
         "reserve_blocks",
+        "returned_blocks",
         "stock",
     )
 
@@ -151,6 +153,10 @@ class WriteAllocator:
         self._wait_for = 0
         self.free_now = size_blocks - active_map.used_blocks
         self.promised_blocks = 0
+        # Borrowed for writes that are not installed yet: they come back, though no epoch says so.
+        self.lent_blocks = 0
+        # How many blocks came back so far. It only grows: whoever waits for some sees that they came, also when others were faster.
+        self.returned_blocks = 0
         part = max(PART_BLOCKS_MIN, min(PART_BLOCKS_MAX, size_blocks // 256))
         self.point_floor = map_blocks(size_blocks) + POINT_BLOCKS_EXTRA
         self.move_floor = self.point_floor + part // 4
@@ -162,8 +168,9 @@ class WriteAllocator:
         self.stock = NodeStock(state, self, size_blocks)
         if state.device.thin:
             state.room.has_room = self.stock.has_room
-        # Waits until freed blocks can be used again; False when fewer than so many are on their way.
-        self.reclaim: Callable[[int], Awaitable[bool]] = nothing_on_its_way
+        # Waits until freed blocks can be used again; False when fewer than so many are on their way. Who is patient goes on waiting when
+        # others were faster: for one who gives back what he takes there will be some.
+        self.reclaim: Callable[[int, bool], Awaitable[bool]] = nothing_on_its_way
 
     @property
     def available_bytes(self) -> int:
@@ -277,6 +284,7 @@ class WriteAllocator:
     def redeem(self, blocks: int = ENTRY_BLOCKS) -> None:
         """The consistency point has taken what it was promised."""
         self.free_now += blocks
+        self.returned_blocks += blocks
         self.promised_blocks -= blocks
 
     @contextmanager
@@ -293,8 +301,11 @@ class WriteAllocator:
 
     def check_room(self, images: int = 0, blocks: int = 0) -> None:
         """Raise PoolFull when there is no room for so many more table entries, or blocks of the configuration."""
-        if self.free_now - images * ENTRY_BLOCKS - blocks <= self.client_floor:
-            raise PoolFull(POOL_FULL)
+        missing = self.client_floor + 1 + images * ENTRY_BLOCKS + blocks - self.free_now
+        if missing > 0:
+            full = PoolFull(POOL_FULL)
+            full.missing_blocks = missing
+            raise full
         if self.stock.refused and self.stock.blocks < self.stock.point_blocks + images * ENTRY_BLOCKS + blocks:
             raise HostFull(HOST_FULL)
 
@@ -304,7 +315,7 @@ class WriteAllocator:
         """Wait until there are ``count`` blocks above the floor, and in the window. Raises PoolFull (too few are on the way), HostFull."""
         within_point = floor <= 0
         while self.free_now - count < floor:
-            if within_point or not await self.reclaim(floor + count - self.free_now):
+            if within_point or not await self.reclaim(floor + count - self.free_now, floor < self.client_floor):
                 raise PoolFull(POOL_FULL)
         if window is self._data:
             await self._refill(window, count, hold)
@@ -342,10 +353,12 @@ class WriteAllocator:
     def _fill(self, window: Window) -> bool:
         """Claim free runs for ``window``, to be used after those that it has left. False: nothing was found in the regions at hand."""
         left, window.runs = window.runs, []
-        found = self._claim_roomy(window) or self._claim_from_cursor(window)
-        window.runs.reverse()
-        window.runs += left
-        return found
+        try:
+            return self._claim_roomy(window) or self._claim_from_cursor(window)
+        finally:
+            # Also when a map block cannot be read: what is in the window counts as free.
+            window.runs.reverse()
+            window.runs += left
 
     def _claim_from_cursor(self, window: Window) -> bool:
         wanted = window.size_blocks
@@ -501,7 +514,9 @@ class WriteAllocator:
                 self._held[region] = left
             else:
                 del self._held[region]
-            self.free_now += count_bits(bits)
+            count = count_bits(bits)
+            self.free_now += count
+            self.returned_blocks += count
             if self._state.room.full:
                 self.stock.freed_in(region)
             used = self._active_map.peek_used(region)

@@ -51,6 +51,8 @@ Frozen = tuple[Epoch, tuple[int, int, int]]
 
 # How old a change may get before it is written: bounds what replay has to do after a crash, and how long freed space waits.
 INTERVAL_SECONDS = 5.0
+# How often a write to a full pool looks whether those that borrowed blocks are installed.
+LENT_POLL_SECONDS = 0.001
 # How often the other triggers are looked at.
 WATCH_SECONDS = 0.1
 # After so long without a consistency point the second copy of the superblock is synced too.
@@ -124,19 +126,26 @@ class ConsistencyPoints:
         self._wake.set()
         return future
 
-    async def reclaim(self, blocks: int) -> bool:
-        """Make freed blocks available. False: fewer than ``blocks`` are on their way, so that waiting for them would help nobody."""
+    async def reclaim(self, blocks: int, patient: bool) -> bool:
+        """Make freed blocks available. False: fewer than ``blocks`` are on their way, so that waiting for them would help nobody; or none
+        is left of those that came, for one who is not ``patient``.
+        """
         state = self._state
         epochs = [epoch for epoch in (state.epoch, state.frozen) if epoch is not None]
-        on_their_way = sum(epoch.freed_estimate for epoch in epochs) + state.allocator.held_blocks + state.allocator.promised_blocks
+        allocator = state.allocator
+        on_their_way = sum(epoch.freed_estimate for epoch in epochs)
+        on_their_way += allocator.held_blocks + allocator.promised_blocks + allocator.lent_blocks
         if on_their_way < blocks and not any(epoch.when_durable for epoch in epochs):
             return False
-        before = state.allocator.free_now
-        if any(epoch.frees for epoch in epochs) or state.allocator.promised_blocks:
+        before, free_before = allocator.returned_blocks, allocator.free_now
+        if any(epoch.frees for epoch in epochs) or allocator.promised_blocks:
             await self.request()
-        while state.retired and state.allocator.free_now <= before:
+        elif allocator.lent_blocks:
+            await asyncio.sleep(LENT_POLL_SECONDS)  # those writes are still on their way to the device
+            return True
+        while state.retired and allocator.returned_blocks <= before:
             await state.room_from_retired()
-        return state.allocator.free_now > before
+        return allocator.returned_blocks > before if patient else allocator.free_now > free_before
 
     # --- The loop --------------------------------------------------------------------------------------------------
 

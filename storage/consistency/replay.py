@@ -296,6 +296,8 @@ class Replay:
                     self._state.allocator.give_back([(orphan, 1)])
         elif vbn == ZERO_POINTER:
             await trim_blocks(image, fbn, count)
+        elif max(entry[2] for entry in entries) >= image.size_blocks:
+            self._state.fail(f"the intent log holds writes beyond the end of {image.label}: run `cleaved check`")
         else:
             await self._install(image, entries)
 

@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 
 from storage.consistency.consistency_point import ConsistencyPoints
 from storage.consistency.intent_log import IntentLog
-from storage.errors import Conflict, PoolFull, RequestError
+from storage.errors import Conflict, HostFull, PoolFull, RequestError
 from storage.images.catalogue import Catalogue
 from storage.images.counters import Counters
 from storage.images.image import Image
@@ -152,8 +152,10 @@ class Lifecycle:
         while True:
             try:
                 await self._points.request(at_freeze)
-            except PoolFull:
-                if not await self._state.allocator.reclaim(1):
+            except HostFull:
+                raise
+            except PoolFull as full:
+                if not await self._state.allocator.reclaim(full.missing_blocks, False):
                     raise
             else:
                 return
@@ -222,6 +224,10 @@ class Lifecycle:
             image.size_bytes = size_bytes
             image.backing_blocks = min(image.backing_blocks, image.size_blocks)
 
+        if image.limit_bytes < image.size_bytes:
+            # A grow that was cancelled is not durable yet: until it is, nobody may write beyond the old end.
+            await self._points.request()
+            image.limit_bytes = image.size_bytes
         before, image.limit_bytes = image.limit_bytes, size_bytes
         try:
             await trim_blocks(image, size_bytes // BLOCK_BYTES, (before - size_bytes) // BLOCK_BYTES)

@@ -198,7 +198,14 @@ def take_now(image: "Image", plan: Plan, fbns: Sequence[int], count: int) -> Ext
     if borrowed is None:
         return None
     extents = allocator.take(count, borrowed)
-    if extents is not None and not image.tree.at_hand(plan):
+    if extents is None:
+        return None
+    try:
+        ready = image.tree.at_hand(plan)
+    except StorageError:
+        allocator.give_back(extents)
+        raise
+    if not ready:
         allocator.give_back(extents)
         return None
     return extents
@@ -224,6 +231,8 @@ async def write_blocks(image: "Image", targets: list[Target], buffers: list[Buff
     count = sum(map(len, buffers)) // BLOCK_BYTES
     fbns = [fbn for fbn, crc in targets if crc != ZERO_CRC]
     extents, borrowed = await when_possible(state, lambda: _take_for(image, targets, fbns, count)) if count else ([], False)
+    lent = count if borrowed else 0
+    state.allocator.lent_blocks += lent
     try:
         for part, offset, length in slices_by_extent(buffers, extents) if count else ():
             if not state.device.try_writev(part, offset, length):
@@ -233,6 +242,8 @@ async def write_blocks(image: "Image", targets: list[Target], buffers: list[Buff
         # Not after a cancellation: the device may still be writing there, so those blocks stay claimed until the pool is closed.
         state.allocator.give_back(extents)
         raise
+    finally:
+        state.allocator.lent_blocks -= lent
 
 
 def _take_for(image: "Image", targets: list[Target], fbns: list[int], count: int) -> tuple[Extents, bool] | None:

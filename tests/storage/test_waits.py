@@ -283,6 +283,35 @@ async def test_a_grow_that_is_cancelled_after_its_freeze_gives_clients_what_is_s
         assert (await running.pool.vdisk_show("a"))["size_bytes"] == volume.size_bytes == 8 * LEAF_BYTES
 
 
+async def test_a_shrink_after_a_grow_that_was_cancelled_lets_nobody_write_beyond_the_durable_end() -> None:
+    """Found by review: a write beyond it was acknowledged with FUA, and replayed at another place of the vdisk."""
+    async with new_pool(decorate=DelayDevice) as running:
+        device = running.device
+        await running.pool.vdisk_create("a", LEAF_BYTES)
+        await running.write("a", 0, data(1, 4))
+        await running.checkpoint()
+        volume = running.volume("a")
+        device.hold(SYNC)
+        grow = asyncio.create_task(running.pool.vdisk_resize("a", 8 * LEAF_BYTES))
+        await running.until(lambda: device.held(SYNC) > 0)
+        grow.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await grow
+        shrink = asyncio.create_task(running.pool.vdisk_resize("a", 2 * LEAF_BYTES))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert volume.size_bytes == LEAF_BYTES
+        with pytest.raises(OutOfRange):
+            await running.write("a", LEAF_BYTES + BLOCK_BYTES, data(9))
+        device.release(SYNC)
+        assert (await within(shrink))["size_bytes"] == volume.size_bytes == 2 * LEAF_BYTES
+        await running.write("a", LEAF_BYTES + BLOCK_BYTES, data(9), fua=True)
+        memory = await running.crashed()
+    async with opened(memory) as running:
+        assert await running.read("a", 0, 4 * BLOCK_BYTES) == data(1, 4)
+        assert await running.read("a", LEAF_BYTES + BLOCK_BYTES, BLOCK_BYTES) == data(9)
+
+
 async def test_when_several_reads_of_one_command_fail_each_failure_is_seen() -> None:
     """ "Future exception was never retrieved" for all but the first."""
     unseen: list[str] = []
