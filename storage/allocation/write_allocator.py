@@ -217,7 +217,7 @@ class WriteAllocator:
     def _fill_up(self, window: Window, count: int) -> bool:
         """Fill a window until it has ``count`` blocks, from what is in memory."""
         while window.left_blocks < count:
-            if not self._fill(window):
+            if not self._fill(window, count):
                 return False
         return True
 
@@ -266,7 +266,7 @@ class WriteAllocator:
         """Fill the node window until it has ``count`` blocks, on a sparse pool file from the stock alone."""
         window = self._nodes
         while (missing := count - window.left_blocks) > 0:
-            if not self.stock.draw(window, self._kept(floor), missing) and (self._state.device.thin or not self._fill(window)):
+            if not self.stock.draw(window, self._kept(floor), missing) and (self._state.device.thin or not self._fill(window, count)):
                 return False
         return True
 
@@ -341,7 +341,7 @@ class WriteAllocator:
         for _ in range(2 * region_count(self._size_blocks) // REGIONS_PER_FILL + 4):
             if window.left_blocks >= count:
                 return
-            if self._fill(window):
+            if self._fill(window, count):
                 continue
             await self._active_map.load(self._wait_for, hold)
             await asyncio.sleep(0)
@@ -350,18 +350,24 @@ class WriteAllocator:
 
     # --- Claiming ----------------------------------------------------------------------------------------------
 
-    def _fill(self, window: Window) -> bool:
-        """Claim free runs for ``window``, to be used after those that it has left. False: nothing was found in the regions at hand."""
+    def _fill(self, window: Window, count: int) -> bool:
+        """Claim free runs for ``window``, to be used after those that it has left. False: nothing was found in the regions at hand.
+
+        On a pool that is nearly full data and nodes claim no more than the ``count`` blocks that are wanted now: else the one would take
+        the last blocks that the other needs for the same write, and they would pass them to and fro for ever.
+        """
+        short = self.free_now <= self.reserve_blocks + self._data.size_blocks + self._nodes.size_blocks
+        exact = short and (window is self._data or window is self._nodes)
+        wanted = max(1, count - window.left_blocks) if exact else window.size_blocks
         left, window.runs = window.runs, []
         try:
-            return self._claim_roomy(window) or self._claim_from_cursor(window)
+            return self._claim_roomy(window, wanted) or self._claim_from_cursor(window, wanted)
         finally:
             # Also when a map block cannot be read: what is in the window counts as free.
             window.runs.reverse()
             window.runs += left
 
-    def _claim_from_cursor(self, window: Window) -> bool:
-        wanted = window.size_blocks
+    def _claim_from_cursor(self, window: Window, wanted: int) -> bool:
         regions = region_count(self._size_blocks)
         for _ in range(min(REGIONS_PER_FILL, regions + 1)):
             region = self._cursor >> REGION_SHIFT
@@ -377,7 +383,7 @@ class WriteAllocator:
             self._cursor = (region + 1) % regions * REGION_BLOCKS
         return bool(window.runs)
 
-    def _claim_roomy(self, window: Window) -> bool:
+    def _claim_roomy(self, window: Window, wanted: int) -> bool:
         """Claim from where blocks were freed last, so that a sparse pool file does not grow while a few blocks are overwritten.
 
         A page that the page cache holds already costs a third of a new one (docs/performance.md).
@@ -387,8 +393,8 @@ class WriteAllocator:
             used = self._active_map.peek_used(region)
             if used is None or used > ROOMY_USED_MAX:
                 continue
-            found = self._claim(region, 0, window.size_blocks, window, ROOMY_RUN_BLOCKS_MIN)
-            if found == window.size_blocks:
+            found = self._claim(region, 0, wanted, window, ROOMY_RUN_BLOCKS_MIN)
+            if found == wanted:
                 self._roomy[region] = None  # there may be more
             if found:
                 return True
@@ -483,7 +489,7 @@ class WriteAllocator:
         """Where data will be written next: runs (first VBN, end), in their order; none where that is not known."""
         window = self._data
         if not window.advance():
-            self._fill(window)
+            self._fill(window, window.size_blocks)
         return [(window.next, window.end), *reversed(window.runs[-runs_max:])]
 
     def adopt(self, first: int, length: int = 1) -> None:

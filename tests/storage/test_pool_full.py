@@ -362,6 +362,18 @@ async def test_overwrites_that_come_together_are_all_done_on_a_full_pool(way: st
         assert not running.pool._state.allocator.lent_blocks
 
 
+async def test_data_and_nodes_of_one_write_do_not_pass_the_last_blocks_to_and_fro() -> None:
+    """Found by the store fuzzer: each window claimed all that was left, which the other then took from it: the write was never answered."""
+    async with new_pool(64 << 20) as running:
+        await running.pool.vdisk_create("a", 4 * MANY_BYTES)
+        await fill(running, "a")
+        await running.checkpoint()
+        memory = await running.crashed()
+    async with opened(memory) as running:  # with empty windows
+        await running.write("a", 0, data(7))
+        assert await running.read("a", 0, BLOCK_BYTES) == data(7)
+
+
 async def test_growing_on_a_full_pool_is_refused_although_others_overwrite_all_the_time() -> None:
     """What comes back is theirs: who waits for more than that must get his answer."""
     async with new_pool(SMALL_POOL_BYTES) as running:

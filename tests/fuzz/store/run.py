@@ -21,6 +21,8 @@ from tests.fuzz.store.session import Tally, carry_out
 from tests.fuzz.store.shrink import shrunk
 
 SEED_BITS = 32
+# How much processor time may pass before a process says how far it is.
+TOLD_SECONDS = 300.0
 
 Finding = tuple[str, str]
 
@@ -32,9 +34,15 @@ def command(plan: Plan) -> str:
 
 def search(seed: int, step: int, seconds: float, shrink: bool, say: Callable[[str], None]) -> tuple[Tally, int, list[Finding]]:
     """Seeds one after the other; how many, and what they found. ``seconds`` are of processor time."""
-    total, seeds, findings = Tally(), 0, []
+    total, seeds = Tally(), 0
+    findings: list[Finding] = []
     began = time.process_time()
-    while time.process_time() - began < seconds:
+    told_at = TOLD_SECONDS
+    while (used := time.process_time() - began) < seconds:
+        if used > told_at:
+            told_at += TOLD_SECONDS
+            total.seconds = used
+            say(f"so far: {summary(total, seeds, len(findings))}")
         plan = plan_of(seed % (1 << SEED_BITS))
         tally, wrong = carry_out(plan)
         total.add(tally)
