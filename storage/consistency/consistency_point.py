@@ -135,17 +135,21 @@ class ConsistencyPoints:
         allocator = state.allocator
         on_their_way = sum(epoch.freed_estimate for epoch in epochs)
         on_their_way += allocator.held_blocks + allocator.promised_blocks + allocator.lent_blocks
-        if on_their_way < blocks and not any(epoch.when_durable for epoch in epochs):
+        # What is frozen is being moved from its lists to the maps, and cannot be counted.
+        unknown = state.frozen is not None or any(epoch.when_durable for epoch in epochs)
+        if on_their_way < blocks and not unknown:
             return False
         before, free_before = allocator.returned_blocks, allocator.free_now
-        if any(epoch.frees for epoch in epochs) or allocator.promised_blocks:
+        if unknown or allocator.promised_blocks or any(epoch.frees for epoch in epochs):
             await self.request()
         elif allocator.lent_blocks:
             await asyncio.sleep(LENT_POLL_SECONDS)  # those writes are still on their way to the device
             return True
         while state.retired and allocator.returned_blocks <= before:
             await state.room_from_retired()
-        return allocator.returned_blocks > before if patient else allocator.free_now > free_before
+        if patient:
+            return allocator.returned_blocks > before or allocator.lent_blocks > 0
+        return allocator.free_now > free_before
 
     # --- The loop --------------------------------------------------------------------------------------------------
 
