@@ -1,7 +1,7 @@
 """What `storage` asks of a device: vectored reads and writes at a byte offset, sync, discard, reserve, grow.
 
 Two ways lead to the same bytes. ``try_readv`` and ``try_writev`` act at once or not at all, and cost neither a Future nor a
-thread (design section 3: a page-cache hit takes under a microsecond). ``readv``, ``writev``, ``sync``, ``discard`` and
+thread (design section 3: a hit in the page cache is one system call). ``readv``, ``writev``, ``sync``, ``discard`` and
 ``grow`` are asynchronous. A driver with no page cache and no inline path (a distributed object store) answers False to
 every ``try_*`` and fits behind this interface without a change above it; one whose lease was fenced off raises DeviceFailed.
 
