@@ -151,7 +151,7 @@ RECORD_CRC_OFFSET: Final = 4
 RECORD_ENTRY: Final = struct.Struct("<IIQQQ")
 # The last bytes of a record's last block, which no entry reaches: bit n says that no write goes on from entry n to the next one. Zeros
 # (as versions before wrote them) say nothing.
-RECORD_TAIL: Final = struct.Struct("<16s")
+RECORD_TAIL: Final = struct.Struct("<15sB")
 
 # --- How far the counters go -------------------------------------------------------------------------------------------
 

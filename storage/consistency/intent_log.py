@@ -46,6 +46,7 @@ class IntentLog:
         "_flushing",
         "_in_threads",
         "_mark_sequence",
+        "_newest",
         "_noting",
         "_open",
         "_pool_uuid",
@@ -65,6 +66,8 @@ class IntentLog:
         self._pool_uuid = pool_uuid
         self._blocks = blocks
         self._open: LogRecord | None = None
+        # The last that was begun, open or not.
+        self._newest: LogRecord | None = None
         # Records that the device did not take at once, oldest first; the open one may be the last of them.
         self._unwritten: list[LogRecord] = []
         # Whether the threads are writing the first of them: none may overtake it.
@@ -87,6 +90,7 @@ class IntentLog:
         self.head_block = head_block
         self.next_sequence = next_sequence
         self._durable_sequence = next_sequence - 1
+        self._newest = None
 
     @property
     def records(self) -> int:
@@ -156,11 +160,11 @@ class IntentLog:
         """A new record, the open one from now on; None when the ring is full."""
         if self.held or self._used_blocks >= self._blocks:
             return None
-        record = LogRecord(self.head_block, self.next_sequence, epoch.number, self._durable_sequence, self._pool_uuid)
+        record = LogRecord(self.head_block, self.next_sequence, epoch.number, self._durable_sequence, self._pool_uuid, self._newest)
         self.head_block = (self.head_block + 1) % self._blocks
         self.next_sequence += 1
         self._used_blocks += 1
-        self._open = record
+        self._open = self._newest = record
         if self._used_blocks > self._blocks * FILL_WANTED and self._state.frozen is None:
             self._state.wanted()
         return record

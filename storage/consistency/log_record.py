@@ -12,16 +12,20 @@ from crc32c import crc32c
 from storage.consistency.epoch import LogEntry
 from storage.layout import BLOCK_BYTES, LOG_FIRST_VBN, RECORD_CRC_OFFSET, RECORD_ENTRY, RECORD_HEAD, RECORD_MAGIC, RECORD_TAIL
 
-ENTRIES_PER_RECORD = (BLOCK_BYTES - RECORD_HEAD.size) // RECORD_ENTRY.size
 TAIL_OFFSET = BLOCK_BYTES - RECORD_TAIL.size
+ENDS_BYTES = RECORD_TAIL.size - 1
+# A bit for each in the tail.
+ENTRIES_PER_RECORD = 8 * ENDS_BYTES
 
 
 class LogRecord:
     """A record in the making. ``block`` is its place in the ring, ``cp_number`` the epoch whose changes it lists."""
 
-    __slots__ = ("_count", "_durable_sequence", "_ends", "_pool", "block", "buf", "cp_number", "sequence")
+    __slots__ = ("_count", "_durable_sequence", "_ends", "_pool", "_previous", "block", "buf", "cp_number", "sequence")
 
-    def __init__(self, block: int, sequence: int, cp_number: int, durable_sequence: int, pool_uuid: bytes) -> None:
+    def __init__(
+        self, block: int, sequence: int, cp_number: int, durable_sequence: int, pool_uuid: bytes, previous: "LogRecord | None" = None
+    ) -> None:
         self.block = block
         self.sequence = sequence
         self.cp_number = cp_number
@@ -29,6 +33,8 @@ class LogRecord:
         self._pool = pool_uuid[:8]
         self._count = 0
         self._ends = 0
+        # How many entries the record before has, and 1 more: its last writing may get lost with the power, and this one not.
+        self._previous = 0 if previous is None else previous.entries + 1
         self.buf = bytearray(BLOCK_BYTES)
 
     @property
@@ -40,6 +46,11 @@ class LogRecord:
     def room(self) -> int:
         """How many more entries it can take."""
         return ENTRIES_PER_RECORD - self._count
+
+    @property
+    def entries(self) -> int:
+        """How many it has."""
+        return self._count
 
     @property
     def empty(self) -> bool:
@@ -55,7 +66,6 @@ class LogRecord:
             at += RECORD_ENTRY.size
         self._count += len(entries)
         self._ends |= 1 << self._count - 1
-        RECORD_TAIL.pack_into(buf, TAIL_OFFSET, self._ends.to_bytes(RECORD_TAIL.size, "little"))
         self._seal()
 
     def say_durable(self, sequence: int) -> None:
@@ -65,5 +75,6 @@ class LogRecord:
 
     def _seal(self) -> None:
         buf = self.buf
+        RECORD_TAIL.pack_into(buf, TAIL_OFFSET, self._ends.to_bytes(ENDS_BYTES, "little"), self._previous)
         RECORD_HEAD.pack_into(buf, 0, RECORD_MAGIC, 0, self.sequence, self.cp_number, self._durable_sequence, self._pool, self._count, 1)
         buf[RECORD_CRC_OFFSET : RECORD_CRC_OFFSET + 4] = crc32c(buf).to_bytes(4, "little")

@@ -7,9 +7,10 @@ The rule (docs/on-disk-format.md, "Reading it after a crash"). Every record that
 the highest ``durable_sequence`` that any of them states must be there, with their data: what is not is damage. A block of data that does
 not verify gets its pointer all the same, so that reading it is an error and not old data, and is reported. A record that is missing leaves
 the pool read-only, for nobody knows for certain what it changed; the blocks that it seems to name read as errors. Above that sequence
-anything may be missing, for no flush was answered: the log ends before a record that is missing, and a write of which a block does not
-verify is left out whole. So is what was written later to one of its blocks (the parts of the block that it did not cover are those of
-the write that is left out, which would be there in part), until a trim of that block. All others are applied.
+anything may be missing, for no flush was answered: the log ends before a record that is missing, or whose predecessor has fewer entries
+than it states (it was written again, longer, and that was lost), and a write of which a block does not verify is left out whole. So is
+what was written later to one of its blocks (the parts of the block that it did not cover are those of the write that is left out, which
+would be there in part), until a trim of that block. All others are applied.
 """
 
 from collections.abc import Iterator, Sequence
@@ -60,6 +61,8 @@ class Replay:
         self._slicer = Slicer()
         self._findings = Findings()
         self._durable = 0
+        # Entries of each record to apply, by sequence.
+        self._counts: dict[int, int] = {}
         # Above that: whether a record was missing, and the blocks (image, FBN) whose newest write was left out.
         self._ended = False
         self._without: set[tuple[int, int]] = set()
@@ -75,6 +78,7 @@ class Replay:
         records += await self._mend(ring, missing)
         records.sort(key=attrgetter("sequence"))
         applied = [record for record in records if record.entries and record.cp_number > superblock.cp_number]
+        self._counts = {record.sequence: len(record.entries) for record in applied}
         lost = [one for one in missing if self._is_needed(one, records)]
         parts: list[Record | Missing] = [*applied, *lost]
         for part in sorted(parts, key=attrgetter("sequence")):
@@ -132,6 +136,9 @@ class Replay:
         if record.sequence <= self._durable:
             findings.damaged.update(first + position for position in bad)
             return
+        if self._counts.get(record.sequence - 1, record.previous) < record.previous - 1:
+            findings.torn_records.add(record.sequence - 1)
+            self._ended = True
         position = 0
         while position < len(record.entries):
             unit = record.unit(position)

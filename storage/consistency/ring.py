@@ -32,7 +32,10 @@ NO_ENTRY: LogEntry = (0, 0, 0, 0, 0)
 
 @dataclass
 class Record:
-    """One record of the intent log, as read back. Bit n of ``ends``: no write goes on past entry n."""
+    """One record of the intent log, as read back. Bit n of ``ends``: no write goes on past entry n.
+
+    ``previous``: entries of the record before, and 1 more; 0 where that is not stated.
+    """
 
     sequence: int
     cp_number: int
@@ -41,6 +44,7 @@ class Record:
     blocks: int
     entries: list[LogEntry]
     ends: int = 0
+    previous: int = 0
 
     def unit(self, position: int) -> range:
         """Positions of the entries around one that may be of the same write, which is there entirely or not at all.
@@ -151,8 +155,8 @@ def parsed(whole: bytearray, block: int, everything: bool = False) -> Record:
     _, _, sequence, cp_number, durable, _, count, _ = RECORD_HEAD.unpack_from(whole)
     end = len(whole) - RECORD_TAIL.size if everything else RECORD_HEAD.size + count * RECORD_ENTRY.size
     entries = list(RECORD_ENTRY.iter_unpack(memoryview(whole)[RECORD_HEAD.size : end]))
-    (ends,) = RECORD_TAIL.unpack_from(whole, len(whole) - RECORD_TAIL.size)
-    return Record(sequence, cp_number, durable, block, len(whole) // BLOCK_BYTES, entries, int.from_bytes(ends, "little"))
+    ends, previous = RECORD_TAIL.unpack_from(whole, len(whole) - RECORD_TAIL.size)
+    return Record(sequence, cp_number, durable, block, len(whole) // BLOCK_BYTES, entries, int.from_bytes(ends, "little"), previous)
 
 
 async def read_ring(device: Device, superblock: Superblock) -> Ring:

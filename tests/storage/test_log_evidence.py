@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from crc32c import crc32c
 
+from storage.consistency.log_record import ENTRIES_PER_RECORD
 from storage.consistency.one_bit import flipped_bit
 from storage.consistency.superblock import decode
 from storage.device import WritableBuffer
@@ -162,11 +163,13 @@ async def test_a_durable_record_that_is_damaged_names_what_may_be_missing_and_no
         flip(killed, place, byte)  # the image number of the first entry
     running = await open_on(killed)
     old, missing = await old_and_missing(running)
-    assert (old, missing) == ([0], list(range(1, 126)))  # the first can no longer be named, the other records are whole
+    assert (old, missing) == ([0], list(range(1, ENTRIES_PER_RECORD)))  # the first can no longer be named, the other records are whole
     shown = running.pool.show()
     assert shown["read_only"] and f"(VBN {place}) is damaged: acknowledged writes may be lost" in shown["read_only_reason"]
     (said,) = events(running, "log.record_damaged")
-    assert said["may_be_missing"] == [{"image": "vdisk a", "offset_bytes": BLOCK_BYTES, "length_bytes": 125 * BLOCK_BYTES}]
+    assert said["may_be_missing"] == [
+        {"image": "vdisk a", "offset_bytes": BLOCK_BYTES, "length_bytes": (ENTRIES_PER_RECORD - 1) * BLOCK_BYTES}
+    ]
     await running.close()
 
 
@@ -176,7 +179,7 @@ async def test_a_durable_record_that_cannot_be_read_leaves_the_pool_read_only_wi
         await running.flush("a")
         killed = running.memory.copy()
     running = await open_on(killed, BadBlocks(killed, LOG_FIRST_VBN + first))
-    assert await old_and_missing(running) == (list(range(126)), [])
+    assert await old_and_missing(running) == (list(range(ENTRIES_PER_RECORD)), [])
     assert "cannot be read: acknowledged writes may be lost, which of them, nobody can say" in running.pool.show()["read_only_reason"]
     await running.close()
 
@@ -225,7 +228,7 @@ async def test_the_log_ends_before_a_record_that_power_took(record: int) -> None
         first, _ = await written(running)
         unflushed = running.memory.copy()
     async with opened(lost(unflushed, LOG_FIRST_VBN + first + record)) as running:
-        assert await old_and_missing(running) == (list(range(126 * record, 200)), [])
+        assert await old_and_missing(running) == (list(range(ENTRIES_PER_RECORD * record, 200)), [])
         assert "block.damaged" not in running.event_names()
 
 
@@ -399,3 +402,19 @@ async def test_a_trim_of_any_length_ends_what_was_left_out_below_it() -> None:
         assert await running.read("a", 9 * BLOCK_BYTES, BLOCK_BYTES) == partly
         assert await running.read("a", 25 * BLOCK_BYTES, BLOCK_BYTES) == partly
         assert await running.read("a", 0, 8 * BLOCK_BYTES) == data(1, 64)[: 8 * BLOCK_BYTES]
+
+
+async def test_the_log_ends_where_a_record_is_shorter_than_the_next_one_says() -> None:
+    """Found by the crash states: the last writing of a record was lost with the power, and the record after it was not."""
+    async with new_pool() as running:
+        first, _ = await written(running, ENTRIES_PER_RECORD - 2)
+        shorter = bytes(running.memory._pages[LOG_FIRST_VBN + first])
+        await running.write("a", 200 * BLOCK_BYTES, data(7, 2))  # atomic; the last of the record
+        await running.write("a", 200 * BLOCK_BYTES + 512, b"m" * 512)  # merged with it, in the next record
+        await running.write("a", 240 * BLOCK_BYTES, data(8))
+        unflushed = running.memory.copy()
+    unflushed._write([shorter], (LOG_FIRST_VBN + first) * BLOCK_BYTES)
+    async with opened(unflushed) as running:
+        assert await old_and_missing(running, ENTRIES_PER_RECORD - 2) == ([], [])
+        assert await running.read("a", 200 * BLOCK_BYTES, 41 * BLOCK_BYTES) == bytes(41 * BLOCK_BYTES)
+        assert "log.torn_tail" in running.event_names()
