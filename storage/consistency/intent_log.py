@@ -95,7 +95,7 @@ class IntentLog:
     @property
     def records(self) -> int:
         """Records of changes that the last durable consistency point does not hold: what the next opening would replay."""
-        only_a_mark = self._open is not None and self._open.room == ENTRIES_PER_RECORD
+        only_a_mark = self._open is not None and self._open.empty
         return self._used_blocks - only_a_mark
 
     # --- Called by the consistency point -------------------------------------------------------------------------
