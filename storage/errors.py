@@ -49,12 +49,18 @@ class PoolFull(StorageError):
     """No free block is left for this write; reads, deletes and consistency points still work."""
 
     errno = errno.ENOSPC
-    # How many more would have to come free, where that is known.
-    missing_blocks: int = 1
+
+    def __init__(self, message: str, missing_blocks: int = 1) -> None:
+        """``missing_blocks``: how many more would have to come free, where that is known."""
+        super().__init__(message)
+        self.missing_blocks = missing_blocks
 
 
 class HostFull(PoolFull):
-    """The file system (or thin volume) that the pool lies on has no room for this change, and what is kept for deletes is not for it."""
+    """The file system (or thin volume) that the pool lies on has no room for this change, and what is kept for deletes is not for it.
+
+    ``missing_blocks``: how many the node stock would have to hold.
+    """
 
 
 class HostStaysFull(StorageError):

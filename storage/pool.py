@@ -323,7 +323,7 @@ class Pool:
     @ends_at_close
     async def configure(self, section: str, value: bytes) -> None:
         """Store bytes under a name, durably (targets, access control, reservations). Raises RequestError, PoolFull, PoolReadOnly."""
-        await self._points.request(lambda: self._configuration.replace(section, value))
+        await self._points.request_with_room(lambda: self._configuration.replace(section, value))
 
     def space(self) -> tuple[int, int]:
         """Bytes used, and bytes that the pool (not its host) has for vdisks. Cheaper than ``show``: for those who look every second."""

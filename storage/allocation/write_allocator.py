@@ -303,11 +303,10 @@ class WriteAllocator:
         """Raise PoolFull when there is no room for so many more table entries, or blocks of the configuration."""
         missing = self.client_floor + 1 + images * ENTRY_BLOCKS + blocks - self.free_now
         if missing > 0:
-            full = PoolFull(POOL_FULL)
-            full.missing_blocks = missing
-            raise full
-        if self.stock.refused and self.stock.blocks < self.stock.point_blocks + images * ENTRY_BLOCKS + blocks:
-            raise HostFull(HOST_FULL)
+            raise PoolFull(POOL_FULL, missing)
+        needed = self.stock.point_blocks + images * ENTRY_BLOCKS + blocks
+        if self.stock.refused and self.stock.blocks < needed:
+            raise HostFull(HOST_FULL, needed)
 
     # --- Waiting -----------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from storage.consistency.epoch import Epoch
 from storage.consistency.intent_log import IntentLog
 from storage.consistency.node_writer import NodeWriter
 from storage.consistency.superblock import MetafileRoot, Superblock
-from storage.errors import HostStaysFull, PoolReadOnly, StorageError, VolumeClosed
+from storage.errors import HostFull, HostStaysFull, PoolFull, PoolReadOnly, StorageError, VolumeClosed
 from storage.images.catalogue import Catalogue
 from storage.images.image import KIND_FREE, Image
 from storage.images.record import KIND_OFFSET, ROOT_FIELD_OFFSET
@@ -125,6 +125,21 @@ class ConsistencyPoints:
         self._waiting.append((at_freeze, future))
         self._wake.set()
         return future
+
+    async def request_with_room(self, at_freeze: AtFreeze) -> None:
+        """Carry out a change that needs new blocks for metadata, as soon as there are some. Raises PoolFull, HostFull: there are none.
+
+        What was refused for want of room is asked for, and tried again: the host may have room that nobody has asked for since.
+        """
+        allocator = self._state.allocator
+        while True:
+            try:
+                return await self.request(at_freeze)
+            except PoolFull as full:
+                if isinstance(full, HostFull) and (await allocator.stock.top_up(full.missing_blocks) or not allocator.stock.refused):
+                    continue
+                if not await allocator.reclaim(full.missing_blocks, False):
+                    raise
 
     async def reclaim(self, blocks: int, patient: bool) -> bool:
         """Make freed blocks available. False: fewer than ``blocks`` are on their way, so that waiting for them would help nobody; or none

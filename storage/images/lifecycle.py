@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 
 from storage.consistency.consistency_point import ConsistencyPoints
 from storage.consistency.intent_log import IntentLog
-from storage.errors import Conflict, HostFull, PoolFull, RequestError
+from storage.errors import Conflict, RequestError
 from storage.images.catalogue import Catalogue
 from storage.images.counters import Counters
 from storage.images.image import Image
@@ -144,21 +144,8 @@ class Lifecycle:
             self._state.allocator.check_room(1)
             made.append(self._catalogue.add(new_record(KIND_VDISK, name, size_bytes, self._state.epoch.number)))
 
-        await self._request_with_room(at_freeze)
+        await self._points.request_with_room(at_freeze)
         return made[0]
-
-    async def _request_with_room(self, at_freeze: Callable[[], None]) -> None:
-        """Carry out a change that needs new table entries; wait for freed blocks where there is no room yet. Raises PoolFull."""
-        while True:
-            try:
-                await self._points.request(at_freeze)
-            except HostFull:
-                raise
-            except PoolFull as full:
-                if not await self._state.allocator.reclaim(full.missing_blocks, False):
-                    raise
-            else:
-                return
 
     async def rename(self, old: str, new: str) -> Image:
         """Another name for a vdisk; sessions go on. Raises NotFound, Conflict, RequestError."""
@@ -311,7 +298,7 @@ class Lifecycle:
             self._state.allocator.check_room(2 * len(images))  # the vdisks' own entries change, too
             made.extend(self._snapshot_now(image, name) for image, (_, name) in zip(images, pairs, strict=True))
 
-        await self._request_with_room(at_freeze)
+        await self._points.request_with_room(at_freeze)
         return made
 
     def _snapshot_origin(self, vdisk: str, name: str) -> Image:
@@ -409,5 +396,5 @@ class Lifecycle:
             record.backing_blocks = backing.size_blocks
             made.append(self._catalogue.add(record))
 
-        await self._request_with_room(at_freeze)
+        await self._points.request_with_room(at_freeze)
         return made[0]

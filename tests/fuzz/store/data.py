@@ -206,7 +206,8 @@ class Data:
                 session.judge(flight, error)
                 return
             compare(disk, reading, flight, start, count, bytes(found))
-            if operation.kind == plans.COMPARE and not disk.is_snapshot and not session.closing:
+            in_bounds = start + count <= disk.size_blocks * SECTORS  # the disk may have shrunk since the read began
+            if operation.kind == plans.COMPARE and in_bounds and not disk.is_snapshot and not session.closing:
                 self.write(plans.COMPARE, disk, start, count, operation.c | 1 << 8)
                 session.settle()
 
