@@ -9,8 +9,9 @@ from typing import Any
 
 import click
 
-from daemon import VERSION, runtime
-from daemon.config import Config, ConfigError, build, check_private, load_file, pool_size_bytes
+from daemon import VERSION
+from daemon.process import runtime
+from daemon.process.config import Config, ConfigError, build, check_private, load_file, pool_size_bytes
 from protocol.control.errors import EXIT_CONFLICT, EXIT_FAILED, EXIT_USAGE
 from storage.errors import Conflict, PoolLocked, StorageError
 
@@ -40,10 +41,11 @@ def serve(config_path: str | None, **options: Any) -> None:
     runtime.tune_start()
     import uvloop  # noqa: PLC0415 -- check-config and --help need none of what follows
 
-    from daemon import logs, server  # noqa: PLC0415
-    from daemon.control import ControlPathBusy  # noqa: PLC0415
-    from daemon.descriptors import TooFewDescriptors  # noqa: PLC0415
-    from daemon.iscsi_listener import ListenFailed  # noqa: PLC0415
+    from daemon import server  # noqa: PLC0415
+    from daemon.control.socket import ControlPathBusy  # noqa: PLC0415
+    from daemon.iscsi.listener import ListenFailed  # noqa: PLC0415
+    from daemon.process import logs  # noqa: PLC0415
+    from daemon.process.descriptors import TooFewDescriptors  # noqa: PLC0415
 
     logs.set_up(config.log_level, config.log_format)
     try:

@@ -26,9 +26,9 @@ from rich.table import Table
 
 from daemon.admin.client import ControlClient
 from daemon.admin.progress import progress_view
-from daemon.initiator import Initiator
-from daemon.target_names import TARGET_PREFIX
-from daemon.units import format_size, parse_size
+from daemon.iscsi.initiator import Initiator
+from daemon.process.units import format_size, parse_size
+from daemon.targets.names import TARGET_PREFIX
 
 MIB: Final = 1 << 20
 BLOCK_BYTES: Final = 4096

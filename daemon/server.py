@@ -3,18 +3,18 @@
 import asyncio
 from typing import Any, Final
 
-from daemon import logs, runtime, signals
-from daemon.config import Config
-from daemon.control import ControlServer
-from daemon.descriptors import PER_LISTENER, Shares, open_now, raise_limit, share_out
-from daemon.iscsi_listener import IscsiListener
-from daemon.logs import get_log, log_at
-from daemon.notify import notify
-from daemon.reservation_store import ReservationStore
-from daemon.service import ControlService
-from daemon.space_watch import SpaceWatch
-from daemon.split_progress import TICK_SECONDS, SplitProgress, log_fields
-from daemon.targets import Targets
+from daemon.control.service import ControlService
+from daemon.control.socket import ControlServer
+from daemon.control.split_progress import TICK_SECONDS, SplitProgress, log_fields
+from daemon.iscsi.listener import IscsiListener
+from daemon.pool.space_watch import SpaceWatch
+from daemon.process import logs, runtime, signals
+from daemon.process.config import Config
+from daemon.process.descriptors import PER_LISTENER, Shares, open_now, raise_limit, share_out
+from daemon.process.logs import get_log, log_at
+from daemon.process.notify import notify
+from daemon.targets.directory import Targets
+from daemon.targets.reservation_store import ReservationStore
 from protocol.control.methods import SPLIT_PROGRESS
 from protocol.iscsi.node import TargetNode
 from protocol.scsi.limits import SECTOR_BYTES
@@ -178,7 +178,7 @@ def log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> 
 
 
 async def run(config: Config) -> None:
-    """Serve until a signal says stop (`daemon.signals`). Raises what `Daemon.start` raises."""
+    """Serve until a signal says stop (`daemon.process.signals`). Raises what `Daemon.start` raises."""
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(log_loop_error)
     stopping: asyncio.Queue[str] = asyncio.Queue()

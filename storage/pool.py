@@ -15,10 +15,9 @@ from storage.backdoor.handler import BackdoorMessageHandler, in_background
 from storage.backdoor.reclaim import Reclaim
 from storage.backdoor.scrub import RATE_BYTES_DEFAULT, Scrub
 from storage.check import check_live
-from storage.configuration import Configuration
+from storage.consistency.configuration import Configuration
 from storage.consistency.consistency_point import ConsistencyPoints
 from storage.consistency.copies import Copies, read_copies, write_copies
-from storage.consistency.intent_log import IntentLog
 from storage.consistency.replay import Replay, Replayed
 from storage.consistency.superblock import Superblock
 from storage.device import Device, is_block_device, new_device, open_device
@@ -27,10 +26,7 @@ from storage.errors import Conflict, DeviceFull, NoPool, NotFound, PoolRefused, 
 from storage.formatting import begin_format, erase_marks, why_no_pool, write_zeros
 from storage.images.catalogue import Catalogue
 from storage.images.image import Image
-from storage.images.lifecycle import Lifecycle
-from storage.images.listing import Listing
-from storage.images.table import read_table
-from storage.images.volume import Volume
+from storage.images.table_reader import read_table
 from storage.layout import (
     ACTIVE_MAP,
     BLOCK_BYTES,
@@ -49,10 +45,14 @@ from storage.layout import (
     region_count,
     tree_levels,
 )
+from storage.log.intent_log import IntentLog
 from storage.split.service import SplitService
-from storage.state import EventSink, PoolState
+from storage.state.pool_state import EventSink, PoolState
+from storage.state.under_way import UnderWay, ends_at_close
 from storage.tree.buffer_tree import BufferTree
-from storage.under_way import UnderWay, ends_at_close
+from storage.vdisks.lifecycle import Lifecycle
+from storage.vdisks.listing import Listing
+from storage.vdisks.volume import Volume
 
 CACHE_BYTES_DEFAULT = 256 << 20
 

@@ -17,7 +17,7 @@ from daemon.admin.output import print_json
 from daemon.admin.parameters import DURATION, RATE, SIZE, SNAPSHOT
 from daemon.admin.settings import Settings, confirm, with_output
 from daemon.admin.split_commands import split
-from daemon.units import format_exact
+from daemon.process.units import format_exact
 from protocol.control.errors import EXIT_FAILED, EXIT_UNREACHABLE, ControlError
 
 CONTROL_PATH_DEFAULT: Final = "/run/cleaved/control.sock"

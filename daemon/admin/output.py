@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from daemon.units import format_duration, format_size
+from daemon.process.units import format_duration, format_size
 
 Row = dict[str, Any]
 

@@ -5,7 +5,7 @@ from typing import Any, Final
 
 import click
 
-from daemon.units import UnitError, parse_duration, parse_rate, parse_size
+from daemon.process.units import UnitError, parse_duration, parse_rate, parse_size
 
 
 class Quantity(click.ParamType[float]):

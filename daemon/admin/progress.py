@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
-from daemon.units import format_duration, format_size
+from daemon.process.units import format_duration, format_size
 
 if TYPE_CHECKING:
     from rich.progress import Task

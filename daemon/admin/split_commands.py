@@ -13,7 +13,7 @@ from click.core import ParameterSource
 from daemon.admin.client import ControlClient
 from daemon.admin.parameters import RATE
 from daemon.admin.settings import Settings, with_output
-from daemon.units import format_size
+from daemon.process.units import format_size
 from protocol.control.errors import CONFLICT, FAILED, ControlError
 
 SPLIT_COLUMNS: Final = ("name", "state", "mode", "percent", "holes_remaining", "rate_bytes_per_second", "eta_seconds", "reason")

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from daemon.units import format_size
+from daemon.process.units import format_size
 
 COLUMNS: Final = ("reads", "writes", "read_bytes", "written_bytes", "trims", "flushes")
 HEADER_LINES: Final = 20  # the names come again after so many lines, so that they stay on the screen

@@ -57,8 +57,8 @@ from protocol.iscsi.task import Task
 from protocol.iscsi.task_management import TaskManagement
 from protocol.iscsi.text_exchange import TextExchange
 from protocol.scsi import dispatch, opcodes, sense
+from protocol.scsi.commands.inquiry import encode_lun
 from protocol.scsi.errors import CheckCondition, ScsiError
-from protocol.scsi.inquiry import encode_lun
 from protocol.scsi.logical_unit import LogicalUnit, Nexus, UnitNexus
 from protocol.scsi.plan import Operation, Query, ReadExtent, Reply
 from protocol.scsi.sense import Sense

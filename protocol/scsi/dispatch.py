@@ -3,21 +3,20 @@
 from struct import Struct
 from typing import Final
 
-from protocol.scsi import (
+from protocol.scsi import opcodes, sense
+from protocol.scsi.command import Command, Request, cut, usage
+from protocol.scsi.commands import (
     atomic,
-    block_commands,
+    block,
     extended_copy,
     inquiry,
-    log_pages,
+    log_sense,
     mode,
-    opcodes,
     provisioning,
-    reservation_commands,
+    reservation,
     sanitize,
-    sense,
-    unit_commands,
+    unit,
 )
-from protocol.scsi.command import Command, Request, cut, usage
 from protocol.scsi.errors import CheckCondition, ReservationConflict
 from protocol.scsi.logical_unit import LogicalUnit, Nexus, UnitNexus
 from protocol.scsi.plan import Plan
@@ -104,16 +103,16 @@ _OWN: Final = (
 )
 
 COMMANDS: Final[tuple[Command, ...]] = (
-    unit_commands.COMMANDS
+    unit.COMMANDS
     + inquiry.COMMANDS
     + mode.COMMANDS
-    + block_commands.COMMANDS
+    + block.COMMANDS
     + provisioning.COMMANDS
     + atomic.COMMANDS
-    + reservation_commands.COMMANDS
+    + reservation.COMMANDS
     + extended_copy.COMMANDS
     + sanitize.COMMANDS
-    + log_pages.COMMANDS
+    + log_sense.COMMANDS
     + _OWN
 )
 _BY_OPCODE: Final = {command.opcode: command for command in COMMANDS if command.service_action is None}

@@ -11,10 +11,10 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 
-from storage.consistency.epoch import Epoch
 from storage.layout import BLOCK_BYTES, REGION_BLOCKS, SUMMARIES_PER_BLOCK
-from storage.slices import CHUNK, Slicer, VbnArray, as_array, concatenated, in_thread_if_large
-from storage.state import PoolState
+from storage.state.epoch import Epoch
+from storage.state.pool_state import PoolState
+from storage.state.slices import CHUNK, Slicer, VbnArray, as_array, concatenated, in_thread_if_large
 from storage.tree.attempt import when_possible
 from storage.tree.buffer_tree import BufferTree
 from storage.tree.node import Hold, Node

@@ -12,7 +12,7 @@ Invariants:
 - A block in the stock is claimed, and was set aside by the host after that. What is being discarded is not available yet (PoolState), so
   nobody punches a hole there afterwards.
 - Whoever must not be refused (a consistency point, replay) takes blocks that the host has not allocated when the stock is empty;
-  their writes are tried until there is room (storage.consistency.host_room).
+  their writes are tried until there is room (storage.state.host_room).
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from storage.layout import BLOCK_BYTES, REGION_BLOCKS, region_count
 
 if TYPE_CHECKING:
     from storage.allocation.write_allocator import Window, WriteAllocator
-    from storage.state import PoolState
+    from storage.state.pool_state import PoolState
 
 # 32 MiB: the whole maps of a pool of some 20 GiB. On a larger one a consistency point that changes more of them than this waits for room.
 KEPT_BLOCKS_MAX = 8192

@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from storage.consistency.epoch import Epoch
 from storage.errors import RequestError
 from storage.layout import SHARES_CROWDED, SHARES_MAX, SHARES_PER_BLOCK
-from storage.slices import Slicer, VbnArray, as_array, concatenated, in_thread_if_large
+from storage.state.epoch import Epoch
+from storage.state.slices import Slicer, VbnArray, as_array, concatenated, in_thread_if_large
 from storage.tree.attempt import when_possible
 from storage.tree.buffer_tree import BufferTree
 from storage.tree.node import HOLES, Hold, Node
 
 if TYPE_CHECKING:
-    from storage.state import PoolState
+    from storage.state.pool_state import PoolState
 
 # How often a write to a full pool looks whether the consistency point under way has settled the counts. Rare.
 SETTLED_POLL_SECONDS = 0.001

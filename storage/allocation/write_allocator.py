@@ -18,13 +18,13 @@ import numpy as np
 
 from storage.allocation.active_map import NO_BITS, REGION_SHIFT, ActiveMap, Bits, count_bits
 from storage.allocation.node_stock import NodeStock
-from storage.consistency.epoch import Epoch
 from storage.errors import HostFull, PoolFull
 from storage.layout import BLOCK_BYTES, FIELDS_PER_BLOCK, REGION_BLOCKS, SHARES_PER_BLOCK, SUMMARIES_PER_BLOCK, region_count, tree_levels
+from storage.state.epoch import Epoch
 from storage.tree.node import Hold
 
 if TYPE_CHECKING:
-    from storage.state import PoolState
+    from storage.state.pool_state import PoolState
 
 # Block numbers within a region.
 Offsets = np.ndarray[tuple[int], np.dtype[np.int64]]

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from storage.backdoor.pace import Pace
 from storage.errors import StorageError, as_storage_error
-from storage.state import PoolState
+from storage.state.pool_state import PoolState
 
 # True within a message, and in the tasks that it starts.
 in_background: ContextVar[bool] = ContextVar("in_background", default=False)

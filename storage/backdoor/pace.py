@@ -9,7 +9,7 @@ above ``rate_max_bytes`` if that is set (the handler sees to the latter: a ceili
 import asyncio
 from time import perf_counter
 
-from storage.state import PoolState
+from storage.state.pool_state import PoolState
 
 IDLE_SECONDS = 0.05
 # Under load, background work takes at most 1/(1 + REST_MIN) of the time, and backs off from there. With 4 a split ran at

@@ -9,14 +9,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from storage.backdoor.handler import Work
+from storage.data.trim import trim_blocks
 from storage.errors import PoolFull, StorageError
 from storage.images.image import KIND_FREE, Image
-from storage.images.trim import trim_blocks
 from storage.layout import BLOCK_BYTES, FIELDS_MASK, FIELDS_PER_BLOCK, FIELDS_SHIFT, HOLE, ZERO_POINTER
 from storage.tree.search import first_block
 
 if TYPE_CHECKING:
-    from storage.state import PoolState
+    from storage.state.pool_state import PoolState
 
 # Freed blocks are of use only after a consistency point; this many (1 GiB) are worth one of their own.
 FREED_WANTED = 1 << 18

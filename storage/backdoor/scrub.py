@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from crc32c import crc32c
 
+from storage.data.read_path import Location, runs
 from storage.device import read_all
 from storage.errors import BlockDamaged, StorageError
-from storage.images.read_path import Location, runs
 from storage.layout import BLOCK_BYTES, FIELDS_SHIFT, ZERO_POINTER
 from storage.tree.buffer_tree import BufferTree
 from storage.tree.node import Node
 
 if TYPE_CHECKING:
     from storage.images.catalogue import Catalogue
-    from storage.state import PoolState
+    from storage.state.pool_state import PoolState
 
 # A disk has bandwidth to spare for this, and a pool of 1 TiB is through in five hours.
 RATE_BYTES_DEFAULT = 64 << 20

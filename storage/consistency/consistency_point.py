@@ -7,7 +7,7 @@ Order, which is all that makes it atomic:
 4. sync; 5. write the superblock; 6. sync. Only then is the epoch durable, and what it freed may be released.
 
 A crash before 5 is complete leaves the previous superblock in force, and nothing that it reaches was overwritten.
-A write that finds the host's file system full is tried until there is room (storage.consistency.host_room): that is no failure.
+A write that finds the host's file system full is tried until there is room (storage.state.host_room): that is no failure.
 If any step fails the pool goes read-only: what is frozen can neither be completed nor undone. The table is shown as the last durable one.
 """
 
@@ -18,9 +18,7 @@ from time import perf_counter
 from crc32c import crc32c
 
 from storage.allocation.active_map import ActiveMap
-from storage.configuration import Configuration
-from storage.consistency.epoch import Epoch
-from storage.consistency.intent_log import IntentLog
+from storage.consistency.configuration import Configuration
 from storage.consistency.node_writer import NodeWriter
 from storage.consistency.superblock import MetafileRoot, Superblock
 from storage.errors import HostFull, HostStaysFull, PoolFull, PoolReadOnly, StorageError, VolumeClosed
@@ -40,8 +38,10 @@ from storage.layout import (
     ZERO_POINTER,
     tree_levels,
 )
-from storage.slices import Slicer, dispose
-from storage.state import PoolState
+from storage.log.intent_log import IntentLog
+from storage.state.epoch import Epoch
+from storage.state.pool_state import PoolState
+from storage.state.slices import Slicer, dispose
 from storage.tree.attempt import when_possible
 from storage.tree.buffer_tree import BufferTree
 

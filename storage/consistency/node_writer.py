@@ -8,11 +8,11 @@ import asyncio
 
 from crc32c import crc32c
 
-from storage.consistency.epoch import Epoch
 from storage.errors import DeviceFailed, DeviceFull
 from storage.layout import BLOCK_BYTES, FIELDS_MASK, FIELDS_SHIFT, TREE_LEVELS_MAX
-from storage.slices import Slicer
-from storage.state import PoolState
+from storage.state.epoch import Epoch
+from storage.state.pool_state import PoolState
+from storage.state.slices import Slicer
 from storage.tree.buffer_tree import BufferTree
 from storage.tree.node import Node
 

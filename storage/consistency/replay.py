@@ -20,18 +20,18 @@ from typing import Any
 
 from crc32c import crc32c
 
-from storage.consistency.epoch import LogEntry as Entry
-from storage.consistency.findings import Findings, Place, places
-from storage.consistency.ring import READ_BLOCKS, Missing, Record, Ring, read_ring, read_singly
 from storage.consistency.superblock import Superblock
+from storage.data.trim import trim_blocks
+from storage.data.write_path import indexes_of, install, nodes_of, plan_for
 from storage.errors import BlockDamaged, DeviceFailed, StorageError
 from storage.images.catalogue import Catalogue
 from storage.images.image import Image
-from storage.images.trim import trim_blocks
-from storage.images.write_path import indexes_of, install, nodes_of, plan_for
 from storage.layout import BLOCK_BYTES, HOLE, LOG_FIRST_VBN, ZERO_POINTER
-from storage.slices import Slicer
-from storage.state import PoolState
+from storage.log.findings import Findings, Place, places
+from storage.log.ring import READ_BLOCKS, Missing, Record, Ring, read_ring, read_singly
+from storage.state.epoch import LogEntry as Entry
+from storage.state.pool_state import PoolState
+from storage.state.slices import Slicer
 from storage.tree.attempt import when_possible
 
 # Data writes installed in one step.

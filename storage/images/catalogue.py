@@ -20,7 +20,7 @@ from storage.layout import (
     KIND_VDISK,
     SPLIT_NONE,
 )
-from storage.state import PoolState
+from storage.state.pool_state import PoolState
 
 
 class Catalogue:

@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 from crc32c import crc32c
 
+from storage.data.backing import visible_slots
+from storage.data.read_path import Location, damaged, runs
+from storage.data.write_path import Extents
 from storage.device import read_all
 from storage.errors import StorageError
-from storage.images.backing import visible_slots
-from storage.images.read_path import Location, damaged, runs
-from storage.images.write_path import Extents
 from storage.layout import BLOCK_BYTES, FIELDS_MASK, FIELDS_PER_BLOCK, FIELDS_SHIFT, HOLE
 from storage.split.loading import Holes, find_holes, shared_block
 from storage.tree.attempt import when_possible

@@ -13,12 +13,12 @@ import asyncio
 from time import perf_counter
 from typing import Protocol
 
+from storage.data.backing import next_index
+from storage.data.long_write import PIECE_BYTES
+from storage.data.read_path import locate
+from storage.data.write_path import Extents
 from storage.errors import StorageError
-from storage.images.backing import next_index
 from storage.images.image import Image
-from storage.images.long_write import PIECE_BYTES
-from storage.images.read_path import locate
-from storage.images.write_path import Extents
 from storage.layout import (
     BLOCK_BYTES,
     FIELDS_PER_BLOCK,
@@ -28,10 +28,10 @@ from storage.layout import (
     SPLIT_PAUSED,
     SPLIT_RUNNING,
 )
-from storage.slices import Slicer
 from storage.split import copying
 from storage.split.loading import Holes, holes_at
 from storage.split.progress import Progress
+from storage.state.slices import Slicer
 
 # Level-1 blocks that one message copies: several when idle, so that reads and writes overlap; one under load, to be met seldom.
 BLOCKS_IDLE = 8

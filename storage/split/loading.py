@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from storage.images.backing import fields_behind, visible_slots
+from storage.data.backing import fields_behind, visible_slots
 from storage.layout import FIELDS_MASK, FIELDS_SHIFT, HOLE, ZERO_POINTER
 from storage.tree.attempt import when_possible
 from storage.tree.buffer_tree import BufferTree

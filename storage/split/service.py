@@ -6,11 +6,10 @@ from typing import Any
 
 from storage.backdoor.handler import BackdoorMessageHandler
 from storage.consistency.consistency_point import ConsistencyPoints
+from storage.data.backing import next_index
 from storage.errors import Conflict, DeviceFull, NotFound, PoolFull, RequestError, StorageError
-from storage.images.backing import next_index
 from storage.images.catalogue import Catalogue
 from storage.images.image import Image
-from storage.images.lifecycle import Lifecycle
 from storage.images.record import SplitRecord
 from storage.layout import (
     BLOCK_BYTES,
@@ -24,12 +23,13 @@ from storage.layout import (
     SPLIT_RUNNING,
     SPLIT_STATES,
 )
-from storage.slices import Slicer
 from storage.split import states
 from storage.split.copying import CopyBuffers
 from storage.split.job import BLOCKS_IDLE, SplitJob
 from storage.split.loading import holes_at
-from storage.state import PoolState
+from storage.state.pool_state import PoolState
+from storage.state.slices import Slicer
+from storage.vdisks.lifecycle import Lifecycle
 
 # What a split copies a second on an idle daemon, for estimates before one has run (measured on the test machine: docs/performance.md).
 COPY_BYTES_PER_SECOND = 1 << 30

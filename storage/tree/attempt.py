@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from storage.state import PoolState
+    from storage.state.pool_state import PoolState
 
 T = TypeVar("T")
 

@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING
 
 from crc32c import crc32c
 
-from storage.consistency.epoch import Epoch
 from storage.errors import BlockDamaged
 from storage.layout import BLOCK_BYTES, FIELDS_MASK, FIELDS_SHIFT, HOLE, KIND_DELETED, TREE_LEVELS_MAX, ZERO_POINTER
+from storage.state.epoch import Epoch
 from storage.tree.attempt import when_possible
 from storage.tree.node import HOLES, ZEROS, Hold, Node, filled_buffer
 
 if TYPE_CHECKING:
     from storage.images.image import Image
-    from storage.state import PoolState
+    from storage.state.pool_state import PoolState
 
 
 # How often a reader of a snapshot that is just being made looks whether it is there. Rare, and over within one consistency point.

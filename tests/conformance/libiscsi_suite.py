@@ -19,7 +19,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from daemon.initiator import LUN, Initiator
+from daemon.iscsi.initiator import LUN, Initiator
 from tests.daemon.programs import Daemon
 
 PROGRAM = "iscsi-test-cu"

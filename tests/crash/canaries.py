@@ -7,11 +7,11 @@ from unittest import mock
 
 from storage.allocation.write_allocator import WriteAllocator
 from storage.consistency.consistency_point import ConsistencyPoints
-from storage.consistency.epoch import Epoch
 from storage.consistency.replay import Replay
-from storage.images import write_path
+from storage.data import write_path
 from storage.layout import ZERO_POINTER
 from storage.split import copying
+from storage.state.epoch import Epoch
 from tests.crash.recording import done
 
 
@@ -82,7 +82,7 @@ def early_reuse_of_freed_block(stack: ExitStack) -> None:
 
 def trimmed_block_becomes_a_hole(stack: ExitStack) -> None:
     """An UNMAP leaves holes, through which the backing store's data comes back."""
-    stack.enter_context(mock.patch("storage.images.trim.ZERO_POINTER", 0))
+    stack.enter_context(mock.patch("storage.data.trim.ZERO_POINTER", 0))
 
 
 def split_without_compare_and_set(stack: ExitStack) -> None:

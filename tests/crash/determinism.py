@@ -24,7 +24,7 @@ THREAD_SECONDS = 5.0
 PATIENCE_SECONDS = 120.0
 # Modules of the pool that measure durations.
 CLOCKED = (
-    "storage.slices",
+    "storage.state.slices",
     "storage.backdoor.handler",
     "storage.backdoor.pace",
     "storage.consistency.consistency_point",

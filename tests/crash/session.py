@@ -7,9 +7,9 @@ from storage.backdoor.handler import in_background
 from storage.device import Device
 from storage.device.owner import Owner
 from storage.errors import Conflict
-from storage.images.volume import Volume
 from storage.layout import SPLIT_RUNNING
 from storage.pool import Pool
+from storage.vdisks.volume import Volume
 from tests.crash.determinism import SteadyPace, end_all_tasks
 from tests.crash.oracle import SECTOR_BYTES, SECTORS_PER_BLOCK, Disk, Model
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from storage.consistency.host_room import QUIET_SECONDS
 from storage.errors import StorageError
 from storage.pool import Pool
+from storage.state.host_room import QUIET_SECONDS
 from tests.crash.determinism import SteadyPace, VirtualLoop, repeatable, run_to_the_end
 from tests.crash.oracle import SECTORS_PER_BLOCK, Model
 from tests.crash.recording import PageDevice, Pages, RecordingDevice

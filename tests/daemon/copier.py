@@ -1,6 +1,6 @@
 """A client that has one vdisk copied to another by EXTENDED COPY."""
 
-from daemon.initiator import Initiator
+from daemon.iscsi.initiator import Initiator
 from protocol.volume import Buffer
 from tests.daemon.programs import Daemon
 

@@ -8,7 +8,7 @@ from uuid import UUID, uuid5
 from protocol.iscsi.node import SessionView
 from protocol.volume import BlockVolume
 from storage.errors import NotFound
-from storage.images.counters import Counters
+from storage.vdisks.counters import Counters
 from tests.protocol.memory_volume import MemoryVolume
 
 NAMESPACE = UUID(int=0)

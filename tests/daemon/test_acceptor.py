@@ -9,10 +9,10 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 import pytest_asyncio
 
-from daemon import acceptor as acceptor_module
-from daemon.acceptor import Acceptor
-from daemon.admission import Admission
-from daemon.config import Address
+from daemon.iscsi import acceptor as acceptor_module
+from daemon.iscsi.acceptor import Acceptor
+from daemon.iscsi.admission import Admission
+from daemon.process.config import Address
 
 
 class Endpoint(asyncio.BufferedProtocol):

@@ -7,11 +7,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from daemon import access, target_table
-from daemon.access import Credentials
-from daemon.config import Chap
-from daemon.sections import Section, SectionUnreadable, Versioned
-from daemon.targets import TARGET, VDISK, Targets, full_name
+from daemon.pool.sections import Section, SectionUnreadable, Versioned
+from daemon.process.config import Chap
+from daemon.targets import access
+from daemon.targets import table as target_table
+from daemon.targets.access import Credentials
+from daemon.targets.directory import TARGET, VDISK, Targets, full_name
 from protocol.control.limits import ACL_INITIATORS_MAX, ISCSI_NAME_CHARACTERS_MAX, LUN_MAX
 from protocol.scsi.limits import TARGET_PORT_MAX
 from storage.errors import Conflict, NotFound, PoolReadOnly, RequestError

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from daemon.initiator import Initiator, random_isid
-from daemon.target_names import TARGET_PREFIX
+from daemon.iscsi.initiator import Initiator, random_isid
+from daemon.targets.names import TARGET_PREFIX
 from protocol.iscsi.chap import ChapSecrets
 from protocol.iscsi.errors import IscsiError
-from protocol.iscsi.initiator_login import InitiatorSettings
+from protocol.iscsi.initiator.login import InitiatorSettings
 from protocol.volume import Buffer
 from tests.daemon.programs import CLEAVECTL, ROOT, Daemon, Result, cleaved, run, succeed
 

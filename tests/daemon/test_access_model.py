@@ -8,8 +8,8 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from hypothesis.strategies import booleans, sampled_from
 
-from daemon.target_names import TARGET_PREFIX
-from daemon.targets import Targets
+from daemon.targets.directory import Targets
+from daemon.targets.names import TARGET_PREFIX
 from storage.errors import StorageError
 from tests.daemon.fakes import AttachableMemory, MemoryPool
 from tests.daemon.test_targets import Session

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from daemon.admission import BURST, LOGINS_PER_ADDRESS_MAX, PACE_MIN, REFUSAL_COST, Admission
+from daemon.iscsi.admission import BURST, LOGINS_PER_ADDRESS_MAX, PACE_MIN, REFUSAL_COST, Admission
 
 
 class Connection:

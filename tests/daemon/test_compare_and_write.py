@@ -5,7 +5,7 @@ import os
 import random
 from pathlib import Path
 
-from protocol.iscsi.initiator_task import CommandFailed
+from protocol.iscsi.initiator.task import CommandFailed
 from tests.daemon.copier import Copier
 from tests.daemon.programs import Daemon
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon.config import Address, Chap, ConfigError, build, load_file, parse_address
+from daemon.process.config import Address, Chap, ConfigError, build, load_file, parse_address
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

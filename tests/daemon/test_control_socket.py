@@ -12,7 +12,7 @@ from typing import Any, Self
 import pytest
 import pytest_asyncio
 
-from daemon.control import ControlPathBusy, ControlServer
+from daemon.control.socket import ControlPathBusy, ControlServer
 from protocol.control.client import ClientConnection
 from protocol.control.errors import CONFLICT, INTERNAL, NOT_FOUND, ControlError
 from protocol.control.frames import Notification, Response

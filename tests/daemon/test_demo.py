@@ -9,11 +9,11 @@ import pytest
 import pytest_asyncio
 
 from daemon import demo
-from daemon.config import Address
-from daemon.initiator import Initiator
-from daemon.iscsi_listener import IscsiListener
-from daemon.target_names import TARGET_PREFIX
-from daemon.targets import Targets
+from daemon.iscsi.initiator import Initiator
+from daemon.iscsi.listener import IscsiListener
+from daemon.process.config import Address
+from daemon.targets.directory import Targets
+from daemon.targets.names import TARGET_PREFIX
 from protocol.iscsi.node import TargetNode
 from tests.daemon.fakes import MemoryPool
 from tests.daemon.programs import run

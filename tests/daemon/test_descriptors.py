@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from daemon.descriptors import CONTROL_MAX, CONTROL_MIN, SPARE, Shares, TooFewDescriptors, share_out
-from daemon.initiator import Initiator
-from daemon.target_names import TARGET_PREFIX
-from protocol.iscsi.initiator_task import ConnectionEnded
+from daemon.iscsi.initiator import Initiator
+from daemon.process.descriptors import CONTROL_MAX, CONTROL_MIN, SPARE, Shares, TooFewDescriptors, share_out
+from daemon.targets.names import TARGET_PREFIX
+from protocol.iscsi.initiator.task import ConnectionEnded
 from tests.daemon.programs import Daemon, cleaved
 
 OPEN_FILES_MAX = 64

@@ -12,11 +12,11 @@ import pytest
 from structlog.testing import capture_logs
 
 from daemon.admin.client import ControlClient
-from daemon.config import build
-from daemon.initiator import Initiator
+from daemon.iscsi.initiator import Initiator
+from daemon.process.config import build
 from daemon.server import Daemon
-from daemon.target_names import TARGET_PREFIX
-from protocol.iscsi.initiator_task import CommandFailed
+from daemon.targets.names import TARGET_PREFIX
+from protocol.iscsi.initiator.task import CommandFailed
 from protocol.scsi.sense import DATA_PROTECT, MEDIUM_ERROR
 from storage.device import open_device
 from storage.pool import Pool

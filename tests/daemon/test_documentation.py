@@ -6,7 +6,7 @@ import click
 import pytest
 
 from daemon.admin.cli import cleavectl
-from daemon.config import ChapSection, ControlSection, IscsiSection, LogSection, PoolSection
+from daemon.process.config import ChapSection, ControlSection, IscsiSection, LogSection, PoolSection
 from daemon.server import EVENT_LEVELS
 from protocol.control.errors import EXIT_CODES
 from storage.layout import SPLIT_STATES

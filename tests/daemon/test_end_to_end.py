@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from daemon.initiator import Initiator
-from daemon.target_names import TARGET_PREFIX
-from protocol.iscsi.initiator_task import CommandFailed
+from daemon.iscsi.initiator import Initiator
+from daemon.targets.names import TARGET_PREFIX
+from protocol.iscsi.initiator.task import CommandFailed
 from tests.daemon.programs import Daemon, cleaved, succeed
 
 MIB = 1 << 20

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from daemon.initiator import Initiator
+from daemon.iscsi.initiator import Initiator
 from tests.daemon.copier import DESTINATION, SOURCE, Copier, two_disks, used_bytes
 from tests.daemon.programs import Daemon
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from daemon.initiator import Initiator
-from daemon.target_names import TARGET_PREFIX
-from protocol.iscsi.initiator_task import CommandFailed
+from daemon.iscsi.initiator import Initiator
+from daemon.targets.names import TARGET_PREFIX
+from protocol.iscsi.initiator.task import CommandFailed
 from storage.pool import Pool
 from tests.daemon.programs import PROGRAM_SECONDS_MAX, Daemon
 from tests.storage.mounts import host

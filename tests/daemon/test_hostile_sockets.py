@@ -11,14 +11,14 @@ from typing import Self
 import pytest
 import pytest_asyncio
 
-from daemon import acceptor as acceptor_module
-from daemon.admission import LOGINS_PER_ADDRESS_MAX
-from daemon.config import Address
-from daemon.initiator import Initiator
-from daemon.iscsi_listener import IscsiListener
-from daemon.logs import REASONS_MAX, Repeats
-from daemon.target_names import TARGET_PREFIX
-from daemon.targets import Targets
+from daemon.iscsi import acceptor as acceptor_module
+from daemon.iscsi.admission import LOGINS_PER_ADDRESS_MAX
+from daemon.iscsi.initiator import Initiator
+from daemon.iscsi.listener import IscsiListener
+from daemon.process.config import Address
+from daemon.process.logs import REASONS_MAX, Repeats
+from daemon.targets.directory import Targets
+from daemon.targets.names import TARGET_PREFIX
 from protocol.iscsi import pdu
 from protocol.iscsi.node import TargetNode
 from protocol.iscsi.pdu import FINAL, HEADER_BYTES, READ, SIMPLE, WRITE, pack

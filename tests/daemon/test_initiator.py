@@ -8,15 +8,15 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from daemon.config import Address, Chap
-from daemon.initiator import INITIATOR_NAME, Initiator, random_isid
-from daemon.iscsi_listener import IscsiListener
-from daemon.target_names import TARGET_PREFIX
-from daemon.targets import Targets
+from daemon.iscsi.initiator import INITIATOR_NAME, Initiator, random_isid
+from daemon.iscsi.listener import IscsiListener
+from daemon.process.config import Address, Chap
+from daemon.targets.directory import Targets
+from daemon.targets.names import TARGET_PREFIX
 from protocol.iscsi.chap import ChapSecrets
 from protocol.iscsi.errors import IscsiError
-from protocol.iscsi.initiator_login import InitiatorSettings
-from protocol.iscsi.initiator_task import CommandFailed, ConnectionEnded
+from protocol.iscsi.initiator.login import InitiatorSettings
+from protocol.iscsi.initiator.task import CommandFailed, ConnectionEnded
 from protocol.iscsi.node import TargetNode
 from tests.daemon.fakes import MemoryPool
 

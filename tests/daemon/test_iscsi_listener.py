@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from daemon import iscsi_listener
-from daemon.config import Address
-from daemon.initiator import Initiator
-from daemon.iscsi_listener import IscsiListener, ListenFailed
-from daemon.target_names import TARGET_PREFIX
-from daemon.targets import Targets
+from daemon.iscsi import listener as iscsi_listener
+from daemon.iscsi.initiator import Initiator
+from daemon.iscsi.listener import IscsiListener, ListenFailed
+from daemon.process.config import Address
+from daemon.targets.directory import Targets
+from daemon.targets.names import TARGET_PREFIX
 from protocol.iscsi.node import TargetNode
 from tests.daemon.fakes import MemoryPool
 from tests.daemon.programs import run, succeed

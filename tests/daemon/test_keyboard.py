@@ -14,8 +14,8 @@ import pytest
 import pytest_asyncio
 
 from daemon.admin.connect import CLIENTS, check_reachable, notes
-from daemon.control import ControlServer
-from daemon.initiator import INITIATOR_NAME
+from daemon.control.socket import ControlServer
+from daemon.iscsi.initiator import INITIATOR_NAME
 from protocol.control.errors import CONFLICT, NOT_FOUND, ControlError
 from tests.daemon.programs import CLEAVECTL, ROOT, Daemon, run
 from tests.daemon.test_control_socket import DONE, SPLIT, Script, cleavectl

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from daemon.admin.client import ControlClient, Unreachable
-from daemon.initiator import Initiator
+from daemon.iscsi.initiator import Initiator
 from protocol.control.errors import ControlError
 from protocol.iscsi.errors import IscsiError
 from tests.daemon.programs import Daemon

@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from daemon.logs import Repeats
+from daemon.process.logs import Repeats
 from tests.daemon.programs import run
 
 PROGRAM = """
 import logging, sys
-from daemon import logs
+from daemon.process import logs
 logs.set_up(*sys.argv[1:])
 logs.get_log().debug("test.debug")
 logs.get_log().info("test.info", size_bytes=5)

@@ -7,7 +7,7 @@ from uuid import UUID
 import pytest
 import pytest_asyncio
 
-from daemon.reservation_store import ReservationStore
+from daemon.targets.reservation_store import ReservationStore
 from storage.errors import PoolReadOnly
 from tests.daemon.fakes import MemoryPool
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from daemon.initiator import Initiator
+from daemon.iscsi.initiator import Initiator
 from storage.layout import BLOCK_BYTES
 from tests.daemon.programs import Daemon
 

@@ -8,10 +8,10 @@ from typing import cast
 import pytest
 import pytest_asyncio
 
-from daemon.reservation_store import ReservationStore
-from daemon.service import ControlService, control_error
-from daemon.space_watch import SpaceWatch, space_warnings
-from daemon.targets import Targets
+from daemon.control.service import ControlService, control_error
+from daemon.pool.space_watch import SpaceWatch, space_warnings
+from daemon.targets.directory import Targets
+from daemon.targets.reservation_store import ReservationStore
 from protocol.control import errors, methods
 from protocol.control.errors import ControlError
 from storage.errors import (
@@ -251,7 +251,7 @@ async def test_no_such_session(service: ControlService) -> None:
 async def test_a_session_whose_commands_do_not_end_is_said_to_go_on(
     service: ControlService, targets: Targets, wire: RecordedWire, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("daemon.service.SESSION_END_SECONDS", 0.01)
+    monkeypatch.setattr("daemon.control.service.SESSION_END_SECONDS", 0.01)
     await call(service, "vdisk.create", name="a", size_bytes=MIB)
     session = Session("iqn.2026-01.io.cleaved:a")
     targets.session_opened(session)

@@ -6,17 +6,17 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from daemon import admission as admission_module
-from daemon.config import Address
-from daemon.initiator import INITIATOR_NAME, Initiator, random_isid
-from daemon.iscsi_listener import CLOSE_SECONDS, TAKEOVER_TICKS, IscsiListener
-from daemon.target_names import TARGET_PREFIX
-from daemon.target_service import TargetService
-from daemon.targets import Targets
+from daemon.control.target_service import TargetService
+from daemon.iscsi import admission as admission_module
+from daemon.iscsi.initiator import INITIATOR_NAME, Initiator, random_isid
+from daemon.iscsi.listener import CLOSE_SECONDS, TAKEOVER_TICKS, IscsiListener
+from daemon.process.config import Address
+from daemon.targets.directory import Targets
+from daemon.targets.names import TARGET_PREFIX
 from protocol.control import methods
 from protocol.iscsi import limits
 from protocol.iscsi.errors import IscsiError
-from protocol.iscsi.initiator_login import InitiatorSettings
+from protocol.iscsi.initiator.login import InitiatorSettings
 from protocol.iscsi.node import TargetNode
 from tests.daemon.fakes import MemoryPool
 

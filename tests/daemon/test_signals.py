@@ -11,7 +11,7 @@ from typing import cast
 
 import pytest
 
-from daemon import signals
+from daemon.process import signals
 from tests.daemon.programs import CLEAVED, ROOT, Daemon
 from tests.daemon.test_end_to_end import connect
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from daemon.initiator import Initiator
-from daemon.space_watch import REARM_PERCENT, SpaceWatch
-from daemon.target_names import TARGET_PREFIX
-from protocol.iscsi.initiator_task import CommandFailed
+from daemon.iscsi.initiator import Initiator
+from daemon.pool.space_watch import REARM_PERCENT, SpaceWatch
+from daemon.targets.names import TARGET_PREFIX
+from protocol.iscsi.initiator.task import CommandFailed
 from tests.daemon.programs import Daemon
 
 TEST_UNIT_READY = bytes(6)

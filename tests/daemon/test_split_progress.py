@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from daemon.split_progress import LOG_SECONDS, SplitProgress, log_fields
+from daemon.control.split_progress import LOG_SECONDS, SplitProgress, log_fields
 
 Row = dict[str, Any]
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from daemon.access import Credentials
-from daemon.config import Address
-from daemon.initiator import Initiator
-from daemon.iscsi_listener import IscsiListener
-from daemon.target_names import TARGET_PREFIX
-from daemon.targets import TARGET, VDISK, Targets
+from daemon.iscsi.initiator import Initiator
+from daemon.iscsi.listener import IscsiListener
+from daemon.process.config import Address
+from daemon.targets.access import Credentials
+from daemon.targets.directory import TARGET, VDISK, Targets
+from daemon.targets.names import TARGET_PREFIX
 from protocol.iscsi.chap import ChapSecrets
-from protocol.iscsi.initiator_login import InitiatorSettings
+from protocol.iscsi.initiator.login import InitiatorSettings
 from protocol.iscsi.node import TargetNode
 from storage.errors import Conflict, NotFound
 from tests.daemon.fakes import MemoryPool

@@ -2,8 +2,8 @@
 
 import pytest
 
-from daemon.config import Chap
-from daemon.targets import TARGET, VDISK, Targets
+from daemon.process.config import Chap
+from daemon.targets.directory import TARGET, VDISK, Targets
 from storage.errors import Conflict, NotFound
 from tests.daemon.fakes import MemoryPool
 

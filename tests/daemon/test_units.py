@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.units import SIZE_BYTES_MAX, SIZE_UNITS, UnitError, format_duration, format_size, parse_duration, parse_rate, parse_size
+from daemon.process.units import SIZE_BYTES_MAX, SIZE_UNITS, UnitError, format_duration, format_size, parse_duration, parse_rate, parse_size
 
 
 @pytest.mark.parametrize(

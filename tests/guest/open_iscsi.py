@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from daemon.target_names import TARGET_PREFIX
+from daemon.targets.names import TARGET_PREFIX
 from tests.daemon.programs import Daemon
 from tests.guest.machine import Machine, Reply
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import uvloop
 
-from daemon.initiator import Initiator
+from daemon.iscsi.initiator import Initiator
 from tests.daemon.programs import ROOT, Daemon
 from tests.load.flooder import CHAP_INITIATOR, CHAP_USER, KINDS
 from tests.load.measuring import machine, median, percentile, table

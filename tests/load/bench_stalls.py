@@ -25,7 +25,7 @@ from typing import Any
 
 import uvloop
 
-from daemon.runtime import tune_memory, tune_start
+from daemon.process.runtime import tune_memory, tune_start
 from storage.pool import Pool
 from tests.load.measuring import machine, table, warm_memory
 

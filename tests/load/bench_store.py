@@ -19,7 +19,7 @@ from pathlib import Path
 import uvloop
 
 from daemon.admin.client import ControlClient
-from daemon.initiator import Initiator
+from daemon.iscsi.initiator import Initiator
 from storage.device import Buffer
 from storage.device.file import FileDevice
 from storage.pool import Pool

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import uvloop
 
-from daemon.initiator import Initiator
+from daemon.iscsi.initiator import Initiator
 from protocol.volume import Buffer
 from tests.load.measuring import percentile
 

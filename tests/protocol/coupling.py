@@ -4,8 +4,8 @@ from collections import deque
 
 from protocol.iscsi.connection import TargetConnection
 from protocol.iscsi.errors import IscsiError
-from protocol.iscsi.initiator import InitiatorConnection
-from protocol.iscsi.initiator_login import InitiatorSettings
+from protocol.iscsi.initiator.connection import InitiatorConnection
+from protocol.iscsi.initiator.login import InitiatorSettings
 from protocol.volume import Buffer
 from tests.protocol.directory import INITIATOR, TARGET, RecordedNode, recorded
 from tests.protocol.memory_volume import MemoryVolume

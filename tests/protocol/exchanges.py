@@ -2,7 +2,7 @@
 
 from protocol.iscsi import pdu
 from protocol.iscsi.errors import IscsiError
-from protocol.iscsi.initiator_task import CommandFailed
+from protocol.iscsi.initiator.task import CommandFailed
 from protocol.iscsi.pdu import RESERVED_TAG, Pdu, pack
 from protocol.volume import Buffer
 from tests.protocol.coupling import Coupling, feed

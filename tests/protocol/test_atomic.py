@@ -5,7 +5,7 @@ import errno
 import pytest
 
 from protocol.iscsi import task_management
-from protocol.iscsi.initiator_task import CommandFailed
+from protocol.iscsi.initiator.task import CommandFailed
 from protocol.scsi.gate import Gate
 from tests.protocol.coupling import Coupling, coupled, settings
 from tests.protocol.directory import recorded

@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 
 from protocol.iscsi import keys, pdu
-from protocol.scsi import dispatch, inquiry, log_pages, mode
+from protocol.scsi import dispatch
+from protocol.scsi.commands import inquiry, mode
+from protocol.scsi.commands import log_sense as log_pages
 
 HERE = Path(__file__).resolve().parent
 PAGE = (HERE.parents[1] / "docs" / "conformance.md").read_text()

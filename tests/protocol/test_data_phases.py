@@ -7,8 +7,8 @@ import os
 import pytest
 
 from protocol.iscsi import limits
-from protocol.iscsi.initiator_cdbs import parse_capacity
-from protocol.iscsi.initiator_task import CommandFailed
+from protocol.iscsi.initiator.cdbs import parse_capacity
+from protocol.iscsi.initiator.task import CommandFailed
 from protocol.volume import Buffer
 from tests.protocol.coupling import Coupling, coupled, settings
 from tests.protocol.directory import recorded

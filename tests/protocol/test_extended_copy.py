@@ -6,7 +6,7 @@ from uuid import UUID
 
 import pytest
 
-from protocol.iscsi.initiator_task import CommandFailed
+from protocol.iscsi.initiator.task import CommandFailed
 from protocol.scsi import limits
 from protocol.scsi.errors import STATUS_RESERVATION_CONFLICT
 from protocol.scsi.reservations import NexusId

@@ -4,7 +4,7 @@ from uuid import UUID
 
 import pytest
 
-from protocol.iscsi.initiator_task import CommandFailed
+from protocol.iscsi.initiator.task import CommandFailed
 from tests.protocol.coupling import Coupling, settings
 from tests.protocol.directory import INITIATOR, TARGET, Keeper, RecordedNode, recorded
 from tests.protocol.exchanges import Results

@@ -4,7 +4,7 @@ from uuid import UUID
 
 import pytest
 
-from protocol.iscsi.initiator_task import CommandFailed
+from protocol.iscsi.initiator.task import CommandFailed
 from protocol.scsi import reservations as kinds
 from protocol.scsi.reservations import NexusId
 from tests.protocol.coupling import Coupling, settings

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from protocol.iscsi import pdu
 from protocol.iscsi.pdu import HEADER, Pdu, decode_lun, pack, serial_after
-from protocol.scsi.inquiry import encode_lun
+from protocol.scsi.commands.inquiry import encode_lun
 from protocol.scsi.sense import Sense, invalid_field_in_cdb, invalid_field_in_parameter_list
 
 words = st.integers(0, 0xFFFFFFFF)

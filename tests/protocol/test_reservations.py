@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from protocol.iscsi import task_management
-from protocol.iscsi.initiator_task import CommandFailed
+from protocol.iscsi.initiator.task import CommandFailed
 from protocol.scsi import reservations as kinds
 from protocol.scsi.errors import STATUS_RESERVATION_CONFLICT
 from protocol.scsi.reservations import NexusId, Reservations

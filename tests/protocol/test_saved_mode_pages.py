@@ -3,7 +3,7 @@
 import pytest
 
 from protocol.iscsi import task_management
-from protocol.iscsi.initiator_task import CommandFailed
+from protocol.iscsi.initiator.task import CommandFailed
 from tests.protocol.coupling import Coupling
 from tests.protocol.directory import Keeper
 from tests.protocol.exchanges import manage

@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from protocol.iscsi.initiator_task import CommandFailed
+from protocol.iscsi.initiator.task import CommandFailed
 from protocol.scsi import limits
 from protocol.volume import Buffer, Completion
 from tests.protocol.coupling import Coupling, coupled

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.iscsi.initiator_task import CommandFailed
+from protocol.iscsi.initiator.task import CommandFailed
 from protocol.scsi import dispatch, limits
 from protocol.scsi.errors import CheckCondition
 from protocol.scsi.logical_unit import LogicalUnit, Nexus

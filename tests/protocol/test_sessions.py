@@ -8,7 +8,7 @@ import pytest
 
 from protocol.iscsi import limits, pdu
 from protocol.iscsi.connection import TargetConnection
-from protocol.iscsi.initiator_task import ConnectionEnded
+from protocol.iscsi.initiator.task import ConnectionEnded
 from protocol.iscsi.pdu import FINAL, IMMEDIATE, RESERVED_TAG, Pdu, pack
 from protocol.volume import Buffer
 from tests.protocol.coupling import Coupling, Peer, coupled, feed, settings

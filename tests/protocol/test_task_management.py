@@ -3,7 +3,7 @@
 import pytest
 
 from protocol.iscsi import limits, pdu, task_management
-from protocol.iscsi.initiator_task import CommandFailed
+from protocol.iscsi.initiator.task import CommandFailed
 from tests.protocol.coupling import Coupling, coupled, feed, settings
 from tests.protocol.directory import recorded
 from tests.protocol.exchanges import Results, answer_to, manage

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.iscsi.initiator_task import CommandFailed
+from protocol.iscsi.initiator.task import CommandFailed
 from protocol.scsi import reservations as kinds
 from protocol.scsi import transport_id
 from protocol.scsi.reservations import NexusId

@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 
-from storage.consistency.intent_log import IntentLog
+from storage.log.intent_log import IntentLog
 from storage.pool import Pool
 from tests.storage.ordering import OrderingChecker
 

@@ -7,13 +7,13 @@ from typing import Any
 
 from storage.check import CheckReport, check_device
 from storage.check.steps import Block
+from storage.data.backing import next_index
 from storage.device import Device
-from storage.images.backing import next_index
 from storage.images.image import Image
-from storage.images.volume import Volume
 from storage.layout import BLOCK_BYTES
 from storage.pool import Pool
 from storage.split.loading import holes_at
+from storage.vdisks.volume import Volume
 from tests.storage.devices import MemoryDevice
 
 POOL_BYTES = 32 << 20

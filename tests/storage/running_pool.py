@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 from storage.check import CheckReport, check_device
 from storage.check.steps import Block
-from storage.images.volume import Volume
 from storage.pool import Pool
+from storage.vdisks.volume import Volume
 from tests.crash.determinism import VirtualLoop, end_all_tasks, repeatable
 from tests.storage.crash_device import CrashDevice, Fuse, Loss
 from tests.storage.model import BLOCK_BYTES

@@ -7,7 +7,7 @@ import pytest
 from storage.backdoor.handler import BackdoorMessageHandler
 from storage.errors import StorageError
 from storage.layout import BLOCK_BYTES
-from storage.state import PoolState
+from storage.state.pool_state import PoolState
 from tests.storage.devices import MemoryDevice
 
 # Turns of the loop after which `stop` must have ended: it has nothing to wait for.

@@ -7,14 +7,14 @@ from random import Random
 
 import pytest
 
-from storage.consistency.epoch import Epoch
 from storage.consistency.node_writer import NodeWriter
 from storage.device import Buffer
 from storage.errors import BlockDamaged, DeviceFailed, PoolReadOnly, StorageError
 from storage.layout import BLOCK_BYTES
 from storage.pool import Pool
-from storage.slices import Slicer
-from storage.state import PoolState
+from storage.state.epoch import Epoch
+from storage.state.pool_state import PoolState
+from storage.state.slices import Slicer
 from tests.storage.crash_device import CrashDevice, Loss
 from tests.storage.devices import SYNC, WRITE, DelayDevice, Fault, FaultyDevice, MemoryDevice
 from tests.storage.pools import LEAF_BYTES, checked_offline, data, new_pool, open_on, opened, within

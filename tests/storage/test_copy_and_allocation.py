@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from storage.errors import NotByReference, OutOfRange, VolumeClosed
-from storage.images.volume import Volume
 from storage.layout import BLOCK_BYTES
+from storage.vdisks.volume import Volume
 from tests.storage.crash_device import Loss
 from tests.storage.running_pool import RunningPool
 

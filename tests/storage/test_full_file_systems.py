@@ -15,8 +15,8 @@ import pytest
 
 from storage.device import Device, open_device
 from storage.errors import DeviceFull, StorageError
-from storage.images.volume import Volume
 from storage.pool import Pool
+from storage.vdisks.volume import Volume
 from tests.storage.mounts import KINDS, Host, host
 
 pytestmark = pytest.mark.needs("file systems")

@@ -5,14 +5,14 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from storage.consistency.epoch import Epoch, LogEntry
-from storage.consistency.intent_log import IntentLog
-from storage.consistency.log_record import ENTRIES_PER_RECORD, LogRecord
-from storage.consistency.ring import Ring
 from storage.device import Buffer, Device
 from storage.errors import StorageError
 from storage.layout import BLOCK_BYTES, LOG_FIRST_VBN
-from storage.state import PoolState
+from storage.log.intent_log import IntentLog
+from storage.log.record import ENTRIES_PER_RECORD, LogRecord
+from storage.log.ring import Ring
+from storage.state.epoch import Epoch, LogEntry
+from storage.state.pool_state import PoolState
 from tests.storage.devices import SYNC, WRITE, DelayDevice, Fault, FaultyDevice, MemoryDevice, WrappedDevice
 from tests.storage.pools import LEAF_BYTES, data, new_pool, opened, within
 

@@ -10,10 +10,10 @@ from storage.backdoor.reclaim import Reclaim
 from storage.errors import Conflict, NotFound, PoolFull, PoolReadOnly, VolumeClosed
 from storage.images.catalogue import Catalogue
 from storage.images.image import Image
-from storage.images.lifecycle import new_record
 from storage.images.record import encode
 from storage.layout import BLOCK_BYTES, KIND_SNAPSHOT, KIND_VDISK, VDISK_BYTES_MAX, VDISK_BYTES_MIN
-from storage.state import PoolState
+from storage.state.pool_state import PoolState
+from storage.vdisks.lifecycle import new_record
 from tests.storage.devices import READ, SYNC, WRITE, DelayDevice, Fault, FaultyDevice, MemoryDevice
 from tests.storage.pools import LEAF_BYTES, backed_clone, data, new_pool, open_on, opened, within
 

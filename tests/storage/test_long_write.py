@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from storage.images.long_write import LONG_BYTES_MIN, PIECE_BYTES
+from storage.data.long_write import LONG_BYTES_MIN, PIECE_BYTES
 from storage.layout import BLOCK_BYTES
 from tests.storage.pools import LEAF_BYTES, new_pool
 

@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 
 from storage.consistency.consistency_point import ConsistencyPoints
-from storage.consistency.intent_log import IntentLog
+from storage.log.intent_log import IntentLog
 from storage.pool import Pool
 from tests.crash.canaries import CANARIES, planted
 from tests.crash.oracle import Model

@@ -5,8 +5,8 @@ from contextlib import suppress
 
 import pytest
 
+from storage.data import write_path
 from storage.errors import BlockDamaged, Conflict, PoolFull
-from storage.images import write_path
 from storage.layout import BLOCK_BYTES
 from storage.tree.buffer_tree import Plan
 from tests.storage.devices import FullHostDevice

@@ -6,9 +6,9 @@ from contextlib import suppress
 import pytest
 
 from storage.consistency.replay import runs
-from storage.consistency.ring import READ_BLOCKS
 from storage.errors import BlockDamaged, PoolFull, PoolReadOnly
 from storage.layout import BLOCK_BYTES, LOG_FIRST_VBN
+from storage.log.ring import READ_BLOCKS
 from tests.storage.devices import SYNC, DelayDevice, MemoryDevice
 from tests.storage.pools import LEAF_BYTES, OpenPool, backed_clone, checked_offline, data, new_pool, open_on, opened, within
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from storage.backdoor.handler import BackdoorMessageHandler
+from storage.data.read_path import NOTHING, locate
 from storage.errors import BlockDamaged, Conflict, NotFound, RequestError, StorageError
-from storage.images.read_path import NOTHING, locate
 from storage.layout import BLOCK_BYTES
 from storage.split import job as split_job
-from storage.state import PoolState
+from storage.state.pool_state import PoolState
 from tests.storage.devices import READ, SYNC, WRITE, DelayDevice, MemoryDevice
 from tests.storage.pools import LEAF_BYTES, OpenPool, backed_clone, checked_offline, data, new_pool, opened, within
 

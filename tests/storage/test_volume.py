@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from storage.data import write_path
+from storage.data.read_path import locate
 from storage.errors import BlockDamaged, OutOfRange, PoolReadOnly, StorageError, VolumeClosed
-from storage.images import write_path
-from storage.images.read_path import locate
 from storage.layout import BLOCK_BYTES, SECTOR_BYTES
 from storage.tree.buffer_tree import BufferTree
 from tests.storage.devices import READ, WRITE, DelayDevice, Fault, FaultyDevice, MemoryDevice
@@ -172,7 +172,7 @@ async def test_every_command_is_answered_once_even_if_the_store_itself_is_mistak
             patched.setattr(write_path, "write_now", mistaken)
             patched.setattr(write_path, "write_blocks", mistaken)
             patched.setattr(BufferTree, "load", mistaken)
-            patched.setattr("storage.images.read_path.read_blocks", mistaken)
+            patched.setattr("storage.data.read_path.read_blocks", mistaken)
             volume.write(0, data(1), False, answers("whole"))
             volume.write(BLOCK_BYTES, data(1), True, answers("whole, fua"))
             volume.write(SECTOR_BYTES, b"x" * SECTOR_BYTES, False, answers("partial"))

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from storage.backdoor.scrub import Scrub
+from storage.data.allocation_report import allocated_runs
 from storage.device import Device, WritableBuffer
 from storage.errors import DeviceFailed, OutOfRange, VolumeClosed
-from storage.images.allocation_report import allocated_runs
 from storage.layout import BLOCK_BYTES
 from tests.storage.devices import READ, SYNC, DelayDevice, WrappedDevice
 from tests.storage.pools import LEAF_BYTES, OpenPool, backed_clone, data, new_pool, opened, within

@@ -1,0 +1,1 @@
+"""iSCSI over TCP: listening sockets, admission, connections, and an asyncio initiator."""

@@ -1,0 +1,1 @@
+"""The process itself: configuration, log, signals, descriptors, and how the interpreter is tuned."""

@@ -1,0 +1,1 @@
+"""Our initiator, sans-IO: the other side of the wire."""

@@ -1,0 +1,1 @@
+"""The SCSI commands: one module a family, each with its rows of the command table."""

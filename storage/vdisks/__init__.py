@@ -1,0 +1,1 @@
+"""Vdisks, snapshots and clones as clients and administrators reach them: volumes, their life cycle, and what lists show."""
