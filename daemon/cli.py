@@ -1,7 +1,8 @@
 """`cleaved`: create a pool, serve it, check a configuration, check a pool that is not served.
 
-Exit codes: 0 done (for serve: stopped in order), 1 failed, 2 a wrong command line or configuration, 4 a conflict: the pool is in use by
-another process, or something is already where one shall be created.
+Exit codes: 0 done (for serve: stopped in order), 1 failed, 2 a wrong command line or configuration,
+4 a conflict: the pool is in use by another process, or something is already where one shall be
+created.
 """
 
 import sys
@@ -11,7 +12,14 @@ import click
 
 from daemon import VERSION
 from daemon.process import runtime
-from daemon.process.config import Config, ConfigError, build, check_private, load_file, pool_size_bytes
+from daemon.process.config import (
+    Config,
+    ConfigError,
+    build,
+    check_private,
+    load_file,
+    pool_size_bytes,
+)
 from protocol.control.errors import EXIT_CONFLICT, EXIT_FAILED, EXIT_USAGE
 from storage.errors import Conflict, PoolLocked, StorageError
 
@@ -19,23 +27,50 @@ from storage.errors import Conflict, PoolLocked, StorageError
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(VERSION)
 def cleaved() -> None:
-    """Block-storage daemon: live virtual disks over iSCSI, instant snapshots and clones, and online clone split."""
+    """Block-storage daemon: live virtual disks over iSCSI, instant snapshots and clones, and online
+    clone split.
+    """
 
 
 @cleaved.command()
-@click.option("--config", "config_path", metavar="FILE", help="TOML file; the other options win over it")
+@click.option(
+    "--config", "config_path", metavar="FILE", help="TOML file; the other options win over it"
+)
 @click.option("--pool", metavar="PATH", help="the pool: an ordinary file or a block device")
 @click.option(
-    "--pool-size", metavar="SIZE", help="create the pool with this size, as in 64GiB, when no file is there yet, or a blank block device"
+    "--pool-size",
+    metavar="SIZE",
+    help=(
+        "create the pool with this size, as in 64GiB, when no file is there yet, or a blank block"
+        " device"
+    ),
 )
-@click.option("--iscsi", metavar="HOST:PORT", multiple=True, help="listen here; port 0 for any free one  [default: 127.0.0.1:3260]")
-@click.option("--advertise", metavar="HOST:PORT", multiple=True, help="tell initiators this address instead of the local ones (behind NAT)")
-@click.option("--open-access/--no-open-access", default=None, help="whether targets without a list of initiators are for everybody")
-@click.option("--control", metavar="PATH", help="control socket  [default: /run/cleaved/control.sock]")
+@click.option(
+    "--iscsi",
+    metavar="HOST:PORT",
+    multiple=True,
+    help="listen here; port 0 for any free one  [default: 127.0.0.1:3260]",
+)
+@click.option(
+    "--advertise",
+    metavar="HOST:PORT",
+    multiple=True,
+    help="tell initiators this address instead of the local ones (behind NAT)",
+)
+@click.option(
+    "--open-access/--no-open-access",
+    default=None,
+    help="whether targets without a list of initiators are for everybody",
+)
+@click.option(
+    "--control", metavar="PATH", help="control socket  [default: /run/cleaved/control.sock]"
+)
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]))
 @click.option("--log-format", type=click.Choice(["auto", "json", "text"]))
 def serve(config_path: str | None, **options: Any) -> None:
-    """Serve one pool until SIGTERM (or Ctrl-C, or the terminal is closed). Prints one line that names every listener when it is ready."""
+    """Serve one pool until SIGTERM (or Ctrl-C, or the terminal is closed). Prints one line that
+    names every listener when it is ready.
+    """
     runtime.hold_standard_descriptors()
     config = read_config(config_path, options)
     runtime.tune_start()
@@ -57,20 +92,36 @@ def serve(config_path: str | None, **options: Any) -> None:
 
 @cleaved.command()
 @click.argument("path", metavar="PATH|DEVICE")
-@click.option("--size", metavar="SIZE", help="as in 64GiB; a block device is used whole unless given")
-@click.option("--overwrite", is_flag=True, help="destroy what is there: a file, a file system, partitions, another pool")
-@click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True, help="json has stable keys")
+@click.option(
+    "--size", metavar="SIZE", help="as in 64GiB; a block device is used whole unless given"
+)
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="destroy what is there: a file, a file system, partitions, another pool",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Choice(["table", "json"]),
+    default="table",
+    show_default=True,
+    help="json has stable keys",
+)
 def create(path: str, size: str | None, overwrite: bool, output: str) -> None:
     """Make a new pool in a file (sparse) or on a block device.
 
-    What is there already is not touched, unless --overwrite is given: a file, or on a device anything but zeros in the first and the last
-    MiB. A device that is mounted or otherwise in use, and a pool that is served, are always refused. A creation that is interrupted
-    leaves nothing behind that a new one, or `serve --pool-size`, stumbles over.
+    What is there already is not touched, unless --overwrite is given: a file, or on a device
+    anything but zeros in the first and the last MiB. A device that is mounted or otherwise in use,
+    and a pool that is served, are always refused. A creation that is interrupted leaves nothing
+    behind that a new one, or `serve --pool-size`, stumbles over.
     """
-    from daemon.admin.output import print_json, print_record  # noqa: PLC0415 -- serve needs none of this
+    from daemon.admin.output import print_json, print_record  # noqa: PLC0415 -- not for serve
     from storage.pool import Pool  # noqa: PLC0415
 
-    made = Pool.create(path, None if size is None else pool_size_bytes("--size", size), overwrite=overwrite)
+    made = Pool.create(
+        path, None if size is None else pool_size_bytes("--size", size), overwrite=overwrite
+    )
     (print_json if output == "json" else print_record)(made)
 
 
@@ -84,12 +135,28 @@ def check_config(config_path: str) -> None:
 
 @cleaved.command()
 @click.argument("path")
-@click.option("--verify-data", is_flag=True, help="read every data block too, and compare its checksum")
-@click.option("--copy", is_flag=True, help="PATH is a copy of a pool that may be served meanwhile: do not ask whether its UUID is in use")
-@click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True, help="json has stable keys")
+@click.option(
+    "--verify-data", is_flag=True, help="read every data block too, and compare its checksum"
+)
+@click.option(
+    "--copy",
+    is_flag=True,
+    help=(
+        "PATH is a copy of a pool that may be served meanwhile: do not ask whether its UUID is"
+        " in use"
+    ),
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Choice(["table", "json"]),
+    default="table",
+    show_default=True,
+    help="json has stable keys",
+)
 def check(path: str, verify_data: bool, copy: bool, output: str) -> None:
     """Check a pool that is not served; nothing is changed. Exit 1 when something is wrong."""
-    from daemon.admin.output import print_json, print_record  # noqa: PLC0415 -- serve needs none of this
+    from daemon.admin.output import print_json, print_record  # noqa: PLC0415 -- not for serve
     from storage.check import check_path  # noqa: PLC0415
 
     report = check_path(path, verify_data=verify_data, is_copy=copy).as_dict()

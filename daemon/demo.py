@@ -1,8 +1,9 @@
 """The main job from nothing, with proof: `make demo`.
 
-A real daemon process serves a pool file in a temporary directory. Over iSCSI, a vdisk gets real data; a snapshot and a clone of
-it are made; the clone is written to, and split from its backing store while clients read and write and verify; the backing store
-is released and deleted; the pool is checked, and every byte is compared. No root, and no client but our own initiator.
+A real daemon process serves a pool file in a temporary directory. Over iSCSI, a vdisk gets real
+data; a snapshot and a clone of it are made; the clone is written to, and split from its backing
+store while clients read and write and verify; the backing store is released and deleted; the pool
+is checked, and every byte is compared. No root, and no client but our own initiator.
 
 Exit 0 when all of it held, 1 with what went wrong.
 """
@@ -36,7 +37,8 @@ PIECE_BYTES: Final = MIB
 PIECES_IN_FLIGHT: Final = 8
 CLONE_WRITES: Final = 2000
 WORKERS: Final = 8
-# So slow that the progress can be watched; without a ceiling this split takes a fraction of a second.
+# So slow that the progress can be watched; without a ceiling this split takes a fraction of a
+# second.
 SPLIT_RATE_BYTES: Final = 48 * MIB
 STOP_SECONDS_MAX: Final = 30.0
 
@@ -54,7 +56,14 @@ class Daemon:
         self.pool_path = directory / "pool"
         self.control_path = directory / "control.sock"
         self.log_path = directory / "log"
-        self._arguments = ["--pool", str(self.pool_path), "--pool-size", str(pool_size_bytes), "--iscsi", "127.0.0.1:0"]
+        self._arguments = [
+            "--pool",
+            str(self.pool_path),
+            "--pool-size",
+            str(pool_size_bytes),
+            "--iscsi",
+            "127.0.0.1:0",
+        ]
         self._arguments += ["--control", str(self.control_path), "--log-format", "json"]
         self._process: subprocess.Popen[str] | None = None
         self.host, self.port = "", 0
@@ -63,7 +72,12 @@ class Daemon:
         self.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -71,13 +85,21 @@ class Daemon:
     def start(self) -> None:
         """Start, and wait until it says where it listens."""
         with self.log_path.open("a") as log:
-            command = [sys.executable, "-c", "from daemon.cli import main; main()", "serve", *self._arguments]
+            command = [
+                sys.executable,
+                "-c",
+                "from daemon.cli import main; main()",
+                "serve",
+                *self._arguments,
+            ]
             self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         assert self._process.stdout is not None
         ready = self._process.stdout.readline().strip()
         if not ready.startswith("cleaved ready: iscsi "):
             raise DemoFailed(f"the daemon did not start: {ready!r}\n{self.log_path.read_text()}")
-        host, _, port = ready.removeprefix("cleaved ready: iscsi ").partition(",")[0].rpartition(":")
+        host, _, port = (
+            ready.removeprefix("cleaved ready: iscsi ").partition(",")[0].rpartition(":")
+        )
         self.host, self.port = host, int(port)
         console.print(f"  {ready}")
 
@@ -90,7 +112,9 @@ class Daemon:
         assert process.stdout is not None
         process.stdout.close()
         if status != 0:
-            raise DemoFailed(f"the daemon stopped with exit status {status}\n{self.log_path.read_text()}")
+            raise DemoFailed(
+                f"the daemon stopped with exit status {status}\n{self.log_path.read_text()}"
+            )
 
     def call(self, method: str, **params: Any) -> Any:
         """One call of the control socket."""
@@ -126,7 +150,10 @@ class Report:
         begun = time.perf_counter()
         yield
         seconds = time.perf_counter() - begun
-        self.add(what, f"{format_size(size_bytes)} in {seconds:.1f} s ({format_size(size_bytes / seconds)}/s)")
+        self.add(
+            what,
+            f"{format_size(size_bytes)} in {seconds:.1f} s ({format_size(size_bytes / seconds)}/s)",
+        )
 
 
 async def in_flight(jobs: Iterator[Awaitable[None]], count: int) -> None:
@@ -184,7 +211,9 @@ async def write_blocks(disk: Initiator, expected: bytearray, seed: str, count: i
 
 
 class Load:
-    """Clients that read, write and verify a disk until told to stop. Each worker has blocks of its own, so that it knows what they hold."""
+    """Clients that read, write and verify a disk until told to stop. Each worker has blocks of its
+    own, so that it knows what they hold.
+    """
 
     def __init__(self, disk: Initiator, expected: bytearray) -> None:
         self._disk = disk
@@ -204,7 +233,9 @@ class Load:
         while not self._stopping:
             at = (generator.randrange(blocks) * WORKERS + number) * BLOCK_BYTES
             if await self._disk.read(at, BLOCK_BYTES) != self._expected[at : at + BLOCK_BYTES]:
-                raise DemoFailed(f"during the split, block {at // BLOCK_BYTES} is not what was written")
+                raise DemoFailed(
+                    f"during the split, block {at // BLOCK_BYTES} is not what was written"
+                )
             data = generator.randbytes(BLOCK_BYTES)
             await self._disk.write(at, data)
             self._expected[at : at + BLOCK_BYTES] = data
@@ -213,10 +244,14 @@ class Load:
 
 
 def watch_split(daemon: Daemon, name: str) -> dict[str, Any]:
-    """Start a split and show its progress to the end. Blocking: runs in a thread while the clients work."""
+    """Start a split and show its progress to the end. Blocking: runs in a thread while the clients
+    work.
+    """
     with ControlClient(str(daemon.control_path)) as client, progress_view(name) as view:
         client.call("rpc.subscribe", events=["split.progress"])
-        split: dict[str, Any] = client.call("split.start", name=name, rate_max_bytes=SPLIT_RATE_BYTES)
+        split: dict[str, Any] = client.call(
+            "split.start", name=name, rate_max_bytes=SPLIT_RATE_BYTES
+        )
         while split["state"] == "running":
             update = client.notification(1.0)
             split = client.call("split.show", name=name) if update is None else update.params
@@ -226,7 +261,9 @@ def watch_split(daemon: Daemon, name: str) -> dict[str, Any]:
     return split
 
 
-async def split_under_load(daemon: Daemon, disk: Initiator, expected: bytearray, report: Report) -> None:
+async def split_under_load(
+    daemon: Daemon, disk: Initiator, expected: bytearray, report: Report
+) -> None:
     """Split the clone while clients read, write and verify."""
     load = Load(disk, expected)
     begun = time.perf_counter()
@@ -236,7 +273,11 @@ async def split_under_load(daemon: Daemon, disk: Initiator, expected: bytearray,
         split = await asyncio.to_thread(watch_split, daemon, "web1")
         load.stop()
     seconds = time.perf_counter() - begun
-    report.add("split, copy mode", f"{split['blocks_copied']} blocks in {seconds:.1f} s (ceiling {format_size(SPLIT_RATE_BYTES)}/s)")
+    report.add(
+        "split, copy mode",
+        f"{split['blocks_copied']} blocks in {seconds:.1f} s (ceiling"
+        f" {format_size(SPLIT_RATE_BYTES)}/s)",
+    )
     report.add("client I/O meanwhile", f"{load.reads} reads and {load.writes} writes, all verified")
 
 
@@ -247,7 +288,10 @@ async def wait_for_space(daemon: Daemon, used_bytes_max: int) -> int:
         if used <= used_bytes_max:
             return used
         await asyncio.sleep(0.1)
-    raise DemoFailed(f"after the snapshot was deleted {format_size(used)} stay in use, above {format_size(used_bytes_max)}")
+    raise DemoFailed(
+        f"after the snapshot was deleted {format_size(used)} stay in use, above"
+        f" {format_size(used_bytes_max)}"
+    )
 
 
 def check_pool(daemon: Daemon, when: str, report: Report) -> None:
@@ -259,7 +303,9 @@ def check_pool(daemon: Daemon, when: str, report: Report) -> None:
 
 
 async def clone_and_split(daemon: Daemon, golden: bytearray, report: Report) -> bytearray:
-    """The middle of the demo: snapshot, clone, split, release. Gives what the clone must hold at the end."""
+    """The middle of the demo: snapshot, clone, split, release. Gives what the clone must hold at
+    the end.
+    """
     with report.milliseconds("snapshot golden@v1"):
         daemon.call("snapshot.create", snapshots=["golden@v1"])
     with report.milliseconds("clone web1 of golden@v1"):
@@ -271,7 +317,9 @@ async def clone_and_split(daemon: Daemon, golden: bytearray, report: Report) -> 
         await write_blocks(disk, golden, "origin", CLONE_WRITES)
         with report.rate("clone read and verified before the split", len(web1)):
             await verify_all(clone, web1, "the clone before the split")
-        console.print("[bold]Splitting the clone from its backing store, while clients read and write[/bold]")
+        console.print(
+            "[bold]Splitting the clone from its backing store, while clients read and write[/bold]"
+        )
         await split_under_load(daemon, clone, web1, report)
         with report.rate("clone read and verified after the split", len(web1)):
             await verify_all(clone, web1, "the clone after the split")
@@ -293,7 +341,8 @@ async def demonstrate(daemon: Daemon, size_bytes: int, report: Report) -> None:
             await write_all(disk, golden)
     console.print("[bold]Snapshot and clone[/bold]")
     web1 = await clone_and_split(daemon, golden, report)
-    # Two whole images, and a sixteenth for pointer blocks, maps and what the last consistency points hold.
+    # Two whole images, and a sixteenth for pointer blocks, maps and what the last consistency
+    # points hold.
     used = await wait_for_space(daemon, 2 * size_bytes + size_bytes // 16 + 32 * MIB)
     report.add("space in use by both vdisks", format_size(used))
     check_pool(daemon, "after the split", report)
@@ -336,7 +385,9 @@ def _explain(error: Exception, log_path: Path) -> None:
     causes: list[BaseException] = [error]
     while isinstance(causes[-1], BaseExceptionGroup):
         causes.append(causes[-1].exceptions[0])
-    console.print(f"[red]The demo failed:[/red] {type(causes[-1]).__name__}: {causes[-1]}", markup=True)
+    console.print(
+        f"[red]The demo failed:[/red] {type(causes[-1]).__name__}: {causes[-1]}", markup=True
+    )
     if log_path.exists():
         lines = log_path.read_text().splitlines()[-20:]
         console.print("The daemon's log ends with:", *lines, sep="\n  ", markup=False)
@@ -344,11 +395,21 @@ def _explain(error: Exception, log_path: Path) -> None:
 
 def main() -> None:
     """Entry point of `make demo`."""
-    parser = argparse.ArgumentParser(prog="python -m daemon.demo", description="The main job of cleaved from nothing, with proof.")
-    parser.add_argument("--size", type=parse_size, default=256 * MIB, help="data on the vdisk, a multiple of 1MiB (default: 256MiB)")
+    parser = argparse.ArgumentParser(
+        prog="python -m daemon.demo",
+        description="The main job of cleaved from nothing, with proof.",
+    )
+    parser.add_argument(
+        "--size",
+        type=parse_size,
+        default=256 * MIB,
+        help="data on the vdisk, a multiple of 1MiB (default: 256MiB)",
+    )
     size_bytes: int = parser.parse_args().size
     if size_bytes < MIB or size_bytes % MIB:
-        parser.error(f"--size: {size_bytes} bytes are no multiple of 1MiB; write for instance 256MiB")
+        parser.error(
+            f"--size: {size_bytes} bytes are no multiple of 1MiB; write for instance 256MiB"
+        )
     sys.exit(run(size_bytes))
 
 

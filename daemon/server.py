@@ -1,4 +1,6 @@
-"""One daemon: start in order (pool, listeners, control socket, ready), stop in the reverse order within STOP_SECONDS."""
+"""One daemon: start in order (pool, listeners, control socket, ready), stop in the reverse order
+within STOP_SECONDS.
+"""
 
 import asyncio
 from typing import Any, Final
@@ -22,7 +24,8 @@ from storage.device import is_vacant, remove_leftover
 from storage.errors import NotFound
 from storage.pool import Pool
 
-# An orderly stop takes at most 10 s in all: initiators and control calls get these, the rest is for the last consistency point.
+# An orderly stop takes at most 10 s in all: initiators and control calls get these, the rest is for
+# the last consistency point.
 ISCSI_STOP_SECONDS: Final = 3.0
 CONTROL_STOP_SECONDS: Final = 2.0
 
@@ -50,7 +53,9 @@ EVENT_LEVELS: Final = {
 
 
 class Daemon:
-    """A pool and everything around it. `start` and `stop` are called once each, on one event loop."""
+    """A pool and everything around it. `start` and `stop` are called once each, on one
+    event loop.
+    """
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -63,19 +68,31 @@ class Daemon:
         self._space: SpaceWatch | None = None
 
     async def start(self) -> None:
-        """Raises StorageError (PoolRefused, PoolLocked), ListenFailed, ControlPathBusy, TooFewDescriptors; `stop` undoes what was done."""
+        """Raises StorageError (PoolRefused, PoolLocked), ListenFailed, ControlPathBusy,
+        TooFewDescriptors; `stop` undoes what was done.
+        """
         config = self._config
         self._pool = await Pool.open(config.pool_path, config.cache_bytes, self._on_event)
         targets = Targets(self._pool, config.chap, config.open_access)
         self._reservations = ReservationStore(self._pool)
         await targets.load()
         exponent = (config.physical_block_bytes // SECTOR_BYTES).bit_length() - 1
-        node = TargetNode(targets, reservations=self._reservations, physical_block_exponent=exponent)
+        node = TargetNode(
+            targets, reservations=self._reservations, physical_block_exponent=exponent
+        )
         shares = _shares(config)
-        full = f"{shares.iscsi} connections, as many as the limit of open files allows" if shares.iscsi < config.connections_max else None
+        full = (
+            f"{shares.iscsi} connections, as many as the limit of open files allows"
+            if shares.iscsi < config.connections_max
+            else None
+        )
         self._iscsi = IscsiListener(node, shares.iscsi, advertise=config.iscsi_advertise, full=full)
-        self._space = SpaceWatch(config.soft_threshold_percent, self._iscsi.node.soft_threshold_reached)
-        service = ControlService(self._pool, config.pool_path, targets, self._reservations, self._iscsi, self._space)
+        self._space = SpaceWatch(
+            config.soft_threshold_percent, self._iscsi.node.soft_threshold_reached
+        )
+        service = ControlService(
+            self._pool, config.pool_path, targets, self._reservations, self._iscsi, self._space
+        )
         self._control = ControlServer(config.control_path, service.call, shares.control)
         await self._control.start()
         for address in config.iscsi_listen:
@@ -86,7 +103,9 @@ class Daemon:
     def ready_line(self) -> str:
         """Names every listener, with the ports that were really taken."""
         assert self._iscsi is not None
-        listeners = [f"iscsi {address}" for address in self._iscsi.addresses] + [f"control {self._config.control_path}"]
+        listeners = [f"iscsi {address}" for address in self._iscsi.addresses] + [
+            f"control {self._config.control_path}"
+        ]
         return f"cleaved ready: {', '.join(listeners)}"
 
     async def stop(self) -> None:
@@ -109,7 +128,8 @@ class Daemon:
         if event == "pool.host_full" and self._iscsi is not None:
             self._iscsi.node.soft_threshold_reached()
         if event.startswith("split.") and self._progress is not None:
-            # Whoever waits for a split learns of its beginning and end at once, not at the next look.
+            # Whoever waits for a split learns of its beginning and end at once, not at the next
+            # look.
             self._progress.expect(fields["vdisk"])
             asyncio.get_running_loop().call_soon(self._look)
 
@@ -140,14 +160,22 @@ class Daemon:
 def _shares(config: Config) -> Shares:
     """How many connections there may be, once the pool is open. Raises TooFewDescriptors."""
     limit = raise_limit()
-    shares = share_out(limit, open_now() + PER_LISTENER * len(config.iscsi_listen), config.connections_max)
+    shares = share_out(
+        limit, open_now() + PER_LISTENER * len(config.iscsi_listen), config.connections_max
+    )
     if shares.iscsi < config.connections_max:
-        get_log().warning("iscsi.connections_limited", connections_max=config.connections_max, allowed=shares.iscsi, open_files_max=limit)
+        get_log().warning(
+            "iscsi.connections_limited",
+            connections_max=config.connections_max,
+            allowed=shares.iscsi,
+            open_files_max=limit,
+        )
     return shares
 
 
 def create_pool(config: Config) -> None:
-    """Create the pool when a size is configured, and nothing is there yet, or a blank block device. Call it before the event loop runs.
+    """Create the pool when a size is configured, and nothing is there yet, or a blank block device.
+    Call it before the event loop runs.
 
     Raises StorageError.
     """
@@ -173,12 +201,18 @@ def log_progress(row: dict[str, Any]) -> None:
 
 
 def log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """An exception that nobody caught: one connection or one background task is affected, the daemon goes on."""
-    get_log().error("internal.error", message=context.get("message"), exc_info=context.get("exception"))
+    """An exception that nobody caught: one connection or one background task is affected, the
+    daemon goes on.
+    """
+    get_log().error(
+        "internal.error", message=context.get("message"), exc_info=context.get("exception")
+    )
 
 
 async def run(config: Config) -> None:
-    """Serve until a signal says stop (`daemon.process.signals`). Raises what `Daemon.start` raises."""
+    """Serve until a signal says stop (`daemon.process.signals`). Raises what
+    `Daemon.start` raises.
+    """
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(log_loop_error)
     stopping: asyncio.Queue[str] = asyncio.Queue()
@@ -189,7 +223,9 @@ async def run(config: Config) -> None:
         runtime.tune_memory()
         logs.write_ready_line(daemon.ready_line())
         notify("READY=1")
-        get_log().info("daemon.ready", pool=config.pool_path, listeners=daemon.ready_line().partition(": ")[2])
+        get_log().info(
+            "daemon.ready", pool=config.pool_path, listeners=daemon.ready_line().partition(": ")[2]
+        )
         by = await stopping.get()
         notify("STOPPING=1")
         get_log().info("daemon.stopping", signal=by)

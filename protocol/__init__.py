@@ -1,1 +1,3 @@
-"""The wire, sans I/O: bytes in, bytes and calls on a BlockVolume out. Imports nothing of storage or daemon, no sockets, no clocks."""
+"""The wire, sans I/O: bytes in, bytes and calls on a BlockVolume out. Imports nothing of storage or
+daemon, no sockets, no clocks.
+"""

@@ -1,13 +1,16 @@
-"""The narrow interface through which the wire protocols reach a disk. A vdisk and a snapshot of `storage` satisfy it.
+"""The narrow interface through which the wire protocols reach a disk. A vdisk and a snapshot of
+`storage` satisfy it.
 
 Rules that make the hot path possible (design section 3):
 
-- ``try_read`` and ``write`` + ``settle`` make no Task, Future or coroutine when the data is at hand.
+- ``try_read`` and ``write`` + ``settle`` make no Task, Future or coroutine when the data is at
+  hand.
 - A completion is called exactly once; it may be called before the method that took it returns.
-- Errors are given to completions (or raised by ``try_read``), and each carries an ``errno`` attribute
-  (EIO: the block's checksum failed or the device did; ENOSPC: the pool is full; EROFS: read-only; EINVAL: out of range;
-  ESHUTDOWN: the volume is going away), from which each protocol makes its own status. That of a read may have ``offset_bytes``,
-  the first byte of the volume that could not be read, or None.
+- Errors are given to completions (or raised by ``try_read``), and each carries an ``errno``
+  attribute (EIO: the block's checksum failed or the device did; ENOSPC: the pool is full; EROFS:
+  read-only; EINVAL: out of range; ESHUTDOWN: the volume is going away), from which each protocol
+  makes its own status. That of a read may have ``offset_bytes``, the first byte of the volume that
+  could not be read, or None.
 """
 
 from collections.abc import Callable
@@ -18,16 +21,20 @@ from uuid import UUID
 Buffer = bytes | bytearray | memoryview
 Completion = Callable[[Exception | None], None]
 ReadCompletion = Callable[[Buffer | None, Exception | None], None]
-# Runs from the offset asked for, in order: (length in bytes, whether blocks are allocated there). At least one; they may end early.
+# Runs from the offset asked for, in order: (length in bytes, whether blocks are allocated there).
+# At least one; they may end early.
 AllocationCompletion = Callable[[list[tuple[int, bool]] | None, Exception | None], None]
 
-# A write of whole 4 KiB blocks up to this length (WRITE ATOMIC tells clients so) is, after any crash, there entirely or not at all,
-# and a read sees it so. 128 KiB is above the pages and journal blocks of every database that asks for atomic writes.
+# A write of whole 4 KiB blocks up to this length (WRITE ATOMIC tells clients so) is, after any
+# crash, there entirely or not at all, and a read sees it so. 128 KiB is above the pages and journal
+# blocks of every database that asks for atomic writes.
 ATOMIC_WRITE_BYTES_MAX: Final = 128 * 1024
 
 
 class BlockVolume(Protocol):
-    """One disk. Offsets and lengths are bytes, multiples of 512, and within ``size_bytes``: the caller has checked them."""
+    """One disk. Offsets and lengths are bytes, multiples of 512, and within ``size_bytes``: the
+    caller has checked them.
+    """
 
     @property
     def name(self) -> str:
@@ -46,24 +53,33 @@ class BlockVolume(Protocol):
         """True for snapshots, and for every volume of a pool that went read-only."""
 
     def try_read(self, offset_bytes: int, length_bytes: int) -> Buffer | None:
-        """Data at once, or None when it has to be waited for (then call ``read``). Raises an error with ``errno``."""
+        """Data at once, or None when it has to be waited for (then call ``read``). Raises an error
+        with ``errno``.
+        """
 
     def read(self, offset_bytes: int, length_bytes: int, done: ReadCompletion) -> None:
         """Read by way of the I/O threads."""
 
     def write(self, offset_bytes: int, data: Buffer, fua: bool, done: Completion) -> None:
-        """Take a write into the current batch. ``data`` need stay valid only until the next ``settle`` returns.
+        """Take a write into the current batch. ``data`` need stay valid only until the next
+        ``settle`` returns.
 
         Whole blocks of at most ATOMIC_WRITE_BYTES_MAX become readable, and durable, in one step.
         """
 
     def settle(self) -> None:
-        """Carry out the batch of writes taken since the last call: call it once at the end of each wake-up."""
+        """Carry out the batch of writes taken since the last call: call it once at the end of each
+        wake-up.
+        """
 
     def unmap(self, offset_bytes: int, length_bytes: int, done: Completion) -> None:
-        """Deallocate; the range reads as zeros afterwards (partial blocks at its ends are zeroed)."""
+        """Deallocate; the range reads as zeros afterwards (partial blocks at its ends
+        are zeroed).
+        """
 
-    def write_zeros(self, offset_bytes: int, length_bytes: int, fua: bool, done: Completion) -> None:
+    def write_zeros(
+        self, offset_bytes: int, length_bytes: int, fua: bool, done: Completion
+    ) -> None:
         """Make the range zeros, deallocating whole blocks."""
 
     def flush(self, done: Completion) -> None:
@@ -72,18 +88,34 @@ class BlockVolume(Protocol):
 
 @runtime_checkable
 class ReportsAllocation(Protocol):
-    """What a volume may have in addition: it can say which ranges are allocated. One that cannot counts as allocated throughout."""
+    """What a volume may have in addition: it can say which ranges are allocated. One that cannot
+    counts as allocated throughout.
+    """
 
-    def allocation(self, offset_bytes: int, length_bytes: int, runs_max: int, done: AllocationCompletion) -> None:
-        """Report the state of a range, in about ``runs_max`` runs. Holes that read through to a backing store count as allocated."""
+    def allocation(
+        self, offset_bytes: int, length_bytes: int, runs_max: int, done: AllocationCompletion
+    ) -> None:
+        """Report the state of a range, in about ``runs_max`` runs. Holes that read through to a
+        backing store count as allocated.
+        """
 
 
 @runtime_checkable
 class CopiesByReference(Protocol):
-    """What a volume may have in addition: it can take over blocks of another volume without moving their data."""
+    """What a volume may have in addition: it can take over blocks of another volume without moving
+    their data.
+    """
 
-    def copy_from(self, source: object, source_offset_bytes: int, offset_bytes: int, length_bytes: int, done: Completion) -> None:
-        """Make whole blocks (all three numbers are multiples of 4096) read as those of ``source`` read now.
+    def copy_from(
+        self,
+        source: object,
+        source_offset_bytes: int,
+        offset_bytes: int,
+        length_bytes: int,
+        done: Completion,
+    ) -> None:
+        """Make whole blocks (all three numbers are multiples of 4096) read as those of ``source``
+        read now.
 
         An error with EOPNOTSUPP: the two volumes share nothing, and the data have to be copied.
         """
@@ -99,24 +131,32 @@ class VolumeUsage:
 
 @runtime_checkable
 class ReportsUsage(Protocol):
-    """What a volume may have in addition: it knows its share of the pool. The logical block provisioning log page tells clients."""
+    """What a volume may have in addition: it knows its share of the pool. The logical block
+    provisioning log page tells clients.
+    """
 
     def usage(self) -> VolumeUsage:
-        """Bytes that the volume's own blocks take in the pool, and bytes still free in the pool. Returns at once."""
+        """Bytes that the volume's own blocks take in the pool, and bytes still free in the pool.
+        Returns at once.
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class SplitState:
     """How far a clone is from standing on its own."""
 
-    holes_remaining_blocks: int | None  # blocks of 4096 bytes still read from the backing store; None: not counted yet
+    holes_remaining_blocks: (
+        int | None
+    )  # blocks of 4096 bytes still read from the backing store; None: not counted yet
     holes_total_blocks: int | None  # the same when the split began; None where no split was started
     running: bool
 
 
 @runtime_checkable
 class ReportsSplit(Protocol):
-    """What a volume may have in addition: it knows how much of it is still backed. The clone log page tells clients."""
+    """What a volume may have in addition: it knows how much of it is still backed. The clone log
+    page tells clients.
+    """
 
     def split_state(self) -> SplitState | None:
         """None where there is no backing store. Returns at once."""

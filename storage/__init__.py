@@ -1,1 +1,3 @@
-"""The pool: device, buffer trees, allocation, consistency points, images, split, background work, check. Imports no other room."""
+"""The pool: device, buffer trees, allocation, consistency points, images, split, background work,
+check. Imports no other room.
+"""

@@ -1,17 +1,22 @@
-"""Errors of the store. Each class carries ``errno``, from which the wire protocols make their status.
+"""Errors of the store. Each class carries ``errno``, from which the wire protocols make their
+status.
 
-The tree has three branches: what the caller asked for cannot be (RequestError), the device or the data on it failed
-(DeviceFailed, BlockDamaged, PoolDamaged), and what a pool cannot do in its present state (PoolFull, HostFull, PoolReadOnly).
+The tree has three branches: what the caller asked for cannot be (RequestError), the device or the
+data on it failed (DeviceFailed, BlockDamaged, PoolDamaged), and what a pool cannot do in its
+present state (PoolFull, HostFull, PoolReadOnly).
 """
 
 import errno
 
 
 class StorageError(Exception):
-    """Root of all errors that `storage` raises on purpose. The message says the cause and the next step."""
+    """Root of all errors that `storage` raises on purpose. The message says the cause and the next
+    step.
+    """
 
     errno: int = errno.EIO
-    # Of a read that failed: the first byte of the volume that could not be read, where that is known.
+    # Of a read that failed: the first byte of the volume that could not be read, where that is
+    # known.
     offset_bytes: int | None = None
 
 
@@ -40,7 +45,9 @@ class OutOfRange(RequestError):
 
 
 class NotByReference(RequestError):
-    """A copy by reference was asked for between volumes of different pools: the data has to be copied."""
+    """A copy by reference was asked for between volumes of different pools: the data has to be
+    copied.
+    """
 
     errno = errno.EOPNOTSUPP
 
@@ -57,20 +64,25 @@ class PoolFull(StorageError):
 
 
 class HostFull(PoolFull):
-    """The file system (or thin volume) that the pool lies on has no room for this change, and what is kept for deletes is not for it.
+    """The file system (or thin volume) that the pool lies on has no room for this change, and what
+    is kept for deletes is not for it.
 
     ``missing_blocks``: how many the node stock would have to hold.
     """
 
 
 class HostStaysFull(StorageError):
-    """The pool is closing, and the host has no room for the last consistency point: what waits for that was not made."""
+    """The pool is closing, and the host has no room for the last consistency point: what waits for
+    that was not made.
+    """
 
     errno = errno.ENOSPC
 
 
 class PoolReadOnly(StorageError):
-    """The pool stopped taking writes (a failed sync, a damaged intent log, an unknown ro_compat feature), or the volume is a snapshot."""
+    """The pool stopped taking writes (a failed sync, a damaged intent log, an unknown ro_compat
+    feature), or the volume is a snapshot.
+    """
 
     errno = errno.EROFS
 
@@ -82,27 +94,35 @@ class VolumeClosed(StorageError):
 
 
 class DeviceFailed(StorageError):
-    """The device refused a read, a write or a sync. ``cause_errno`` is what the operating system said of it."""
+    """The device refused a read, a write or a sync. ``cause_errno`` is what the operating system
+    said of it.
+    """
 
     errno = errno.EIO
     cause_errno: int = errno
 
 
 class DeviceFull(DeviceFailed):
-    """The device's own backing (the host file system, a thin volume) has no space left for this write."""
+    """The device's own backing (the host file system, a thin volume) has no space left for this
+    write.
+    """
 
     errno = errno.ENOSPC
     cause_errno: int = errno
 
 
 class BlockDamaged(StorageError):
-    """A block's CRC32C is not the one that its pointer holds: bit rot, a misdirected or a lost write."""
+    """A block's CRC32C is not the one that its pointer holds: bit rot, a misdirected or a lost
+    write.
+    """
 
     errno = errno.EIO
 
 
 class PoolRefused(StorageError):
-    """The file or device cannot be opened as a pool: not one, a newer format, truncated, or locked. It was not touched."""
+    """The file or device cannot be opened as a pool: not one, a newer format, truncated, or locked.
+    It was not touched.
+    """
 
     errno = errno.EINVAL
 
@@ -120,9 +140,13 @@ class PoolLocked(PoolRefused):
 
 
 def as_storage_error(error: Exception) -> StorageError:
-    """``error`` itself, or for a mistake of ours (a KeyError, say) a StorageError that names it: what a completion can be given."""
+    """``error`` itself, or for a mistake of ours (a KeyError, say) a StorageError that names it:
+    what a completion can be given.
+    """
     if isinstance(error, StorageError):
         return error
-    wrapped = StorageError(f"internal error ({type(error).__name__}: {error}): please report it, with the log")
+    wrapped = StorageError(
+        f"internal error ({type(error).__name__}: {error}): please report it, with the log"
+    )
     wrapped.__cause__ = error
     return wrapped

@@ -1,4 +1,6 @@
-"""The first and the last thing about a pool: what is written before it has a superblock, and what to say where there is none."""
+"""The first and the last thing about a pool: what is written before it has a superblock, and what
+to say where there is none.
+"""
 
 from storage.device import Device, contents_of, is_block_device
 from storage.device.signatures import HEAD_BYTES, TAIL_BYTES
@@ -13,20 +15,25 @@ def why_no_pool(path: str) -> str:
     try:
         found = contents_of(path)
     except OSError as error:
-        return f"{path} holds no pool, and cannot be read any more: {error.strerror}; see the host's kernel log"
+        return (
+            f"{path} holds no pool, and cannot be read any more: {error.strerror}; see the host's"
+            " kernel log"
+        )
     if found is not None:
         return f"{path} is not a cleaved pool, it holds {found}: check the path"
     if is_block_device(path):
         return f"{path} holds no pool: make one with `cleaved create {path}`"
     return (
-        f"{path} is there, but no pool was completed in it (it is empty, or its creation was interrupted):"
-        f" remove it and try again, or replace it with `cleaved create {path} --size SIZE --overwrite`"
+        f"{path} is there, but no pool was completed in it (it is empty, or its creation was"
+        f" interrupted): remove it and try again, or replace it with `cleaved create {path} --size"
+        " SIZE --overwrite`"
     )
 
 
 async def begin_format(device: Device) -> None:
-    """Mark the pool as unfinished, durably: the first thing that is written, and the last that its superblocks replace. Whatever was there
-    is no pool from now on, so that no old superblock can be taken for a new one.
+    """Mark the pool as unfinished, durably: the first thing that is written, and the last that its
+    superblocks replace. Whatever was there is no pool from now on, so that no old superblock can be
+    taken for a new one.
     """
     mark = UNFINISHED_MAGIC.ljust(BLOCK_BYTES, b"\0")
     await device.writev((mark, bytes(BLOCK_BYTES)), SUPERBLOCK_VBNS[0] * BLOCK_BYTES)
@@ -34,7 +41,9 @@ async def begin_format(device: Device) -> None:
 
 
 async def erase_marks(device: Device) -> None:
-    """Zeros where other systems leave their marks, so that none of them takes the device for its own later."""
+    """Zeros where other systems leave their marks, so that none of them takes the device for its
+    own later.
+    """
     blocks, rest_bytes = divmod(device.size_bytes, BLOCK_BYTES)
     await write_zeros(device, LOG_FIRST_VBN, min(HEAD_BYTES // BLOCK_BYTES, blocks))
     await write_zeros(device, max(LOG_FIRST_VBN, blocks - TAIL_BYTES // BLOCK_BYTES), blocks)
@@ -45,7 +54,8 @@ async def erase_marks(device: Device) -> None:
 async def write_zeros(device: Device, first: int, end: int) -> None:
     """Write zeros to the blocks from VBN ``first`` up to ``end``. Raises DeviceFailed.
 
-    Over the ring of the intent log: so no record of an earlier life is in it, and the host has room for every later one.
+    Over the ring of the intent log: so no record of an earlier life is in it, and the host has room
+    for every later one.
     """
     zeros = memoryview(bytes(RUN_BLOCKS * BLOCK_BYTES))
     for vbn in range(first, end, RUN_BLOCKS):

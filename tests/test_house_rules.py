@@ -1,5 +1,6 @@
-"""The house rules that a machine can check. Each rule is a function from a source file to its findings, and has a canary:
-a snippet that breaks it and must be found, so that a rule cannot die unseen.
+"""The house rules that a machine can check. Each rule is a function from a source file to its
+findings, and has a canary: a snippet that breaks it and must be found, so that a rule cannot die
+unseen.
 """
 
 import ast
@@ -15,10 +16,12 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("storage", "protocol", "daemon")
 FUNCTION_LINES_MAX = 70
 FILE_LINES_MAX = 600
-LINE_COLUMNS_MAX = 140
+LINE_COLUMNS_MAX = 100
+# What tools read, with its reason, may stand beyond that.
+PRAGMA = re.compile(r"\s+# (noqa|type:).*$")
 
-# What each layer must not import: `storage` and `protocol` know nothing of each other nor of the process around them,
-# and `protocol` is sans-IO: no event loop, no sockets, no clock.
+# What each layer must not import: `storage` and `protocol` know nothing of each other nor of the
+# process around them, and `protocol` is sans-IO: no event loop, no sockets, no clock.
 FORBIDDEN_IMPORTS = {
     "storage": {"protocol", "daemon", "structlog", "click", "rich", "uvloop"},
     "protocol": {
@@ -129,13 +132,17 @@ def calls_are_allowed(source: Source) -> Iterator[str]:
 
 
 def exceptions_are_not_swallowed(source: Source) -> Iterator[str]:
-    """`except SomethingNarrow: pass` may be right; everything that is caught broadly must be dealt with."""
+    """`except SomethingNarrow: pass` may be right; everything that is caught broadly must be dealt
+    with.
+    """
     for node in ast.walk(source.tree):
         if not isinstance(node, ast.ExceptHandler):
             continue
         caught = "everything" if node.type is None else ast.unparse(node.type)
         silent = all(
-            isinstance(line, ast.Pass) or (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant)) for line in node.body
+            isinstance(line, ast.Pass)
+            or (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))
+            for line in node.body
         )
         if node.type is None or (silent and re.search(r"\b(Base)?Exception\b|\bOSError\b", caught)):
             yield f"{node.lineno}: except {caught} is swallowed"
@@ -150,7 +157,9 @@ def nothing_is_unfinished(source: Source) -> Iterator[str]:
 
 
 def no_test_is_skipped(source: Source) -> Iterator[str]:
-    """A test that the machine cannot run says so by the markers ``client`` and ``needs``, which CI turns into failures."""
+    """A test that the machine cannot run says so by the markers ``client`` and ``needs``, which CI
+    turns into failures.
+    """
     if source.path in {"tests/conftest.py", "tests/test_house_rules.py"}:
         return
     for number, line in enumerate(source.text.splitlines(), 1):
@@ -165,8 +174,9 @@ def packages_say_what_they_are(source: Source) -> Iterator[str]:
 
 def text_is_plain(source: Source) -> Iterator[str]:
     for number, line in enumerate(source.text.splitlines(), 1):
-        if len(line) > LINE_COLUMNS_MAX:
-            yield f"{number}: {len(line)} columns ({LINE_COLUMNS_MAX})"
+        columns = len(PRAGMA.sub("", line))
+        if columns > LINE_COLUMNS_MAX:
+            yield f"{number}: {columns} columns ({LINE_COLUMNS_MAX})"
         if line.rstrip() != line or "\t" in line:
             yield f"{number}: trailing blank or tab"
 
@@ -179,7 +189,11 @@ CANARIES: list[tuple[Rule, str, str]] = [
     (layers_hold, "protocol/a.py", "import asyncio\n"),
     (layers_hold, "daemon/a.py", "import tests.daemon\n"),
     (calls_are_allowed, "daemon/a.py", "print(1)\n"),
-    (exceptions_are_not_swallowed, "storage/a.py", "try:\n    f()\nexcept (ValueError, Exception):\n    pass\n"),
+    (
+        exceptions_are_not_swallowed,
+        "storage/a.py",
+        "try:\n    f()\nexcept (ValueError, Exception):\n    pass\n",
+    ),
     (exceptions_are_not_swallowed, "tests/a.py", "try:\n    f()\nexcept:\n    g()\n"),
     (nothing_is_unfinished, "storage/a.py", "a = 1  # TO" + "DO later\n"),
     (no_test_is_skipped, "tests/a.py", "@pytest.mark.skip\ndef f():\n    assert g()\n"),
@@ -191,11 +205,21 @@ RULES = list(dict.fromkeys(rule for rule, _, _ in CANARIES))
 
 def project_files() -> list[str]:
     """Tracked files and those not ignored, so that the rules hold before a commit too."""
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "*.py"], cwd=ROOT, capture_output=True, text=True, check=False)
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "*.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     names = (
         listed.stdout.split()
         if listed.returncode == 0
-        else [str(path.relative_to(ROOT)) for layer in (*LAYERS, "tests") for path in (ROOT / layer).rglob("*.py")]
+        else [
+            str(path.relative_to(ROOT))
+            for layer in (*LAYERS, "tests")
+            for path in (ROOT / layer).rglob("*.py")
+        ]
     )
     return [name for name in names if (ROOT / name).exists()]
 
@@ -213,16 +237,24 @@ def test_rule_holds(rule: Rule, sources: list[Source]) -> None:
     assert not findings, "\n".join(findings)
 
 
-@pytest.mark.parametrize(("rule", "path", "text"), CANARIES, ids=[f"{rule.__name__}-{path}" for rule, path, _ in CANARIES])
+@pytest.mark.parametrize(
+    ("rule", "path", "text"),
+    CANARIES,
+    ids=[f"{rule.__name__}-{path}" for rule, path, _ in CANARIES],
+)
 def test_rule_finds_its_canary(rule: Rule, path: str, text: str) -> None:
     assert list(rule(parse(path, text)))
 
 
 def test_no_module_is_dead(sources: list[Source]) -> None:
-    """Every module of the layers is imported by another module of the layers, or is a program's entry point."""
+    """Every module of the layers is imported by another module of the layers, or is a program's
+    entry point.
+    """
     entry_points = {"daemon.cli", "daemon.admin.cli", "daemon.demo"}
     modules = {
-        source.path.removesuffix(".py").removesuffix("/__init__").replace("/", "."): source for source in sources if source.layer in LAYERS
+        source.path.removesuffix(".py").removesuffix("/__init__").replace("/", "."): source
+        for source in sources
+        if source.layer in LAYERS
     }
     used = {name for source in modules.values() for _, name in imports(source)}
     packages = {name for name, source in modules.items() if source.path.endswith("__init__.py")}

@@ -1,5 +1,6 @@
-"""What code, tests and documents refer to is there: sections and invariants of docs/design.md, tests, files, and links; and standards are
-cited in one form. Each rule is a function from a text to its findings, and has a canary.
+"""What code, tests and documents refer to is there: sections and invariants of docs/design.md,
+tests, files, and links; and standards are cited in one form. Each rule is a function from a text to
+its findings, and has a canary.
 """
 
 import re
@@ -14,7 +15,8 @@ from tests.test_house_rules import ROOT, project_files
 SELF = "tests/test_references.py"
 Rule = Callable[[str, str], Iterator[str]]
 
-# "design section 4", "invariants 1 to 5 and 7"; a page, and the name of a heading of it if one follows.
+# "design section 4", "invariants 1 to 5 and 7"; a page, and the name of a heading of it if one
+# follows.
 SECTION = re.compile(r"\b[Dd]esign section (\d+)")
 INVARIANT = re.compile(r"(?<![A-Za-z])[Ii]nvariants?[ _](\d+(?:(?: to |, | and )\d+)*)")
 PAGE = re.compile(r'\b(docs/[\w-]+\.md)\b(?:, "([^"]+)")?')
@@ -27,8 +29,9 @@ FILE_NAME = re.compile(r"\w+\.py")
 TEST_NAME = re.compile(r"test_\w+")
 DEFINED_TEST = re.compile(r"^ *(?:async )?def (test_\w+)", re.MULTILINE)
 
-# A standard alone, or with the place: "RFC 7143 11.4.7.2", "RFC 7143 clause 13", "RFC 7143 appendix C", "RFC 3722, table B.2",
-# "SPC-4 table 508". Numbers with dots stand alone; what has one number is called a clause.
+# A standard alone, or with the place: "RFC 7143 11.4.7.2", "RFC 7143 clause 13", "RFC 7143 appendix
+# C", "RFC 3722, table B.2", "SPC-4 table 508". Numbers with dots stand alone; what has one number
+# is called a clause.
 CITATION = re.compile(r"(?<![\w-])(?:RFC|SAM|SPC|SBC)(?= ?-? ?\d)[^\"')\]}|`]{0,40}")
 CLAUSE = r"(?:\d+(?:\.\d+)*|clause \d+|table [A-Z0-9.]+|annex [A-Z]|appendix [A-Z])"
 FORMS = {
@@ -50,7 +53,9 @@ def slug(heading: str) -> str:
 @cache
 def anchors(path: str) -> frozenset[str]:
     text = (ROOT / path).read_text()
-    return frozenset(re.findall(r'<a id="([^"]+)">', text)) | {slug(heading) for heading in HEADING.findall(text)}
+    return frozenset(re.findall(r'<a id="([^"]+)">', text)) | {
+        slug(heading) for heading in HEADING.findall(text)
+    }
 
 
 @cache
@@ -65,7 +70,11 @@ def paths() -> tuple[str, ...]:
 
 @cache
 def defined_tests() -> dict[str, frozenset[str]]:
-    return {path: frozenset(DEFINED_TEST.findall((ROOT / path).read_text())) for path in paths() if path.startswith("tests/")}
+    return {
+        path: frozenset(DEFINED_TEST.findall((ROOT / path).read_text()))
+        for path in paths()
+        if path.startswith("tests/")
+    }
 
 
 def known_tests() -> frozenset[str]:
@@ -106,12 +115,16 @@ def links_lead_somewhere(path: str, text: str) -> Iterator[str]:
             continue
         target, _, anchor = link.partition("#")
         file = (ROOT / path).parent / target if target else ROOT / path
-        if not file.exists() or (anchor and anchor not in anchors(str(file.resolve().relative_to(ROOT)))):
+        if not file.exists() or (
+            anchor and anchor not in anchors(str(file.resolve().relative_to(ROOT)))
+        ):
             yield link
 
 
 def named_files_and_tests_exist(path: str, text: str) -> Iterator[str]:
-    """What a document names in backquotes: our paths, files by their name alone, and tests, alone or as ``path::test``."""
+    """What a document names in backquotes: our paths, files by their name alone, and tests, alone
+    or as ``path::test``.
+    """
     if not path.endswith(".md"):
         return
     for quoted in CODE.findall(text):
@@ -148,7 +161,11 @@ CANARIES: list[tuple[Rule, str, str]] = [
     (named_files_and_tests_exist, "docs/a.md", "held by `tests/storage/test_nothing.py`"),
     (named_files_and_tests_exist, "docs/a.md", "held by `test_nothing.py`"),
     (named_files_and_tests_exist, "docs/a.md", "held by `test_that_nobody_wrote`"),
-    (named_files_and_tests_exist, "docs/a.md", "held by `tests/storage/test_pool.py::test_that_nobody_wrote`"),
+    (
+        named_files_and_tests_exist,
+        "docs/a.md",
+        "held by `tests/storage/test_pool.py::test_that_nobody_wrote`",
+    ),
     (standards_are_cited_in_one_form, "protocol/a.py", "RFC7143 11.5"),
     (standards_are_cited_in_one_form, "protocol/a.py", "RFC-7143"),
     (standards_are_cited_in_one_form, "protocol/a.py", "RFC 7143 section 11.5"),
@@ -170,11 +187,17 @@ def texts() -> dict[str, str]:
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_reference_holds(rule: Rule) -> None:
-    findings = [f"{path}: {finding}" for path, text in texts().items() for finding in rule(path, text)]
+    findings = [
+        f"{path}: {finding}" for path, text in texts().items() for finding in rule(path, text)
+    ]
     assert not findings, "\n".join(findings)
 
 
-@pytest.mark.parametrize(("rule", "path", "text"), CANARIES, ids=[f"{rule.__name__}: {text}" for rule, _, text in CANARIES])
+@pytest.mark.parametrize(
+    ("rule", "path", "text"),
+    CANARIES,
+    ids=[f"{rule.__name__}: {text}" for rule, _, text in CANARIES],
+)
 def test_reference_rule_finds_its_canary(rule: Rule, path: str, text: str) -> None:
     assert list(rule(path, text))
 
@@ -195,9 +218,14 @@ def test_the_form_of_citations_is_not_too_narrow(text: str) -> None:
 
 
 def test_every_invariant_is_numbered_and_names_tests() -> None:
-    parts = re.split(r"^### Invariant (\d+)$", (ROOT / "docs/design.md").read_text().split('id="section-7"', 1)[0], flags=re.MULTILINE)
+    parts = re.split(
+        r"^### Invariant (\d+)$",
+        (ROOT / "docs/design.md").read_text().split('id="section-7"', 1)[0],
+        flags=re.MULTILINE,
+    )
     held = {
-        int(number): len(re.findall(r"`tests/[\w/]+\.py::test_\w+`", body)) for number, body in zip(parts[1::2], parts[2::2], strict=True)
+        int(number): len(re.findall(r"`tests/[\w/]+\.py::test_\w+`", body))
+        for number, body in zip(parts[1::2], parts[2::2], strict=True)
     }
     assert sorted(held) == list(range(1, 9)) and min(held.values()) > 0
 
@@ -205,4 +233,8 @@ def test_every_invariant_is_numbered_and_names_tests() -> None:
 def test_citations_are_found_at_all() -> None:
     """Or a rule would hold because it looks at nothing."""
     everything = "\n".join(texts().values())
-    assert len(SECTION.findall(everything)) > 20 and len(INVARIANT.findall(everything)) > 15 and len(CITATION.findall(everything)) > 100
+    assert (
+        len(SECTION.findall(everything)) > 20
+        and len(INVARIANT.findall(everything)) > 15
+        and len(CITATION.findall(everything)) > 100
+    )

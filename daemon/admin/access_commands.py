@@ -1,7 +1,9 @@
-"""`cleavectl target`, `acl` and `chap`: which targets there are beside the vdisks' own, who may use them, and what they must prove.
+"""`cleavectl target`, `acl` and `chap`: which targets there are beside the vdisks' own, who may use
+them, and what they must prove.
 
-A TARGET is an iSCSI name, or the NAME after the daemon's prefix: a vdisk's, or that of a created target. Secrets come from a file
-or a prompt, never from the command line, where every process of the machine could read them.
+A TARGET is an iSCSI name, or the NAME after the daemon's prefix: a vdisk's, or that of a created
+target. Secrets come from a file or a prompt, never from the command line, where every process of
+the machine could read them.
 """
 
 import sys
@@ -21,7 +23,9 @@ _SECRET_FILE_CHARACTERS_MAX: Final = 1024
 Row = dict[str, Any]
 
 
-def _show(settings: Settings, value: Row | list[Row], columns: tuple[str, ...] | None = None) -> None:
+def _show(
+    settings: Settings, value: Row | list[Row], columns: tuple[str, ...] | None = None
+) -> None:
     """Print; for people, LUNs as NUMBER=VDISK, and what no list and an empty list mean."""
     if settings.output == "table":
         value = _readable(value) if isinstance(value, dict) else [_readable(row) for row in value]
@@ -47,7 +51,9 @@ def target() -> None:
 @with_output
 @click.pass_obj
 def target_create(settings: Settings, name: str) -> None:
-    """Create a target without LUNs. Give it a list of initiators (acl add) before you map anything into it."""
+    """Create a target without LUNs. Give it a list of initiators (acl add) before you map anything
+    into it.
+    """
     _show(settings, settings.call("target.create", target=name))
 
 
@@ -103,7 +109,9 @@ def acl() -> None:
 @with_output
 @click.pass_obj
 def acl_add(settings: Settings, name: str, initiators: tuple[str, ...]) -> None:
-    """Let initiators use a target. From the first one on, nobody else may: sessions of others are ended."""
+    """Let initiators use a target. From the first one on, nobody else may: sessions of others are
+    ended.
+    """
     _show(settings, settings.call("acl.add", target=name, initiators=list(initiators)))
 
 
@@ -113,7 +121,9 @@ def acl_add(settings: Settings, name: str, initiators: tuple[str, ...]) -> None:
 @with_output
 @click.pass_obj
 def acl_rm(settings: Settings, name: str, initiator: str) -> None:
-    """Take an initiator off the list, and end its sessions. An empty list lets nobody in; acl clear removes it."""
+    """Take an initiator off the list, and end its sessions. An empty list lets nobody in; acl clear
+    removes it.
+    """
     _show(settings, settings.call("acl.rm", target=name, initiator=initiator))
 
 
@@ -122,7 +132,9 @@ def acl_rm(settings: Settings, name: str, initiator: str) -> None:
 @with_output
 @click.pass_obj
 def acl_clear(settings: Settings, name: str) -> None:
-    """Remove a target's list: it is for everybody where access is open (iscsi.open_access), else for nobody."""
+    """Remove a target's list: it is for everybody where access is open (iscsi.open_access), else
+    for nobody.
+    """
     _show(settings, settings.call("acl.clear", target=name))
 
 
@@ -143,21 +155,38 @@ def chap() -> None:
 @chap.command("set")
 @click.argument("initiator")
 @click.option("--user", help="the name that the initiator gives  [default: its iSCSI name]")
-@click.option("--secret-file", metavar="FILE", help="first line: the secret; - for standard input. Without it you are asked")
+@click.option(
+    "--secret-file",
+    metavar="FILE",
+    help="first line: the secret; - for standard input. Without it you are asked",
+)
 @click.option("--mutual-user", metavar="USER", help="the target proves itself too, by this name")
 @click.option("--mutual-secret-file", metavar="FILE", help="the target's secret, likewise")
 @with_output
 @click.pass_obj
 def chap_set(
-    settings: Settings, initiator: str, user: str | None, secret_file: str | None, mutual_user: str | None, mutual_secret_file: str | None
+    settings: Settings,
+    initiator: str,
+    user: str | None,
+    secret_file: str | None,
+    mutual_user: str | None,
+    mutual_secret_file: str | None,
 ) -> None:
-    """Set an initiator's CHAP credentials, in the place of those that it has. They count from its next login on."""
+    """Set an initiator's CHAP credentials, in the place of those that it has. They count from its
+    next login on.
+    """
     if mutual_secret_file is not None and mutual_user is None:
         raise click.UsageError("--mutual-secret-file needs --mutual-user USER")
-    params: Row = {"initiator": initiator, "user": user or initiator, "secret": _secret(secret_file, "Secret", "--secret-file")}
+    params: Row = {
+        "initiator": initiator,
+        "user": user or initiator,
+        "secret": _secret(secret_file, "Secret", "--secret-file"),
+    }
     if mutual_user is not None:
         params["mutual_user"] = mutual_user
-        params["mutual_secret"] = _secret(mutual_secret_file, "Mutual secret", "--mutual-secret-file")
+        params["mutual_secret"] = _secret(
+            mutual_secret_file, "Mutual secret", "--mutual-secret-file"
+        )
     settings.show(settings.call("chap.set", **params))
 
 
@@ -166,7 +195,9 @@ def chap_set(
 @with_output
 @click.pass_obj
 def chap_rm(settings: Settings, initiator: str) -> None:
-    """Remove an initiator's credentials. Those of the configuration file, if any, are asked of it then."""
+    """Remove an initiator's credentials. Those of the configuration file, if any, are asked of it
+    then.
+    """
     settings.show(settings.call("chap.rm", initiator=initiator))
 
 
@@ -179,16 +210,23 @@ def chap_ls(settings: Settings) -> None:
 
 
 def _secret(path: str | None, what: str, option: str) -> str:
-    """From a file's first line, or asked twice on the terminal. Raises UsageError, which never repeats what was given."""
+    """From a file's first line, or asked twice on the terminal. Raises UsageError, which never
+    repeats what was given.
+    """
     secret = _ask(what, option) if path is None else _read_line(path, option)
     if not CHAP_SECRET_CHARACTERS_MIN <= len(secret) <= CHAP_CHARACTERS_MAX:
-        raise click.UsageError(f"{option}: {len(secret)} characters; a secret has {CHAP_SECRET_CHARACTERS_MIN} to {CHAP_CHARACTERS_MAX}")
+        raise click.UsageError(
+            f"{option}: {len(secret)} characters; a secret has {CHAP_SECRET_CHARACTERS_MIN} to"
+            f" {CHAP_CHARACTERS_MAX}"
+        )
     return secret
 
 
 def _ask(what: str, option: str) -> str:
     if not sys.stdin.isatty():
-        raise click.UsageError(f"there is no terminal to ask for a secret; give {option} FILE, - for standard input")
+        raise click.UsageError(
+            f"there is no terminal to ask for a secret; give {option} FILE, - for standard input"
+        )
     return str(click.prompt(what, hide_input=True, confirmation_prompt=True, err=True))
 
 

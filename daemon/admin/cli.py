@@ -1,6 +1,8 @@
-"""`cleavectl`: the commands. Each is one call of the control socket; what differs is what it prints.
+"""`cleavectl`: the commands. Each is one call of the control socket; what differs is what it
+prints.
 
-Exit codes: 0 done, 1 failed, 2 usage, 3 not found, 4 conflict, 5 daemon not reachable. Messages go to stderr.
+Exit codes: 0 done, 1 failed, 2 usage, 3 not found, 4 conflict, 5 daemon not reachable. Messages go
+to stderr.
 """
 
 import os
@@ -30,8 +32,21 @@ SCRUB_POLL_SECONDS: Final = 0.5
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
-@click.option("--control", envvar="CLEAVED_CONTROL", default=CONTROL_PATH_DEFAULT, show_default=True, help="the daemon's control socket")
-@click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True, help="json has stable keys")
+@click.option(
+    "--control",
+    envvar="CLEAVED_CONTROL",
+    default=CONTROL_PATH_DEFAULT,
+    show_default=True,
+    help="the daemon's control socket",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Choice(["table", "json"]),
+    default="table",
+    show_default=True,
+    help="json has stable keys",
+)
 @click.pass_context
 def cleavectl(ctx: click.Context, control: str, output: str) -> None:
     """Administer a running cleaved. Names are VDISK and VDISK@SNAPSHOT; sizes are written 10GiB.
@@ -76,17 +91,31 @@ def vdisk_show(settings: Settings, name: str) -> None:
 @vdisk.command("resize")
 @click.argument("name")
 @click.argument("size", type=SIZE)
-@click.option("--shrink", is_flag=True, help="a smaller size is meant: cut the end off, with the data in it; asks on a terminal")
-@click.option("--yes", is_flag=True, help="with --shrink: do not ask; needed where there is no terminal")
+@click.option(
+    "--shrink",
+    is_flag=True,
+    help="a smaller size is meant: cut the end off, with the data in it; asks on a terminal",
+)
+@click.option(
+    "--yes", is_flag=True, help="with --shrink: do not ask; needed where there is no terminal"
+)
 @with_output
 @click.pass_obj
 def vdisk_resize(settings: Settings, name: str, size: int, shrink: bool, yes: bool) -> None:
-    """Change the size. A smaller one cuts the end off, with the data in it, and is refused without --shrink."""
+    """Change the size. A smaller one cuts the end off, with the data in it, and is refused without
+    --shrink.
+    """
     if shrink:
         before = settings.call("vdisk.show", name=name)["size_bytes"]
         if size < before:
-            confirm(f"This cuts {format_exact(before - size)} off the end of vdisk {name}, with the data in them, for good", yes)
-    settings.show_with_warnings(settings.call("vdisk.resize", name=name, size_bytes=size, shrink=shrink))
+            confirm(
+                f"This cuts {format_exact(before - size)} off the end of vdisk {name}, with the"
+                " data in them, for good",
+                yes,
+            )
+    settings.show_with_warnings(
+        settings.call("vdisk.resize", name=name, size_bytes=size, shrink=shrink)
+    )
 
 
 @vdisk.command("rename")
@@ -119,7 +148,9 @@ def snapshot() -> None:
 @click.pass_obj
 def snapshot_create(settings: Settings, snapshots: tuple[str, ...]) -> None:
     """Take snapshots; several are of one moment, all or none."""
-    settings.show_with_warnings(settings.call("snapshot.create", snapshots=list(snapshots)), SNAPSHOT_COLUMNS)
+    settings.show_with_warnings(
+        settings.call("snapshot.create", snapshots=list(snapshots)), SNAPSHOT_COLUMNS
+    )
 
 
 @snapshot.command("ls")
@@ -133,7 +164,11 @@ def snapshot_ls(settings: Settings, vdisk_name: str | None) -> None:
 
 @snapshot.command("rm")
 @click.argument("name", type=SNAPSHOT, metavar="VDISK@SNAPSHOT")
-@click.option("--after-split", is_flag=True, help="where clones stand on it: delete it when the last of them has been split")
+@click.option(
+    "--after-split",
+    is_flag=True,
+    help="where clones stand on it: delete it when the last of them has been split",
+)
 @with_output
 @click.pass_obj
 def snapshot_rm(settings: Settings, name: str, after_split: bool) -> None:
@@ -154,7 +189,9 @@ def clone() -> None:
 @click.pass_obj
 def clone_create(settings: Settings, source: str, name: str, split: bool) -> None:
     """Create a clone; it is a vdisk like any other."""
-    settings.show_with_warnings(settings.call("clone.create", snapshot=source, name=name, split=split))
+    settings.show_with_warnings(
+        settings.call("clone.create", snapshot=source, name=name, split=split)
+    )
 
 
 cleavectl.add_command(split)
@@ -174,7 +211,9 @@ def pool_show(settings: Settings) -> None:
 
 
 @pool.command("check")
-@click.option("--verify-data", is_flag=True, help="read every data block too, and compare its checksum")
+@click.option(
+    "--verify-data", is_flag=True, help="read every data block too, and compare its checksum"
+)
 @with_output
 @click.pass_obj
 def pool_check(settings: Settings, verify_data: bool) -> None:
@@ -186,14 +225,23 @@ def pool_check(settings: Settings, verify_data: bool) -> None:
 
 
 @pool.command("scrub")
-@click.option("--max-rate", type=RATE, metavar="SIZE/s", help="ceiling of the reading  [default: 64MiB/s]")
+@click.option(
+    "--max-rate", type=RATE, metavar="SIZE/s", help="ceiling of the reading  [default: 64MiB/s]"
+)
 @click.option("--wait", is_flag=True, help="wait for its end; exit 1 when it found damage")
-@click.option("--show", "action", flag_value="pool.scrub_show", help="show the last one instead: progress, and what it found")
+@click.option(
+    "--show",
+    "action",
+    flag_value="pool.scrub_show",
+    help="show the last one instead: progress, and what it found",
+)
 @click.option("--cancel", "action", flag_value="pool.scrub_cancel", help="end it instead")
 @with_output
 @click.pass_obj
 def pool_scrub(settings: Settings, max_rate: int | None, wait: bool, action: str | None) -> None:
-    """Read and verify every block in use, in the background; damage is named by vdisk or snapshot, and offset."""
+    """Read and verify every block in use, in the background; damage is named by vdisk or snapshot,
+    and offset.
+    """
     if action is not None:
         settings.show(settings.call(action))
         return
@@ -232,8 +280,8 @@ def session_ls(settings: Settings) -> None:
 def session_end(settings: Settings, number: int) -> None:
     """End a session (ID as session ls shows it), and wait for its end.
 
-    Its initiator is asked to log out, and cut off after 5 s if it does not. One that still wants the disk logs in again: log out there,
-    or shut it out by an access list (acl).
+    Its initiator is asked to log out, and cut off after 5 s if it does not. One that still wants
+    the disk logs in again: log out there, or shut it out by an access list (acl).
     """
     settings.show(settings.call("session.end", id=number))
 
@@ -258,12 +306,21 @@ def stats(settings: Settings, name: str, watch: bool, interval: float) -> None:
 @cleavectl.command()
 @click.argument("name")
 @click.option("--client", "kind", type=click.Choice(sorted(CLIENTS)), required=True)
-@click.option("--portal", help="HOST:PORT by which the client reaches the daemon, where that is not what it listens on")
-@click.option("--initiator", metavar="IQN", help="the client's iSCSI name, where the access list has several")
+@click.option(
+    "--portal",
+    help="HOST:PORT by which the client reaches the daemon, where that is not what it listens on",
+)
+@click.option(
+    "--initiator", metavar="IQN", help="the client's iSCSI name, where the access list has several"
+)
 @with_output
 @click.pass_obj
-def connect(settings: Settings, name: str, kind: str, portal: str | None, initiator: str | None) -> None:
-    """Print what a client program needs to use a vdisk. Fails where a login would be refused, and says what opens access."""
+def connect(
+    settings: Settings, name: str, kind: str, portal: str | None, initiator: str | None
+) -> None:
+    """Print what a client program needs to use a vdisk. Fails where a login would be refused, and
+    says what opens access.
+    """
     where = settings.call("connect", name=name, initiator=initiator)
     if portal is not None:
         where["portals"] = [portal]
@@ -292,7 +349,8 @@ def main() -> None:
     except Unreachable as error:
         _fail(str(error), None, EXIT_UNREACHABLE)
     except BrokenPipeError:
-        # The reader (head, less) has gone: nobody is left to tell. stdout is replaced so that the exit's flush does not fail too.
+        # The reader (head, less) has gone: nobody is left to tell. stdout is replaced so that the
+        # exit's flush does not fail too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_FAILED)
 

@@ -17,7 +17,9 @@ class Unreachable(Exception):
 
 
 class ControlClient:
-    """One connection to the daemon. Calls are answered one after the other; notifications between are kept."""
+    """One connection to the daemon. Calls are answered one after the other; notifications between
+    are kept.
+    """
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -29,7 +31,8 @@ class ControlClient:
         except OSError as error:
             self._socket.close()
             raise Unreachable(
-                f"no daemon answers at {path}: {error.strerror or error}; start it (cleaved serve), or name its socket with --control"
+                f"no daemon answers at {path}: {error.strerror or error}; start it (cleaved serve),"
+                " or name its socket with --control"
             ) from error
         self.server = self._call(*self._connection.hello(f"cleavectl[{os.getpid()}]"))
 
@@ -44,20 +47,28 @@ class ControlClient:
         self._socket.close()
 
     def call(self, method: str, **params: Any) -> Any:
-        """The result. Raises ControlError when the daemon refuses, Unreachable when it goes away."""
+        """The result. Raises ControlError when the daemon refuses, Unreachable when it
+        goes away.
+        """
         return self._call(*self._connection.request(method, params))
 
     def notification(self, timeout_seconds: float) -> Notification | None:
-        """The next notification, or None when none came in time. Raises Unreachable when the daemon goes away."""
+        """The next notification, or None when none came in time. Raises Unreachable when the daemon
+        goes away.
+        """
         if not self._notifications and select.select([self._socket], [], [], timeout_seconds)[0]:
-            self._notifications += [message for message in self._receive() if isinstance(message, Notification)]
+            self._notifications += [
+                message for message in self._receive() if isinstance(message, Notification)
+            ]
         return self._notifications.pop(0) if self._notifications else None
 
     def _call(self, request_id: int, request: bytes) -> Any:
         try:
             self._socket.sendall(request)
         except OSError as error:
-            raise Unreachable(f"the daemon at {self._path} closed the connection: {error.strerror or error}") from error
+            raise Unreachable(
+                f"the daemon at {self._path} closed the connection: {error.strerror or error}"
+            ) from error
         while True:
             answer: Response | None = None
             for message in self._receive():
@@ -76,9 +87,13 @@ class ControlClient:
         try:
             data = self._socket.recv(RECEIVE_BYTES)
             if not data:
-                raise Unreachable(f"the daemon at {self._path} closed the connection; its log says why")
+                raise Unreachable(
+                    f"the daemon at {self._path} closed the connection; its log says why"
+                )
             return list(self._connection.receive(data))
         except OSError as error:
-            raise Unreachable(f"the daemon at {self._path} does not answer: {error.strerror or error}") from error
+            raise Unreachable(
+                f"the daemon at {self._path} does not answer: {error.strerror or error}"
+            ) from error
         except FramingError as error:
             raise Unreachable(f"what answers at {self._path} is no cleaved: {error}") from error

@@ -1,4 +1,5 @@
-"""What a client program needs to connect to a vdisk: ready lines for each kind of client, and whether a login would work.
+"""What a client program needs to connect to a vdisk: ready lines for each kind of client, and
+whether a login would work.
 
 USER, SECRET, SECRETFILE and INITIATOR stand in the lines for what cannot be known here.
 """
@@ -20,7 +21,11 @@ def check_reachable(where: Row) -> None:
     """Raise ControlError where no line for a client could work, with what would help."""
     name, initiator = where["name"], where.get("initiator")
     if not where["portals"]:
-        raise ControlError(FAILED, "the daemon listens on no iSCSI address", "set iscsi.listen, or start it with --iscsi HOST:PORT")
+        raise ControlError(
+            FAILED,
+            "the daemon listens on no iSCSI address",
+            "set iscsi.listen, or start it with --iscsi HOST:PORT",
+        )
     if where.get("allowed", True):
         return
     listed = where["initiators"]
@@ -29,8 +34,13 @@ def check_reachable(where: Row) -> None:
     elif listed is not None:
         cause = f"the access list of {name} is empty: nobody may log in"
     else:
-        cause = f"{name} has no access list, and access is not open (iscsi.open_access): nobody may log in"
-    raise ControlError(CONFLICT, cause, f"to let a client in: cleavectl acl add {name} {initiator or 'INITIATOR'}")
+        cause = (
+            f"{name} has no access list, and access is not open (iscsi.open_access): nobody may"
+            " log in"
+        )
+    raise ControlError(
+        CONFLICT, cause, f"to let a client in: cleavectl acl add {name} {initiator or 'INITIATOR'}"
+    )
 
 
 def notes(where: Row) -> list[str]:
@@ -39,15 +49,32 @@ def notes(where: Row) -> list[str]:
     listed, initiator = where.get("initiators"), where.get("initiator")
     if listed and initiator is None:
         more = len(listed) - INITIATORS_NAMED_MAX
-        names = ", ".join(listed[:INITIATORS_NAMED_MAX]) + (f" and {more} more (cleavectl acl ls {where['name']})" if more > 0 else "")
-        found.append(f"INITIATOR is the client's iSCSI name, one of {names}: --initiator writes it into the lines")
+        names = ", ".join(listed[:INITIATORS_NAMED_MAX]) + (
+            f" and {more} more (cleavectl acl ls {where['name']})" if more > 0 else ""
+        )
+        found.append(
+            f"INITIATOR is the client's iSCSI name, one of {names}: --initiator writes it into the"
+            " lines"
+        )
     elif listed:
-        found.append(f"{where['name']} is for those on its access list: the client's iSCSI name must be {initiator}")
+        found.append(
+            f"{where['name']} is for those on its access list: the client's iSCSI name must be"
+            f" {initiator}"
+        )
     if where["chap"]:
-        user = "USER is the client's CHAP user (cleavectl chap ls); " if where.get("chap_user") is None else ""
-        found.append(f"{user}SECRET and SECRETFILE stand for its CHAP secret, and for a file that holds it")
+        user = (
+            "USER is the client's CHAP user (cleavectl chap ls); "
+            if where.get("chap_user") is None
+            else ""
+        )
+        found.append(
+            f"{user}SECRET and SECRETFILE stand for its CHAP secret, and for a file that holds it"
+        )
     if all(map(_is_loopback, where["portals"])):
-        found.append("the daemon listens on loopback only: the lines work on this machine alone (set iscsi.listen for others)")
+        found.append(
+            "the daemon listens on loopback only: the lines work on this machine alone (set"
+            " iscsi.listen for others)"
+        )
     return found
 
 
@@ -56,7 +83,9 @@ def _is_loopback(portal: str) -> bool:
 
 
 def portal_of(where: Row) -> str:
-    """The first address that other machines can reach, as this one can too; the first of all where there is none."""
+    """The first address that other machines can reach, as this one can too; the first of all where
+    there is none.
+    """
     portals: list[str] = where["portals"]
     return next((portal for portal in portals if not _is_loopback(portal)), portals[0])
 
@@ -72,7 +101,9 @@ def _user(where: Row) -> str:
 
 
 def url(where: Row) -> str:
-    """``iscsi://HOST:PORT/TARGET/LUN``, as libiscsi and QEMU take it. A vdisk's name has no character that a URL would change."""
+    """``iscsi://HOST:PORT/TARGET/LUN``, as libiscsi and QEMU take it. A vdisk's name has no
+    character that a URL would change.
+    """
     return f"iscsi://{portal_of(where)}/{where['target']}/{where['lun']}"
 
 
@@ -95,7 +126,9 @@ def _qemu_value(text: str) -> str:
 
 
 def open_iscsi(where: Row) -> list[str]:
-    """Login with iscsiadm, after discovery, or where that asks for CHAP too, of a node that is written down by hand."""
+    """Login with iscsiadm, after discovery, or where that asks for CHAP too, of a node that is
+    written down by hand.
+    """
     portal, target, initiator = portal_of(where), where["target"], _initiator(where)
     node = f"iscsiadm -m node -T {target} -p {portal}"
     lines = []
@@ -105,7 +138,11 @@ def open_iscsi(where: Row) -> list[str]:
         lines.append(f"iscsiadm -m discovery -t sendtargets -p {portal}")
     else:
         lines.append(f"{node} -o new")
-        settings = ("authmethod -v CHAP", f"username -v {quote(_user(where))}", "password -v SECRET")
+        settings = (
+            "authmethod -v CHAP",
+            f"username -v {quote(_user(where))}",
+            "password -v SECRET",
+        )
         lines += [f"{node} -o update -n node.session.auth.{setting}" for setting in settings]
     return [*lines, f"{node} --login"]
 
@@ -123,7 +160,16 @@ def libvirt(where: Row) -> list[str]:
     """A disk element for a domain."""
     host, _, port = portal_of(where).rpartition(":")
     name, initiator = escape(f"{where['target']}/{where['lun']}"), _initiator(where)
-    auth = [f"    <auth username='{escape(_user(where))}'><secret type='iscsi' usage='cleaved'/></auth>"] if where["chap"] else []
+    auth = (
+        [
+            (
+                f"    <auth username='{escape(_user(where))}'><secret type='iscsi'"
+                " usage='cleaved'/></auth>"
+            )
+        ]
+        if where["chap"]
+        else []
+    )
     if initiator is not None:
         auth.append(f"    <initiator><iqn name='{escape(initiator)}'/></initiator>")
     return [

@@ -1,7 +1,7 @@
 """What commands print: aligned text for people, JSON for programs.
 
-JSON is what the daemon answered, key for key (docs/operations.md); text picks columns, and writes values by the unit that
-stands last in the key's name.
+JSON is what the daemon answered, key for key (docs/operations.md); text picks columns, and writes
+values by the unit that stands last in the key's name.
 """
 
 import json
@@ -21,12 +21,22 @@ def print_json(value: Any) -> None:
 
 
 def print_table(rows: Sequence[Row], columns: Sequence[str]) -> None:
-    """One line a row, under a line of column names. Nothing but the names when there are no rows."""
-    names = [re.sub("(_bytes_per_second|_bytes|_seconds|_ns)$", "", column).upper() for column in columns]
-    lines = [names, *([format_value(column, row.get(column)) for column in columns] for row in rows)]
+    """One line a row, under a line of column names. Nothing but the names when there
+    are no rows.
+    """
+    names = [
+        re.sub("(_bytes_per_second|_bytes|_seconds|_ns)$", "", column).upper() for column in columns
+    ]
+    lines = [
+        names,
+        *([format_value(column, row.get(column)) for column in columns] for row in rows),
+    ]
     widths = [max(len(line[at]) for line in lines) for at in range(len(columns))]
     for line in lines:
-        sys.stdout.write("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() + "\n")
+        sys.stdout.write(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            + "\n"
+        )
 
 
 def print_record(record: Row) -> None:
@@ -37,7 +47,9 @@ def print_record(record: Row) -> None:
 
 
 def format_value(key: str, value: Any) -> str:
-    """A value as people read it, by the unit in its key: bytes, seconds, percent, nanoseconds since 1970."""
+    """A value as people read it, by the unit in its key: bytes, seconds, percent, nanoseconds since
+    1970.
+    """
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -60,4 +72,9 @@ def format_value(key: str, value: Any) -> str:
 def _moment(nanoseconds: int) -> str:
     from datetime import UTC, datetime  # noqa: PLC0415 -- only where a time is shown
 
-    return datetime.fromtimestamp(nanoseconds // 1_000_000_000, UTC).isoformat(sep=" ").removesuffix("+00:00") + "Z"
+    return (
+        datetime.fromtimestamp(nanoseconds // 1_000_000_000, UTC)
+        .isoformat(sep=" ")
+        .removesuffix("+00:00")
+        + "Z"
+    )

@@ -1,4 +1,6 @@
-"""What the commands take: sizes, rates and durations as people write them, and snapshots by name."""
+"""What the commands take: sizes, rates and durations as people write them, and
+snapshots by name.
+"""
 
 from collections.abc import Callable
 from typing import Any, Final
@@ -15,7 +17,9 @@ class Quantity(click.ParamType[float]):
         self.name = name
         self._parse = parse
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
         """Bytes, bytes a second, or seconds."""
         if not isinstance(value, str):
             return float(value)
@@ -34,7 +38,9 @@ class SnapshotReference(click.ParamType[str]):
         """The text itself, when it has one ``@`` inside."""
         vdisk, _, snapshot = str(value).partition("@")
         if not vdisk or not snapshot or "@" in snapshot:
-            self.fail(f"{value!r} is not a snapshot; write VDISK@SNAPSHOT, as in golden@v1", param, ctx)
+            self.fail(
+                f"{value!r} is not a snapshot; write VDISK@SNAPSHOT, as in golden@v1", param, ctx
+            )
         return str(value)
 
 

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 BLOCK_BYTES: Final = 4096
-# A plain line is written after this long or after this much progress, whichever comes first, so that a log stays short.
+# A plain line is written after this long or after this much progress, whichever comes first, so
+# that a log stays short.
 LINE_SECONDS: Final = 5.0
 LINE_PERCENT: Final = 10.0
 # The rate is that of the last few seconds: a pace that falls under load should show.
@@ -42,7 +43,12 @@ class ProgressView(Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
 
     def update(self, split: dict[str, Any]) -> None:
         """Show a newer state."""
@@ -60,7 +66,12 @@ class PlainView:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         return None
 
     def update(self, split: dict[str, Any]) -> None:
@@ -69,12 +80,18 @@ class PlainView:
             return  # the holes are being counted: nothing to show yet
         rate = self._meter.rate_bytes(done_bytes(split))
         percent, state = split["percent"], split["state"]
-        due = self._now() - self._last_seconds >= LINE_SECONDS or percent - self._last_percent >= LINE_PERCENT
+        due = (
+            self._now() - self._last_seconds >= LINE_SECONDS
+            or percent - self._last_percent >= LINE_PERCENT
+        )
         if not due and state == "running":
             return
         self._last_seconds, self._last_percent = self._now(), percent
         remaining = format_size(split["holes_remaining"] * BLOCK_BYTES)
-        line = f"split {split['name']}: {state}, {percent:.1f} %, {remaining} remaining, {format_size(rate)}/s"
+        line = (
+            f"split {split['name']}: {state}, {percent:.1f} %, {remaining} remaining,"
+            f" {format_size(rate)}/s"
+        )
         if split.get("eta_seconds") is not None:
             line += f", ETA {format_duration(split['eta_seconds'])}"
         sys.stderr.write(line + "\n")
@@ -100,7 +117,12 @@ class BarView:
         # The bar takes what the figures leave, so that the line fits a terminal of 80 columns.
         bar = BarColumn(bar_width=None, table_column=Column(ratio=1))
         fixed = Column(no_wrap=True)
-        columns = (TextColumn("{task.description}"), bar, TextColumn("{task.percentage:>5.1f} %"), Fields(table_column=fixed))
+        columns = (
+            TextColumn("{task.description}"),
+            bar,
+            TextColumn("{task.percentage:>5.1f} %"),
+            Fields(table_column=fixed),
+        )
         self._progress: Progress = Progress(*columns, console=Console(stderr=True), expand=True)
         self._task = self._progress.add_task(f"split {name}", total=100.0)
 
@@ -108,7 +130,12 @@ class BarView:
         self._progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._progress.stop()
 
     def update(self, split: dict[str, Any]) -> None:
@@ -118,7 +145,10 @@ class BarView:
             return
         rate = self._meter.rate_bytes(done_bytes(split))
         eta = split.get("eta_seconds")
-        shown = f"{format_size(rate)}/s, {format_size(split['holes_remaining'] * BLOCK_BYTES)} remaining"
+        shown = (
+            f"{format_size(rate)}/s, {format_size(split['holes_remaining'] * BLOCK_BYTES)}"
+            " remaining"
+        )
         shown += "" if eta is None else f", ETA {format_duration(eta)}"
         self._progress.update(self._task, completed=split["percent"], shown=shown)
 

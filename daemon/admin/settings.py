@@ -38,7 +38,9 @@ class Settings:
             print_record(value)
 
     def show_with_warnings(self, value: Any, columns: tuple[str, ...] | None = None) -> None:
-        """Print a result, and on stderr what the daemon warns of: it is done, and yet somebody should know."""
+        """Print a result, and on stderr what the daemon warns of: it is done, and yet somebody
+        should know.
+        """
         rows = value if isinstance(value, list) else [value]
         warnings = dict.fromkeys(warning for row in rows for warning in row.get("warnings", ()))
         if self.output == "table":
@@ -50,7 +52,9 @@ class Settings:
 
 
 def confirm(what: str, yes: bool) -> None:
-    """Ask on the terminal before something is destroyed; ``yes``: it was answered beforehand. Raises UsageError, Abort."""
+    """Ask on the terminal before something is destroyed; ``yes``: it was answered beforehand.
+    Raises UsageError, Abort.
+    """
     if yes:
         return
     if not sys.stdin.isatty():
@@ -69,5 +73,12 @@ def _set_output(ctx: click.Context, param: click.Parameter, value: str | None) -
 def with_output(command: Command) -> Command:
     """``-o`` after the command too: people and scripts write it in both places."""
     help_text = "table, or json with stable keys"
-    option = click.option("-o", "--output", type=click.Choice(["table", "json"]), callback=_set_output, expose_value=False, help=help_text)
+    option = click.option(
+        "-o",
+        "--output",
+        type=click.Choice(["table", "json"]),
+        callback=_set_output,
+        expose_value=False,
+        help=help_text,
+    )
     return option(command)

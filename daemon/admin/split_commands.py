@@ -1,6 +1,7 @@
 """`cleavectl split`: separate clones from their backing store, and wait for that.
 
-Who waits is no part of the split: it goes on when the waiting ends (Ctrl-C), and ``split start --wait`` joins it again.
+Who waits is no part of the split: it goes on when the waiting ends (Ctrl-C), and ``split start
+--wait`` joins it again.
 """
 
 import sys
@@ -16,7 +17,16 @@ from daemon.admin.settings import Settings, with_output
 from daemon.process.units import format_size
 from protocol.control.errors import CONFLICT, FAILED, ControlError
 
-SPLIT_COLUMNS: Final = ("name", "state", "mode", "percent", "holes_remaining", "rate_bytes_per_second", "eta_seconds", "reason")
+SPLIT_COLUMNS: Final = (
+    "name",
+    "state",
+    "mode",
+    "percent",
+    "holes_remaining",
+    "rate_bytes_per_second",
+    "eta_seconds",
+    "reason",
+)
 NOTIFICATION_SECONDS: Final = 2.0
 
 Row = dict[str, Any]
@@ -29,14 +39,28 @@ def split() -> None:
 
 @split.command("start")
 @click.argument("name")
-@click.option("--mode", type=click.Choice(["copy", "share"]), default="copy", show_default=True, help="share moves no data")
-@click.option("--wait", is_flag=True, help="show progress until it is done; joins a split that runs already")
+@click.option(
+    "--mode",
+    type=click.Choice(["copy", "share"]),
+    default="copy",
+    show_default=True,
+    help="share moves no data",
+)
+@click.option(
+    "--wait", is_flag=True, help="show progress until it is done; joins a split that runs already"
+)
 @click.option("--max-rate", type=RATE, metavar="SIZE/s", help="ceiling of the copying")
-@click.option("--min-rate", type=RATE, metavar="SIZE/s", help="floor of the copying, kept under any load")
+@click.option(
+    "--min-rate", type=RATE, metavar="SIZE/s", help="floor of the copying, kept under any load"
+)
 @with_output
 @click.pass_context
-def split_start(ctx: click.Context, name: str, mode: str, wait: bool, max_rate: int | None, min_rate: int | None) -> None:
-    """Start to split a clone; it goes on in the background. With --wait, Ctrl-C ends only the waiting."""
+def split_start(
+    ctx: click.Context, name: str, mode: str, wait: bool, max_rate: int | None, min_rate: int | None
+) -> None:
+    """Start to split a clone; it goes on in the background. With --wait, Ctrl-C ends only the
+    waiting.
+    """
     settings: Settings = ctx.obj
     wanted = {"mode": mode, "rate_min_bytes": min_rate, "rate_max_bytes": max_rate}
     with settings.client() as client:
@@ -46,7 +70,9 @@ def split_start(ctx: click.Context, name: str, mode: str, wait: bool, max_rate: 
         asked_for = {key: value for key, value in wanted.items() if value is not None}
         if ctx.get_parameter_source("mode") is ParameterSource.DEFAULT:
             del asked_for["mode"]
-        settings.show(_wait_for_split(client, name, lambda: _start_or_join(client, name, wanted, asked_for)))
+        settings.show(
+            _wait_for_split(client, name, lambda: _start_or_join(client, name, wanted, asked_for))
+        )
 
 
 @split.command("resume")
@@ -89,7 +115,9 @@ def split_ls(settings: Settings) -> None:
 
 
 def _start_or_join(client: ControlClient, name: str, wanted: Row, asked_for: Row) -> None:
-    """Start it; where it runs already, say so, unless it was asked for with other options than those it has. Raises ControlError."""
+    """Start it; where it runs already, say so, unless it was asked for with other options than
+    those it has. Raises ControlError.
+    """
     try:
         client.call("split.start", name=name, **wanted)
     except ControlError as error:
@@ -99,7 +127,9 @@ def _start_or_join(client: ControlClient, name: str, wanted: Row, asked_for: Row
         if running is None:
             raise
         _check_same(running, asked_for)
-        sys.stderr.write(f"cleavectl: the split of {name} runs already (mode {running['mode']}): joining it\n")
+        sys.stderr.write(
+            f"cleavectl: the split of {name} runs already (mode {running['mode']}): joining it\n"
+        )
 
 
 def _running(client: ControlClient, name: str) -> Row | None:
@@ -116,31 +146,43 @@ def _check_same(running: Row, asked_for: Row) -> None:
     for key, value in asked_for.items():
         has = running.get(key)
         if has != value:
-            option = {"mode": "--mode", "rate_min_bytes": "--min-rate", "rate_max_bytes": "--max-rate"}[key]
+            option = {
+                "mode": "--mode",
+                "rate_min_bytes": "--min-rate",
+                "rate_max_bytes": "--max-rate",
+            }[key]
             words = "none" if has is None else has if key == "mode" else f"{format_size(has)}/s"
             name = running["name"]
             raise ControlError(
                 CONFLICT,
                 f"the split of {name} runs already, with another {option} ({words})",
-                f"to join it: cleavectl split start {name} --wait; to change that: cleavectl split cancel {name}, then start it again",
+                f"to join it: cleavectl split start {name} --wait; to change that: cleavectl split"
+                f" cancel {name}, then start it again",
             )
 
 
 def _wait_for_split(client: ControlClient, name: str, begin: Callable[[], object]) -> Row:
-    """``begin`` it, and show progress to its end; the final state. Raises ControlError when the split stops short of its end."""
+    """``begin`` it, and show progress to its end; the final state. Raises ControlError when the
+    split stops short of its end.
+    """
     client.call("rpc.subscribe", events=["split.progress"])
     try:
         begin()
         found = _follow(client, name)
     except KeyboardInterrupt:
         sys.stderr.write(
-            f"\ncleavectl: the split of {name} goes on without this command\n"
-            f"  to wait for it again: cleavectl split start {name} --wait; to end it: cleavectl split cancel {name}\n"
+            f"\ncleavectl: the split of {name} goes on without this command\n  to wait for it"
+            f" again: cleavectl split start {name} --wait; to end it: cleavectl split cancel"
+            f" {name}\n"
         )
         raise click.Abort from None
     if found["state"] != "done":
         reason = found.get("reason") or "by request"
-        raise ControlError(FAILED, f"the split of {name} is {found['state']}: {reason}", f"cleavectl split show {name}")
+        raise ControlError(
+            FAILED,
+            f"the split of {name} is {found['state']}: {reason}",
+            f"cleavectl split show {name}",
+        )
     return found
 
 
@@ -154,7 +196,8 @@ def _follow(client: ControlClient, name: str) -> Row:
         while found["state"] == "running":
             update = client.notification(NOTIFICATION_SECONDS)
             if update is None:
-                # Progress comes several times a second: silence means that the split ended unseen, or its vdisk was deleted.
+                # Progress comes several times a second: silence means that the split ended unseen,
+                # or its vdisk was deleted.
                 found = client.call("split.show", name=name)
             elif update.params["name"] == name:
                 found = update.params

@@ -9,7 +9,9 @@ from typing import Any, Final
 from daemon.process.units import format_size
 
 COLUMNS: Final = ("reads", "writes", "read_bytes", "written_bytes", "trims", "flushes")
-HEADER_LINES: Final = 20  # the names come again after so many lines, so that they stay on the screen
+HEADER_LINES: Final = (
+    20  # the names come again after so many lines, so that they stay on the screen
+)
 
 
 def watch_stats(sample: Callable[[], dict[str, Any]], interval_seconds: float, output: str) -> None:

@@ -1,7 +1,7 @@
 """The control service: each method of the control socket, carried out on the pool.
 
-Handlers take validated parameters and give what travels as the result. Errors of the pool become errors of the protocol by
-their class, in one place (``control_error``).
+Handlers take validated parameters and give what travels as the result. Errors of the pool become
+errors of the protocol by their class, in one place (``control_error``).
 """
 
 import asyncio
@@ -48,8 +48,8 @@ ERROR_CODES: Final[Mapping[type[StorageError], str]] = {
     StorageError: errors.FAILED,
 }
 
-# A session that is to end has LOGOUT_SECONDS for that by itself; then it is cut off, at the listener's next tick, and what its commands
-# still hold at the device comes back.
+# A session that is to end has LOGOUT_SECONDS for that by itself; then it is cut off, at the
+# listener's next tick, and what its commands still hold at the device comes back.
 SESSION_END_SECONDS: Final = LOGOUT_SECONDS + 10
 
 
@@ -60,10 +60,18 @@ def control_error(error: StorageError) -> ControlError:
 
 
 class ControlService:
-    """Carries out calls. ``wire`` is told what open sessions must learn. ``space`` knows from when on to warn who wants more."""
+    """Carries out calls. ``wire`` is told what open sessions must learn. ``space`` knows from when
+    on to warn who wants more.
+    """
 
     def __init__(
-        self, pool: PoolInterface, pool_path: str, targets: Targets, reservations: ReservationStore, wire: Wire, space: SpaceWatch
+        self,
+        pool: PoolInterface,
+        pool_path: str,
+        targets: Targets,
+        reservations: ReservationStore,
+        wire: Wire,
+        space: SpaceWatch,
     ) -> None:
         self._pool = pool
         self._space = space
@@ -108,7 +116,9 @@ class ControlService:
         return frozenset(self._handlers)
 
     async def call(self, method: str, params: methods.Params) -> Any:
-        """The result of one call. Raises ControlError, and nothing else that the pool raises on purpose."""
+        """The result of one call. Raises ControlError, and nothing else that the pool raises on
+        purpose.
+        """
         try:
             return await self._handlers[method](params)
         except StorageError as error:
@@ -119,7 +129,9 @@ class ControlService:
         return {**who, "pool": self._pool_path, "pid": os.getpid()}
 
     def _warnings(self) -> list[str]:
-        """For who asked for something that will want room. It was made all the same: what takes the room are writes."""
+        """For who asked for something that will want room. It was made all the same: what takes the
+        room are writes.
+        """
         return space_warnings(self._pool.show(), self._space.threshold_percent)
 
     async def _vdisk_create(self, params: methods.VdiskCreate) -> Row:
@@ -137,7 +149,8 @@ class ControlService:
         before_bytes = self._pool.volume(params.name).size_bytes
         if params.size_bytes < before_bytes and not params.shrink:
             raise _would_cut(params.name, before_bytes, params.size_bytes)
-        # No wait in between: the pool takes the vdisk for this resize in the same step, and no other one can come first.
+        # No wait in between: the pool takes the vdisk for this resize in the same step, and no
+        # other one can come first.
         await self._pool.vdisk_resize(params.name, params.size_bytes)
         self._wire.volume_resized(self._pool.volume(params.name))
         return {**await self._pool.vdisk_show(params.name), "warnings": self._warnings()}
@@ -158,7 +171,9 @@ class ControlService:
         return {"name": params.name, "deleted": True}
 
     async def _snapshot_create(self, params: methods.SnapshotCreate) -> list[Row]:
-        created = await self._pool.snapshot_create([_two_names(reference) for reference in params.snapshots])
+        created = await self._pool.snapshot_create(
+            [_two_names(reference) for reference in params.snapshots]
+        )
         warnings = self._warnings()
         return [{**row, "warnings": warnings} for row in created]
 
@@ -177,7 +192,9 @@ class ControlService:
         return {**created, "warnings": self._warnings()}
 
     async def _split_start(self, params: methods.SplitStart) -> Row:
-        return await self._pool.split_start(params.name, params.mode, params.rate_min_bytes, params.rate_max_bytes)
+        return await self._pool.split_start(
+            params.name, params.mode, params.rate_min_bytes, params.rate_max_bytes
+        )
 
     async def _split_show(self, params: methods.Named) -> Row:
         return self._pool.split_show(params.name)
@@ -231,14 +248,20 @@ class ControlService:
         except TimeoutError:
             raise ControlError(
                 errors.FAILED,
-                f"session {params.id} was cut off, and commands of it are still under way: the pool's device does not answer them",
+                f"session {params.id} was cut off, and commands of it are still under way: the"
+                " pool's device does not answer them",
                 "look at the device and the daemon's log; the session ends when they do",
             ) from None
         return {**who, "ended": True}
 
     async def _connect(self, params: methods.Connect) -> Row:
         volume = self._pool.volume(params.name)
-        where = {"name": params.name, "target": self._targets.target_name(params.name), "lun": 0, "portals": self._wire.portals()}
+        where = {
+            "name": params.name,
+            "target": self._targets.target_name(params.name),
+            "lun": 0,
+            "portals": self._wire.portals(),
+        }
         return {**where, **self._targets.access_to(volume, params.initiator)}
 
 
@@ -246,9 +269,11 @@ def _would_cut(name: str, before_bytes: int, after_bytes: int) -> ControlError:
     """A vdisk was to shrink, and nobody said that this is meant."""
     return ControlError(
         errors.CONFLICT,
-        f"vdisk {name} has {format_exact(before_bytes)}: a size of {format_exact(after_bytes)} would cut off its last "
-        f"{format_exact(before_bytes - after_bytes)}, with the data in them",
-        f"nothing was changed; if that is meant: cleavectl vdisk resize {name} {after_bytes} --shrink",
+        f"vdisk {name} has {format_exact(before_bytes)}: a size of {format_exact(after_bytes)}"
+        f" would cut off its last {format_exact(before_bytes - after_bytes)}, with the data in"
+        " them",
+        f"nothing was changed; if that is meant: cleavectl vdisk resize {name} {after_bytes}"
+        " --shrink",
     )
 
 

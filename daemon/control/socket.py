@@ -1,4 +1,6 @@
-"""The control socket: listens on a Unix socket (mode 0660), one asyncio protocol a connection, one task a call."""
+"""The control socket: listens on a Unix socket (mode 0660), one asyncio protocol a connection, one
+task a call.
+"""
 
 import asyncio
 import errno
@@ -54,7 +56,9 @@ class ControlServer:
     @property
     def wanted(self) -> frozenset[str]:
         """Notifications that anybody subscribed to."""
-        return frozenset().union(*(connection.state.subscriptions for connection in self.connections))
+        return frozenset().union(
+            *(connection.state.subscriptions for connection in self.connections)
+        )
 
     def stop_accepting(self) -> None:
         """Close the listener and remove the socket, unless somebody put another in its place."""
@@ -70,7 +74,9 @@ class ControlServer:
             os.unlink(self.path)
 
     async def stop(self, timeout_seconds: float) -> None:
-        """Let calls in flight end, at most ``timeout_seconds``; then cancel what is left and close all connections."""
+        """Let calls in flight end, at most ``timeout_seconds``; then cancel what is left and close
+        all connections.
+        """
         self.stop_accepting()
         if self.tasks:
             _, left = await asyncio.wait(self.tasks, timeout=timeout_seconds)
@@ -82,7 +88,9 @@ class ControlServer:
 
 
 class ControlProtocol(asyncio.Protocol):
-    """One connection. Answers go out whole and in the order in which they were made, whatever is awaited between their parts."""
+    """One connection. Answers go out whole and in the order in which they were made, whatever is
+    awaited between their parts.
+    """
 
     def __init__(self, server: ControlServer) -> None:
         self.state = ServerConnection()
@@ -94,14 +102,18 @@ class ControlProtocol(asyncio.Protocol):
         """A client came."""
         transport = cast("asyncio.Transport", transport)  # uvloop's is one by shape, not by class
         if len(self._server.connections) >= self._server.connections_max:
-            get_log().warning("control.refused", reason=f"{self._server.connections_max} connections are open")
+            get_log().warning(
+                "control.refused", reason=f"{self._server.connections_max} connections are open"
+            )
             transport.abort()
             return
         self._transport = transport
         self._server.connections.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The client went. Its calls end by themselves: what was begun on the pool is not torn in the middle."""
+        """The client went. Its calls end by themselves: what was begun on the pool is not torn in
+        the middle.
+        """
         self._server.connections.discard(self)
         self._transport = None
 
@@ -117,7 +129,9 @@ class ControlProtocol(asyncio.Protocol):
             self.close()
 
     def pause_writing(self) -> None:
-        """The client does not read its answers: take no more of its requests, and drop notifications."""
+        """The client does not read its answers: take no more of its requests, and drop
+        notifications.
+        """
         self._slow_reader = True
         if self._transport is not None:
             self._transport.pause_reading()
@@ -129,7 +143,9 @@ class ControlProtocol(asyncio.Protocol):
             self._transport.resume_reading()
 
     def notify(self, event: str, params: Any) -> None:
-        """Send a notification if this client subscribed; progress that a slow reader misses is replaced by the next."""
+        """Send a notification if this client subscribed; progress that a slow reader misses is
+        replaced by the next.
+        """
         if not self._slow_reader:
             self._write(self.state.notification(event, params) or b"")
 
@@ -145,11 +161,16 @@ class ControlProtocol(asyncio.Protocol):
             parts = self.state.refuse(call.request_id, error)
         except Exception as error:  # noqa: BLE001 -- a bug in one call is answered and logged; the daemon goes on serving disks
             get_log().error("control.internal_error", method=call.method, exc_info=error)
-            failure = ControlError(INTERNAL, f"{call.method} failed inside the daemon: {error!r}", "see the daemon's log")
+            failure = ControlError(
+                INTERNAL,
+                f"{call.method} failed inside the daemon: {error!r}",
+                "see the daemon's log",
+            )
             parts = self.state.refuse(call.request_id, failure)
         else:
             parts = self.state.answer(call.request_id, result)
-        # All parts at once, so that no other answer comes between; not joined, as copying a long list would stall the event loop.
+        # All parts at once, so that no other answer comes between; not joined, as copying a long
+        # list would stall the event loop.
         encoded = await _gather(parts)
         if self._transport is not None:
             self._transport.writelines(encoded)
@@ -169,7 +190,9 @@ async def _gather(parts: Iterator[bytes]) -> list[bytes]:
 
 
 def _bind(path: str) -> socket.socket:
-    """A bound socket with CONTROL_MODE from its first moment. What a dead daemon left behind is removed."""
+    """A bound socket with CONTROL_MODE from its first moment. What a dead daemon left behind is
+    removed.
+    """
     _remove_stale(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     mask = os.umask(0o777 & ~CONTROL_MODE)
@@ -178,7 +201,8 @@ def _bind(path: str) -> socket.socket:
     except OSError as error:
         listener.close()
         raise ControlPathBusy(
-            f"cannot listen on control path {path}: {error.strerror}; choose another with --control, or create its directory"
+            f"cannot listen on control path {path}: {error.strerror}; choose another with"
+            " --control, or create its directory"
         ) from error
     finally:
         os.umask(mask)
@@ -191,8 +215,14 @@ def _remove_stale(path: str) -> None:
     except OSError:
         return  # nothing there, or not to be seen: bind will say
     if not stat.S_ISSOCK(mode):
-        raise ControlPathBusy(f"control path {path} exists and is no socket; choose another with --control, or remove it")
+        raise ControlPathBusy(
+            f"control path {path} exists and is no socket; choose another with --control, or"
+            " remove it"
+        )
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
         if probe.connect_ex(path) != errno.ECONNREFUSED:
-            raise ControlPathBusy(f"control path {path} is served by another daemon; choose another with --control, or stop that one")
+            raise ControlPathBusy(
+                f"control path {path} is served by another daemon; choose another with --control,"
+                " or stop that one"
+            )
     os.unlink(path)

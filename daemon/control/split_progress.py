@@ -10,12 +10,14 @@ Row = dict[str, Any]
 
 # How often splits are looked at; a progress bar seems alive at this rate.
 TICK_SECONDS: Final = 0.25
-# A line of the log after this long and this much progress: long splits stay readable, and a stalled one is no flood.
+# A line of the log after this long and this much progress: long splits stay readable, and a stalled
+# one is no flood.
 LOG_SECONDS: Final = 5.0
 LOG_PERCENT: Final = 1.0
 
 FIELDS_LOGGED: Final = (
-    "name", "mode", "percent", "holes_remaining", "blocks_copied", "blocks_shared", "rate_bytes_per_second", "eta_seconds",
+    "name", "mode", "percent", "holes_remaining", "blocks_copied", "blocks_shared",
+    "rate_bytes_per_second", "eta_seconds",
 )  # fmt: skip
 
 
@@ -33,11 +35,16 @@ class _Seen:
 class SplitProgress:
     """Compares each look with the one before.
 
-    ``notify`` gets every row of a running split, and each change of state; ``log`` the rows worth a line. ``show`` gives the row of a
-    split that is no longer in the list, None where there is none.
+    ``notify`` gets every row of a running split, and each change of state; ``log`` the rows worth a
+    line. ``show`` gives the row of a split that is no longer in the list, None where there is none.
     """
 
-    def __init__(self, show: Callable[[str], Row | None], notify: Callable[[Row], None], log: Callable[[Row], None]) -> None:
+    def __init__(
+        self,
+        show: Callable[[str], Row | None],
+        notify: Callable[[Row], None],
+        log: Callable[[Row], None],
+    ) -> None:
         self._show = show
         self._notify = notify
         self._log = log
@@ -45,7 +52,9 @@ class SplitProgress:
         self._expected: set[str] = set()
 
     def expect(self, name: str) -> None:
-        """Something happened to this split: tell its state at the next look, even if it has begun and ended since the last."""
+        """Something happened to this split: tell its state at the next look, even if it has begun
+        and ended since the last.
+        """
         self._expected.add(name)
 
     def look(self, rows: list[Row], now_seconds: float) -> None:
@@ -61,7 +70,8 @@ class SplitProgress:
         self._expected.clear()
 
     def _look_at(self, row: Row, now_seconds: float) -> None:
-        # Before the holes have been counted, all that is known of are replaced: no progress to speak of.
+        # Before the holes have been counted, all that is known of are replaced: no progress to
+        # speak of.
         name, state, percent = row["name"], row["state"], row["percent"] if row["counted"] else 0.0
         seen = self._seen.get(name)
         if seen is None:
@@ -69,7 +79,10 @@ class SplitProgress:
         if state == "running" or state != seen.state or name in self._expected:
             self._notify(row)
         seen.state = state
-        due = now_seconds - seen.logged_seconds >= LOG_SECONDS and percent - seen.logged_percent >= LOG_PERCENT
+        due = (
+            now_seconds - seen.logged_seconds >= LOG_SECONDS
+            and percent - seen.logged_percent >= LOG_PERCENT
+        )
         if state == "running" and due:
             self._log(row)
             seen.logged_seconds, seen.logged_percent = now_seconds, percent

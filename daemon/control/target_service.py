@@ -1,4 +1,6 @@
-"""The control methods about targets, access and CHAP. What a change takes from open sessions ends them."""
+"""The control methods about targets, access and CHAP. What a change takes from open sessions ends
+them.
+"""
 
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
@@ -108,9 +110,15 @@ class TargetService:
         return self._list_of(found.key, found.name)
 
     def _list_of(self, key: str, name: str) -> Row:
-        """A list after a change; None: the target has none, and is as open as the configuration says."""
+        """A list after a change; None: the target has none, and is as open as the configuration
+        says.
+        """
         ended = self._end_sessions()
-        return {"target": name, "initiators": self._targets.access.acls.get(key), "sessions_ended": ended}
+        return {
+            "target": name,
+            "initiators": self._targets.access.acls.get(key),
+            "sessions_ended": ended,
+        }
 
     async def _acl_list(self, params: methods.AclList) -> list[Row]:
         rows = self._targets.lists()
@@ -121,11 +129,20 @@ class TargetService:
 
     async def _chap_set(self, params: methods.ChapSet) -> Row:
         if (params.mutual_user is None) != (params.mutual_secret is None):
-            raise RequestError("mutual_user and mutual_secret belong together: give both or neither")
+            raise RequestError(
+                "mutual_user and mutual_secret belong together: give both or neither"
+            )
         if params.secret == params.mutual_secret:
             # RFC 7143 9.2.1: or an answer of one direction could be reflected as that of the other.
-            raise RequestError("the mutual secret is the same as the secret: give two different ones")
-        given = Credentials(user=params.user, secret=params.secret, mutual_user=params.mutual_user, mutual_secret=params.mutual_secret)
+            raise RequestError(
+                "the mutual secret is the same as the secret: give two different ones"
+            )
+        given = Credentials(
+            user=params.user,
+            secret=params.secret,
+            mutual_user=params.mutual_user,
+            mutual_secret=params.mutual_secret,
+        )
         await self._targets.access.set_chap(params.initiator, given)
         return _shown(fold(params.initiator), given)
 
@@ -134,9 +151,16 @@ class TargetService:
         return {"initiator": fold(params.initiator), "deleted": True}
 
     async def _chap_list(self, params: methods.Params) -> list[Row]:
-        return [_shown(initiator, found) for initiator, found in sorted(self._targets.access.chap.items())]
+        return [
+            _shown(initiator, found)
+            for initiator, found in sorted(self._targets.access.chap.items())
+        ]
 
 
 def _shown(initiator: str, credentials: Credentials) -> Row:
     """Credentials without their secrets."""
-    return {"initiator": initiator, "user": credentials.user, "mutual_user": credentials.mutual_user}
+    return {
+        "initiator": initiator,
+        "user": credentials.user,
+        "mutual_user": credentials.mutual_user,
+    }

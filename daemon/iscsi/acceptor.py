@@ -1,7 +1,9 @@
-"""Takes connections off the listening sockets, one in each turn of the event loop, and no faster than `Admission` allows.
+"""Takes connections off the listening sockets, one in each turn of the event loop, and no faster
+than `Admission` allows.
 
-A server of the event loop's own would take all that wait in one turn, each with a transport: sessions that are open would wait for
-as long. What is not taken yet waits in the kernel's backlog, and costs nothing.
+A server of the event loop's own would take all that wait in one turn, each with a transport:
+sessions that are open would wait for as long. What is not taken yet waits in the kernel's backlog,
+and costs nothing.
 """
 
 import asyncio
@@ -22,9 +24,13 @@ _EXHAUSTED: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.
 
 
 class Acceptor:
-    """Invariant: every socket of ``_listening`` is watched by the event loop, unless ``_resume`` is set: then none is."""
+    """Invariant: every socket of ``_listening`` is watched by the event loop, unless ``_resume`` is
+    set: then none is.
+    """
 
-    def __init__(self, admission: Admission, protocol: Callable[[], asyncio.BufferedProtocol]) -> None:
+    def __init__(
+        self, admission: Admission, protocol: Callable[[], asyncio.BufferedProtocol]
+    ) -> None:
         self._admission = admission
         self._protocol = protocol
         self._loop = asyncio.get_running_loop()
@@ -33,7 +39,9 @@ class Acceptor:
         self._opening: set[asyncio.Task[object]] = set()
 
     async def listen(self, address: Address) -> list[Address]:
-        """Listen on every address that the host name stands for; those, with their real ports. Raises OSError, and listens on none then."""
+        """Listen on every address that the host name stands for; those, with their real ports.
+        Raises OSError, and listens on none then.
+        """
         bound: list[socket.socket] = []
         try:
             for family, where in await self._resolved(address):
@@ -52,7 +60,9 @@ class Acceptor:
         host, _, interface = address.host.partition("%")
         if interface:  # uvloop's getaddrinfo loses it
             return [(socket.AF_INET6, (host, address.port, 0, _index(interface)))]
-        found = await self._loop.getaddrinfo(host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        found = await self._loop.getaddrinfo(
+            host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
         return list(dict.fromkeys((family, where) for family, _, _, _, where in found))
 
     def close(self) -> None:
@@ -101,7 +111,9 @@ class Acceptor:
             return  # or the client went away before its turn
         peer = Address(*where[:2])
         if _gone(taken):
-            self._admission.spend(taken=False)  # who connects only to go away keeps others waiting little longer
+            self._admission.spend(
+                taken=False
+            )  # who connects only to go away keeps others waiting little longer
             taken.close()
             return
         reason = self._admission.refusal(peer.host)
@@ -130,7 +142,9 @@ def _index(interface: str) -> int:
 
 
 def _address(listening: socket.socket) -> Address:
-    """Where it listens: getsockname tells the interface of a link-local address by its number, apart from the host."""
+    """Where it listens: getsockname tells the interface of a link-local address by its number,
+    apart from the host.
+    """
     host, port, *more = listening.getsockname()
     return Address(f"{host}%{socket.if_indextoname(more[1])}" if more and more[1] else host, port)
 

@@ -1,23 +1,26 @@
-"""Which TCP connections are taken, and how fast: a bound on all of them, and one on those of each address that have not logged in.
+"""Which TCP connections are taken, and how fast: a bound on all of them, and one on those of each
+address that have not logged in.
 
-The second keeps a stranger from holding every place: his connections end with the time that a login may take, and until then
-others find room beside them. The pace keeps a flood from taking the event loop's time: a login costs half a millisecond of it, in which
-no session is served.
+The second keeps a stranger from holding every place: his connections end with the time that a login
+may take, and until then others find room beside them. The pace keeps a flood from taking the event
+loop's time: a login costs half a millisecond of it, in which no session is served.
 """
 
 from typing import Final, Protocol
 
 from daemon.process.logs import Repeats
 
-# An initiator that starts logs in to all its targets by all its paths at once, some tens of connections, and tries again what is
-# refused. A stranger holds no more than this, each for LOGIN_SECONDS_MAX and LOGIN_BUFFER_BYTES at most (protocol.iscsi.limits).
+# An initiator that starts logs in to all its targets by all its paths at once, some tens of
+# connections, and tries again what is refused. A stranger holds no more than this, each for
+# LOGIN_SECONDS_MAX and LOGIN_BUFFER_BYTES at most (protocol.iscsi.limits).
 LOGINS_PER_ADDRESS_MAX: Final = 64
 # Connections taken at once after a while without any: an initiator that starts, with all its paths.
 BURST: Final = 64
-# Connections a second from then on: at least this, a fiftieth of the event loop's time (at 100 a second the p99 of others' reads is three
-# times as long), ...
+# Connections a second from then on: at least this, a fiftieth of the event loop's time (at 100 a
+# second the p99 of others' reads is three times as long), ...
 PACE_MIN: Final = 40.0
-# ... and so many that all that may be there come back within this time after a restart; initiators give a login 15 s.
+# ... and so many that all that may be there come back within this time after a restart; initiators
+# give a login 15 s.
 RETURN_SECONDS: Final = 10.0
 # To refuse a connection costs a tenth of what it costs to take it.
 REFUSAL_COST: Final = 0.1
@@ -30,7 +33,9 @@ class Admitted(Protocol):
 
     @property
     def logging_in(self) -> bool:
-        """It lives, and is no normal session: its login has not ended, or led to discovery, which anybody may do."""
+        """It lives, and is no normal session: its login has not ended, or led to discovery, which
+        anybody may do.
+        """
 
 
 class Admission:
@@ -50,7 +55,9 @@ class Admission:
         self._refusals = Repeats("iscsi.refused")
 
     def wait_seconds(self, now_seconds: float) -> float:
-        """How long the next connection has to wait for its turn; 0: not at all. ``now_seconds`` is of any monotonic clock."""
+        """How long the next connection has to wait for its turn; 0: not at all. ``now_seconds`` is
+        of any monotonic clock.
+        """
         self._credit = min(BURST, self._credit + (now_seconds - self._seen_seconds) * self._pace)
         self._seen_seconds = now_seconds
         missing = 1.0 - self._credit
@@ -65,14 +72,20 @@ class Admission:
         if self._connections >= self.connections_max:
             return self._full
         waiting = self._logging_in.get(host, set())
-        # Those that have logged in since are found here, where it matters, so that a login needs to tell nobody.
+        # Those that have logged in since are found here, where it matters, so that a login needs to
+        # tell nobody.
         waiting -= {connection for connection in waiting if not connection.logging_in}
         if len(waiting) >= LOGINS_PER_ADDRESS_MAX:
-            return f"{LOGINS_PER_ADDRESS_MAX} connections of this address are logging in or discovering"
+            return (
+                f"{LOGINS_PER_ADDRESS_MAX} connections of this address are logging in or"
+                " discovering"
+            )
         return None
 
     def refused(self, peer: str, reason: str) -> None:
-        """Log the first refusal for a reason at once, those that follow until `tick` as a number: a flood must not fill the log."""
+        """Log the first refusal for a reason at once, those that follow until `tick` as a number: a
+        flood must not fill the log.
+        """
         self._refusals.log(reason, peer=peer)
 
     def tick(self) -> None:

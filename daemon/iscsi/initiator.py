@@ -1,6 +1,8 @@
-"""An asyncio iSCSI client: one session with LUN 0 of a target, over the sans-IO `InitiatorConnection`.
+"""An asyncio iSCSI client: one session with LUN 0 of a target, over the sans-IO
+`InitiatorConnection`.
 
-`make demo` and the tests drive the daemon with it. Each call makes a Future, so it is no way to measure the daemon's limits.
+`make demo` and the tests drive the daemon with it. Each call makes a Future, so it is no way to
+measure the daemon's limits.
 """
 
 import asyncio
@@ -19,7 +21,8 @@ from protocol.volume import Buffer
 
 INITIATOR_NAME: Final = "iqn.2026-01.io.cleaved:initiator"
 LUN: Final = 0
-# The demo's writes of 1 MiB leave in a few pieces; more unsent than this is queued in the connection instead.
+# The demo's writes of 1 MiB leave in a few pieces; more unsent than this is queued in the
+# connection instead.
 WRITE_HIGH_BYTES: Final = 4 << 20
 LOGOUT_SECONDS_MAX: Final = 10.0
 UNIT_ATTENTION: Final = 0x6  # sense key, SPC-4 table 48
@@ -42,7 +45,9 @@ class _Socket(asyncio.BufferedProtocol):
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         transport.set_write_buffer_limits(WRITE_HIGH_BYTES)
         self._transport = transport
-        self.connection = InitiatorConnection(self._settings, transport.writelines, self._wake, transport.close, self._login_ended)
+        self.connection = InitiatorConnection(
+            self._settings, transport.writelines, self._wake, transport.close, self._login_ended
+        )
         self.connection.start()
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -73,19 +78,25 @@ class _Socket(asyncio.BufferedProtocol):
 
 
 class Initiator:
-    """A logged-in session. Offsets and lengths are bytes, multiples of 512. Use it as an asynchronous context."""
+    """A logged-in session. Offsets and lengths are bytes, multiples of 512. Use it as an
+    asynchronous context.
+    """
 
     def __init__(self, socket_protocol: _Socket) -> None:
         self._socket = socket_protocol
         self._connection = socket_protocol.connection
 
     @classmethod
-    async def connect(cls, host: str, port: int, target_name: str, settings: InitiatorSettings | None = None) -> Self:
+    async def connect(
+        cls, host: str, port: int, target_name: str, settings: InitiatorSettings | None = None
+    ) -> Self:
         """Log in. Raises OSError, and IscsiError when the target refuses."""
         loop = asyncio.get_running_loop()
         logged_in = loop.create_future()
         settings = settings or InitiatorSettings(INITIATOR_NAME, target_name, isid=random_isid())
-        transport, protocol = await loop.create_connection(lambda: _Socket(settings, logged_in), host, port)
+        transport, protocol = await loop.create_connection(
+            lambda: _Socket(settings, logged_in), host, port
+        )
         try:
             await logged_in
         except BaseException:
@@ -96,7 +107,12 @@ class Initiator:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         await self.close()
 
     async def close(self) -> None:
@@ -112,11 +128,17 @@ class Initiator:
 
     async def read(self, offset_bytes: int, length_bytes: int) -> Buffer:
         """Read a range. Raises CommandFailed with the sense, ConnectionEnded."""
-        return await self._command(lambda done: self._connection.submit_read(LUN, offset_bytes, length_bytes, done))
+        return await self._command(
+            lambda done: self._connection.submit_read(LUN, offset_bytes, length_bytes, done)
+        )
 
     async def write(self, offset_bytes: int, data: Buffer, *, fua: bool = False) -> None:
-        """Write a range; with ``fua`` it is durable on return. Raises CommandFailed, ConnectionEnded."""
-        await self._command(lambda done: self._connection.submit_write(LUN, offset_bytes, data, done, fua))
+        """Write a range; with ``fua`` it is durable on return. Raises CommandFailed,
+        ConnectionEnded.
+        """
+        await self._command(
+            lambda done: self._connection.submit_write(LUN, offset_bytes, data, done, fua)
+        )
 
     async def flush(self) -> None:
         """Make durable what was written before. Raises CommandFailed, ConnectionEnded."""
@@ -124,18 +146,26 @@ class Initiator:
 
     async def unmap(self, offset_bytes: int, length_bytes: int) -> None:
         """Deallocate a range. Raises CommandFailed, ConnectionEnded."""
-        await self._command(lambda done: self._connection.submit_unmap(LUN, [(offset_bytes, length_bytes)], done))
+        await self._command(
+            lambda done: self._connection.submit_unmap(LUN, [(offset_bytes, length_bytes)], done)
+        )
 
     async def write_zeros(self, offset_bytes: int, length_bytes: int) -> None:
         """Write zeros without sending any. Raises CommandFailed, ConnectionEnded."""
-        await self._command(lambda done: self._connection.submit_write_zeros(LUN, offset_bytes, length_bytes, done))
+        await self._command(
+            lambda done: self._connection.submit_write_zeros(LUN, offset_bytes, length_bytes, done)
+        )
 
     async def capacity_bytes(self) -> int:
         """Size of the disk. Raises CommandFailed, ConnectionEnded."""
-        return parse_capacity(bytes(await self._command(lambda done: self._connection.submit_capacity(LUN, done))))
+        return parse_capacity(
+            bytes(await self._command(lambda done: self._connection.submit_capacity(LUN, done)))
+        )
 
     async def _command(self, submit: Callable[[CommandDone], object]) -> Buffer:
-        """Carry out a command; a unit attention was only told by it, so it is sent again (SAM-5 5.14)."""
+        """Carry out a command; a unit attention was only told by it, so it is sent again (SAM-5
+        5.14).
+        """
         for _ in range(UNIT_ATTENTIONS_MAX):
             try:
                 return await self._once(submit)
@@ -155,11 +185,17 @@ class Initiator:
 
 
 def random_isid() -> int:
-    """An ISID of its own for each session (RFC 7143 11.12.5, random type), so that none reinstates another."""
+    """An ISID of its own for each session (RFC 7143 11.12.5, random type), so that none reinstates
+    another.
+    """
     return 0x80 << 40 | secrets.randbits(40)
 
 
-def _settle(future: "asyncio.Future[Buffer] | asyncio.Future[None]", error: IscsiError | None, value: Buffer | None = None) -> None:
+def _settle(
+    future: "asyncio.Future[Buffer] | asyncio.Future[None]",
+    error: IscsiError | None,
+    value: Buffer | None = None,
+) -> None:
     if future.done():  # cancelled: nobody waits any more
         return
     if error is not None:

@@ -1,7 +1,8 @@
-"""iSCSI over TCP: listeners, and one BufferedProtocol a connection around the sans-IO `TargetConnection`.
+"""iSCSI over TCP: listeners, and one BufferedProtocol a connection around the sans-IO
+`TargetConnection`.
 
-Hot path (design section 3): the event loop receives into the connection's own buffer, and what one wake-up answered leaves in
-one ``writelines``. Nothing here makes a Task or a Future per command.
+Hot path (design section 3): the event loop receives into the connection's own buffer, and what one
+wake-up answered leaves in one ``writelines``. Nothing here makes a Task or a Future per command.
 """
 
 import asyncio
@@ -22,13 +23,16 @@ from protocol.volume import BlockVolume, Buffer
 
 # Time comes to the connections in ticks: login and keep-alive timeouts are whole seconds.
 TICK_SECONDS: Final = 1.0
-# Above this much unsent the connection is told to stop taking commands: several of the largest replies, so that a fast client never
-# waits for us, and a client that does not drain costs no more than this.
+# Above this much unsent the connection is told to stop taking commands: several of the largest
+# replies, so that a fast client never waits for us, and a client that does not drain costs no more
+# than this.
 WRITE_HIGH_BYTES: Final = 4 << 20
 WRITE_LOW_BYTES: Final = 1 << 20
-# What was sent at the end of a connection has this long to go out; a peer that is dead or does not read never takes it.
+# What was sent at the end of a connection has this long to go out; a peer that is dead or does not
+# read never takes it.
 CLOSE_SECONDS: Final = 5.0
-# Two hosts with one name log in a hundred times a second and more: after the first time the log says once in so many ticks how often.
+# Two hosts with one name log in a hundred times a second and more: after the first time the log
+# says once in so many ticks how often.
 TAKEOVER_TICKS: Final = 60
 # Ended connections whose memory may wait for a quiet second: half a megabyte each.
 ENDED_MAX: Final = 200
@@ -73,21 +77,29 @@ class IscsiListener:
         except OSError as error:
             reason = error.strerror or str(error)
             raise ListenFailed(
-                f"cannot listen on iscsi.listen {address}: {reason}; choose another address, or stop what uses it"
+                f"cannot listen on iscsi.listen {address}: {reason}; choose another address, or"
+                " stop what uses it"
             ) from error
         if self._ticker is None:
             self._ticker = asyncio.get_running_loop().call_later(TICK_SECONDS, self._tick)
 
     def portals(self) -> list[str]:
-        """Addresses as clients should name them: those that are configured to be told; for a wildcard, this machine's name."""
-        listening = [Address(socket.gethostname(), at.port) if at.host in WILDCARDS else at for at in self.addresses]
+        """Addresses as clients should name them: those that are configured to be told; for a
+        wildcard, this machine's name.
+        """
+        listening = [
+            Address(socket.gethostname(), at.port) if at.host in WILDCARDS else at
+            for at in self.addresses
+        ]
         return [str(at) for at in self._advertise or listening]
 
     def portals_beside(self, portal: str) -> list[str]:
-        """What to tell an initiator that came by ``portal``: that one first, then the others that it can be expected to reach.
+        """What to tell an initiator that came by ``portal``: that one first, then the others that
+        it can be expected to reach.
 
-        Wildcards are no addresses, who came from outside cannot reach loopback, and who came by no link-local address may be on another
-        link. Where addresses are configured to be told, those alone are: behind NAT none of the others is of use.
+        Wildcards are no addresses, who came from outside cannot reach loopback, and who came by no
+        link-local address may be on another link. Where addresses are configured to be told, those
+        alone are: behind NAT none of the others is of use.
         """
         if self._advertise:
             return [str(at) for at in self._advertise]
@@ -96,11 +108,13 @@ class IscsiListener:
         others = [
             at.unscoped
             for at in self.addresses
-            if at.host not in WILDCARDS and (local or not is_loopback(at.host)) and (on_link or not is_link_local(at.host))
+            if at.host not in WILDCARDS
+            and (local or not is_loopback(at.host))
+            and (on_link or not is_link_local(at.host))
         ]
         return list(dict.fromkeys([portal, *map(str, others)]))
 
-    # --- What the control service asks -----------------------------------------------------------------------------
+    # --- What the control service asks ------------------------------------------------------------
 
     def volume_resized(self, volume: BlockVolume) -> None:
         """Tell every session of it."""
@@ -119,19 +133,23 @@ class IscsiListener:
         self.node.lun_unmapped(target_name, lun, volume)
 
     def end_sessions(self, sessions: list[SessionView]) -> None:
-        """Ask their initiators to log out, and close those that have not after `limits.LOGOUT_SECONDS`."""
+        """Ask their initiators to log out, and close those that have not after
+        `limits.LOGOUT_SECONDS`.
+        """
         for connection in list(self.connections):
             if connection.session in sessions:
                 connection.shut_down(limits.LOGOUT_SECONDS)
 
-    # --- Life ------------------------------------------------------------------------------------------------------
+    # --- Life -------------------------------------------------------------------------------------
 
     def stop_accepting(self) -> None:
         """Close the listeners; connections go on."""
         self._acceptor.close()
 
     async def stop(self, timeout_seconds: float) -> None:
-        """Ask all initiators to log out, give what is in flight ``timeout_seconds`` to end, then close."""
+        """Ask all initiators to log out, give what is in flight ``timeout_seconds`` to end, then
+        close.
+        """
         self.stop_accepting()
         await self._acceptor.opened()
         for connection in list(self.connections):
@@ -149,7 +167,12 @@ class IscsiListener:
     def removed(self, connection: "IscsiProtocol", ended: TargetConnection) -> None:
         """A connection has ended."""
         if ended.failure is not None:
-            self._failures.log(ended.failure, peer=ended.peer_address, initiator=ended.initiator_name, target=ended.target_name)
+            self._failures.log(
+                ended.failure,
+                peer=ended.peer_address,
+                initiator=ended.initiator_name,
+                target=ended.target_name,
+            )
         self.connections.discard(connection)
         self.admission.removed(connection, connection.host)
         self._ended += 1
@@ -161,8 +184,9 @@ class IscsiListener:
         hosts = sorted({session.peer_address.rpartition(":")[0] for session in (older, newer)})
         if len(hosts) > 1:
             self._takeovers.log(
-                f"{' and '.join(hosts)} log in by one initiator name and ISID, so that each login ends the other's session; if they are two"
-                " hosts, give each an initiator name of its own (Linux: /etc/iscsi/initiatorname.iscsi)",
+                f"{' and '.join(hosts)} log in by one initiator name and ISID, so that each login"
+                " ends the other's session; if they are two hosts, give each an initiator name of"
+                " its own (Linux: /etc/iscsi/initiatorname.iscsi)",
                 initiator=newer.initiator_name,
                 target=newer.target_name,
                 address=newer.peer_address,
@@ -187,7 +211,9 @@ class IscsiListener:
             self._collect_ended()
 
     def _collect_ended(self) -> None:
-        """Sessions that have ended are rings of references, with their buffers: collect them once nobody is served for a tick."""
+        """Sessions that have ended are rings of references, with their buffers: collect them once
+        nobody is served for a tick.
+        """
         commands = sum(connection.commands for connection in self.connections)
         if commands == self._commands_seen or self._ended >= ENDED_MAX:
             self._ended, commands = 0, -1
@@ -219,24 +245,29 @@ class IscsiProtocol(asyncio.BufferedProtocol):
         if self._listener.admission.refusal(peer.host) is not None:
             transport.abort()  # others, taken in the same turn, were faster
             return
-        # Replies are small and whole: waiting to join them with later ones would only cost latency. The sizes of the kernel's
-        # buffers are left alone: they grow by themselves, and setting them would end that, at a lower limit.
+        # Replies are small and whole: waiting to join them with later ones would only cost latency.
+        # The sizes of the kernel's buffers are left alone: they grow by themselves, and setting
+        # them would end that, at a lower limit.
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         transport.set_write_buffer_limits(WRITE_HIGH_BYTES, WRITE_LOW_BYTES)
         portal = transport.get_extra_info("sockname")
         local = str(Address(*portal[:2]).unscoped)
-        connection = TargetConnection(self._listener.node, self._send, self._wake, self._close, local, str(peer))
+        connection = TargetConnection(
+            self._listener.node, self._send, self._wake, self._close, local, str(peer)
+        )
         self._connection = connection
         self._listener.connections.add(self)
         self._listener.admission.added(self, peer.host)
-        # From now on the event loop calls the connection itself, one layer less for each wake-up: it looks both methods up once,
-        # when a protocol is set.
+        # From now on the event loop calls the connection itself, one layer less for each wake-up:
+        # it looks both methods up once, when a protocol is set.
         self.get_buffer = connection.get_buffer  # type: ignore[method-assign]
         self.buffer_updated = connection.buffer_updated  # type: ignore[method-assign]
         transport.set_protocol(self)
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        """Only before ``connection_made``, or for a connection that is not served: nothing is read."""
+        """Only before ``connection_made``, or for a connection that is not served:
+        nothing is read.
+        """
         return memoryview(bytearray(max(sizehint, 1)))
 
     def buffer_updated(self, nbytes: int) -> None:
@@ -248,7 +279,8 @@ class IscsiProtocol(asyncio.BufferedProtocol):
         if connection is not None:
             connection.connection_lost()
             self._listener.removed(self, connection)
-            # What refers to each other in a ring would keep its buffers until a garbage collection, and those are rare here.
+            # What refers to each other in a ring would keep its buffers until a garbage collection,
+            # and those are rare here.
             del self.get_buffer, self.buffer_updated
 
     def pause_writing(self) -> None:
@@ -262,7 +294,8 @@ class IscsiProtocol(asyncio.BufferedProtocol):
         connection = self._connection
         if connection is not None:
             connection.resume_writing()
-        # What went on by that may have filled the buffer again: then `pause_writing` was called within, and nothing may be read.
+        # What went on by that may have filled the buffer again: then `pause_writing` was called
+        # within, and nothing may be read.
         if not (self._transport.is_closing() or (connection is not None and connection.paused)):
             self._transport.resume_reading()
 
@@ -273,7 +306,9 @@ class IscsiProtocol(asyncio.BufferedProtocol):
 
     @property
     def logging_in(self) -> bool:
-        """The connection lives, and is no normal session: anybody may discover, so a discovery session counts as a login does."""
+        """The connection lives, and is no normal session: anybody may discover, so a discovery
+        session counts as a login does.
+        """
         connection = self._connection
         return connection is not None and (connection.discovery or not connection.logged_in)
 
@@ -292,7 +327,9 @@ class IscsiProtocol(asyncio.BufferedProtocol):
         return found
 
     def shut_down(self, timeout_seconds: float) -> None:
-        """Ask the initiator to log out, and close when it has; at the latest after ``timeout_seconds``."""
+        """Ask the initiator to log out, and close when it has; at the latest after
+        ``timeout_seconds``.
+        """
         self._abort_in(timeout_seconds)
         if self._connection is not None:
             self._connection.shutdown(int(timeout_seconds))

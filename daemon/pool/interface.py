@@ -1,6 +1,8 @@
-"""What the daemon asks of a pool. `storage.pool.Pool` satisfies it; so does the small one in memory that unit tests use.
+"""What the daemon asks of a pool. `storage.pool.Pool` satisfies it; so does the small one in memory
+that unit tests use.
 
-The types of `storage` and `protocol` meet here: a pool's volume is a BlockVolume that can also be attached.
+The types of `storage` and `protocol` meet here: a pool's volume is a BlockVolume that can also be
+attached.
 """
 
 from collections.abc import Callable, Collection
@@ -14,7 +16,8 @@ Row = dict[str, Any]
 
 
 class AttachableVolume(BlockVolume, Protocol):
-    """A volume that knows who uses it; an attached one refuses to be deleted (Conflict), naming the labels.
+    """A volume that knows who uses it; an attached one refuses to be deleted (Conflict), naming the
+    labels.
 
     ``counters`` are its image's, since the pool was opened.
     """
@@ -41,7 +44,9 @@ class Volumes(Configurable, Protocol):
         """Names of the vdisks whose names are this one in any case, sorted."""
 
     def names_with_case(self) -> Collection[str]:
-        """Names, in lower case, for which there are vdisks whose names have upper-case letters; mostly none."""
+        """Names, in lower case, for which there are vdisks whose names have upper-case letters;
+        mostly none.
+        """
 
     def names_of_uuids(self, wanted: Collection[bytes]) -> dict[bytes, str]:
         """Names of the vdisks of these UUIDs, as far as there are any."""
@@ -51,7 +56,9 @@ class Volumes(Configurable, Protocol):
 
 
 class PoolInterface(Volumes, Protocol):
-    """Names are ``VDISK`` and ``VDISK@SNAPSHOT``; sizes are bytes. Errors are those of storage.errors."""
+    """Names are ``VDISK`` and ``VDISK@SNAPSHOT``; sizes are bytes. Errors are those of
+    storage.errors.
+    """
 
     on_event: Callable[..., None]
 
@@ -80,12 +87,20 @@ class PoolInterface(Volumes, Protocol):
         """Of one vdisk or of all."""
 
     async def snapshot_delete(self, vdisk: str, name: str, after_split: bool = False) -> bool:
-        """Whether it is gone; with ``after_split`` it goes with its last clone's split. Raises NotFound, Conflict (it has clones)."""
+        """Whether it is gone; with ``after_split`` it goes with its last clone's split. Raises
+        NotFound, Conflict (it has clones).
+        """
 
     async def clone_create(self, vdisk: str, snapshot: str, name: str) -> Row:
         """Raises NotFound, Conflict."""
 
-    async def split_start(self, name: str, mode: str = "copy", rate_min_bytes: int | None = None, rate_max_bytes: int | None = None) -> Row:
+    async def split_start(
+        self,
+        name: str,
+        mode: str = "copy",
+        rate_min_bytes: int | None = None,
+        rate_max_bytes: int | None = None,
+    ) -> Row:
         """Raises NotFound, Conflict (no clone, or split already)."""
 
     def split_show(self, name: str) -> Row:

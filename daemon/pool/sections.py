@@ -1,7 +1,9 @@
-"""Sections of the pool's configuration as typed records: read at start, replaced whole and durably at each change.
+"""Sections of the pool's configuration as typed records: read at start, replaced whole and durably
+at each change.
 
-Invariant: ``value`` is what the pool holds durably. Changes of one section follow one another, each on the result of the last;
-whoever awaits ``change`` goes on in the same turn of the event loop in which ``value`` changed.
+Invariant: ``value`` is what the pool holds durably. Changes of one section follow one another, each
+on the result of the last; whoever awaits ``change`` goes on in the same turn of the event loop in
+which ``value`` changed.
 """
 
 import asyncio
@@ -16,7 +18,9 @@ VERSION: Final = 1
 
 
 class SectionUnreadable(StorageError):
-    """A section is damaged or of a newer version. The daemon does not start: without it, nobody could tell who may use what."""
+    """A section is damaged or of a newer version. The daemon does not start: without it, nobody
+    could tell who may use what.
+    """
 
 
 class Configurable(Protocol):
@@ -30,7 +34,9 @@ class Configurable(Protocol):
 
 
 class Versioned(msgspec.Struct, frozen=True, kw_only=True):
-    """Root of all sections. The version rises when an older cleaved would misunderstand what is stored."""
+    """Root of all sections. The version rises when an older cleaved would misunderstand what is
+    stored.
+    """
 
     version: int = VERSION
 
@@ -48,7 +54,9 @@ class Section(Generic[Record]):
         self.value: Record = _decode(name, pool.configuration(name), empty)
 
     async def change(self, change: Callable[[Record], Record]) -> None:
-        """Replace the value by ``change(value)``, durably. Raises what ``change`` and ``configure`` raise; then nothing changed."""
+        """Replace the value by ``change(value)``, durably. Raises what ``change`` and ``configure``
+        raise; then nothing changed.
+        """
         async with self._lock:
             changed = change(self.value)
             if changed != self.value:
@@ -63,9 +71,13 @@ def _decode(name: str, stored: bytes, empty: Record) -> Record:
         version = msgspec.msgpack.decode(stored, type=Versioned).version
         if version != VERSION:
             raise SectionUnreadable(
-                f"section {name!r} of the pool's configuration has version {version}, and {VERSION} is known here: use a newer cleaved"
+                f"section {name!r} of the pool's configuration has version {version}, and {VERSION}"
+                " is known here: use a newer cleaved"
             )
         return msgspec.msgpack.decode(stored, type=type(empty))
     except msgspec.MsgspecError as error:
         # The error's words name fields and types, never values: secrets stay out of the log.
-        raise SectionUnreadable(f"section {name!r} of the pool's configuration cannot be read ({error}): run `cleaved check`") from None
+        raise SectionUnreadable(
+            f"section {name!r} of the pool's configuration cannot be read ({error}): run `cleaved"
+            " check`"
+        ) from None

@@ -1,7 +1,9 @@
-"""Says when a thin pool, or the host under it, is running out of room: once for each threshold, in the log and to every initiator.
+"""Says when a thin pool, or the host under it, is running out of room: once for each threshold, in
+the log and to every initiator.
 
-Clients wrote what they were promised room for; the pool has less. The earlier somebody learns of that, the more can be done. A threshold
-that was reached is told again only after the use was well below it.
+Clients wrote what they were promised room for; the pool has less. The earlier somebody learns of
+that, the more can be done. A threshold that was reached is told again only after the use was well
+below it.
 """
 
 from collections.abc import Callable
@@ -11,18 +13,22 @@ from daemon.pool.interface import Row
 from daemon.process.logs import log_at
 from daemon.process.units import format_size
 
-# How far below a threshold the use has to fall before it is told again: a pool at the threshold is not to ring all day.
+# How far below a threshold the use has to fall before it is told again: a pool at the threshold is
+# not to ring all day.
 REARM_PERCENT: Final = 5
 # After the threshold that is configured, which may be early, these say that it is urgent.
 WARNING_PERCENTS: Final = (90, 95)
 # Less than a thousandth is left: a write of more than that is refused already.
 FULL_PERCENT: Final = 99.9
-# With less than this a pool is as good as full: a few blocks come and go with each consistency point, and one write of a client takes more.
+# With less than this a pool is as good as full: a few blocks come and go with each consistency
+# point, and one write of a client takes more.
 FULL_BYTES: Final = 1 << 20
 
 
 class Threshold:
-    """One share of the space that data can take. ``reached`` from when it is used so far until the use is well below it."""
+    """One share of the space that data can take. ``reached`` from when it is used so far until the
+    use is well below it.
+    """
 
     def __init__(self, event: str, percent: float, level: str = "warning", **fields: Any) -> None:
         self.event = event
@@ -41,7 +47,9 @@ class Threshold:
 
 
 class SpaceWatch:
-    """``reached`` is called each time the use rises to one of the thresholds: every initiator is to be told."""
+    """``reached`` is called each time the use rises to one of the thresholds: every initiator is to
+    be told.
+    """
 
     def __init__(self, threshold_percent: int, reached: Callable[[], None]) -> None:
         self.threshold_percent = threshold_percent
@@ -50,7 +58,10 @@ class SpaceWatch:
         self._percent = 0.0
         self._thresholds = [
             Threshold("pool.filling", threshold_percent),
-            *(Threshold("pool.space_warning", percent, threshold_percent=percent) for percent in WARNING_PERCENTS),
+            *(
+                Threshold("pool.space_warning", percent, threshold_percent=percent)
+                for percent in WARNING_PERCENTS
+            ),
             Threshold("pool.full", FULL_PERCENT, "error"),
         ]
 
@@ -59,15 +70,25 @@ class SpaceWatch:
         percent = self._percent = percent_used(used_bytes, available_bytes)
         risen = [threshold for threshold in self._thresholds if threshold.rises(percent)]
         for threshold in risen:
-            fields = {"used_bytes": used_bytes, "available_bytes": available_bytes, "percent": round(percent, 1), **threshold.fields}
+            fields = {
+                "used_bytes": used_bytes,
+                "available_bytes": available_bytes,
+                "percent": round(percent, 1),
+                **threshold.fields,
+            }
             log_at(threshold.level, threshold.event, **fields)
         if risen:
             self._reached()
 
     def shown(self) -> dict[str, Any]:
-        """The rows of ``pool show``: whether the pool is full, and the highest of the warnings' thresholds that it is above."""
+        """The rows of ``pool show``: whether the pool is full, and the highest of the warnings'
+        thresholds that it is above.
+        """
         reached = [percent for percent in WARNING_PERCENTS if self._percent >= percent]
-        return {"full": self._percent >= FULL_PERCENT, "space_warning_percent": max(reached, default=None)}
+        return {
+            "full": self._percent >= FULL_PERCENT,
+            "space_warning_percent": max(reached, default=None),
+        }
 
 
 def percent_used(used_bytes: int, available_bytes: int) -> float:
@@ -76,16 +97,31 @@ def percent_used(used_bytes: int, available_bytes: int) -> float:
 
 
 def space_warnings(shown: Row, threshold_percent: int) -> list[str]:
-    """What to tell somebody who asks for more on a pool (as ``show`` describes it) that is full or nearly so: sentences, or nothing."""
+    """What to tell somebody who asks for more on a pool (as ``show`` describes it) that is full or
+    nearly so: sentences, or nothing.
+    """
     available = shown["available_bytes"]
     percent = percent_used(shown["used_bytes"], available)
     has_room = available >= FULL_BYTES
     if has_room and percent < threshold_percent:
         return []
     if has_room:
-        cause = f"the pool is {percent:.0f} % full: writes will be refused when the last {format_size(available)} are taken"
+        cause = (
+            f"the pool is {percent:.0f} % full: writes will be refused when the last"
+            f" {format_size(available)} are taken"
+        )
     else:
         cause = "the pool is full: writes will be refused until there is room"
     if shown["deleted_images"]:
-        return [f"{cause}; what was deleted is still being freed: cleavectl pool show tells when there is room"]
-    return [f"{cause}; delete snapshots or vdisks that nobody needs: cleavectl snapshot ls and cleavectl vdisk ls show them"]
+        return [
+            (
+                f"{cause}; what was deleted is still being freed: cleavectl pool show tells when"
+                " there is room"
+            )
+        ]
+    return [
+        (
+            f"{cause}; delete snapshots or vdisks that nobody needs: cleavectl snapshot ls and"
+            " cleavectl vdisk ls show them"
+        )
+    ]

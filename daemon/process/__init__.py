@@ -1,1 +1,3 @@
-"""The process itself: configuration, log, signals, descriptors, and how the interpreter is tuned."""
+"""The process itself: configuration, log, signals, descriptors, and how the interpreter
+is tuned.
+"""

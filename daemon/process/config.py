@@ -1,7 +1,7 @@
 """Configuration: a TOML file, the command line, or both (the command line wins).
 
-Every mistake is a ConfigError, one sentence that names the option, the value and what would be right. docs/operations.md lists
-the options; deploy/cleaved.toml is a sample.
+Every mistake is a ConfigError, one sentence that names the option, the value and what would be
+right. docs/operations.md lists the options; deploy/cleaved.toml is a sample.
 """
 
 import ipaddress
@@ -19,7 +19,9 @@ from protocol.control.limits import CHAP_CHARACTERS_MAX, CHAP_SECRET_CHARACTERS_
 from storage.layout import BLOCK_BYTES, POOL_BLOCKS_MIN
 
 CONTROL_PATH_DEFAULT: Final = "/run/cleaved/control.sock"
-CACHE_BYTES_MIN: Final = 8 << 20  # below this a single consistency point would push the working set out
+CACHE_BYTES_MIN: Final = (
+    8 << 20
+)  # below this a single consistency point would push the working set out
 # A Unix socket's address holds 108 bytes with the final zero (unix(7)).
 CONTROL_PATH_BYTES_MAX: Final = 107
 # All addresses of a family: to listen on, not to connect to.
@@ -30,11 +32,15 @@ Value = TypeVar("Value")
 
 
 class ConfigError(Exception):
-    """The configuration or the command line is wrong; the message names option, value, and what would be right."""
+    """The configuration or the command line is wrong; the message names option, value, and what
+    would be right.
+    """
 
 
 class Address(NamedTuple):
-    """Where to listen. Port 0: any free one. A link-local IPv6 host has its interface behind a percent sign (RFC 4007 11)."""
+    """Where to listen. Port 0: any free one. A link-local IPv6 host has its interface behind a
+    percent sign (RFC 4007 11).
+    """
 
     host: str
     port: int
@@ -62,7 +68,9 @@ class PoolSection(_Section, kw_only=True):
 
 
 class ChapSection(_Section, kw_only=True):
-    """``[iscsi.chap]``: what initiators must know; the ``mutual`` pair is what the target then proves to them."""
+    """``[iscsi.chap]``: what initiators must know; the ``mutual`` pair is what the target then
+    proves to them.
+    """
 
     user: str
     secret: str
@@ -104,7 +112,9 @@ class FileLayout(_Section, kw_only=True):
 
 
 class Chap(NamedTuple):
-    """CHAP names and secrets for every target. ``mutual_*`` are None unless the target proves itself too."""
+    """CHAP names and secrets for every target. ``mutual_*`` are None unless the target proves
+    itself too.
+    """
 
     user: str
     secret: str
@@ -136,15 +146,22 @@ def load_file(path: str) -> dict[str, Any]:
         with open(path, "rb") as file:
             return tomllib.load(file)
     except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}; give the path of a readable TOML file") from error
+        raise ConfigError(
+            f"--config {path}: {error.strerror}; give the path of a readable TOML file"
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path} is not TOML: {error}") from error
 
 
 def check_private(path: str) -> None:
-    """Raise ConfigError where everybody on this machine can read, or change, a file that holds secrets."""
+    """Raise ConfigError where everybody on this machine can read, or change, a file that holds
+    secrets.
+    """
     if os.stat(path).st_mode & stat.S_IRWXO:
-        raise ConfigError(f"--config {path} holds CHAP secrets, and others can open it; chmod 640 it, or use `cleavectl chap set` instead")
+        raise ConfigError(
+            f"--config {path} holds CHAP secrets, and others can open it; chmod 640 it, or use"
+            " `cleavectl chap set` instead"
+        )
 
 
 def build(tables: dict[str, Any]) -> Config:
@@ -156,7 +173,9 @@ def build(tables: dict[str, Any]) -> Config:
     listen = _listen(found.iscsi.listen)
     return Config(
         pool_path=_not_empty("pool.path", found.pool.path),
-        pool_size_bytes=None if found.pool.size is None else pool_size_bytes("pool.size", found.pool.size),
+        pool_size_bytes=(
+            None if found.pool.size is None else pool_size_bytes("pool.size", found.pool.size)
+        ),
         cache_bytes=_cache_bytes(found.pool.cache),
         soft_threshold_percent=found.pool.soft_threshold_percent,
         iscsi_listen=listen,
@@ -182,11 +201,21 @@ def option_value(option: str, text: str, parse: Callable[[str], Value]) -> Value
 def parse_address(text: str) -> Address:
     """``HOST:PORT``, with an IPv6 host in brackets. Raises ValueError with what would be right."""
     matched = re.fullmatch(r"(?:\[([^\[\]\s]+)\]|([^:\[\]\s]+)):([0-9]{1,5})", text, re.ASCII)
-    if matched is None or int(matched[3]) > 65535 or not (matched[1] is None or _is_ipv6(matched[1])):
-        raise ValueError(f"{text!r} is not HOST:PORT; write 127.0.0.1:3260 or [::1]:3260, port 0 for any free one")
+    if (
+        matched is None
+        or int(matched[3]) > 65535
+        or not (matched[1] is None or _is_ipv6(matched[1]))
+    ):
+        raise ValueError(
+            f"{text!r} is not HOST:PORT; write 127.0.0.1:3260 or [::1]:3260, port 0 for any"
+            " free one"
+        )
     found = Address(matched[1] or matched[2], int(matched[3]))
     if is_link_local(found.host) and found.unscoped == found and ":" in found.host:
-        raise ValueError(f"{text!r} is link-local, and so needs its interface; write [{found.host}%eth0]:{found.port} with the right one")
+        raise ValueError(
+            f"{text!r} is link-local, and so needs its interface; write"
+            f" [{found.host}%eth0]:{found.port} with the right one"
+        )
     return found
 
 
@@ -207,7 +236,9 @@ def is_link_local(host: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Only this machine can reach it. Of names, only ``localhost`` (RFC 6761 6.3): what others stand for is the resolver's to say."""
+    """Only this machine can reach it. Of names, only ``localhost`` (RFC 6761 6.3): what others
+    stand for is the resolver's to say.
+    """
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -218,7 +249,10 @@ def _listen(texts: tuple[str, ...]) -> tuple[Address, ...]:
     """At least one, and each once; port 0 is another one each time."""
     addresses = tuple(option_value("iscsi.listen", text, parse_address) for text in texts)
     if not addresses:
-        raise ConfigError("iscsi.listen: no address, so that nobody could use the pool; give one, as in 127.0.0.1:3260")
+        raise ConfigError(
+            "iscsi.listen: no address, so that nobody could use the pool; give one, as in"
+            " 127.0.0.1:3260"
+        )
     for address in addresses:
         if address.port and addresses.count(address) > 1:
             raise ConfigError(f"iscsi.listen: {address} stands there twice; give it once")
@@ -230,7 +264,10 @@ def _advertise(texts: tuple[str, ...]) -> tuple[Address, ...]:
     addresses = tuple(option_value("iscsi.advertise", text, parse_address) for text in texts)
     for address in addresses:
         if not address.port or address.host in WILDCARDS or address.unscoped != address:
-            raise ConfigError(f"iscsi.advertise: {address} is nothing to connect to; give an address and a port as initiators reach them")
+            raise ConfigError(
+                f"iscsi.advertise: {address} is nothing to connect to; give an address and a port"
+                " as initiators reach them"
+            )
         if addresses.count(address) > 1:
             raise ConfigError(f"iscsi.advertise: {address} stands there twice; give it once")
     return addresses
@@ -241,16 +278,19 @@ def _open_access(wanted: bool | None, listen: tuple[Address, ...]) -> bool:
     exposed = next((address for address in listen if not is_loopback(address.host)), None)
     if wanted is None and exposed is not None:
         raise ConfigError(
-            f"iscsi.listen: {exposed} can be reached by other machines, and iscsi.open_access is not set; set it to false"
-            " (--no-open-access) to let in only the initiators that `cleavectl acl add` names, or to true (--open-access) to let anybody"
-            " use targets that have no such list"
+            f"iscsi.listen: {exposed} can be reached by other machines, and iscsi.open_access is"
+            " not set; set it to false (--no-open-access) to let in only the initiators that"
+            " `cleavectl acl add` names, or to true (--open-access) to let anybody use targets"
+            " that have no such list"
         )
     return wanted is not False
 
 
 def _not_empty(option: str, text: str) -> str:
     if not text or "\0" in text:
-        raise ConfigError(f"{option}: {text!r} is not a path; give the path of a file or of a block device")
+        raise ConfigError(
+            f"{option}: {text!r} is not a path; give the path of a file or of a block device"
+        )
     return text
 
 
@@ -258,39 +298,53 @@ def pool_size_bytes(option: str, text: str) -> int:
     """The size of a new pool. Raises ConfigError."""
     size_bytes = option_value(option, text, parse_size)
     if size_bytes < _POOL_BYTES_MIN:
-        raise ConfigError(f"{option}: {text!r} is too small; at least {_POOL_BYTES_MIN >> 20}MiB are needed")
+        raise ConfigError(
+            f"{option}: {text!r} is too small; at least {_POOL_BYTES_MIN >> 20}MiB are needed"
+        )
     return size_bytes
 
 
 def _cache_bytes(text: str) -> int:
     cache_bytes = option_value("pool.cache", text, parse_size)
     if cache_bytes < CACHE_BYTES_MIN:
-        raise ConfigError(f"pool.cache: {text!r} is too small; at least {CACHE_BYTES_MIN >> 20}MiB are needed")
+        raise ConfigError(
+            f"pool.cache: {text!r} is too small; at least {CACHE_BYTES_MIN >> 20}MiB are needed"
+        )
     return cache_bytes
 
 
 def _control_path(text: str) -> str:
     path = _not_empty("control.path", text)
     if len(path.encode()) > CONTROL_PATH_BYTES_MAX:
-        raise ConfigError(f"control.path: {path!r} is too long; a Unix socket's path has at most {CONTROL_PATH_BYTES_MAX} bytes")
+        raise ConfigError(
+            f"control.path: {path!r} is too long; a Unix socket's path has at most"
+            f" {CONTROL_PATH_BYTES_MAX} bytes"
+        )
     return path
 
 
 def _chap(section: ChapSection) -> Chap:
     if (section.mutual_user is None) != (section.mutual_secret is None):
-        raise ConfigError("iscsi.chap: mutual_user and mutual_secret belong together; give both or neither")
+        raise ConfigError(
+            "iscsi.chap: mutual_user and mutual_secret belong together; give both or neither"
+        )
     for option in ("user", "mutual_user"):
         if getattr(section, option) == "":
             raise ConfigError(f"iscsi.chap.{option}: '' is not a name; give at least one character")
     for option in ("secret", "mutual_secret"):
         secret = getattr(section, option)
-        if secret is not None and not CHAP_SECRET_CHARACTERS_MIN <= len(secret) <= CHAP_CHARACTERS_MAX:
+        if (
+            secret is not None
+            and not CHAP_SECRET_CHARACTERS_MIN <= len(secret) <= CHAP_CHARACTERS_MAX
+        ):
             # The secret itself is kept out of the message: messages are logged.
             raise ConfigError(
-                f"iscsi.chap.{option}: {len(secret)} characters; a secret has {CHAP_SECRET_CHARACTERS_MIN} to {CHAP_CHARACTERS_MAX}"
+                f"iscsi.chap.{option}: {len(secret)} characters; a secret has"
+                f" {CHAP_SECRET_CHARACTERS_MIN} to {CHAP_CHARACTERS_MAX}"
             )
     if section.secret == section.mutual_secret:
-        # RFC 7143 9.2.1: the same secret must not be used in both directions, or an answer could be reflected.
+        # RFC 7143 9.2.1: the same secret must not be used in both directions, or an answer could be
+        # reflected.
         raise ConfigError("iscsi.chap.mutual_secret: the same as secret; give two different ones")
     return Chap(section.user, section.secret, section.mutual_user, section.mutual_secret)
 
@@ -313,8 +367,16 @@ def _explain(message: str, tables: dict[str, Any]) -> str:
 
 
 def _options(path: list[str]) -> str:
-    sections: dict[str, type[_Section]] = {"": FileLayout, "pool": PoolSection, "iscsi": IscsiSection, "iscsi.chap": ChapSection}
+    sections: dict[str, type[_Section]] = {
+        "": FileLayout,
+        "pool": PoolSection,
+        "iscsi": IscsiSection,
+        "iscsi.chap": ChapSection,
+    }
     sections |= {"control": ControlSection, "log": LogSection}
     name = ".".join(path)
     place = f"[{name}]" if name else "the file"
-    return f"{place} has {', '.join(field.encode_name for field in msgspec.structs.fields(sections[name]))}"
+    return (
+        f"{place} has"
+        f" {', '.join(field.encode_name for field in msgspec.structs.fields(sections[name]))}"
+    )

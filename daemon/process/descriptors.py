@@ -1,23 +1,27 @@
 """How this process shares out its file descriptors, so that no client can use up what others need.
 
-Each connection takes one. The limits of iSCSI and of control connections together stay below RLIMIT_NOFILE, with some left over for
-everything else: a flood of initiators finds the door closed, and the control socket answers all the while.
+Each connection takes one. The limits of iSCSI and of control connections together stay below
+RLIMIT_NOFILE, with some left over for everything else: a flood of initiators finds the door closed,
+and the control socket answers all the while.
 """
 
 import os
 import resource
 from typing import Final, NamedTuple
 
-# Beside what is open when the pool is: sockets that are taken only to be closed, those that close, a lookup, a probe of an address.
+# Beside what is open when the pool is: sockets that are taken only to be closed, those that close,
+# a lookup, a probe of an address.
 SPARE: Final = 16
 # A name that is listened on has an address of each family, as a rule.
 PER_LISTENER: Final = 2
-# Administrators and their scripts; each may hold RESPONSE_BYTES_MAX (protocol.control.limits) for a moment.
+# Administrators and their scripts; each may hold RESPONSE_BYTES_MAX (protocol.control.limits) for a
+# moment.
 CONTROL_MAX: Final = 128
 CONTROL_MIN: Final = 4
 # Of what is free, where that is little.
 CONTROL_SHARE: Final = 8
-# Where the system does not tell how many are open: the interpreter, the event loop and the pool have some twenty.
+# Where the system does not tell how many are open: the interpreter, the event loop and the pool
+# have some twenty.
 _OPEN_GUESS: Final = 32
 
 
@@ -33,7 +37,9 @@ class Shares(NamedTuple):
 
 
 def raise_limit() -> int:
-    """Raise the soft limit as far as it goes, and return it. It is low for the sake of programs that use select; this one does not."""
+    """Raise the soft limit as far as it goes, and return it. It is low for the sake of programs
+    that use select; this one does not.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard == resource.RLIM_INFINITY:
         return soft
@@ -50,7 +56,9 @@ def open_now() -> int:
 
 
 def share_out(limit: int, used: int, connections_max: int) -> Shares:
-    """Of ``limit`` descriptors ``used`` are in use, or will be. ``connections_max`` is what is wanted. Raises TooFewDescriptors."""
+    """Of ``limit`` descriptors ``used`` are in use, or will be. ``connections_max`` is what is
+    wanted. Raises TooFewDescriptors.
+    """
     free = limit - used - SPARE
     control = min(CONTROL_MAX, max(CONTROL_MIN, free // CONTROL_SHARE))
     # As many again may have been taken, in one turn of the event loop, only to be refused.
@@ -58,6 +66,7 @@ def share_out(limit: int, used: int, connections_max: int) -> Shares:
     if iscsi < 1:
         needed = limit - free + 2 * CONTROL_MIN + 1
         raise TooFewDescriptors(
-            f"at most {limit} open files are allowed, and at least {needed} are needed: raise the limit (LimitNOFILE, ulimit -n)"
+            f"at most {limit} open files are allowed, and at least {needed} are needed: raise the"
+            " limit (LimitNOFILE, ulimit -n)"
         )
     return Shares(iscsi, control)

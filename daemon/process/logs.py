@@ -1,7 +1,9 @@
-"""The log: structlog to stderr, JSON lines or text for a terminal. Event names are stable and stand in docs/operations.md.
+"""The log: structlog to stderr, JSON lines or text for a terminal. Event names are stable and stand
+in docs/operations.md.
 
-Nothing is logged per I/O. A line that cannot be written (the terminal is closed, the reader of a pipe has gone, the disk is full) is lost:
-no disk stops for it. What Python's own logging says (asyncio's complaints) comes out as ``python.log``.
+Nothing is logged per I/O. A line that cannot be written (the terminal is closed, the reader of a
+pipe has gone, the disk is full) is lost: no disk stops for it. What Python's own logging says
+(asyncio's complaints) comes out as ``python.log``.
 """
 
 import itertools
@@ -15,8 +17,14 @@ import structlog
 
 Log = structlog.typing.FilteringBoundLogger
 
-LEVELS: Final = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
-# Different reasons that `Repeats` logs one by one until its tick; a stranger can make up as many as he wants.
+LEVELS: Final = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+}
+# Different reasons that `Repeats` logs one by one until its tick; a stranger can make up as many as
+# he wants.
 REASONS_MAX: Final = 20
 _OTHER_REASONS: Final = "other reasons"
 
@@ -26,7 +34,9 @@ STDERR: Final = 2
 
 
 class _Stderr:
-    """What structlog writes to. Not `sys.stderr`, which raises, keeps what it could not write, and tries again at each line."""
+    """What structlog writes to. Not `sys.stderr`, which raises, keeps what it could not write, and
+    tries again at each line.
+    """
 
     def write(self, text: str) -> None:
         """Write, or lose, a line."""
@@ -71,7 +81,9 @@ def set_up(level: str, log_format: str) -> None:
     if text:
         # Not the formatter that shows local variables: secrets may be among them.
         plain = structlog.dev.plain_traceback
-        processors.append(structlog.dev.ConsoleRenderer(colors=os.isatty(STDERR), exception_formatter=plain))
+        processors.append(
+            structlog.dev.ConsoleRenderer(colors=os.isatty(STDERR), exception_formatter=plain)
+        )
     else:
         processors += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     structlog.configure(
@@ -86,7 +98,8 @@ def set_up(level: str, log_format: str) -> None:
 class Repeats:
     """Warnings of one kind that strangers can cause: a flood of them must not fill the log.
 
-    The first for a reason is logged at once, those that follow until the ``ticks``-th `tick` as a number, with empty fields.
+    The first for a reason is logged at once, those that follow until the ``ticks``-th `tick` as a
+    number, with empty fields.
     """
 
     def __init__(self, event: str, ticks: int = 1) -> None:
@@ -121,5 +134,9 @@ def get_log() -> Log:
 def log_at(level: str, event: str, **fields: Any) -> None:
     """Log at a level that is data: "error", "warning" or "info"."""
     log = get_log()
-    levels: dict[str, Callable[..., Any]] = {"error": log.error, "warning": log.warning, "info": log.info}
+    levels: dict[str, Callable[..., Any]] = {
+        "error": log.error,
+        "warning": log.warning,
+        "info": log.info,
+    }
     levels[level](event, **fields)

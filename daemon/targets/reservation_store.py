@@ -1,6 +1,8 @@
-"""Persistent reservations (and saved mode pages) that outlive a restart (APTPL), in the pool's configuration, section ``reservations``.
+"""Persistent reservations (and saved mode pages) that outlive a restart (APTPL), in the pool's
+configuration, section ``reservations``.
 
-Satisfies `protocol.iscsi.node.ReservationKeeper`. Changes that come while one is being written are written together.
+Satisfies `protocol.iscsi.node.ReservationKeeper`. Changes that come while one is being written are
+written together.
 """
 
 import asyncio
@@ -17,8 +19,9 @@ SECTION: Final = "reservations"
 
 
 class Kept(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Registrations (initiator port to key), and the reservation, of one vdisk: what `Reservations.export` gives; whether its
-    write cache is on, as a client saved it; and whether a sanitize operation that has not ended may be given up (None: there is none).
+    """Registrations (initiator port to key), and the reservation, of one vdisk: what
+    `Reservations.export` gives; whether its write cache is on, as a client saved it; and whether a
+    sanitize operation that has not ended may be given up (None: there is none).
     """
 
     registrations: dict[str, int]
@@ -36,7 +39,9 @@ class StoredReservations(Versioned, frozen=True, kw_only=True):
 
 
 class ReservationStore:
-    """Invariant: ``_latest`` is what the last callers wanted kept; ``_waiting`` are the completions of what is not written yet."""
+    """Invariant: ``_latest`` is what the last callers wanted kept; ``_waiting`` are the completions
+    of what is not written yet.
+    """
 
     def __init__(self, pool: Configurable) -> None:
         self._section = Section(pool, SECTION, StoredReservations())
@@ -51,7 +56,9 @@ class ReservationStore:
         return kept
 
     def keep(self, uuid: UUID, state: dict[str, Any] | None, done: Completion) -> None:
-        """Write down the state of one vdisk, and call ``done`` when that is durable, or with the error."""
+        """Write down the state of one vdisk, and call ``done`` when that is durable, or with the
+        error.
+        """
         if state is None:
             self._latest.pop(uuid.hex, None)
         else:

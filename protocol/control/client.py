@@ -26,7 +26,9 @@ class ClientConnection:
         return request_id, encode_request(request_id, method, params)
 
     def receive(self, data: bytes) -> Iterator[Response | Notification]:
-        """Messages that ``data`` completes. Raises FramingError when the other side is not a daemon of this kind."""
+        """Messages that ``data`` completes. Raises FramingError when the other side is not a daemon
+        of this kind.
+        """
         for message in self._reader.feed(data):
             if isinstance(message, Request):
                 raise FramingError("the daemon sends no requests")

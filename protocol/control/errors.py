@@ -1,7 +1,8 @@
-"""Errors of the control protocol. What travels is ``{code, message, next_step?}``; the codes are stable.
+"""Errors of the control protocol. What travels is ``{code, message, next_step?}``; the codes are
+stable.
 
-Two branches: ControlError is an answer to one request, FramingError ends the connection (the stream cannot be followed any
-further). ``EXIT_CODES`` maps each code to the exit status of `cleavectl`.
+Two branches: ControlError is an answer to one request, FramingError ends the connection (the stream
+cannot be followed any further). ``EXIT_CODES`` maps each code to the exit status of `cleavectl`.
 """
 
 from collections.abc import Mapping
@@ -60,7 +61,9 @@ class ControlError(Exception):
 
     @property
     def exit_code(self) -> int:
-        """Exit status of `cleavectl`. A code of a newer daemon that is not known here counts as failed."""
+        """Exit status of `cleavectl`. A code of a newer daemon that is not known here counts as
+        failed.
+        """
         return EXIT_CODES.get(self.code, EXIT_FAILED)
 
     def as_object(self) -> dict[str, str]:
@@ -72,11 +75,19 @@ class ControlError(Exception):
 
     @classmethod
     def from_object(cls, found: Any) -> "ControlError":
-        """From the error place of a response; a peer's odd object becomes an error that shows it."""
-        if not isinstance(found, dict) or not isinstance(found.get("code"), str) or not isinstance(found.get("message"), str):
+        """From the error place of a response; a peer's odd object becomes an error that
+        shows it.
+        """
+        if (
+            not isinstance(found, dict)
+            or not isinstance(found.get("code"), str)
+            or not isinstance(found.get("message"), str)
+        ):
             return cls(FAILED, f"the daemon sent an error of an unknown form: {found!r}")
         next_step = found.get("next_step")
-        return cls(found["code"], found["message"], next_step if isinstance(next_step, str) else None)
+        return cls(
+            found["code"], found["message"], next_step if isinstance(next_step, str) else None
+        )
 
 
 class FramingError(Exception):

@@ -14,7 +14,9 @@ NOTIFICATION: Final = 2
 
 
 class Request(NamedTuple):
-    """``[0, id, method, params]``. ``params`` is as the peer sent it: validated later, by the method."""
+    """``[0, id, method, params]``. ``params`` is as the peer sent it: validated later, by the
+    method.
+    """
 
     request_id: int
     method: str
@@ -22,7 +24,9 @@ class Request(NamedTuple):
 
 
 class Response(NamedTuple):
-    """``[1, id, error, result]``: exactly one of the two is not None, or both are None (done, nothing to say)."""
+    """``[1, id, error, result]``: exactly one of the two is not None, or both are None (done,
+    nothing to say).
+    """
 
     request_id: int
     error: Any
@@ -40,16 +44,25 @@ Message = Request | Response | Notification
 
 
 class FrameReader:
-    """Cuts a byte stream into messages. At most ``frame_bytes_max`` bytes are ever held, and ``items_max`` items of one array."""
+    """Cuts a byte stream into messages. At most ``frame_bytes_max`` bytes are ever held, and
+    ``items_max`` items of one array.
+    """
 
     def __init__(self, frame_bytes_max: int, items_max: int) -> None:
         self._unpacker = msgpack.Unpacker(
-            max_buffer_size=frame_bytes_max, max_array_len=items_max, max_map_len=items_max, max_ext_len=0, raw=False, strict_map_key=True
+            max_buffer_size=frame_bytes_max,
+            max_array_len=items_max,
+            max_map_len=items_max,
+            max_ext_len=0,
+            raw=False,
+            strict_map_key=True,
         )
         self._frame_bytes_max = frame_bytes_max
 
     def feed(self, data: bytes) -> Iterator[Message]:
-        """Messages that ``data`` completes. Raises FramingError; after that the reader is of no further use."""
+        """Messages that ``data`` completes. Raises FramingError; after that the reader is of no
+        further use.
+        """
         try:
             self._unpacker.feed(data)
         except msgpack.BufferFull:
@@ -73,7 +86,9 @@ def _message(frame: Any) -> Message:
             return Response(frame[1], frame[2], frame[3])
         if kind == NOTIFICATION and len(frame) == 3 and isinstance(frame[1], str):
             return Notification(frame[1], frame[2])
-    raise FramingError("a frame is [0, id, method, params], [1, id, error, result] or [2, method, params]")
+    raise FramingError(
+        "a frame is [0, id, method, params], [1, id, error, result] or [2, method, params]"
+    )
 
 
 def _is_id(value: Any) -> bool:
@@ -91,12 +106,19 @@ def encode_notification(method: str, params: Any) -> bytes:
 
 
 def encode_response(request_id: int, error: Any, result: Any) -> Iterator[bytes]:
-    """One response frame, in parts that each cost the event loop little: a long list is cut every ITEMS_PER_PART items."""
+    """One response frame, in parts that each cost the event loop little: a long list is cut every
+    ITEMS_PER_PART items.
+    """
     if error is not None or not isinstance(result, list) or len(result) <= ITEMS_PER_PART:
         yield _pack([RESPONSE, request_id, error, result])
         return
     packer = msgpack.Packer()
-    head = (packer.pack_array_header(4), packer.pack(RESPONSE), packer.pack(request_id), packer.pack(None))
+    head = (
+        packer.pack_array_header(4),
+        packer.pack(RESPONSE),
+        packer.pack(request_id),
+        packer.pack(None),
+    )
     yield b"".join((*head, packer.pack_array_header(len(result))))
     for first in range(0, len(result), ITEMS_PER_PART):
         yield b"".join(map(packer.pack, result[first : first + ITEMS_PER_PART]))

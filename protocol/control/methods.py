@@ -1,7 +1,7 @@
 """The methods of the control socket: names, typed parameters, and what each answers.
 
-Methods are named as the commands of `cleavectl`. Sizes are bytes, rates bytes a second. Unknown parameters are refused, so
-that a misspelt one is never silently ignored.
+Methods are named as the commands of `cleavectl`. Sizes are bytes, rates bytes a second. Unknown
+parameters are refused, so that a misspelt one is never silently ignored.
 """
 
 from collections.abc import Mapping
@@ -21,30 +21,44 @@ from protocol.control.limits import (
     REFERENCE_CHARACTERS_MAX,
 )
 
-# A vdisk's name ends an iSCSI name, where RFC 7143 4.2.7.1 allows letters, digits, dash, dot and colon; the underscore is an
-# addition that initiators take too. Nothing else, so that names need no quoting in URLs and shells.
+# A vdisk's name ends an iSCSI name, where RFC 7143 4.2.7.1 allows letters, digits, dash, dot and
+# colon; the underscore is an addition that initiators take too. Nothing else, so that names need no
+# quoting in URLs and shells.
 _NAME: Final = r"[A-Za-z0-9][A-Za-z0-9._:-]*"
 _NAME_PATTERN: Final = rf"^{_NAME}\Z"
 _REFERENCE_PATTERN: Final = rf"^{_NAME}@{_NAME}\Z"
-Name = Annotated[str, msgspec.Meta(min_length=1, max_length=NAME_CHARACTERS_MAX, pattern=_NAME_PATTERN)]
-Reference = Annotated[str, msgspec.Meta(min_length=3, max_length=REFERENCE_CHARACTERS_MAX, pattern=_REFERENCE_PATTERN)]
-# RFC 7143 4.2.7.2, in the characters that need no preparation (4.2.7.1), and the underscore, which initiators use too.
+Name = Annotated[
+    str, msgspec.Meta(min_length=1, max_length=NAME_CHARACTERS_MAX, pattern=_NAME_PATTERN)
+]
+Reference = Annotated[
+    str, msgspec.Meta(min_length=3, max_length=REFERENCE_CHARACTERS_MAX, pattern=_REFERENCE_PATTERN)
+]
+# RFC 7143 4.2.7.2, in the characters that need no preparation (4.2.7.1), and the underscore, which
+# initiators use too.
 ISCSI_NAME: Final = (
     r"(?:[iI][qQ][nN]\.[0-9]{4}-[0-9]{2}\.[A-Za-z0-9][A-Za-z0-9._:-]*"
     r"|[eE][uU][iI]\.[0-9A-Fa-f]{16}|[nN][aA][aA]\.[0-9A-Fa-f]{16}(?:[0-9A-Fa-f]{16})?)"
 )
 _ISCSI_PATTERN: Final = rf"^{ISCSI_NAME}\Z"
-Initiator = Annotated[str, msgspec.Meta(max_length=ISCSI_NAME_CHARACTERS_MAX, pattern=_ISCSI_PATTERN)]
+Initiator = Annotated[
+    str, msgspec.Meta(max_length=ISCSI_NAME_CHARACTERS_MAX, pattern=_ISCSI_PATTERN)
+]
 # An iSCSI name, or what follows the prefix that the daemon gives: the characters are the same.
-TargetReference = Annotated[str, msgspec.Meta(min_length=1, max_length=ISCSI_NAME_CHARACTERS_MAX, pattern=_NAME_PATTERN)]
+TargetReference = Annotated[
+    str, msgspec.Meta(min_length=1, max_length=ISCSI_NAME_CHARACTERS_MAX, pattern=_NAME_PATTERN)
+]
 _PATTERN_WORDS: Final = {
-    _NAME_PATTERN: "a name of letters, digits, '.', '_', '-' and ':' that begins with a letter or digit",
+    _NAME_PATTERN: (
+        "a name of letters, digits, '.', '_', '-' and ':' that begins with a letter or digit"
+    ),
     _REFERENCE_PATTERN: "VDISK@SNAPSHOT, each a name of letters, digits, '.', '_', '-' and ':'",
     _ISCSI_PATTERN: "an iSCSI name, as in iqn.1993-08.org.debian:01:9a3c",
 }
 Lun = Annotated[int, msgspec.Meta(ge=0, le=LUN_MAX)]
 ChapName = Annotated[str, msgspec.Meta(min_length=1, max_length=CHAP_CHARACTERS_MAX)]
-ChapSecret = Annotated[str, msgspec.Meta(min_length=CHAP_SECRET_CHARACTERS_MIN, max_length=CHAP_CHARACTERS_MAX)]
+ChapSecret = Annotated[
+    str, msgspec.Meta(min_length=CHAP_SECRET_CHARACTERS_MIN, max_length=CHAP_CHARACTERS_MAX)
+]
 SizeBytes = Annotated[int, msgspec.Meta(gt=0)]
 
 # Notifications that a client can subscribe to.
@@ -83,7 +97,9 @@ class VdiskCreate(Params, frozen=True, kw_only=True):
 
 
 class VdiskResize(Params, frozen=True, kw_only=True):
-    """Larger adds zeros. Smaller cuts the end off, with the data in it, and is refused unless ``shrink`` is true."""
+    """Larger adds zeros. Smaller cuts the end off, with the data in it, and is refused unless
+    ``shrink`` is true.
+    """
 
     name: Name
     size_bytes: SizeBytes
@@ -100,7 +116,9 @@ class VdiskRename(Params, frozen=True, kw_only=True):
 class SnapshotCreate(Params, frozen=True, kw_only=True):
     """Each is VDISK@SNAPSHOT; all are of one moment, or none is made."""
 
-    snapshots: Annotated[list[Reference], msgspec.Meta(min_length=1, max_length=GROUP_SNAPSHOTS_MAX)]
+    snapshots: Annotated[
+        list[Reference], msgspec.Meta(min_length=1, max_length=GROUP_SNAPSHOTS_MAX)
+    ]
 
 
 class SnapshotList(Params, frozen=True, kw_only=True):
@@ -125,7 +143,9 @@ class CloneCreate(Params, frozen=True, kw_only=True):
 
 
 class SplitStart(Params, frozen=True, kw_only=True):
-    """``copy`` moves data, ``share`` takes the backing store's own pointers. Rates are floors and ceilings of the copying."""
+    """``copy`` moves data, ``share`` takes the backing store's own pointers. Rates are floors and
+    ceilings of the copying.
+    """
 
     name: Name
     mode: Literal["copy", "share"] = "copy"
@@ -159,11 +179,15 @@ class AclAdd(Params, frozen=True, kw_only=True):
     """Initiators that may use a target; from the first one on, nobody else may."""
 
     target: TargetReference
-    initiators: Annotated[list[Initiator], msgspec.Meta(min_length=1, max_length=ACL_INITIATORS_MAX)]
+    initiators: Annotated[
+        list[Initiator], msgspec.Meta(min_length=1, max_length=ACL_INITIATORS_MAX)
+    ]
 
 
 class AclRemove(Params, frozen=True, kw_only=True):
-    """An initiator that may not use a target any more. A list that becomes empty stays, and lets nobody in."""
+    """An initiator that may not use a target any more. A list that becomes empty stays, and lets
+    nobody in.
+    """
 
     target: TargetReference
     initiator: Initiator
@@ -201,7 +225,9 @@ class SessionEnd(Params, frozen=True, kw_only=True):
 
 
 class Connect(Params, frozen=True, kw_only=True):
-    """What a client needs to use a vdisk; what it must prove and whether it may depends on its ``initiator`` name."""
+    """What a client needs to use a vdisk; what it must prove and whether it may depends on its
+    ``initiator`` name.
+    """
 
     name: Name
     initiator: Initiator | None = None
@@ -227,7 +253,9 @@ class Method(NamedTuple):
 
 
 METHODS: Final[Mapping[str, Method]] = {
-    "hello": Method(Hello, "first call: names the client; answers server, version, protocol and pool"),
+    "hello": Method(
+        Hello, "first call: names the client; answers server, version, protocol and pool"
+    ),
     "rpc.list": Method(Params, "describe all methods"),
     "rpc.subscribe": Method(Subscribe, "choose the notifications that this connection gets"),
     "vdisk.create": Method(VdiskCreate, "create an empty vdisk"),
@@ -238,7 +266,9 @@ METHODS: Final[Mapping[str, Method]] = {
     "vdisk.rm": Method(Named, "delete a vdisk; its space is reclaimed in the background"),
     "snapshot.create": Method(SnapshotCreate, "take snapshots, all at one moment"),
     "snapshot.ls": Method(SnapshotList, "list snapshots"),
-    "snapshot.rm": Method(SnapshotDelete, "delete a snapshot; its space is reclaimed in the background"),
+    "snapshot.rm": Method(
+        SnapshotDelete, "delete a snapshot; its space is reclaimed in the background"
+    ),
     "clone.create": Method(CloneCreate, "create a clone of a snapshot"),
     "split.start": Method(SplitStart, "start to split a clone from its backing store"),
     "split.show": Method(Named, "state and progress of one split"),
@@ -265,21 +295,32 @@ METHODS: Final[Mapping[str, Method]] = {
     "chap.rm": Method(OneInitiator, "remove an initiator's credentials"),
     "chap.ls": Method(Params, "which initiators have credentials, without their secrets"),
     "session.ls": Method(Params, "list the iSCSI sessions"),
-    "session.end": Method(SessionEnd, "end an iSCSI session: its initiator is asked to log out, and cut off if it does not"),
+    "session.end": Method(
+        SessionEnd,
+        "end an iSCSI session: its initiator is asked to log out, and cut off if it does not",
+    ),
     "stats": Method(Named, "counters of one vdisk since the daemon started"),
     "connect": Method(Connect, "what a client needs to connect to a vdisk"),
 }
 
 
 def validate(method: str, params: Any) -> Params:
-    """Typed parameters of a request. Raises ControlError (UNKNOWN_METHOD, INVALID_PARAMS) with a sentence on what would be right."""
+    """Typed parameters of a request. Raises ControlError (UNKNOWN_METHOD, INVALID_PARAMS) with a
+    sentence on what would be right.
+    """
     known = METHODS.get(method)
     if known is None:
-        raise ControlError(UNKNOWN_METHOD, f"there is no method {method!r}", "rpc.list names them all")
+        raise ControlError(
+            UNKNOWN_METHOD, f"there is no method {method!r}", "rpc.list names them all"
+        )
     try:
         return msgspec.convert(_named(params), known.params)
     except msgspec.ValidationError as error:
-        raise ControlError(INVALID_PARAMS, f"{method}: {_in_words(str(error))}", f"{method} takes {_signature(known.params)}") from None
+        raise ControlError(
+            INVALID_PARAMS,
+            f"{method}: {_in_words(str(error))}",
+            f"{method} takes {_signature(known.params)}",
+        ) from None
 
 
 def _in_words(message: str) -> str:
@@ -290,7 +331,9 @@ def _in_words(message: str) -> str:
 
 
 def _named(params: Any) -> Any:
-    """The map of parameters: itself, or the only item of an array; nothing counts as an empty one."""
+    """The map of parameters: itself, or the only item of an array; nothing counts as an
+    empty one.
+    """
     if params is None or params == []:
         return {}
     if isinstance(params, list) and len(params) == 1:
@@ -299,18 +342,28 @@ def _named(params: Any) -> Any:
 
 
 def describe() -> list[dict[str, Any]]:
-    """The answer to ``rpc.list``: method, summary, and params with name, JSON schema and default."""
-    return [{"method": name, "summary": method.summary, "params": _describe_params(method.params)} for name, method in METHODS.items()]
+    """The answer to ``rpc.list``: method, summary, and params with name, JSON schema
+    and default.
+    """
+    return [
+        {"method": name, "summary": method.summary, "params": _describe_params(method.params)}
+        for name, method in METHODS.items()
+    ]
 
 
 def _describe_params(params: type[Params]) -> list[dict[str, Any]]:
     _, components = msgspec.json.schema_components([params])
     found = components[params.__name__]
-    return [{"name": name, "required": name in found["required"], "schema": schema} for name, schema in found["properties"].items()]
+    return [
+        {"name": name, "required": name in found["required"], "schema": schema}
+        for name, schema in found["properties"].items()
+    ]
 
 
 def _signature(params: type[Params]) -> str:
     fields = msgspec.structs.fields(params)
     if not fields:
         return "no parameters"
-    return ", ".join(field.encode_name if field.required else f"[{field.encode_name}]" for field in fields)
+    return ", ".join(
+        field.encode_name if field.required else f"[{field.encode_name}]" for field in fields
+    )

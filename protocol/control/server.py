@@ -1,8 +1,9 @@
 """The daemon's side of one control connection, sans-IO.
 
-States: a connection is NEW until ``hello`` was answered, then READY, and CLOSED once its bytes could not be followed. Calls
-come out of ``receive`` validated; each is answered exactly once by ``answer`` or ``refuse``, in any order. What needs no pool
-(``hello``'s refusals, ``rpc.list``, ``rpc.subscribe``, malformed requests) is answered here.
+States: a connection is NEW until ``hello`` was answered, then READY, and CLOSED once its bytes
+could not be followed. Calls come out of ``receive`` validated; each is answered exactly once by
+``answer`` or ``refuse``, in any order. What needs no pool (``hello``'s refusals, ``rpc.list``,
+``rpc.subscribe``, malformed requests) is answered here.
 """
 
 import enum
@@ -10,9 +11,20 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from protocol.control import methods
-from protocol.control.errors import HELLO_FIRST, INVALID_REQUEST, TOO_MANY_REQUESTS, ControlError, FramingError
+from protocol.control.errors import (
+    HELLO_FIRST,
+    INVALID_REQUEST,
+    TOO_MANY_REQUESTS,
+    ControlError,
+    FramingError,
+)
 from protocol.control.frames import FrameReader, Request, encode_notification, encode_response
-from protocol.control.limits import PROTOCOL_VERSION, REQUEST_BYTES_MAX, REQUEST_ITEMS_MAX, REQUESTS_PENDING_MAX
+from protocol.control.limits import (
+    PROTOCOL_VERSION,
+    REQUEST_BYTES_MAX,
+    REQUEST_ITEMS_MAX,
+    REQUESTS_PENDING_MAX,
+)
 
 
 class State(enum.Enum):
@@ -43,7 +55,9 @@ class ServerConnection:
         self._output: list[bytes] = []
 
     def receive(self, data: bytes) -> Iterator[Call]:
-        """Calls that ``data`` completes. Bytes that are no frames close the connection, and the output says why."""
+        """Calls that ``data`` completes. Bytes that are no frames close the connection, and the
+        output says why.
+        """
         try:
             for message in self._reader.feed(data):
                 if not isinstance(message, Request):
@@ -64,12 +78,23 @@ class ServerConnection:
 
     def _validate(self, request: Request) -> Call | None:
         if request.request_id in self._pending:
-            raise ControlError(INVALID_REQUEST, f"request id {request.request_id} is in use by a request that waits for its answer")
+            raise ControlError(
+                INVALID_REQUEST,
+                f"request id {request.request_id} is in use by a request that waits for its answer",
+            )
         if len(self._pending) >= REQUESTS_PENDING_MAX:
-            raise ControlError(TOO_MANY_REQUESTS, f"{REQUESTS_PENDING_MAX} requests of this connection wait for their answers already")
+            raise ControlError(
+                TOO_MANY_REQUESTS,
+                f"{REQUESTS_PENDING_MAX} requests of this connection wait for their answers"
+                " already",
+            )
         params = methods.validate(request.method, request.params)
         if self.state is State.NEW and request.method != "hello":
-            raise ControlError(HELLO_FIRST, f"{request.method} came before hello", "call hello with client and protocol first")
+            raise ControlError(
+                HELLO_FIRST,
+                f"{request.method} came before hello",
+                "call hello with client and protocol first",
+            )
         if request.method == "hello":
             self._greet(params)
         elif request.method in self._OWN_METHODS:
@@ -83,7 +108,8 @@ class ServerConnection:
         if params.protocol != PROTOCOL_VERSION:
             raise ControlError(
                 INVALID_REQUEST,
-                f"the client speaks control protocol {params.protocol}, this daemon {PROTOCOL_VERSION}",
+                f"the client speaks control protocol {params.protocol}, this daemon"
+                f" {PROTOCOL_VERSION}",
                 "use a cleavectl of the daemon's version",
             )
         self.client = params.client
@@ -104,7 +130,9 @@ class ServerConnection:
     }
 
     def answer(self, request_id: int, result: Any) -> Iterator[bytes]:
-        """Bytes of a response, in parts that each cost the event loop little. They must reach the peer together, in order."""
+        """Bytes of a response, in parts that each cost the event loop little. They must reach the
+        peer together, in order.
+        """
         self._pending.remove(request_id)
         return encode_response(request_id, None, result)
 

@@ -1,6 +1,8 @@
-"""CHAP for iSCSI (RFC 1994, RFC 7143 12.1.3): responses, challenges, and the two sides of the exchange.
+"""CHAP for iSCSI (RFC 1994, RFC 7143 12.1.3): responses, challenges, and the two sides of the
+exchange.
 
-The secret never leaves this module in any form but a response, and comparison takes the same time whatever differs.
+The secret never leaves this module in any form but a response, and comparison takes the same time
+whatever differs.
 """
 
 import hmac
@@ -19,7 +21,12 @@ from protocol.iscsi.limits import CHALLENGE_BYTES, CHALLENGE_BYTES_MAX, CHALLENG
 from protocol.names import fold
 
 # RFC 7143 12.1.3 and the IANA registry of PPP authentication algorithms.
-ALGORITHMS: Final[dict[str, Callable[[bytes], Any]]] = {"5": md5, "6": sha1, "7": sha256, "8": sha3_256}
+ALGORITHMS: Final[dict[str, Callable[[bytes], Any]]] = {
+    "5": md5,
+    "6": sha1,
+    "7": sha256,
+    "8": sha3_256,
+}
 # In the order in which our initiator offers them: strongest first.
 ALGORITHMS_OFFERED: Final = "8,7,6,5"
 _HEX_DIGITS: Final = frozenset("0123456789abcdefABCDEF")
@@ -27,7 +34,8 @@ _HEX_DIGITS: Final = frozenset("0123456789abcdefABCDEF")
 
 @dataclass(frozen=True, slots=True)
 class ChapSecrets:
-    """What one initiator must prove (``user``, ``secret``), and what the target proves in return when it is asked to.
+    """What one initiator must prove (``user``, ``secret``), and what the target proves in return
+    when it is asked to.
 
     ``user_is_iscsi_name``: the user is the initiator's own name, which has no case.
     """
@@ -49,7 +57,9 @@ def response(algorithm: str, identifier: int, secret: bytes, challenge: bytes) -
 
 
 def decode_binary(text: str) -> bytes:
-    """A large binary value: 0x hexadecimal or 0b base64 (RFC 7143 6.1). Raises AuthenticationFailed."""
+    """A large binary value: 0x hexadecimal or 0b base64 (RFC 7143 6.1). Raises
+    AuthenticationFailed.
+    """
     kind, digits = text[:2].lower(), text[2:]
     if kind == "0x" and digits and set(digits) <= _HEX_DIGITS:
         return bytes.fromhex(digits if len(digits) % 2 == 0 else "0" + digits)
@@ -77,8 +87,8 @@ def choose_algorithm(offered: str) -> str:
 class Challenges:
     """The challenges that this node has sent of late, on all connections.
 
-    A peer that wants our response to our own challenge (reflection, RFC 7143 9.2.1) must present it to us, on this or
-    on another connection; what is remembered here is refused.
+    A peer that wants our response to our own challenge (reflection, RFC 7143 9.2.1) must present it
+    to us, on this or on another connection; what is remembered here is refused.
     """
 
     __slots__ = ("_order", "_recent")
@@ -105,7 +115,9 @@ class Challenges:
 
 
 class TargetExchange:
-    """The target's part: CHAP_A chooses, CHAP_N and CHAP_R prove, and with CHAP_I and CHAP_C the target proves itself."""
+    """The target's part: CHAP_A chooses, CHAP_N and CHAP_R prove, and with CHAP_I and CHAP_C the
+    target proves itself.
+    """
 
     __slots__ = ("_algorithm", "_challenge", "_challenges", "_identifier", "_secrets", "done")
 
@@ -118,7 +130,9 @@ class TargetExchange:
         self.done = False
 
     def step(self, keys: dict[str, str]) -> list[tuple[str, str]]:
-        """Take the CHAP keys of one request, return those of the reply. Raises AuthenticationFailed."""
+        """Take the CHAP keys of one request, return those of the reply. Raises
+        AuthenticationFailed.
+        """
         if self.done or not keys:
             if keys:
                 raise AuthenticationFailed("CHAP keys after the exchange has ended")
@@ -133,16 +147,24 @@ class TargetExchange:
         self._algorithm = choose_algorithm(keys["CHAP_A"])
         self._identifier = secrets.randbelow(256)
         self._challenge = self._challenges.new()
-        return [("CHAP_A", self._algorithm), ("CHAP_I", str(self._identifier)), ("CHAP_C", encode_binary(self._challenge))]
+        return [
+            ("CHAP_A", self._algorithm),
+            ("CHAP_I", str(self._identifier)),
+            ("CHAP_C", encode_binary(self._challenge)),
+        ]
 
     def _verify(self, keys: dict[str, str]) -> list[tuple[str, str]]:
         if "CHAP_N" not in keys or "CHAP_R" not in keys or ("CHAP_I" in keys) != ("CHAP_C" in keys):
             raise AuthenticationFailed("CHAP keys are missing")
         assert self._algorithm is not None
-        expected = response(self._algorithm, self._identifier, self._secrets.secret, self._challenge)
+        expected = response(
+            self._algorithm, self._identifier, self._secrets.secret, self._challenge
+        )
         given = decode_binary(keys["CHAP_R"])
         spelled = fold if self._secrets.user_is_iscsi_name else str
-        right_user = hmac.compare_digest(spelled(keys["CHAP_N"]).encode(), spelled(self._secrets.user).encode())
+        right_user = hmac.compare_digest(
+            spelled(keys["CHAP_N"]).encode(), spelled(self._secrets.user).encode()
+        )
         if not hmac.compare_digest(given, expected) or not right_user:
             raise AuthenticationFailed("wrong CHAP user or response")
         self.done = True
@@ -151,11 +173,15 @@ class TargetExchange:
     def _prove(self, keys: dict[str, str]) -> list[tuple[str, str]]:
         user, secret = self._secrets.target_user, self._secrets.target_secret
         if user is None or secret is None:
-            raise AuthenticationFailed("the initiator wants mutual CHAP and the target has no secret for it")
+            raise AuthenticationFailed(
+                "the initiator wants mutual CHAP and the target has no secret for it"
+            )
         challenge = decode_binary(keys["CHAP_C"])
         self._challenges.refuse_own(challenge)
         if hmac.compare_digest(secret, self._secrets.secret):
-            raise AuthenticationFailed("the two secrets of mutual CHAP must differ (RFC 7143 9.2.1)")
+            raise AuthenticationFailed(
+                "the two secrets of mutual CHAP must differ (RFC 7143 9.2.1)"
+            )
         assert self._algorithm is not None
         answer = response(self._algorithm, parse_identifier(keys["CHAP_I"]), secret, challenge)
         return [("CHAP_N", user), ("CHAP_R", encode_binary(answer))]
@@ -175,7 +201,9 @@ class InitiatorExchange:
         self.done = False
 
     def step(self, keys: dict[str, str]) -> list[tuple[str, str]]:
-        """Take the CHAP keys of a reply, return those of the next request. Raises AuthenticationFailed."""
+        """Take the CHAP keys of a reply, return those of the next request. Raises
+        AuthenticationFailed.
+        """
         self._stage += 1
         if self._stage == 1:
             return [("CHAP_A", ALGORITHMS_OFFERED)]
@@ -191,7 +219,9 @@ class InitiatorExchange:
             raise AuthenticationFailed("the target's CHAP challenge is incomplete")
         self._algorithm = keys["CHAP_A"]
         challenge = decode_binary(keys["CHAP_C"])
-        proof = response(self._algorithm, parse_identifier(keys["CHAP_I"]), self._secrets.secret, challenge)
+        proof = response(
+            self._algorithm, parse_identifier(keys["CHAP_I"]), self._secrets.secret, challenge
+        )
         reply = [("CHAP_N", self._secrets.user), ("CHAP_R", encode_binary(proof))]
         if self._secrets.target_secret is not None:
             self._identifier = secrets.randbelow(256)
@@ -202,7 +232,9 @@ class InitiatorExchange:
     def _check_target(self, keys: dict[str, str], secret: bytes) -> None:
         expected = response(self._algorithm, self._identifier, secret, self._challenge)
         right_user = keys.get("CHAP_N") == self._secrets.target_user
-        if not right_user or not hmac.compare_digest(decode_binary(keys.get("CHAP_R", "")), expected):
+        if not right_user or not hmac.compare_digest(
+            decode_binary(keys.get("CHAP_R", "")), expected
+        ):
             raise AuthenticationFailed("the target did not prove itself")
 
 

@@ -1,11 +1,14 @@
-"""One TCP connection of the target, sans-IO: bytes in by ``get_buffer`` and ``buffer_updated``, out by ``send``.
+"""One TCP connection of the target, sans-IO: bytes in by ``get_buffer`` and ``buffer_updated``, out
+by ``send``.
 
-Made for ``asyncio.BufferedProtocol``: one wake-up fills the receive buffer, all whole PDUs in it are carried out, every
-touched volume is settled once, and the replies leave together in one call of ``send``. Replies that are ready later (a read
-that missed the cache, a durable write) ask for a flush by ``wake``, once for as many as gather until ``flush_output``.
+Made for ``asyncio.BufferedProtocol``: one wake-up fills the receive buffer, all whole PDUs in it
+are carried out, every touched volume is settled once, and the replies leave together in one call of
+``send``. Replies that are ready later (a read that missed the cache, a durable write) ask for a
+flush by ``wake``, once for as many as gather until ``flush_output``.
 
-Invariants: ``send``, ``wake`` and ``close`` are never called inside one another by this class; after ``close`` was called nothing
-is sent any more; no exception but our own mistakes comes out of ``buffer_updated``.
+Invariants: ``send``, ``wake`` and ``close`` are never called inside one another by this class;
+after ``close`` was called nothing is sent any more; no exception but our own mistakes comes out of
+``buffer_updated``.
 """
 
 from collections.abc import Callable
@@ -23,10 +26,12 @@ from protocol.volume import Buffer
 
 
 class TargetConnection:
-    """One connection. The daemon gives three callables and calls the methods; the addresses are only reported.
+    """One connection. The daemon gives three callables and calls the methods; the addresses are
+    only reported.
 
-    ``send(buffers)`` hands over what is to be written, in order. ``wake()`` asks for one ``flush_output()`` soon. ``close()``
-    asks to close the transport once everything sent has been written; ``connection_lost`` follows.
+    ``send(buffers)`` hands over what is to be written, in order. ``wake()`` asks for one
+    ``flush_output()`` soon. ``close()`` asks to close the transport once everything sent has been
+    written; ``connection_lost`` follows.
     """
 
     __slots__ = (
@@ -92,7 +97,7 @@ class TargetConnection:
         self._started_seconds: float | None = None
         self._last_seconds = 0.0
 
-    # --- Bytes ----------------------------------------------------------------------------------------------------
+    # --- Bytes ------------------------------------------------------------------------------------
 
     def get_buffer(self, sizehint: int = -1) -> memoryview:
         """The free part of the receive buffer; never empty while the transport is not paused."""
@@ -158,13 +163,17 @@ class TargetConnection:
             self._send(self._sender.take())
 
     def _request_flush(self) -> None:
-        """A reply became ready: within a wake-up it leaves with the others, else a flush is asked for once."""
+        """A reply became ready: within a wake-up it leaves with the others, else a flush is asked
+        for once.
+        """
         if not (self._entered or self._woken or self._closed):
             self._woken = True
             self._wake()
 
     def pause_writing(self) -> None:
-        """The transport's buffer is full: no command is carried out until `resume_writing`. The daemon pauses reading too."""
+        """The transport's buffer is full: no command is carried out until `resume_writing`. The
+        daemon pauses reading too.
+        """
         self._paused = True
 
     def resume_writing(self) -> None:
@@ -173,12 +182,14 @@ class TargetConnection:
         That may call `pause_writing` again: whether to read is for ``paused`` to say.
         """
         self._paused = False
-        self._active = True  # it takes what it is sent: a sign of life, though nothing is read of it meanwhile
+        self._active = (
+            True  # it takes what it is sent: a sign of life, though nothing is read of it meanwhile
+        )
         if self._phase is not None:
             self._phase.resume()
         self._process()
 
-    # --- Login ----------------------------------------------------------------------------------------------------
+    # --- Login ------------------------------------------------------------------------------------
 
     def _handle_login(self, pdu: Pdu) -> None:
         login = self._login
@@ -205,14 +216,18 @@ class TargetConnection:
     def _open_session(self, result: LoginResult, stat_sn: int) -> None:
         """No older session is in the way: make the nexus and answer the login.
 
-        The target is looked up again: its LUNs and whom it is for may have changed since the login began.
+        The target is looked up again: its LUNs and whom it is for may have changed since the login
+        began.
         """
         assert result.target is not None and self._key is not None
         if self._closed or self._lost:
             return
         target = self.node.directory.open_target(result.target.name, result.initiator_name)
         if target is None:
-            self._fail(f"the target {result.target.name} went, or was taken from this initiator, during its login")
+            self._fail(
+                f"the target {result.target.name} went, or was taken from this initiator, during"
+                " its login"
+            )
             return
         port = f"{result.initiator_name},i,0x{result.isid:012x}"
         self._enter(result, stat_sn, self.node.open_nexus(target, port))
@@ -222,10 +237,16 @@ class TargetConnection:
     def _enter(self, result: LoginResult, stat_sn: int, nexus: Nexus) -> None:
         self.tsih = self.node.take_tsih()
         window_end = (result.cmd_sn + limits.COMMAND_WINDOW - 1) & 0xFFFFFFFF
-        self._sender.put(result.final_header(self.tsih, result.cmd_sn, window_end), result.final_text)
+        self._sender.put(
+            result.final_header(self.tsih, result.cmd_sn, window_end), result.final_text
+        )
         portal = self.portal_address
         node = self.node
-        text = TextExchange(lambda: node.directory.names_for(result.initiator_name, portal), lambda: node.portals(portal), node.turns)
+        text = TextExchange(
+            lambda: node.directory.names_for(result.initiator_name, portal),
+            lambda: node.portals(portal),
+            node.turns,
+        )
         self._phase = FullFeature(
             result,
             nexus,
@@ -243,7 +264,7 @@ class TargetConnection:
         if not result.discovery:
             self._receive.grow(limits.RECEIVE_BUFFER_BYTES, limits.RECEIVE_DATA_SEGMENT_BYTES)
 
-    # --- End ------------------------------------------------------------------------------------------------------
+    # --- End --------------------------------------------------------------------------------------
 
     def _fail(self, reason: str) -> None:
         self.failure = reason
@@ -284,7 +305,9 @@ class TargetConnection:
             self._receive.release()
 
     def reinstated(self, drained: Callable[[], None]) -> None:
-        """The same initiator port has logged in again: end at once (RFC 7143 6.3.5), and say when nothing touches a volume."""
+        """The same initiator port has logged in again: end at once (RFC 7143 6.3.5), and say when
+        nothing touches a volume.
+        """
         phase = self._phase
         self._end()
         if phase is not None and phase.tasks:
@@ -314,7 +337,9 @@ class TargetConnection:
             self._phase.unmap_lun(lun)
 
     def shutdown(self, timeout_seconds: int) -> None:
-        """Ask the initiator to log out; the daemon closes after the timeout. Before the full feature phase: close now."""
+        """Ask the initiator to log out; the daemon closes after the timeout. Before the full
+        feature phase: close now.
+        """
         if self._phase is None:
             self._end()
         elif not self._closed:
@@ -322,7 +347,9 @@ class TargetConnection:
             self.flush_output()
 
     def tick(self, now_seconds: float) -> None:
-        """Time passes: login timeout, keep-alive. Call it every second or so, with any monotonic clock."""
+        """Time passes: login timeout, keep-alive. Call it every second or so, with any monotonic
+        clock.
+        """
         if self._started_seconds is None:
             self._started_seconds = self._last_seconds = now_seconds
         if self._closed:
@@ -331,13 +358,18 @@ class TargetConnection:
             if now_seconds - self._started_seconds > limits.LOGIN_SECONDS_MAX:
                 self._fail("the login took too long")
             return
-        if self._phase.discovery and now_seconds - self._started_seconds > limits.DISCOVERY_SECONDS_MAX:
+        if (
+            self._phase.discovery
+            and now_seconds - self._started_seconds > limits.DISCOVERY_SECONDS_MAX
+        ):
             self._fail("the discovery session took too long")
             return
         if self._active:
             self._active = self._pinged = False
             self._last_seconds = now_seconds
-        elif now_seconds - self._last_seconds >= (limits.KEEP_ALIVE_ANSWER_SECONDS if self._pinged else limits.KEEP_ALIVE_SECONDS):
+        elif now_seconds - self._last_seconds >= (
+            limits.KEEP_ALIVE_ANSWER_SECONDS if self._pinged else limits.KEEP_ALIVE_SECONDS
+        ):
             self._last_seconds = now_seconds
             self._keep_alive(self._phase)
 
@@ -349,7 +381,7 @@ class TargetConnection:
         phase.ping()
         self.flush_output()
 
-    # --- Reports --------------------------------------------------------------------------------------------------
+    # --- Reports ----------------------------------------------------------------------------------
 
     @property
     def logged_in(self) -> bool:
@@ -381,7 +413,15 @@ class TargetConnection:
             "address": self.peer_address,
             "portal": self.portal_address,
             "tsih": self.tsih,
-            "state": "closed" if self._closed else "login" if phase is None else "discovery" if phase.discovery else "active",
+            "state": (
+                "closed"
+                if self._closed
+                else "login"
+                if phase is None
+                else "discovery"
+                if phase.discovery
+                else "active"
+            ),
             "header_digest": bool(parameters and parameters.header_digest),
             "data_digest": bool(parameters and parameters.data_digest),
             "commands_in_flight": self.commands_in_flight,

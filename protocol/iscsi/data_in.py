@@ -1,15 +1,25 @@
-"""The data-in half of a task: splitting what goes to the client into Data-In PDUs, at the client's pace.
+"""The data-in half of a task: splitting what goes to the client into Data-In PDUs, at the client's
+pace.
 
-PDUs are at most the initiator's MaxRecvDataSegmentLength; a sequence ends (F bit) at each MaxBurstLength; the last PDU carries
-the status when that is GOOD (phase collapse, RFC 7143 11.7.3). Large reads are taken from the volume piece by piece, and
-stop while the client does not drain.
+PDUs are at most the initiator's MaxRecvDataSegmentLength; a sequence ends (F bit) at each
+MaxBurstLength; the last PDU carries the status when that is GOOD (phase collapse, RFC 7143 11.7.3).
+Large reads are taken from the volume piece by piece, and stop while the client does not drain.
 """
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from protocol.iscsi.limits import READ_PIECE_BYTES
-from protocol.iscsi.pdu import DATA_IN, FINAL, HEADER, OVERFLOW, RESERVED_TAG, SERIAL_MASK, STATUS_PRESENT, UNDERFLOW
+from protocol.iscsi.pdu import (
+    DATA_IN,
+    FINAL,
+    HEADER,
+    OVERFLOW,
+    RESERVED_TAG,
+    SERIAL_MASK,
+    STATUS_PRESENT,
+    UNDERFLOW,
+)
 from protocol.iscsi.task import Task
 from protocol.scsi.plan import Query
 from protocol.volume import BlockVolume, Buffer
@@ -28,7 +38,9 @@ def residual_flags(expected: int, wanted: int) -> tuple[int, int]:
 
 
 class DataIn:
-    """Emits the bytes of one task in order; ``position`` is the next buffer offset, ``data_sn`` the next DataSN."""
+    """Emits the bytes of one task in order; ``position`` is the next buffer offset, ``data_sn`` the
+    next DataSN.
+    """
 
     __slots__ = ("burst_left", "data_sn", "phase", "position", "task", "total")
 
@@ -41,7 +53,9 @@ class DataIn:
         self.burst_left = phase.parameters.max_burst_bytes
 
     def emit(self, data: Buffer) -> None:
-        """Send ``data`` at the current position; with the last of ``total`` the status goes too and the task ends."""
+        """Send ``data`` at the current position; with the last of ``total`` the status goes too and
+        the task ends.
+        """
         segment_max = self.phase.parameters.peer_data_segment_bytes
         size = len(data)
         if size <= segment_max and size <= self.burst_left:
@@ -95,7 +109,9 @@ class QueryAnswer:
 
     __slots__ = ("_flags", "_send_reply", "_task")
 
-    def __init__(self, task: Task, flags: int, send_reply: Callable[[Task, bytes, int], None]) -> None:
+    def __init__(
+        self, task: Task, flags: int, send_reply: Callable[[Task, bytes, int], None]
+    ) -> None:
         self._task = task
         self._flags = flags
         self._send_reply = send_reply
@@ -117,7 +133,9 @@ class QueryAnswer:
 
 
 class ReadStream:
-    """A read of a volume extent, piece by piece: ``pump`` goes on until the end, a miss, or a client that does not drain."""
+    """A read of a volume extent, piece by piece: ``pump`` goes on until the end, a miss, or a
+    client that does not drain.
+    """
 
     __slots__ = ("_offset", "_out", "_task", "_volume")
 
@@ -135,7 +153,10 @@ class ReadStream:
                 return
             if not task.phase.may_send(self):
                 return
-            offset, size = self._offset + out.position, min(READ_PIECE_BYTES, out.total - out.position)
+            offset, size = (
+                self._offset + out.position,
+                min(READ_PIECE_BYTES, out.total - out.position),
+            )
             try:
                 data = self._volume.try_read(offset, size)
             except Exception as error:  # noqa: BLE001 - whatever the volume raises carries an errno, from which sense data are made

@@ -1,7 +1,9 @@
-"""The data-out half of a task: immediate, unsolicited and solicited data (RFC 7143 4.2.5.2, 11.7, 11.8).
+"""The data-out half of a task: immediate, unsolicited and solicited data (RFC 7143 4.2.5.2, 11.7,
+11.8).
 
-All data of a command gather in one buffer of its own, in order (DataPDUInOrder and DataSequenceInOrder are Yes), except
-fully immediate data, which are handed on from the receive buffer without a copy.
+All data of a command gather in one buffer of its own, in order (DataPDUInOrder and
+DataSequenceInOrder are Yes), except fully immediate data, which are handed on from the receive
+buffer without a copy.
 """
 
 from typing import TYPE_CHECKING
@@ -21,7 +23,9 @@ if TYPE_CHECKING:
 
 
 class GatedStart:
-    """The start of a task that its logical unit's gate decides on, and the watcher of those that it waits for."""
+    """The start of a task that its logical unit's gate decides on, and the watcher of those that it
+    waits for.
+    """
 
     __slots__ = ("_data", "_task", "_unit")
 
@@ -31,7 +35,9 @@ class GatedStart:
         self._data = data
 
     def enter(self, exclusive: bool) -> None:
-        """Queue at the gate. Where it was open, the changes under way, of all sessions, are counted and watched."""
+        """Queue at the gate. Where it was open, the changes under way, of all sessions, are counted
+        and watched.
+        """
         gate, under_way = self._unit.gate, []
         if not gate.closed:
             under_way = [task for mapped in self._unit.nexuses for task in tasks_of(mapped)]
@@ -51,7 +57,9 @@ class GatedStart:
             return
         task.watchers = (*task.watchers, self)
         if sanitization is not None and not (sanitization.failed and task.detached):
-            task.refuse(sanitization.cause())  # it began while this command waited, and nothing may be written any more
+            task.refuse(
+                sanitization.cause()
+            )  # it began while this command waited, and nothing may be written any more
             return
         task.start(self._data)
         self._unit.volume.settle()  # the turn may have come in another session's wake-up
@@ -74,7 +82,14 @@ class WriteTask(Task):
         "raw_lun",
     )
 
-    def __init__(self, phase: "FullFeature", pdu: Pdu, mapped: UnitNexus | None, operation: Operation, announced: int) -> None:
+    def __init__(
+        self,
+        phase: "FullFeature",
+        pdu: Pdu,
+        mapped: UnitNexus | None,
+        operation: Operation,
+        announced: int,
+    ) -> None:
         super().__init__(phase, pdu.itt, mapped, pdu.expected_length, pdu.immediate)
         self.wanted_bytes = operation.data_bytes
         self.raw_lun = pdu.lun
@@ -114,19 +129,31 @@ class WriteTask(Task):
             self.phase.want_data(self)
 
     def take(self, pdu: Pdu) -> None:
-        """One Data-Out PDU. What breaks the sequence ends the task with the sense that RFC 7143 11.4.7.2 names."""
+        """One Data-Out PDU. What breaks the sequence ends the task with the sense that RFC 7143
+        11.4.7.2 names.
+        """
         if pdu.ttt != self._ttt:
             self._out_of_sequence(pdu)
             return
         size, offset = len(pdu.data), pdu.buffer_offset
-        if pdu.data_sn != self._data_sn or offset != self._received or (size == 0 and not pdu.flags & FINAL):
+        if (
+            pdu.data_sn != self._data_sn
+            or offset != self._received
+            or (size == 0 and not pdu.flags & FINAL)
+        ):
             self.end(self.r2t_count, sense.PROTOCOL_SERVICE_CRC_ERROR, moved=self._received)
             return
-        limit = self._burst_end if self._solicited else min(self.expected_bytes, self.phase.parameters.unsolicited_bytes)
+        limit = (
+            self._burst_end
+            if self._solicited
+            else min(self.expected_bytes, self.phase.parameters.unsolicited_bytes)
+        )
         if offset + size > limit:
             self.end(self.r2t_count, sense.INCORRECT_AMOUNT_OF_DATA, moved=self._received)
             return
-        usable = max(0, min(size, self._total - offset))  # the PDU may announce more than the CDB wants
+        usable = max(
+            0, min(size, self._total - offset)
+        )  # the PDU may announce more than the CDB wants
         self.buffer[offset : offset + usable] = pdu.data[:usable]
         self._received = offset + size
         self._data_sn += 1
@@ -135,7 +162,9 @@ class WriteTask(Task):
 
     def _out_of_sequence(self, pdu: Pdu) -> None:
         if self._solicited or self._ttt != RESERVED_TAG:
-            raise ProtocolError(f"a Data-Out with transfer tag {pdu.ttt:#x}, {self._ttt:#x} was given")
+            raise ProtocolError(
+                f"a Data-Out with transfer tag {pdu.ttt:#x}, {self._ttt:#x} was given"
+            )
         self.end(self.r2t_count, sense.UNEXPECTED_UNSOLICITED_DATA, moved=self._received)
 
     def _sequence_ended(self) -> None:
@@ -150,7 +179,9 @@ class WriteTask(Task):
         """Send one R2T for the next burst."""
         phase = self.phase
         size = min(phase.parameters.max_burst_bytes, self._total - self._received)
-        if len(self.buffer) < self._total:  # only now: a task that waits for its turn holds what it was sent, not more
+        if (
+            len(self.buffer) < self._total
+        ):  # only now: a task that waits for its turn holds what it was sent, not more
             whole = bytearray(self._total)
             whole[: self._received] = memoryview(self.buffer)[: self._received]
             self.buffer = whole
@@ -187,8 +218,14 @@ class WriteTask(Task):
         self.collecting = False
         self._received = len(data)
         mapped = self.mapped
-        if mapped is not None and self.changes and (self._operation.exclusive or mapped.unit.gate.closed):
-            GatedStart(self, mapped.unit, bytearray(data) if isinstance(data, memoryview) else data).enter(self._operation.exclusive)
+        if (
+            mapped is not None
+            and self.changes
+            and (self._operation.exclusive or mapped.unit.gate.closed)
+        ):
+            GatedStart(
+                self, mapped.unit, bytearray(data) if isinstance(data, memoryview) else data
+            ).enter(self._operation.exclusive)
         else:
             self.start(data)
             self.phase.touch(mapped)

@@ -1,4 +1,6 @@
-"""Errors of an iSCSI connection. Each class says by its attributes what goes on the wire before the connection ends, if anything."""
+"""Errors of an iSCSI connection. Each class says by its attributes what goes on the wire before the
+connection ends, if anything.
+"""
 
 from typing import Final
 
@@ -6,15 +8,21 @@ STATUS_SUCCESS: Final = 0x0000
 
 
 class IscsiError(Exception):
-    """Root of what a peer's bytes can raise inside the protocol; `TargetConnection` catches it and ends that connection."""
+    """Root of what a peer's bytes can raise inside the protocol; `TargetConnection` catches it and
+    ends that connection.
+    """
 
 
 class ProtocolError(IscsiError):
-    """The peer broke the protocol so that the stream cannot be trusted: the connection is closed."""
+    """The peer broke the protocol so that the stream cannot be trusted: the connection
+    is closed.
+    """
 
 
 class HeaderDigestError(ProtocolError):
-    """A header's CRC32C is wrong. At error recovery level 0 that ends the connection (RFC 7143 7.7)."""
+    """A header's CRC32C is wrong. At error recovery level 0 that ends the connection (RFC 7143
+    7.7).
+    """
 
 
 class TextError(IscsiError):

@@ -1,7 +1,8 @@
-"""Where bytes become PDUs, and PDUs become bytes: the receive buffer, the outgoing list, digests and padding.
+"""Where bytes become PDUs, and PDUs become bytes: the receive buffer, the outgoing list, digests
+and padding.
 
-`ReceiveBuffer` invariant: ``0 <= start <= end <= len(storage)``; bytes before ``start`` were handled. After `compact` the
-free part is never empty and the PDU that is under way fits.
+`ReceiveBuffer` invariant: ``0 <= start <= end <= len(storage)``; bytes before ``start`` were
+handled. After `compact` the free part is never empty and the PDU that is under way fits.
 """
 
 from struct import Struct
@@ -22,9 +23,19 @@ _PADDING: Final = (b"", b"\0\0\0", b"\0\0", b"\0")
 
 
 class ReceiveBuffer:
-    """A flat buffer that the socket fills and the parser empties; views into it stay valid until `compact`."""
+    """A flat buffer that the socket fills and the parser empties; views into it stay valid until
+    `compact`.
+    """
 
-    __slots__ = ("data_bytes_max", "data_digest", "end", "header_digest", "start", "storage", "view")
+    __slots__ = (
+        "data_bytes_max",
+        "data_digest",
+        "end",
+        "header_digest",
+        "start",
+        "storage",
+        "view",
+    )
 
     def __init__(self, size_bytes: int, data_bytes_max: int) -> None:
         self.storage = bytearray(size_bytes)
@@ -49,13 +60,17 @@ class ReceiveBuffer:
         self.data_bytes_max = data_bytes_max
 
     def release(self) -> None:
-        """Nothing will be received any more: half a megabyte goes back now, whoever still holds this object."""
+        """Nothing will be received any more: half a megabyte goes back now, whoever still holds
+        this object.
+        """
         self.storage = bytearray()
         self.view = memoryview(self.storage)
         self.start = self.end = 0
 
     def compact(self) -> None:
-        """Move an incomplete tail to the front, but only where its PDU could not be completed behind it."""
+        """Move an incomplete tail to the front, but only where its PDU could not be completed
+        behind it.
+        """
         start, end = self.start, self.end
         if start == end:
             self.start = self.end = 0
@@ -78,13 +93,17 @@ class ReceiveBuffer:
         return ahs_bytes, data_bytes, total
 
     def next_pdu(self) -> Pdu | None:
-        """The next whole PDU, or None. Raises ProtocolError for a data segment above what was declared, HeaderDigestError."""
+        """The next whole PDU, or None. Raises ProtocolError for a data segment above what was
+        declared, HeaderDigestError.
+        """
         start = self.start
         if self.end - start < HEADER_BYTES:
             return None
         ahs_bytes, data_bytes, total = self._sizes(start)
         if data_bytes > self.data_bytes_max:
-            raise ProtocolError(f"a data segment of {data_bytes} bytes, {self.data_bytes_max} were declared")
+            raise ProtocolError(
+                f"a data segment of {data_bytes} bytes, {self.data_bytes_max} were declared"
+            )
         if self.end - start < total:
             return None
         self.start = start + total
@@ -93,7 +112,11 @@ class ReceiveBuffer:
             self._check_header(start, data_at)
             data_at += DIGEST_BYTES
         header = bytes(self.view[start : start + HEADER_BYTES])
-        ahs = bytes(self.view[start + HEADER_BYTES : start + HEADER_BYTES + ahs_bytes]) if ahs_bytes else b""
+        ahs = (
+            bytes(self.view[start + HEADER_BYTES : start + HEADER_BYTES + ahs_bytes])
+            if ahs_bytes
+            else b""
+        )
         intact = not (self.data_digest and data_bytes) or self._data_intact(data_at, data_bytes)
         return Pdu(header, ahs, self.view[data_at : data_at + data_bytes], intact)
 
@@ -108,7 +131,9 @@ class ReceiveBuffer:
 
 
 class Sender:
-    """The list of buffers that leave with the next flush. The fast path appends to ``pending`` itself when there are no digests."""
+    """The list of buffers that leave with the next flush. The fast path appends to ``pending``
+    itself when there are no digests.
+    """
 
     __slots__ = ("data_digest", "header_digest", "pending", "pending_bytes")
 

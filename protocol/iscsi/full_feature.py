@@ -1,8 +1,10 @@
-"""The full feature phase of a target connection: sequence numbers, the task table, and one handler for each PDU.
+"""The full feature phase of a target connection: sequence numbers, the task table, and one handler
+for each PDU.
 
-Invariants. ``exp_cmd_sn`` goes up by one for each non-immediate request, in order, and never back. ``max_cmd_sn`` goes up by
-one for each of them that has ended: the window is COMMAND_WINDOW less what is under way. ``stat_sn`` is the StatSN of the
-next response. ``tasks`` holds every SCSI command from its PDU until it can no longer touch a volume.
+Invariants. ``exp_cmd_sn`` goes up by one for each non-immediate request, in order, and never back.
+``max_cmd_sn`` goes up by one for each of them that has ended: the window is COMMAND_WINDOW less
+what is under way. ``stat_sn`` is the StatSN of the next response. ``tasks`` holds every SCSI
+command from its PDU until it can no longer touch a volume.
 """
 
 from collections import deque
@@ -69,8 +71,19 @@ LOGOUT_CLOSE_CONNECTION: Final = 1
 _LOGOUT_DONE: Final = 0
 _LOGOUT_NO_CONNECTION: Final = 1
 _LOGOUT_NO_RECOVERY: Final = 2
-_SEQUENCED: Final = frozenset((NOP_OUT, SCSI_COMMAND, TASK_MANAGEMENT_REQUEST, TEXT_REQUEST, LOGOUT_REQUEST))
-_BATCHED: Final = frozenset((opcodes.READ_10, opcodes.READ_12, opcodes.READ_16, opcodes.WRITE_10, opcodes.WRITE_12, opcodes.WRITE_16))
+_SEQUENCED: Final = frozenset(
+    (NOP_OUT, SCSI_COMMAND, TASK_MANAGEMENT_REQUEST, TEXT_REQUEST, LOGOUT_REQUEST)
+)
+_BATCHED: Final = frozenset(
+    (
+        opcodes.READ_10,
+        opcodes.READ_12,
+        opcodes.READ_16,
+        opcodes.WRITE_10,
+        opcodes.WRITE_12,
+        opcodes.WRITE_16,
+    )
+)
 _UNORDERED: Final = frozenset((0, SIMPLE))  # untagged counts as simple
 _WITH_TRANSFER_TAG: Final = frozenset((NOP_IN, TEXT_RESPONSE))
 
@@ -149,7 +162,9 @@ class FullFeature:
         self.max_cmd_sn = (login.cmd_sn + limits.COMMAND_WINDOW - 1) & SERIAL_MASK
         self.nexus = nexus
         nexus.tasks = lambda: list(self.tasks.values())
-        self.units: dict[int, UnitNexus] = {encode_lun(lun): mapped for lun, mapped in nexus.units.items()}
+        self.units: dict[int, UnitNexus] = {
+            encode_lun(lun): mapped for lun, mapped in nexus.units.items()
+        }
         self.tasks: dict[int, Task] = {}
         self.immediate_tasks = 0
         self.unsettled: list[BlockVolume] = []
@@ -170,14 +185,20 @@ class FullFeature:
         self.fast = fast_path.eligible(self)
         self.free_writes: list[fast_path.FastWrite] = []
         self.lengths_changed()
-        self.fast_write_max = self.parameters.unsolicited_bytes if self.parameters.immediate_data else 0
+        self.fast_write_max = (
+            self.parameters.unsolicited_bytes if self.parameters.immediate_data else 0
+        )
         self.commands = self.read_bytes = self.write_bytes = 0
 
     def lengths_changed(self) -> None:
         """The initiator has declared another MaxRecvDataSegmentLength."""
-        self.fast_read_max = min(self.parameters.peer_data_segment_bytes, self.parameters.max_burst_bytes, limits.READ_PIECE_BYTES)
+        self.fast_read_max = min(
+            self.parameters.peer_data_segment_bytes,
+            self.parameters.max_burst_bytes,
+            limits.READ_PIECE_BYTES,
+        )
 
-    # --- Requests -------------------------------------------------------------------------------------------------
+    # --- Requests ---------------------------------------------------------------------------------
 
     def handle(self, pdu: Pdu) -> None:
         """One PDU by the table of handlers. Raises ProtocolError where the connection must end."""
@@ -193,7 +214,9 @@ class FullFeature:
             handler(self, pdu)
 
     def _accept(self, pdu: Pdu) -> bool:
-        """CmdSN (RFC 7143 4.2.2.1): in order on a session's one connection; what lies outside the window is ignored silently."""
+        """CmdSN (RFC 7143 4.2.2.1): in order on a session's one connection; what lies outside the
+        window is ignored silently.
+        """
         if pdu.immediate:
             return True
         distance = (pdu.cmd_sn - self.exp_cmd_sn) & SERIAL_MASK
@@ -201,7 +224,10 @@ class FullFeature:
         if distance >= SERIAL_HALF or distance >= room:
             return False
         if distance:
-            raise ProtocolError(f"CmdSN {pdu.cmd_sn} on a session whose next is {self.exp_cmd_sn}: a request was lost")
+            raise ProtocolError(
+                f"CmdSN {pdu.cmd_sn} on a session whose next is {self.exp_cmd_sn}: a request was"
+                " lost"
+            )
         self.exp_cmd_sn = (self.exp_cmd_sn + 1) & SERIAL_MASK
         if pdu.opcode != SCSI_COMMAND:
             self._open_window()
@@ -211,7 +237,9 @@ class FullFeature:
         self.max_cmd_sn = (self.max_cmd_sn + 1) & SERIAL_MASK
 
     def _data_digest_failed(self, pdu: Pdu) -> None:
-        """Discard and reject; a Data-Out ends its task too, which cannot complete any more (RFC 7143 7.8)."""
+        """Discard and reject; a Data-Out ends its task too, which cannot complete any more (RFC
+        7143 7.8).
+        """
         self.reject(pdu, REJECT_DATA_DIGEST)
         if pdu.opcode == DATA_OUT:
             task = self.tasks.get(pdu.itt)
@@ -228,7 +256,9 @@ class FullFeature:
 
     def _scsi_command(self, pdu: Pdu) -> None:
         if self.discovery or pdu.itt == RESERVED_TAG:
-            raise ProtocolError("a SCSI command in a discovery session, or with the reserved task tag")
+            raise ProtocolError(
+                "a SCSI command in a discovery session, or with the reserved task tag"
+            )
         if pdu.itt in self.tasks:
             self._refuse_command(pdu, REJECT_TASK_IN_PROGRESS)
             return
@@ -249,7 +279,9 @@ class FullFeature:
         """Check the command and carry out its plan."""
         self.commands += 1
         if pdu.header[32] not in _BATCHED or pdu.flags & ATTRIBUTE not in _UNORDERED:
-            self.settle()  # what changes or reports more than sectors, or is to come in order, must see the writes before it
+            # What changes or reports more than sectors, or is to come in order, must see the writes
+            # before it.
+            self.settle()
         lun = decode_lun(pdu.lun)
         mapped = self.nexus.units.get(lun)
         task = Task(self, pdu.itt, mapped, pdu.expected_length, pdu.immediate)
@@ -259,7 +291,11 @@ class FullFeature:
             announced.check_direction(pdu, plan)
         except ScsiError as error:
             self._begin(task)
-            task.end(cause=error.sense if isinstance(error, CheckCondition) else None, status=error.status, moved=0)
+            task.end(
+                cause=error.sense if isinstance(error, CheckCondition) else None,
+                status=error.status,
+                moved=0,
+            )
             return
         if isinstance(plan, Reply):
             self._begin(task)
@@ -304,7 +340,8 @@ class FullFeature:
 
     def _data_out(self, pdu: Pdu) -> None:
         task = self.tasks.get(pdu.itt)
-        # Data of a task that has ended or was aborted may still be on their way: they are dropped (RFC 7143 11.5.1).
+        # Data of a task that has ended or was aborted may still be on their way: they are dropped
+        # (RFC 7143 11.5.1).
         if isinstance(task, WriteTask) and task.collecting and not task.aborted:
             task.take(pdu)
 
@@ -336,12 +373,14 @@ class FullFeature:
         self.abandon(drained)
 
     def _snack(self, pdu: Pdu) -> None:
-        self.reject(pdu, REJECT_SNACK)  # at error recovery level 0 nothing is kept that could be sent again (RFC 7143 11.16)
+        self.reject(
+            pdu, REJECT_SNACK
+        )  # at error recovery level 0 nothing is kept that could be sent again (RFC 7143 11.16)
 
     def _login_again(self, pdu: Pdu) -> None:
         raise ProtocolError("a login request in the full feature phase")
 
-    # --- Responses ------------------------------------------------------------------------------------------------
+    # --- Responses --------------------------------------------------------------------------------
 
     def numbered(
         self,
@@ -354,7 +393,9 @@ class FullFeature:
         lun: int = 0,
         ttt: int = RESERVED_TAG,
     ) -> bytes:
-        """Header of a response with the next StatSN; Target Transfer Tag at byte 20 where the type has one."""
+        """Header of a response with the next StatSN; Target Transfer Tag at byte 20 where the type
+        has one.
+        """
         stat_sn = self.stat_sn
         self.stat_sn = (stat_sn + 1) & SERIAL_MASK
         word20 = ttt if opcode in _WITH_TRANSFER_TAG else 0
@@ -363,7 +404,9 @@ class FullFeature:
 
     def reject(self, pdu: Pdu, reason: int) -> None:
         """Send a Reject with the header of what was wrong (RFC 7143 11.17)."""
-        self.sender.put(self.numbered(REJECT, RESERVED_TAG, byte2=reason, length=HEADER_BYTES), pdu.header)
+        self.sender.put(
+            self.numbered(REJECT, RESERVED_TAG, byte2=reason, length=HEADER_BYTES), pdu.header
+        )
 
     def task_ended(self, task: Task) -> None:
         """The task can no longer touch a volume: remove it, and tell whoever waits for that."""
@@ -382,7 +425,9 @@ class FullFeature:
             drained, self.when_drained = self.when_drained, None
             drained()
 
-    def respond(self, task: Task, status: int, cause: Sense | None, sequence_count: int, moved: int | None) -> None:
+    def respond(
+        self, task: Task, status: int, cause: Sense | None, sequence_count: int, moved: int | None
+    ) -> None:
         """SCSI Response with sense data and residual (RFC 7143 11.4); the task ends with it."""
         self.task_ended(task)
         if moved is None:
@@ -417,10 +462,12 @@ class FullFeature:
             body,
         )
 
-    # --- What tasks ask of the session ------------------------------------------------------------------------------
+    # --- What tasks ask of the session ------------------------------------------------------------
 
     def touch(self, mapped: UnitNexus | None) -> None:
-        """A write may have been given to this unit's volume: it is settled before the wake-up ends."""
+        """A write may have been given to this unit's volume: it is settled before the
+        wake-up ends.
+        """
         if mapped is not None and mapped.unit.volume not in self.unsettled:
             self.unsettled.append(mapped.unit.volume)
 
@@ -444,7 +491,9 @@ class FullFeature:
             self.stalled.popleft().pump()
 
     def want_data(self, task: WriteTask) -> None:
-        """Solicit a task's next burst, or queue it until the session's allowance has room for its buffer."""
+        """Solicit a task's next burst, or queue it until the session's allowance has room for its
+        buffer.
+        """
         if task.reserved_bytes == 0:
             total = task.total_bytes
             if self.write_reserved and self.write_reserved + total > limits.WRITE_BUFFER_BYTES:
@@ -460,23 +509,31 @@ class FullFeature:
         task.reserved_bytes = 0
         while self.write_queue:
             following = self.write_queue[0]
-            if not following.aborted and self.write_reserved and self.write_reserved + following.total_bytes > limits.WRITE_BUFFER_BYTES:
+            if (
+                not following.aborted
+                and self.write_reserved
+                and self.write_reserved + following.total_bytes > limits.WRITE_BUFFER_BYTES
+            ):
                 return
             self.write_queue.popleft()
             if not following.aborted:
                 self.want_data(following)
 
-    # --- Life of the session ----------------------------------------------------------------------------------------
+    # --- Life of the session ----------------------------------------------------------------------
 
     def ping(self) -> None:
-        """Ask the initiator for a sign of life (NOP-In with a transfer tag; StatSN is told, not taken)."""
+        """Ask the initiator for a sign of life (NOP-In with a transfer tag; StatSN is told, not
+        taken).
+        """
         self.transfer_tag = (self.transfer_tag + 1) & 0x7FFFFFFF
         self.ping_tag = self.transfer_tag
         words = (self.ping_tag, self.stat_sn, self.exp_cmd_sn, self.max_cmd_sn, 0, 0, 0)
         self.sender.put(pack(NOP_IN, FINAL, RESERVED_TAG, words=words))
 
     def ask_for_logout(self, timeout_seconds: int) -> None:
-        """Asynchronous message: the target wants the initiator to log out within this time (RFC 7143 11.9.1)."""
+        """Asynchronous message: the target wants the initiator to log out within this time (RFC
+        7143 11.9.1).
+        """
         stat_sn = self.stat_sn
         self.stat_sn = (stat_sn + 1) & SERIAL_MASK
         event = ASYNC_LOGOUT_REQUESTED << 24
@@ -484,7 +541,9 @@ class FullFeature:
         self.sender.put(pack(ASYNC_MESSAGE, FINAL, RESERVED_TAG, words=words))
 
     def map_lun(self, lun: int, unit: LogicalUnit) -> None:
-        """One logical unit more; the initiator learns of it by a unit attention on those it has (SPC-4 6.33)."""
+        """One logical unit more; the initiator learns of it by a unit attention on those it has
+        (SPC-4 6.33).
+        """
         self.nexus.unmap(lun)
         self.units[encode_lun(lun)] = self.nexus.map(lun, unit)
         self.nexus.attention(sense.REPORTED_LUNS_CHANGED, except_for=lun)
@@ -496,9 +555,11 @@ class FullFeature:
             self.nexus.attention(sense.REPORTED_LUNS_CHANGED)
 
     def abandon(self, drained: Callable[[], None]) -> None:
-        """The session is over: abort everything, and call ``drained`` once no volume holds a command of it.
+        """The session is over: abort everything, and call ``drained`` once no volume holds a
+        command of it.
 
-        Called again, the later ``drained`` alone is called: a logout whose connection is lost needs no answer.
+        Called again, the later ``drained`` alone is called: a logout whose connection is lost needs
+        no answer.
         """
         self.settle()
         self.stalled.clear()
@@ -512,8 +573,8 @@ class FullFeature:
     def release(self) -> None:
         """Nothing can happen any more: let go of the volumes, and of what refers back to here.
 
-        A session is a ring of references; left whole, it would keep its memory until a garbage collection, and those are rare in a
-        process that makes no other rings.
+        A session is a ring of references; left whole, it would keep its memory until a garbage
+        collection, and those are rare in a process that makes no other rings.
         """
         for write in self.free_writes:
             write.retire()

@@ -1,6 +1,7 @@
 """The keys of RFC 7143 clause 13 as one table, and how an offer and our own value make a result.
 
-Login walks over what the peer offered and asks `answer` for each; what is not in the table is NotUnderstood.
+Login walks over what the peer offered and asks `answer` for each; what is not in the table is
+NotUnderstood.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,9 @@ _NUMBER_TEXT_MAX: Final = 12
 
 @dataclass(slots=True)
 class Parameters:
-    """What a session has negotiated; the defaults are those of RFC 7143 clause 13. Lengths are bytes."""
+    """What a session has negotiated; the defaults are those of RFC 7143 clause 13. Lengths are
+    bytes.
+    """
 
     header_digest: bool = False
     data_digest: bool = False
@@ -35,7 +38,9 @@ class Parameters:
 
     @property
     def unsolicited_bytes(self) -> int:
-        """How much a command may bring without being asked: FirstBurstLength, which never exceeds MaxBurstLength (13.14)."""
+        """How much a command may bring without being asked: FirstBurstLength, which never exceeds
+        MaxBurstLength (13.14).
+        """
         return min(self.first_burst_bytes, self.max_burst_bytes)
 
 
@@ -44,7 +49,9 @@ Combine = Callable[[int, int], int]
 
 @dataclass(frozen=True, slots=True)
 class NumberKey:
-    """A number within a range; the result is ``combine(offer, ours)``. A declared one needs no answer."""
+    """A number within a range; the result is ``combine(offer, ours)``. A declared one needs no
+    answer.
+    """
 
     ours: int
     low: int
@@ -53,7 +60,9 @@ class NumberKey:
     field: str | None = None
 
     def answer(self, offer: str, parameters: Parameters) -> str | None:
-        """The value to reply, None for a declaration; Reject for what is not a number in the range."""
+        """The value to reply, None for a declaration; Reject for what is not a number
+        in the range.
+        """
         value = parse_number(offer)
         if value is None or not self.low <= value <= self.high:
             return REJECT
@@ -114,7 +123,8 @@ Key = NumberKey | BooleanKey | ListKey | FixedKey
 
 _LENGTH_MAX: Final = 0xFFFFFF  # lengths are 24 bits wide on the wire
 
-# RFC 7143 clause 13, and the marker keys of RFC 3720 that older initiators still offer: No is the right answer to those.
+# RFC 7143 clause 13, and the marker keys of RFC 3720 that older initiators still offer: No is the
+# right answer to those.
 OPERATIONAL: Final[dict[str, Key]] = {
     "HeaderDigest": ListKey((NONE, CRC32C), "header_digest"),
     "DataDigest": ListKey((NONE, CRC32C), "data_digest"),
@@ -123,7 +133,9 @@ OPERATIONAL: Final[dict[str, Key]] = {
     "ImmediateData": BooleanKey(True, True, "immediate_data"),
     "MaxRecvDataSegmentLength": NumberKey(0, 512, _LENGTH_MAX, None, "peer_data_segment_bytes"),
     "MaxBurstLength": NumberKey(limits.MAX_BURST_BYTES, 512, _LENGTH_MAX, min, "max_burst_bytes"),
-    "FirstBurstLength": NumberKey(limits.FIRST_BURST_BYTES, 512, _LENGTH_MAX, min, "first_burst_bytes"),
+    "FirstBurstLength": NumberKey(
+        limits.FIRST_BURST_BYTES, 512, _LENGTH_MAX, min, "first_burst_bytes"
+    ),
     "DefaultTime2Wait": NumberKey(2, 0, 3600, max),
     "DefaultTime2Retain": NumberKey(0, 0, 3600, min),
     "MaxOutstandingR2T": NumberKey(1, 1, 65535, min, "max_outstanding_r2t"),
@@ -161,12 +173,18 @@ def parse_number(text: str) -> int | None:
     if len(text) > _NUMBER_TEXT_MAX:
         return None
     if text[:2] in ("0x", "0X"):
-        return int(text, 0) if text[2:] and all(c in "0123456789abcdefABCDEF" for c in text[2:]) else None
+        return (
+            int(text, 0)
+            if text[2:] and all(c in "0123456789abcdefABCDEF" for c in text[2:])
+            else None
+        )
     return int(text) if text.isascii() and text.isdigit() else None
 
 
 def answer(name: str, offer: str, parameters: Parameters, discovery: bool) -> str | None:
-    """The reply to one operational key, None where none is due. Raises LoginRefused where an answer makes no sense as an offer."""
+    """The reply to one operational key, None where none is due. Raises LoginRefused where an answer
+    makes no sense as an offer.
+    """
     key = OPERATIONAL.get(name)
     if key is None:
         return NOT_UNDERSTOOD
@@ -178,7 +196,9 @@ def answer(name: str, offer: str, parameters: Parameters, discovery: bool) -> st
 
 
 def accept(name: str, value: str, parameters: Parameters) -> None:
-    """The initiator's side: take over what the target answered. Raises LoginRefused for an answer that was not to choose."""
+    """The initiator's side: take over what the target answered. Raises LoginRefused for an answer
+    that was not to choose.
+    """
     key = OPERATIONAL.get(name)
     if key is None or value in _RESERVED_ANSWERS or isinstance(key, FixedKey) or key.field is None:
         return

@@ -1,7 +1,8 @@
-"""The login phase of a target (RFC 7143 6.3, 11.12, 11.13), as a table of stages and one object per connection.
+"""The login phase of a target (RFC 7143 6.3, 11.12, 11.13), as a table of stages and one object per
+connection.
 
-`LoginPhase.handle` takes login requests and returns replies until it has a `LoginResult`. Errors are `LoginRefused` with
-the status to send; whoever drives this sends it and closes.
+`LoginPhase.handle` takes login requests and returns replies until it has a `LoginResult`. Errors
+are `LoginRefused` with the status to send; whoever drives this sends it and closes.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,10 @@ SECURITY: Final = 0
 OPERATIONAL: Final = 1
 FULL_FEATURE: Final = 3
 # From which stage a login may go to which (RFC 7143 6.3, table of legal NSG).
-TRANSITIONS: Final = {SECURITY: frozenset((OPERATIONAL, FULL_FEATURE)), OPERATIONAL: frozenset((FULL_FEATURE,))}
+TRANSITIONS: Final = {
+    SECURITY: frozenset((OPERATIONAL, FULL_FEATURE)),
+    OPERATIONAL: frozenset((FULL_FEATURE,)),
+}
 FIRST_STAGES: Final = frozenset((SECURITY, OPERATIONAL))
 _CHAP_PREFIX: Final = "CHAP_"
 PORTAL_GROUP: Final = 1
@@ -63,7 +67,9 @@ class LoginPhase:
     _negotiated: set[str] = field(default_factory=set)
 
     def handle(self, pdu: Pdu) -> LoginResult | None:
-        """Take one login request; queue a reply, or return the result. Raises LoginRefused, TextError."""
+        """Take one login request; queue a reply, or return the result. Raises LoginRefused,
+        TextError.
+        """
         self._check_request(pdu)
         self._collected += pdu.data
         if len(self._collected) > limits.LOGIN_TEXT_BYTES_MAX:
@@ -84,9 +90,17 @@ class LoginPhase:
         stage = (pdu.flags >> 2) & 3
         if self._first is None:
             self._check_first(pdu, stage)
-        elif (pdu.lun, pdu.word20 >> 16, stage) != (self._first.lun, self._first.word20 >> 16, self._stage):
-            raise errors.InvalidDuringLogin("ISID, TSIH, CID or the current stage changed during login")
-        if pdu.flags & TRANSIT and (pdu.flags & CONTINUE or (pdu.flags & 3) not in TRANSITIONS[stage]):
+        elif (pdu.lun, pdu.word20 >> 16, stage) != (
+            self._first.lun,
+            self._first.word20 >> 16,
+            self._stage,
+        ):
+            raise errors.InvalidDuringLogin(
+                "ISID, TSIH, CID or the current stage changed during login"
+            )
+        if pdu.flags & TRANSIT and (
+            pdu.flags & CONTINUE or (pdu.flags & 3) not in TRANSITIONS[stage]
+        ):
             raise errors.InvalidDuringLogin("a stage transition that does not exist")
 
     def _check_first(self, pdu: Pdu, stage: int) -> None:
@@ -95,7 +109,9 @@ class LoginPhase:
         if stage not in FIRST_STAGES:
             raise errors.InvalidDuringLogin("login begins with security or operational negotiation")
         if pdu.lun & 0xFFFF:
-            raise errors.SessionDoesNotExist("a session has one connection, which cannot be added to or taken over")
+            raise errors.SessionDoesNotExist(
+                "a session has one connection, which cannot be added to or taken over"
+            )
         self._first = pdu
         self._stage = stage
 
@@ -123,7 +139,9 @@ class LoginPhase:
         answers: list[tuple[str, str]] = []
         if "AuthMethod" in pairs:
             answers.append(("AuthMethod", self._choose_method(pairs["AuthMethod"])))
-        answers += self._authenticate({key: value for key, value in pairs.items() if key.startswith(_CHAP_PREFIX)})
+        answers += self._authenticate(
+            {key: value for key, value in pairs.items() if key.startswith(_CHAP_PREFIX)}
+        )
         for key, offer in pairs.items():
             if key in keys.DECLARED_FIRST or key == "AuthMethod" or key.startswith(_CHAP_PREFIX):
                 continue
@@ -141,7 +159,9 @@ class LoginPhase:
         wanted = self._wanted_chap()
         self._method = "CHAP" if wanted is not None else "None"
         if self._method not in offered.split(","):
-            raise errors.AuthenticationFailed(f"{self._method} is required, {offered[:80]!r} offered")
+            raise errors.AuthenticationFailed(
+                f"{self._method} is required, {offered[:80]!r} offered"
+            )
         if wanted is not None:
             self._chap = TargetExchange(wanted, self.node.challenges)
         return self._method
@@ -166,10 +186,14 @@ class LoginPhase:
 
     def _advance(self, pdu: Pdu, answers: list[tuple[str, str]]) -> LoginResult | None:
         """Grant the transition that was asked for, unless authentication is not through yet."""
-        if not self._authenticated and (self._stage == OPERATIONAL or (pdu.flags & TRANSIT and self._chap is None)):
+        if not self._authenticated and (
+            self._stage == OPERATIONAL or (pdu.flags & TRANSIT and self._chap is None)
+        ):
             raise errors.AuthenticationFailed("the target requires CHAP")
         granted = bool(pdu.flags & TRANSIT) and self._authenticated
-        if not self._declared and (self._stage == OPERATIONAL or (granted and pdu.flags & 3 == FULL_FEATURE)):
+        if not self._declared and (
+            self._stage == OPERATIONAL or (granted and pdu.flags & 3 == FULL_FEATURE)
+        ):
             self._declared = True
             answers.append(("MaxRecvDataSegmentLength", str(limits.RECEIVE_DATA_SEGMENT_BYTES)))
         if not granted:
@@ -199,14 +223,25 @@ class LoginPhase:
 
     def _reply(self, pdu: Pdu, answers: list[tuple[str, str]], granted: bool) -> None:
         body = text.encode(answers)
-        self.put(self._header(pdu, len(body), granted, pdu.cmd_sn, pdu.cmd_sn, pdu.lun & 0xFFFF), body)
+        self.put(
+            self._header(pdu, len(body), granted, pdu.cmd_sn, pdu.cmd_sn, pdu.lun & 0xFFFF), body
+        )
 
-    def _header(self, pdu: Pdu, length: int, granted: bool, exp_cmd_sn: int, max_cmd_sn: int, tsih: int) -> bytes:
+    def _header(
+        self, pdu: Pdu, length: int, granted: bool, exp_cmd_sn: int, max_cmd_sn: int, tsih: int
+    ) -> bytes:
         stat_sn = self.stat_sn
         self.stat_sn = stat_sn + 1
         flags = (TRANSIT | pdu.flags & 0x0F) if granted else pdu.flags & 0x0C
         lun = pdu.lun & ~0xFFFF | tsih
-        return pack(LOGIN_RESPONSE, flags, pdu.itt, length=length, lun=lun, words=(0, stat_sn, exp_cmd_sn, max_cmd_sn, 0, 0, 0))
+        return pack(
+            LOGIN_RESPONSE,
+            flags,
+            pdu.itt,
+            length=length,
+            lun=lun,
+            words=(0, stat_sn, exp_cmd_sn, max_cmd_sn, 0, 0, 0),
+        )
 
 
 def refusal(pdu: Pdu, stat_sn: int, status: int) -> bytes:

@@ -1,4 +1,5 @@
-"""The iSCSI target node: what all connections share. Which targets there are, which sessions, and their logical units.
+"""The iSCSI target node: what all connections share. Which targets there are, which sessions, and
+their logical units.
 
 A daemon implements `TargetDirectory` and makes one `TargetNode` over it.
 """
@@ -20,9 +21,11 @@ _TSIH_MAX = 0xFFFF
 
 @dataclass(frozen=True, slots=True)
 class TargetDefinition:
-    """One target as one initiator may use it: its volumes by LUN, and the CHAP that it asks for (None: nothing).
+    """One target as one initiator may use it: its volumes by LUN, and the CHAP that it asks for
+    (None: nothing).
 
-    ``port`` is the relative port identifier of its one target port: of all targets that a volume is mapped into, each has another.
+    ``port`` is the relative port identifier of its one target port: of all targets that a volume is
+    mapped into, each has another.
     """
 
     name: str
@@ -32,7 +35,9 @@ class TargetDefinition:
 
 
 class SessionView(Protocol):
-    """What `TargetDirectory` is told of a session. The object is the same at opening and at closing."""
+    """What `TargetDirectory` is told of a session. The object is the same at opening and at
+    closing.
+    """
 
     @property
     def initiator_name(self) -> str:
@@ -59,7 +64,8 @@ class TargetDirectory(Protocol):
     def open_target(self, target_name: str, initiator_name: str) -> TargetDefinition | None:
         """The target for this initiator; None where it does not exist or must not be seen.
 
-        ``target_name`` is as the initiator wrote it, in any case (`protocol.names`). The definition holds the name that is announced.
+        ``target_name`` is as the initiator wrote it, in any case (`protocol.names`). The definition
+        holds the name that is announced.
         """
 
     def target_ports(self, uuid: UUID) -> Collection[int]:
@@ -76,10 +82,11 @@ class TargetDirectory(Protocol):
 
 
 class ReservationKeeper(Protocol):
-    """Keeps over restarts: persistent reservations (APTPL, SPC-4 5.13.5), the saved caching mode page, an unfinished sanitize operation.
+    """Keeps over restarts: persistent reservations (APTPL, SPC-4 5.13.5), the saved caching mode
+    page, an unfinished sanitize operation.
 
-    State is what `Reservations.export` gives, with ``write_cache`` (missing: True) and ``sanitize_unrestricted_exit`` (missing: there is
-    no such operation) beside it.
+    State is what `Reservations.export` gives, with ``write_cache`` (missing: True) and
+    ``sanitize_unrestricted_exit`` (missing: there is no such operation) beside it.
     """
 
     def kept(self, uuid: UUID) -> dict[str, Any] | None:
@@ -90,7 +97,12 @@ class ReservationKeeper(Protocol):
 
 
 # What is kept where nobody is registered.
-NO_RESERVATIONS: Final[dict[str, Any]] = {"registrations": {}, "holder": None, "kind": 0, "generation": 0}
+NO_RESERVATIONS: Final[dict[str, Any]] = {
+    "registrations": {},
+    "holder": None,
+    "kind": 0,
+    "generation": 0,
+}
 SessionKey = tuple[str, int, str]
 
 
@@ -98,7 +110,9 @@ class NodeSession(SessionView, Protocol):
     """A session as the node keeps it, for reinstatement."""
 
     def reinstated(self, drained: Callable[[], None]) -> None:
-        """End at once, and call ``drained`` when no command of this session can touch a volume any more."""
+        """End at once, and call ``drained`` when no command of this session can touch a volume any
+        more.
+        """
 
     def terminated(self) -> None:
         """End at once, after what is to be sent."""
@@ -107,24 +121,29 @@ class NodeSession(SessionView, Protocol):
         """The session's target has one logical unit more."""
 
     def lun_unmapped(self, lun: int) -> None:
-        """The session's target has that logical unit no more; commands under way end as they would have."""
+        """The session's target has that logical unit no more; commands under way end as they would
+        have.
+        """
 
 
 @dataclass(slots=True)
 class TargetNode:
     """Registry of sessions and logical units of one daemon.
 
-    Logical units live as long as they are in use (`LogicalUnit.in_use`), so that all sessions of one volume share state and unit
-    attentions.
+    Logical units live as long as they are in use (`LogicalUnit.in_use`), so that all sessions of
+    one volume share state and unit attentions.
     """
 
     directory: TargetDirectory
-    # Addresses to tell an initiator that asks through one of them (SendTargets); that one comes first.
+    # Addresses to tell an initiator that asks through one of them (SendTargets); that one comes
+    # first.
     portals: Callable[[str], list[str]] = lambda portal: [portal]
     reservations: ReservationKeeper | None = None
-    # What initiators are told of physical blocks (`LogicalUnit`). There are some that take no disk with other ones than of 512 bytes.
+    # What initiators are told of physical blocks (`LogicalUnit`). There are some that take no disk
+    # with other ones than of 512 bytes.
     physical_block_exponent: int = PHYSICAL_BLOCK_EXPONENT
-    # Told before a session is ended because its initiator port logs in again: the session, and the one that comes.
+    # Told before a session is ended because its initiator port logs in again: the session, and the
+    # one that comes.
     taken_over: Callable[[SessionView, SessionView], None] = lambda _older, _newer: None
     # The daemon gives it the event loop's ``call_soon``.
     turns: Turns = field(default_factory=Turns)
@@ -196,12 +215,16 @@ class TargetNode:
             unit.retire()
 
     def lun_mapped(self, target_name: str, lun: int, volume: BlockVolume) -> None:
-        """A target has one LUN more: its open sessions get it, and are told that their list of LUNs has changed."""
+        """A target has one LUN more: its open sessions get it, and are told that their list of LUNs
+        has changed.
+        """
         for session in self._sessions_of(target_name):
             session.lun_mapped(lun, self.unit_for(volume))
 
     def lun_unmapped(self, target_name: str, lun: int, volume: BlockVolume) -> None:
-        """A target has a LUN less: its open sessions lose it, and are told on those that they keep."""
+        """A target has a LUN less: its open sessions lose it, and are told on those
+        that they keep.
+        """
         for session in self._sessions_of(target_name):
             session.lun_unmapped(lun)
         unit = self.units.get(volume.uuid)
@@ -212,11 +235,15 @@ class TargetNode:
         return [session for session in self.sessions.values() if session.target_name == target_name]
 
     def reinstate(self, key: SessionKey, newer: SessionView, ready: Callable[[], None]) -> None:
-        """Call ``ready`` once no older session of the same initiator port and target exists (RFC 7143 6.3.5)."""
+        """Call ``ready`` once no older session of the same initiator port and target exists (RFC
+        7143 6.3.5).
+        """
         older = self.sessions.get(key)
         if older is None:
             ready()
-        else:  # it stays registered until it has drained, and another login of the port may have come first by then
+        else:
+            # It stays registered until it has drained, and another login of the port may have come
+            # first by then.
             self.taken_over(older, newer)
             older.reinstated(lambda: self.reinstate(key, newer, ready))
 
@@ -243,7 +270,9 @@ class TargetNode:
             session.terminated()
 
     def volume_resized(self, volume: BlockVolume) -> None:
-        """Tell every nexus at once; without this call each notices at its next command that is not a plain READ or WRITE."""
+        """Tell every nexus at once; without this call each notices at its next command that is not
+        a plain READ or WRITE.
+        """
         unit = self.units.get(volume.uuid)
         if unit is not None:
             unit.refresh_capacity()
@@ -260,9 +289,16 @@ def _to_keep(unit: LogicalUnit) -> dict[str, Any] | None:
     return NO_RESERVATIONS | beside if beside else None
 
 
-def _restore(unit: LogicalUnit, write_cache: bool = True, sanitize_unrestricted_exit: bool | None = None, **reservations: Any) -> None:
+def _restore(
+    unit: LogicalUnit,
+    write_cache: bool = True,
+    sanitize_unrestricted_exit: bool | None = None,
+    **reservations: Any,
+) -> None:
     unit.write_cache = unit.saved_write_cache = write_cache
     if sanitize_unrestricted_exit is not None:
-        unit.sanitization = Sanitization(sanitize_unrestricted_exit, failed=True)  # it was broken off: SBC-3 4.11.4
+        unit.sanitization = Sanitization(
+            sanitize_unrestricted_exit, failed=True
+        )  # it was broken off: SBC-3 4.11.4
     if reservations["registrations"]:
         unit.reservations.restore(**reservations, target_ports=unit.target_ports())

@@ -1,6 +1,8 @@
-"""PDU headers (RFC 7143 clause 11). Every basic header segment is 48 bytes, big-endian, of one shape:
+"""PDU headers (RFC 7143 clause 11). Every basic header segment is 48 bytes, big-endian, of one
+shape:
 
-    0 opcode (bit 6: immediate)   1 flags   2, 3 by type   4 TotalAHSLength   5-7 DataSegmentLength   8-15 LUN or by type
+    0 opcode (bit 6: immediate)   1 flags   2, 3 by type   4 TotalAHSLength
+    5-7 DataSegmentLength   8-15 LUN or by type
     16 Initiator Task Tag         20, 24, 28, 32, 36, 40, 44: seven words, named by the type
 
 so that one Struct packs and unpacks them all; the properties of `Pdu` name the words.
@@ -67,7 +69,9 @@ ASYNC_LOGOUT_REQUESTED: Final = 1
 
 
 class Pdu:
-    """One received PDU. ``data`` is a view into the receive buffer, valid only while the PDU is handled."""
+    """One received PDU. ``data`` is a view into the receive buffer, valid only while the PDU is
+    handled.
+    """
 
     __slots__ = (
         "ahs",
@@ -105,7 +109,9 @@ class Pdu:
     word40: int
     word44: int
 
-    def __init__(self, header: bytes, ahs: bytes, data: memoryview, data_intact: bool = True) -> None:
+    def __init__(
+        self, header: bytes, ahs: bytes, data: memoryview, data_intact: bool = True
+    ) -> None:
         self.header = header
         self.ahs = ahs
         self.data = data
@@ -219,7 +225,9 @@ NO_LUN: Final = -1
 
 
 def decode_lun(raw: int) -> int:
-    """The number in an 8-byte LUN (SAM-5 4.7): single-level peripheral or flat addressing, else NO_LUN."""
+    """The number in an 8-byte LUN (SAM-5 4.7): single-level peripheral or flat addressing, else
+    NO_LUN.
+    """
     method, value, rest = raw >> 62, (raw >> 48) & 0x3FFF, raw & 0xFFFFFFFFFFFF
     if rest or method > _FLAT or (method == _PERIPHERAL and value > 0xFF):
         return NO_LUN

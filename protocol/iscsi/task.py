@@ -1,8 +1,8 @@
 """A SCSI command under way, from its PDU to its status.
 
-A task is *busy* while a volume holds one of its reads or writes. An aborted task that is busy stays in the session's
-table, silent, until the volume lets go of it: only then is the abort answered, because only then can it no longer touch
-the disk.
+A task is *busy* while a volume holds one of its reads or writes. An aborted task that is busy stays
+in the session's table, silent, until the volume lets go of it: only then is the abort answered,
+because only then can it no longer touch the disk.
 """
 
 from typing import TYPE_CHECKING, Protocol
@@ -39,7 +39,14 @@ class Task:
         "watchers",
     )
 
-    def __init__(self, phase: "FullFeature", itt: int, mapped: UnitNexus | None, expected_bytes: int, immediate: bool) -> None:
+    def __init__(
+        self,
+        phase: "FullFeature",
+        itt: int,
+        mapped: UnitNexus | None,
+        expected_bytes: int,
+        immediate: bool,
+    ) -> None:
         self.phase = phase
         self.itt = itt
         self.mapped = mapped
@@ -60,19 +67,39 @@ class Task:
         if not self.busy:
             self.phase.task_ended(self)
 
-    def end(self, sequence_count: int = 0, cause: Sense | None = None, status: int = STATUS_GOOD, moved: int | None = None) -> None:
-        """Send the SCSI Response. ``sequence_count`` is the number of R2T or Data-In PDUs sent, ``moved`` the bytes transferred."""
-        self.phase.respond(self, STATUS_CHECK_CONDITION if cause is not None else status, cause, sequence_count, moved)
+    def end(
+        self,
+        sequence_count: int = 0,
+        cause: Sense | None = None,
+        status: int = STATUS_GOOD,
+        moved: int | None = None,
+    ) -> None:
+        """Send the SCSI Response. ``sequence_count`` is the number of R2T or Data-In PDUs sent,
+        ``moved`` the bytes transferred.
+        """
+        self.phase.respond(
+            self,
+            STATUS_CHECK_CONDITION if cause is not None else status,
+            cause,
+            sequence_count,
+            moved,
+        )
 
-    def fail(self, error: Exception, writing: bool, sequence_count: int = 0, moved: int | None = None) -> None:
-        """End with the sense data of what a volume reported, or with the status of what the operation found."""
+    def fail(
+        self, error: Exception, writing: bool, sequence_count: int = 0, moved: int | None = None
+    ) -> None:
+        """End with the sense data of what a volume reported, or with the status of what the
+        operation found.
+        """
         if isinstance(error, ReservationConflict):
             self.end(sequence_count, status=error.status, moved=moved)
             return
         self.end(sequence_count, sense_of(error, writing), moved=moved)
 
     def let_go(self) -> bool:
-        """A volume's completion has come: True when the task was aborted meanwhile and has now ended."""
+        """A volume's completion has come: True when the task was aborted meanwhile and has now
+        ended.
+        """
         self.busy = False
         if self.aborted:
             self.phase.task_ended(self)

@@ -1,6 +1,8 @@
-"""Task management (RFC 7143 11.5, 11.6; SAM-5 clause 7): abort and reset, answered only when it is true.
+"""Task management (RFC 7143 11.5, 11.6; SAM-5 clause 7): abort and reset, answered only when it is
+true.
 
-An aborted command that a volume still holds may yet change the disk; the answer waits until the last of them has ended.
+An aborted command that a volume still holds may yet change the disk; the answer waits until the
+last of them has ended.
 """
 
 from collections.abc import Callable, Iterable
@@ -34,7 +36,9 @@ REJECTED: Final = 255
 
 
 class TaskManagement:
-    """The functions of one session. ``waiting`` is the number of those whose answer waits for tasks, of this session and of others."""
+    """The functions of one session. ``waiting`` is the number of those whose answer waits for
+    tasks, of this session and of others.
+    """
 
     __slots__ = ("_phase", "waiting")
 
@@ -90,10 +94,14 @@ class TaskManagement:
     def _abort_task_set(self, pdu: Pdu) -> None:
         mapped = self._mapped(pdu)
         if mapped is not None:
-            self._abort(pdu.itt, [task for task in self._phase.tasks.values() if task.mapped is mapped])
+            self._abort(
+                pdu.itt, [task for task in self._phase.tasks.values() if task.mapped is mapped]
+            )
 
     def _clear_task_set(self, pdu: Pdu) -> None:
-        """All sessions' tasks on the unit; the others are told (the control mode page says TST 000b: one task set)."""
+        """All sessions' tasks on the unit; the others are told (the control mode page says TST
+        000b: one task set).
+        """
         mapped = self._mapped(pdu)
         if mapped is None:
             return
@@ -118,11 +126,17 @@ class TaskManagement:
             self._abort(pdu.itt, self._reset((mapped.unit,)))
 
     def _target_reset(self, pdu: Pdu) -> None:
-        self._abort(pdu.itt, self._reset([mapped.unit for mapped in self._phase.nexus.units.values()]))
+        self._abort(
+            pdu.itt, self._reset([mapped.unit for mapped in self._phase.nexus.units.values()])
+        )
 
     def _target_cold_reset(self, pdu: Pdu) -> None:
         """The same, and then every session of the target ends, this one too (RFC 7143 11.5.1)."""
-        self._abort(pdu.itt, self._reset([mapped.unit for mapped in self._phase.nexus.units.values()]), cold=True)
+        self._abort(
+            pdu.itt,
+            self._reset([mapped.unit for mapped in self._phase.nexus.units.values()]),
+            cold=True,
+        )
 
     def _reassign(self, pdu: Pdu) -> None:
         self._answer(pdu.itt, NO_REASSIGNMENT)

@@ -7,12 +7,16 @@ from protocol.iscsi.limits import KEY_NAME_BYTES_MAX, KEY_VALUE_BYTES_MAX, KEYS_
 
 
 def parse_list(data: bytes) -> list[tuple[str, str]]:
-    """Pairs in the order they came; keys may repeat (SendTargets answers). Raises TextError for an item that is no pair."""
+    """Pairs in the order they came; keys may repeat (SendTargets answers). Raises TextError for an
+    item that is no pair.
+    """
     return [_pair(item) for item in data.split(b"\0") if item]
 
 
 def parse(data: bytes) -> dict[str, str]:
-    """Pairs of a negotiation. Raises TextError for an item that is no pair, a key offered twice, or too many keys."""
+    """Pairs of a negotiation. Raises TextError for an item that is no pair, a key offered twice, or
+    too many keys.
+    """
     items = parse_list(data)
     if len(items) > KEYS_MAX:
         raise TextError(f"more than {KEYS_MAX} keys")

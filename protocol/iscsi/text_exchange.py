@@ -1,8 +1,10 @@
-"""Text requests in the full feature phase (RFC 7143 11.10, 11.11): SendTargets, and what little may be negotiated then.
+"""Text requests in the full feature phase (RFC 7143 11.10, 11.11): SendTargets, and what little may
+be negotiated then.
 
-A request may be continued over several PDUs (C bit), and an answer that does not fit the initiator's data segment is given
-piece by piece, each fetched with the target transfer tag of the last. A piece is made when it is fetched, in a turn of the event loop
-(`protocol.scsi.turns`): a list of all targets, asked for again and again, takes no session's time, and has no greatest length.
+A request may be continued over several PDUs (C bit), and an answer that does not fit the
+initiator's data segment is given piece by piece, each fetched with the target transfer tag of the
+last. A piece is made when it is fetched, in a turn of the event loop (`protocol.scsi.turns`): a
+list of all targets, asked for again and again, takes no session's time, and has no greatest length.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +14,14 @@ from typing import TYPE_CHECKING, Final
 from protocol.iscsi import keys, limits, text
 from protocol.iscsi.errors import TextError
 from protocol.iscsi.login import PORTAL_GROUP
-from protocol.iscsi.pdu import CONTINUE, FINAL, REJECT_PROTOCOL_ERROR, RESERVED_TAG, TEXT_RESPONSE, Pdu
+from protocol.iscsi.pdu import (
+    CONTINUE,
+    FINAL,
+    REJECT_PROTOCOL_ERROR,
+    RESERVED_TAG,
+    TEXT_RESPONSE,
+    Pdu,
+)
 from protocol.names import fold
 from protocol.scsi.turns import Turns
 
@@ -28,12 +37,15 @@ _EXCHANGE_TAG: Final = 1
 class TextExchange:
     """One exchange at a time, as the standard allows no more on a connection.
 
-    ``_records`` is what is still to be answered, ``_rest`` what of it was made and not sent; ``_waiting``: a turn was asked for.
+    ``_records`` is what is still to be answered, ``_rest`` what of it was made and not sent;
+    ``_waiting``: a turn was asked for.
     """
 
     __slots__ = ("_collected", "_names", "_portals", "_records", "_rest", "_turns", "_waiting")
 
-    def __init__(self, names: Callable[[], list[str]], portals: Callable[[], list[str]], turns: Turns) -> None:
+    def __init__(
+        self, names: Callable[[], list[str]], portals: Callable[[], list[str]], turns: Turns
+    ) -> None:
         self._names = names
         self._portals = portals
         self._turns = turns
@@ -43,7 +55,9 @@ class TextExchange:
         self._waiting = False
 
     def handle(self, phase: "FullFeature", pdu: Pdu) -> None:
-        """Take one text request and answer it; Reject where it is no text, or comes before the last one is answered."""
+        """Take one text request and answer it; Reject where it is no text, or comes before the last
+        one is answered.
+        """
         if self._waiting:
             phase.reject(pdu, REJECT_PROTOCOL_ERROR)
             return
@@ -55,7 +69,9 @@ class TextExchange:
             self._give_up(phase, pdu)
             return
         if pdu.flags & CONTINUE:
-            phase.sender.put(phase.numbered(TEXT_RESPONSE, pdu.itt, flags=0, lun=pdu.lun, ttt=_EXCHANGE_TAG))
+            phase.sender.put(
+                phase.numbered(TEXT_RESPONSE, pdu.itt, flags=0, lun=pdu.lun, ttt=_EXCHANGE_TAG)
+            )
             return
         if not (continued and self._rest):
             try:
@@ -63,7 +79,9 @@ class TextExchange:
             except TextError:
                 self._give_up(phase, pdu)
                 return
-            self._records = chain.from_iterable([self._answer(phase, key, offer) for key, offer in pairs.items()])
+            self._records = chain.from_iterable(
+                [self._answer(phase, key, offer) for key, offer in pairs.items()]
+            )
         self._collected.clear()
         self._waiting = True
         self._turns.take(lambda: self._send(phase, pdu))
@@ -78,7 +96,9 @@ class TextExchange:
         phase.reject(pdu, REJECT_PROTOCOL_ERROR)
 
     def _send(self, phase: "FullFeature", pdu: Pdu) -> None:
-        """The next piece. A byte more than it holds is made, so that it is known whether it is the last."""
+        """The next piece. A byte more than it holds is made, so that it is known whether it is the
+        last.
+        """
         self._waiting = False
         segment = min(phase.parameters.peer_data_segment_bytes, limits.TEXT_PIECE_BYTES)
         while len(self._rest) <= segment and (record := next(self._records, None)) is not None:
@@ -86,7 +106,12 @@ class TextExchange:
         piece = bytes(self._rest[:segment])
         del self._rest[:segment]
         flags, ttt = (CONTINUE, _EXCHANGE_TAG) if self._rest else (FINAL, RESERVED_TAG)
-        phase.sender.put(phase.numbered(TEXT_RESPONSE, pdu.itt, flags=flags, length=len(piece), lun=pdu.lun, ttt=ttt), piece)
+        phase.sender.put(
+            phase.numbered(
+                TEXT_RESPONSE, pdu.itt, flags=flags, length=len(piece), lun=pdu.lun, ttt=ttt
+            ),
+            piece,
+        )
         phase.wake()
 
     def _answer(self, phase: "FullFeature", key: str, offer: str) -> Iterable[bytes]:
@@ -103,7 +128,9 @@ class TextExchange:
         return [text.encode([(key, reply)])] if reply is not None else []
 
     def _targets(self, phase: "FullFeature", wanted: str) -> Iterator[bytes]:
-        """SendTargets (RFC 7143 appendix C): All only in a discovery session; a name, or nothing for the session's own target."""
+        """SendTargets (RFC 7143 appendix C): All only in a discovery session; a name, or nothing
+        for the session's own target.
+        """
         if wanted == ALL:
             if not phase.discovery:
                 yield text.encode([("SendTargets", keys.REJECT)])
@@ -113,6 +140,8 @@ class TextExchange:
             names = [name for name in self._names() if fold(name) == fold(wanted)]
         else:
             names = [phase.target_name] if fold(wanted) in ("", fold(phase.target_name)) else []
-        addresses = text.encode([("TargetAddress", f"{portal},{PORTAL_GROUP}") for portal in self._portals()])
+        addresses = text.encode(
+            [("TargetAddress", f"{portal},{PORTAL_GROUP}") for portal in self._portals()]
+        )
         for name in names:
             yield text.encode([("TargetName", name)]) + addresses

@@ -1,6 +1,8 @@
-"""Aborting commands, and knowing when that is true: an aborted command that a volume still holds may yet change the disk.
+"""Aborting commands, and knowing when that is true: an aborted command that a volume still holds
+may yet change the disk.
 
-Task management and PREEMPT AND ABORT share this. Tasks are the transport's, of any session that uses the logical unit.
+Task management and PREEMPT AND ABORT share this. Tasks are the transport's, of any session that
+uses the logical unit.
 """
 
 from collections.abc import Callable, Iterable
@@ -27,7 +29,9 @@ class AbortedTask(Protocol):
 
 
 class Abort:
-    """The watcher of tasks that were aborted together. ``ended`` is called once, when no volume holds anything of them."""
+    """The watcher of tasks that were aborted together. ``ended`` is called once, when no volume
+    holds anything of them.
+    """
 
     __slots__ = ("_busy", "_ended")
 

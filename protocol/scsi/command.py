@@ -13,7 +13,9 @@ from protocol.scsi.plan import Plan, Reply
 
 @dataclass(slots=True)
 class Request:
-    """One command as it reaches its handler. ``mapped`` is None where the LUN names no logical unit."""
+    """One command as it reaches its handler. ``mapped`` is None where the LUN names no logical
+    unit.
+    """
 
     nexus: Nexus
     lun: int
@@ -22,7 +24,9 @@ class Request:
 
     @property
     def unit(self) -> LogicalUnit:
-        """The logical unit; the dispatcher lets only commands marked ``any_lun`` come without one."""
+        """The logical unit; the dispatcher lets only commands marked ``any_lun`` come
+        without one.
+        """
         assert self.mapped is not None
         return self.mapped.unit
 
@@ -34,10 +38,11 @@ Handler = Callable[[Request], Plan]
 class Command:
     """One row of the command table.
 
-    ``usage`` has a set bit wherever the command evaluates one, operation code included (SPC-4 6.35.3, CDB USAGE DATA);
-    a set bit outside it is INVALID FIELD IN CDB, so the table is at once the report and the check. Another's reservation
-    forbids ``writes``, and ``reserved`` commands like them; some kinds forbid every command that ``needs_medium``. RESERVE(6) by
-    another forbids all but ``any_lun`` and ``despite_exclusion`` ones; a sanitize operation all but ``any_lun`` and
+    ``usage`` has a set bit wherever the command evaluates one, operation code included (SPC-4
+    6.35.3, CDB USAGE DATA); a set bit outside it is INVALID FIELD IN CDB, so the table is at once
+    the report and the check. Another's reservation forbids ``writes``, and ``reserved`` commands
+    like them; some kinds forbid every command that ``needs_medium``. RESERVE(6) by another forbids
+    all but ``any_lun`` and ``despite_exclusion`` ones; a sanitize operation all but ``any_lun`` and
     ``despite_sanitize`` ones, and one that failed leaves ``after_failed_sanitize`` ones besides.
     """
 
@@ -69,11 +74,15 @@ class Command:
         return len(self.usage)
 
     def check_reserved(self, cdb: bytes) -> None:
-        """Raise INVALID FIELD IN CDB, with a pointer to the bit, where a bit is set that the command does not evaluate."""
+        """Raise INVALID FIELD IN CDB, with a pointer to the bit, where a bit is set that the
+        command does not evaluate.
+        """
         stray = int.from_bytes(cdb[: len(self.usage)], "big") & ~self.mask
         if stray:
             bit = stray.bit_length() - 1
-            raise CheckCondition(sense.invalid_field_in_cdb(len(self.usage) - 1 - bit // 8, bit % 8))
+            raise CheckCondition(
+                sense.invalid_field_in_cdb(len(self.usage) - 1 - bit // 8, bit % 8)
+            )
 
 
 def usage(text: str) -> bytes:
@@ -92,7 +101,8 @@ NO_DATA: Final = Reply()
 def check_range(unit: LogicalUnit, lba: int, sectors: int) -> tuple[int, int]:
     """Offset and length in bytes of a range of sectors; LBA OUT OF RANGE where it passes the end.
 
-    A length of zero is no error, but its LBA must lie on the disk (SBC-3 5.11: iscsi clients test for it), the end included.
+    A length of zero is no error, but its LBA must lie on the disk (SBC-3 5.11: iscsi clients test
+    for it), the end included.
     """
     total = unit.sectors
     if lba > total or sectors > total - lba or (sectors == 0 and lba == total):

@@ -1,8 +1,9 @@
-"""One EXTENDED COPY under way: its segments one after the other, by reference where the volumes can, else piece by piece.
+"""One EXTENDED COPY under way: its segments one after the other, by reference where the volumes
+can, else piece by piece.
 
-The copy manager has no state but this object and its `CopyProgress`. Each change goes through the gate of the unit that it changes
-(`Gate.enter_outside`), so that COMPARE AND WRITE there stays one operation, and is settled at once. Each piece has a turn of the event
-loop of its own.
+The copy manager has no state but this object and its `CopyProgress`. Each change goes through the
+gate of the unit that it changes (`Gate.enter_outside`), so that COMPARE AND WRITE there stays one
+operation, and is settled at once. Each piece has a turn of the event loop of its own.
 """
 
 import errno
@@ -20,7 +21,8 @@ _BLOCK_BYTES: Final = PHYSICAL_BLOCK_SECTORS * SECTOR_BYTES
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """``length_bytes`` of ``source`` are to be found in ``destination`` afterwards. Both ranges have been checked.
+    """``length_bytes`` of ``source`` are to be found in ``destination`` afterwards. Both ranges
+    have been checked.
 
     ``count``: how many segments of the client's list this is.
     """
@@ -34,7 +36,8 @@ class Segment:
 
 
 def joined(segments: list[Segment]) -> list[Segment]:
-    """The same copies with as few segments: a descriptor says 32 MiB at most, and each copy by reference has to be made durable.
+    """The same copies with as few segments: a descriptor says 32 MiB at most, and each copy by
+    reference has to be made durable.
 
     Within one unit they are left alone: there a segment may read what the one before it wrote.
     """
@@ -42,16 +45,26 @@ def joined(segments: list[Segment]) -> list[Segment]:
     for following in segments:
         last = found[-1] if found else None
         if last is not None and _continues(last, following):
-            found[-1] = replace(last, length_bytes=last.length_bytes + following.length_bytes, count=last.count + 1)
+            found[-1] = replace(
+                last, length_bytes=last.length_bytes + following.length_bytes, count=last.count + 1
+            )
         else:
             found.append(following)
     return found
 
 
 def _continues(last: Segment, following: Segment) -> bool:
-    units = last.source is following.source and last.destination is following.destination and last.source is not last.destination
+    units = (
+        last.source is following.source
+        and last.destination is following.destination
+        and last.source is not last.destination
+    )
     size = last.length_bytes
-    return units and last.source_offset + size == following.source_offset and last.offset + size == following.offset
+    return (
+        units
+        and last.source_offset + size == following.source_offset
+        and last.offset + size == following.offset
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +81,11 @@ def _cut_up(start: int, end: int) -> list[_Piece]:
 
 
 def pieces_of(segment: Segment, by_reference: bool) -> list[_Piece]:
-    """Steps of one segment: whole aligned blocks as one, what is before and behind them, or all of it, in pieces.
+    """Steps of one segment: whole aligned blocks as one, what is before and behind them, or all of
+    it, in pieces.
 
-    Where a range overlaps its own copy behind it, the last piece comes first, so that nothing is read after it was overwritten.
+    Where a range overlaps its own copy behind it, the last piece comes first, so that nothing is
+    read after it was overwritten.
     """
     length = segment.length_bytes
     shift = segment.offset - segment.source_offset
@@ -107,21 +122,27 @@ class CopyJob:
     def _begin_piece(self) -> None:
         segment = self._segments[-1]
         if not self._pieces:
-            self._pieces = pieces_of(segment, isinstance(segment.destination.volume, CopiesByReference))[::-1]
+            self._pieces = pieces_of(
+                segment, isinstance(segment.destination.volume, CopiesByReference)
+            )[::-1]
         segment.destination.gate.enter_outside(self._copy_piece)
 
     def _copy_piece(self) -> None:
         """It is this piece's turn at the gate of the destination."""
         segment, piece = self._segments[-1], self._pieces[-1]
         if segment.destination.sanitization is not None or segment.destination.write_protected:
-            self._ended(CheckCondition(sense.THIRD_PARTY_DEVICE_FAILURE))  # since the command was checked
+            self._ended(
+                CheckCondition(sense.THIRD_PARTY_DEVICE_FAILURE)
+            )  # since the command was checked
             return
         target, source = segment.destination.volume, segment.source.volume
         source.settle()  # writes that came before the copy
         target.settle()
         start, at = segment.source_offset + piece.start, segment.offset + piece.start
         if piece.by_reference and isinstance(target, CopiesByReference):
-            target.copy_from(source, start, at, piece.size, segment.destination.durably(self._ended))
+            target.copy_from(
+                source, start, at, piece.size, segment.destination.durably(self._ended)
+            )
             return
         try:
             data = source.try_read(start, piece.size)
@@ -139,7 +160,12 @@ class CopyJob:
             return
         segment = self._segments[-1]
         volume = segment.destination.volume
-        volume.write(segment.offset + self._pieces[-1].start, data, not segment.destination.write_cache, self._written)
+        volume.write(
+            segment.offset + self._pieces[-1].start,
+            data,
+            not segment.destination.write_cache,
+            self._written,
+        )
         volume.settle()
 
     def _written(self, error: Exception | None) -> None:

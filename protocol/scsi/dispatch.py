@@ -1,4 +1,6 @@
-"""From a CDB to a plan: one table of commands, one order of checks, and the report of what the table holds (SPC-4 6.35)."""
+"""From a CDB to a plan: one table of commands, one order of checks, and the report of what the
+table holds (SPC-4 6.35).
+"""
 
 from struct import Struct
 from typing import Final
@@ -27,15 +29,20 @@ _ALL_COMMANDS_ENTRY: Final = Struct(">BxHxBH")
 _TIMEOUTS_DESCRIPTOR: Final = bytes((0x00, 0x0A)) + bytes(10)  # no timeouts are promised
 _SERVICE_ACTION_VALID: Final = 0x01
 _TIMEOUTS_PRESENT: Final = 0x02
-# ABORT TASK, ABORT TASK SET, CLEAR TASK SET, LOGICAL UNIT RESET, TARGET RESET (iSCSI's warm and cold ones).
+# ABORT TASK, ABORT TASK SET, CLEAR TASK SET, LOGICAL UNIT RESET, TARGET RESET (iSCSI's warm and
+# cold ones).
 _TASK_MANAGEMENT_SUPPORTED: Final = bytes((0x80 | 0x40 | 0x10 | 0x08 | 0x02, 0, 0, 0))
 
 
 def _all_commands(timeouts: bool) -> bytes:
     body = b""
     for command in COMMANDS:
-        flags = (_SERVICE_ACTION_VALID if command.service_action is not None else 0) | (_TIMEOUTS_PRESENT if timeouts else 0)
-        body += _ALL_COMMANDS_ENTRY.pack(command.opcode, command.service_action or 0, flags, command.cdb_bytes)
+        flags = (_SERVICE_ACTION_VALID if command.service_action is not None else 0) | (
+            _TIMEOUTS_PRESENT if timeouts else 0
+        )
+        body += _ALL_COMMANDS_ENTRY.pack(
+            command.opcode, command.service_action or 0, flags, command.cdb_bytes
+        )
         body += _TIMEOUTS_DESCRIPTOR if timeouts else b""
     return len(body).to_bytes(4, "big") + body
 
@@ -58,8 +65,14 @@ def _one_command(command: Command | None, timeouts: bool) -> bytes:
 
 
 def _reported(request: Request) -> Command | None:
-    """The command that REPORT SUPPORTED OPERATION CODES asks about, by its reporting options 1 to 3."""
-    option, opcode, action = request.cdb[2] & 0x07, request.cdb[3], int.from_bytes(request.cdb[4:6], "big")
+    """The command that REPORT SUPPORTED OPERATION CODES asks about, by its reporting options 1 to
+    3.
+    """
+    option, opcode, action = (
+        request.cdb[2] & 0x07,
+        request.cdb[3],
+        int.from_bytes(request.cdb[4:6], "big"),
+    )
     with_actions = opcode in _BY_SERVICE_ACTION
     if (option == 1 and with_actions) or (option == 2 and not with_actions):
         raise CheckCondition(sense.invalid_field_in_cdb(2, 2))
@@ -81,7 +94,11 @@ def report_supported_operation_codes(request: Request) -> Plan:
 def report_supported_task_management(request: Request) -> Plan:
     """Which task management functions are answered (SPC-4 6.36)."""
     extended = bool(request.cdb[2] & 0x80)
-    data = _TASK_MANAGEMENT_SUPPORTED if not extended else _TASK_MANAGEMENT_SUPPORTED[:3] + b"\x0c" + bytes(12)
+    data = (
+        _TASK_MANAGEMENT_SUPPORTED
+        if not extended
+        else _TASK_MANAGEMENT_SUPPORTED[:3] + b"\x0c" + bytes(12)
+    )
     return cut(data, int.from_bytes(request.cdb[6:10], "big"))
 
 
@@ -115,7 +132,9 @@ COMMANDS: Final[tuple[Command, ...]] = (
     + log_sense.COMMANDS
     + _OWN
 )
-_BY_OPCODE: Final = {command.opcode: command for command in COMMANDS if command.service_action is None}
+_BY_OPCODE: Final = {
+    command.opcode: command for command in COMMANDS if command.service_action is None
+}
 _BY_SERVICE_ACTION: Final[dict[int, dict[int, Command]]] = {}
 for _command in COMMANDS:
     if _command.service_action is not None:
@@ -124,7 +143,9 @@ assert len(COMMANDS) == len(_BY_OPCODE) + sum(map(len, _BY_SERVICE_ACTION.values
 
 
 # These are allowed under every kind of reservation.
-_ALLOWED_DESPITE_RESERVATION: Final = frozenset((opcodes.TEST_UNIT_READY, opcodes.READ_CAPACITY_10, opcodes.SERVICE_ACTION_IN_16))
+_ALLOWED_DESPITE_RESERVATION: Final = frozenset(
+    (opcodes.TEST_UNIT_READY, opcodes.READ_CAPACITY_10, opcodes.SERVICE_ACTION_IN_16)
+)
 
 
 def _find(cdb: bytes) -> Command:
@@ -141,10 +162,14 @@ def _find(cdb: bytes) -> Command:
 
 
 def _check_reservation(mapped: UnitNexus | None, command: Command) -> None:
-    """Raise ReservationConflict where another's reservation forbids the command (SPC-4 table 49, SBC-3 table 6)."""
+    """Raise ReservationConflict where another's reservation forbids the command (SPC-4 table 49,
+    SBC-3 table 6).
+    """
     if mapped is None:
         return
-    if not (command.any_lun or command.despite_exclusion) and mapped.unit.reservations.excludes(mapped.nexus.id):
+    if not (command.any_lun or command.despite_exclusion) and mapped.unit.reservations.excludes(
+        mapped.nexus.id
+    ):
         raise ReservationConflict
     if not (command.needs_medium or command.reserved):
         return
@@ -155,15 +180,23 @@ def _check_reservation(mapped: UnitNexus | None, command: Command) -> None:
 
 
 def _check_sanitize(unit: LogicalUnit, command: Command) -> None:
-    """Raise CheckCondition where a sanitize operation, under way or failed, forbids the command (SBC-3 4.11.3, 4.11.4)."""
+    """Raise CheckCondition where a sanitize operation, under way or failed, forbids the command
+    (SBC-3 4.11.3, 4.11.4).
+    """
     state = unit.sanitization
-    if state is None or command.any_lun or command.despite_sanitize or (state.failed and command.after_failed_sanitize):
+    if (
+        state is None
+        or command.any_lun
+        or command.despite_sanitize
+        or (state.failed and command.after_failed_sanitize)
+    ):
         return
     raise CheckCondition(state.cause())
 
 
 def prepare(nexus: Nexus, lun: int, cdb: bytes) -> Plan:
-    """Check a command, in the order of SAM-5 5.14 and SPC-4 4.2, and return what it wants of its transport.
+    """Check a command, in the order of SAM-5 5.14 and SPC-4 4.2, and return what it wants of its
+    transport.
 
     ``cdb`` is 16 bytes or more. Raises `ScsiError` with the status to send.
     """
@@ -172,7 +205,11 @@ def prepare(nexus: Nexus, lun: int, cdb: bytes) -> Plan:
         mapped.unit.refresh_capacity()
     command = _BY_OPCODE.get(cdb[0])
     waiting = None
-    if mapped is not None and mapped.attentions and not (command is not None and command.despite_attention):
+    if (
+        mapped is not None
+        and mapped.attentions
+        and not (command is not None and command.despite_attention)
+    ):
         waiting = mapped.take_attention()
     if waiting is not None:
         raise CheckCondition(waiting)

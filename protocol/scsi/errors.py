@@ -1,4 +1,6 @@
-"""Errors of the SCSI layer. Each is a status to put on the wire, never a reason to end the session."""
+"""Errors of the SCSI layer. Each is a status to put on the wire, never a reason to end
+the session.
+"""
 
 import errno
 from dataclasses import replace
@@ -45,7 +47,9 @@ _BY_ERRNO: Final = {
 
 
 def sense_of(error: Exception, writing: bool) -> Sense:
-    """The sense data for what a `BlockVolume` (or a command's own continuation) reported, by its ``errno``."""
+    """The sense data for what a `BlockVolume` (or a command's own continuation) reported, by its
+    ``errno``.
+    """
     if isinstance(error, CheckCondition):
         return error.sense
     number = getattr(error, "errno", None)
@@ -55,6 +59,8 @@ def sense_of(error: Exception, writing: bool) -> Sense:
 
 
 def _unrecovered(offset_bytes: int | None) -> Sense:
-    """UNRECOVERED READ ERROR with the first LBA that could not be read as information (SBC-3 4.18.1), where that is known."""
+    """UNRECOVERED READ ERROR with the first LBA that could not be read as information (SBC-3
+    4.18.1), where that is known.
+    """
     lba = None if offset_bytes is None else offset_bytes >> SECTOR_SHIFT
     return replace(sense.UNRECOVERED_READ_ERROR, information=lba)

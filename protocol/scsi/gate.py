@@ -1,12 +1,15 @@
-"""The gate of a logical unit: read-modify-write commands run alone among the commands that change sectors.
+"""The gate of a logical unit: read-modify-write commands run alone among the commands that change
+sectors.
 
-COMPARE AND WRITE and ORWRITE read, and then write what depends on it (SBC-3 5.2, 5.17: one uninterrupted operation). While
-one of them waits for its turn or runs, the gate is closed: other changes queue, in the order they came, and the fast path
-is off. It runs when the changes that were under way have ended. Reads pass at all times. What EXTENDED COPY writes to a unit
-comes from outside, for the command may have been given to another unit; those are counted at all times.
+COMPARE AND WRITE and ORWRITE read, and then write what depends on it (SBC-3 5.2, 5.17: one
+uninterrupted operation). While one of them waits for its turn or runs, the gate is closed: other
+changes queue, in the order they came, and the fast path is off. It runs when the changes that were
+under way have ended. Reads pass at all times. What EXTENDED COPY writes to a unit comes from
+outside, for the command may have been given to another unit; those are counted at all times.
 
-Invariant: while the gate is closed, ``_running`` is the number of changes that have begun and not ended; whoever begins one
-calls `leave` at its end. While it is open nobody counts, and `leave` does nothing.
+Invariant: while the gate is closed, ``_running`` is the number of changes that have begun and not
+ended; whoever begins one calls `leave` at its end. While it is open nobody counts, and `leave` does
+nothing.
 """
 
 from collections import deque
@@ -36,7 +39,9 @@ class Gate:
         return self._exclusive or bool(self._queue)
 
     def enter(self, start: Callable[[], None], exclusive: bool, under_way: int) -> None:
-        """Call ``start`` now or when it is its turn. ``under_way``: changes that began while the gate was open, and will `leave`."""
+        """Call ``start`` now or when it is its turn. ``under_way``: changes that began while the
+        gate was open, and will `leave`.
+        """
         if not self.closed:
             self._running = under_way + self._outside
         self._queue.append((start, exclusive))
@@ -44,7 +49,9 @@ class Gate:
         self._drain()
 
     def enter_outside(self, start: Callable[[], None]) -> None:
-        """The same for a change that no task of this unit carries (a third party's copy); `leave_outside` ends it."""
+        """The same for a change that no task of this unit carries (a third party's copy);
+        `leave_outside` ends it.
+        """
 
         def begin() -> None:
             self._outside += 1
@@ -61,7 +68,9 @@ class Gate:
         self.leave()
 
     def retire(self) -> None:
-        """Nobody has to know any more whether it is open. What runs or waits goes on as it would have."""
+        """Nobody has to know any more whether it is open. What runs or waits goes on as it would
+        have.
+        """
         self._state_changed = _nothing
 
     def leave(self) -> None:
@@ -71,7 +80,9 @@ class Gate:
             self._drain()
 
     def _drain(self) -> None:
-        """Start what may start. A change that ends at once comes back through `leave`: the loop goes on instead of recursing."""
+        """Start what may start. A change that ends at once comes back through `leave`: the loop
+        goes on instead of recursing.
+        """
         if self._draining:
             return
         self._draining = True

@@ -1,9 +1,10 @@
 """Logical units, and the nexuses through which initiators reach them (SAM-5 4.6, 4.7).
 
-A `LogicalUnit` is shared by all sessions that use its volume; a `UnitNexus` is one initiator port's relation to it and
-holds the unit attentions that this port has not been told yet. Invariant: ``plain_read`` (``plain_write``) of a `UnitNexus`
-is True only while nothing but the CDB itself decides what a READ (WRITE) does: no attention pending, unit started, no
-protection. A transport's fast path asks this one flag.
+A `LogicalUnit` is shared by all sessions that use its volume; a `UnitNexus` is one initiator port's
+relation to it and holds the unit attentions that this port has not been told yet. Invariant:
+``plain_read`` (``plain_write``) of a `UnitNexus` is True only while nothing but the CDB itself
+decides what a READ (WRITE) does: no attention pending, unit started, no protection. A transport's
+fast path asks this one flag.
 """
 
 from collections import deque
@@ -14,7 +15,12 @@ from uuid import UUID
 
 from protocol.scsi import sense
 from protocol.scsi.gate import Gate
-from protocol.scsi.limits import FIRST_TARGET_PORT, PHYSICAL_BLOCK_EXPONENT, SECTOR_BYTES, UNIT_ATTENTIONS_MAX
+from protocol.scsi.limits import (
+    FIRST_TARGET_PORT,
+    PHYSICAL_BLOCK_EXPONENT,
+    SECTOR_BYTES,
+    UNIT_ATTENTIONS_MAX,
+)
 from protocol.scsi.reservations import NexusId, Reservations
 from protocol.scsi.sense import Sense
 from protocol.scsi.turns import Turns
@@ -32,7 +38,9 @@ def _keep_nothing(done: Completion) -> None:
 
 @dataclass(slots=True)
 class Sanitization:
-    """A sanitize operation of a logical unit (SBC-3 4.11): commands that are not about the unit itself fail while it is there."""
+    """A sanitize operation of a logical unit (SBC-3 4.11): commands that are not about the unit
+    itself fail while it is there.
+    """
 
     unrestricted_exit: bool  # AUSE: after a failure EXIT FAILURE MODE may give up
     progress: float = 0.0
@@ -46,7 +54,8 @@ class Sanitization:
 class LogicalUnit:
     """One disk as SCSI sees it: a volume, its state, and everyone who uses it.
 
-    ``physical_block_exponent`` is what clients are told: a physical block is two to this power of sectors.
+    ``physical_block_exponent`` is what clients are told: a physical block is two to this power of
+    sectors.
     """
 
     __slots__ = (
@@ -67,7 +76,12 @@ class LogicalUnit:
         "write_cache",
     )
 
-    def __init__(self, volume: BlockVolume, physical_block_exponent: int = PHYSICAL_BLOCK_EXPONENT, turns: Turns | None = None) -> None:
+    def __init__(
+        self,
+        volume: BlockVolume,
+        physical_block_exponent: int = PHYSICAL_BLOCK_EXPONENT,
+        turns: Turns | None = None,
+    ) -> None:
         self.volume = volume
         self.turns = Turns() if turns is None else turns
         self.physical_block_exponent = physical_block_exponent
@@ -77,24 +91,31 @@ class LogicalUnit:
         self.software_write_protect = False
         self.descriptor_sense = False
         self.write_cache = True
-        # What a reset goes back to. A client that switched the cache off for good sends no more flushes: forgetting it would lose data.
+        # What a reset goes back to. A client that switched the cache off for good sends no more
+        # flushes: forgetting it would lose data.
         self.saved_write_cache = True
         self.sanitization: Sanitization | None = None  # one that runs, or that has failed
         self.gate = Gate(self.state_changed)
         self.reservations = Reservations(self.state_changed)
-        # Relative identifiers of the target ports through which it can be reached, whether anybody does or not.
+        # Relative identifiers of the target ports through which it can be reached, whether anybody
+        # does or not.
         self.target_ports: Callable[[], Collection[int]] = lambda: (FIRST_TARGET_PORT,)
-        # Called with the completion of each change of what has to outlive a restart, which it makes durable: reservations (APTPL) and
-        # saved mode pages.
+        # Called with the completion of each change of what has to outlive a restart, which it makes
+        # durable: reservations (APTPL) and saved mode pages.
         self.keep_reservations: Callable[[Completion], None] = _keep_nothing
 
     @property
     def in_use(self) -> bool:
-        """Whether this object holds more than its volume does: nexuses, registrations (SPC-4 5.13), a sanitize operation,
-        a write cache that is not as it was saved.
+        """Whether this object holds more than its volume does: nexuses, registrations (SPC-4 5.13),
+        a sanitize operation, a write cache that is not as it was saved.
         """
         registered = self.reservations.registrations
-        return bool(self.nexuses or registered or self.sanitization is not None or self.write_cache != self.saved_write_cache)
+        return bool(
+            self.nexuses
+            or registered
+            or self.sanitization is not None
+            or self.write_cache != self.saved_write_cache
+        )
 
     @property
     def uuid(self) -> UUID:
@@ -112,7 +133,9 @@ class LogicalUnit:
         return self.volume.read_only or self.software_write_protect
 
     def refresh_capacity(self) -> None:
-        """Notice a resize: every nexus is told by a unit attention (SBC-3 4.7.2). Cheap enough for every general command."""
+        """Notice a resize: every nexus is told by a unit attention (SBC-3 4.7.2). Cheap enough for
+        every general command.
+        """
         size = self.volume.size_bytes
         size -= size % SECTOR_BYTES
         if size != self.capacity_bytes:
@@ -120,7 +143,9 @@ class LogicalUnit:
             self.attention(sense.CAPACITY_DATA_CHANGED)
 
     def durably(self, done: Completion) -> Completion:
-        """What to give to a change that cannot ask for FUA: ``done`` itself, or with the write cache switched off a flush before it."""
+        """What to give to a change that cannot ask for FUA: ``done`` itself, or with the write
+        cache switched off a flush before it.
+        """
         if self.write_cache:
             return done
 
@@ -139,7 +164,9 @@ class LogicalUnit:
                 nexus.attention(cause)
 
     def reset(self) -> None:
-        """Logical unit reset (SAM-5 6.3.3): state goes back to what was saved or is the default, and every nexus is told."""
+        """Logical unit reset (SAM-5 6.3.3): state goes back to what was saved or is the default,
+        and every nexus is told.
+        """
         self.started = True
         self.software_write_protect = False
         self.descriptor_sense = False
@@ -148,17 +175,23 @@ class LogicalUnit:
         self.attention(sense.BUS_DEVICE_RESET)
 
     def retire(self) -> None:
-        """Nobody will use this object again: end the ring of references, in which it would keep its volume."""
+        """Nobody will use this object again: end the ring of references, in which it would keep its
+        volume.
+        """
         self.gate.retire()
         self.reservations.changed = _nothing
         self.keep_reservations = _keep_nothing
 
     def soft_threshold_reached(self) -> None:
-        """The pool is filling up: every nexus is told (SBC-3 4.7.3.7, THIN PROVISIONING SOFT THRESHOLD REACHED)."""
+        """The pool is filling up: every nexus is told (SBC-3 4.7.3.7, THIN PROVISIONING SOFT
+        THRESHOLD REACHED).
+        """
         self.attention(sense.SOFT_THRESHOLD_REACHED)
 
     def state_changed(self) -> None:
-        """The nexuses recompute their flags: call after changing ``started``, ``software_write_protect``, ``write_cache`` or the like."""
+        """The nexuses recompute their flags: call after changing ``started``,
+        ``software_write_protect``, ``write_cache`` or the like.
+        """
         for nexus in self.nexuses:
             nexus.update()
 
@@ -179,7 +212,9 @@ class UnitNexus:
         self.attention(sense.POWER_ON_OCCURRED)
 
     def attention(self, cause: Sense) -> None:
-        """Queue one unit attention, unless the same one waits already (SAM-5 5.14 allows to report it once)."""
+        """Queue one unit attention, unless the same one waits already (SAM-5 5.14 allows to report
+        it once).
+        """
         if cause not in self.attentions:
             self.attentions.append(cause)
         self.update()
@@ -223,13 +258,17 @@ class Nexus:
 
     __slots__ = ("copies", "id", "target_name", "tasks", "units")
 
-    def __init__(self, initiator_port: str, target_name: str, target_port: int = FIRST_TARGET_PORT) -> None:
-        # The transport puts here what lists this nexus's tasks: task management reaches those of other sessions by it.
+    def __init__(
+        self, initiator_port: str, target_name: str, target_port: int = FIRST_TARGET_PORT
+    ) -> None:
+        # The transport puts here what lists this nexus's tasks: task management reaches those of
+        # other sessions by it.
         self.tasks: Callable[[], list[Any]] = list
         self.id = NexusId(initiator_port, target_port)
         self.target_name = target_name
         self.units: dict[int, UnitNexus] = {}
-        # Third-party copies by their list identifier, a byte: those that run, and those whose outcome nobody has asked for yet.
+        # Third-party copies by their list identifier, a byte: those that run, and those whose
+        # outcome nobody has asked for yet.
         self.copies: dict[int, CopyProgress] = {}
 
     def map(self, lun: int, unit: LogicalUnit) -> UnitNexus:

@@ -1,7 +1,8 @@
 """What a command wants of its transport once its CDB has been checked.
 
-A handler returns one of four plans, and the transport carries it out: send this reply, ask for one and send it, stream
-this extent to the client, or fetch this much data and start this operation. None of them knows how data travels.
+A handler returns one of four plans, and the transport carries it out: send this reply, ask for one
+and send it, stream this extent to the client, or fetch this much data and start this operation.
+None of them knows how data travels.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,9 @@ OperationStart = Callable[[Buffer, Completion], None]
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """Data for the client, complete and already cut to the allocation length; empty where GOOD says it all."""
+    """Data for the client, complete and already cut to the allocation length; empty where GOOD says
+    it all.
+    """
 
     data: bytes = b""
 
@@ -29,13 +32,16 @@ class ReadExtent:
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """Fetch ``data_bytes`` from the client (fewer if it announces fewer), then call ``start(data, done)``.
+    """Fetch ``data_bytes`` from the client (fewer if it announces fewer), then call ``start(data,
+    done)``.
 
-    Where the client announces less, ``data`` is shorter, and a write writes the sectors it has; with ``exact`` any other
-    length is refused before data move. ``data`` has the rule of `BlockVolume.write`, valid until the volume was settled,
-    unless ``needs_owned_data`` asks for a copy that lives as long as the command. An ``exclusive`` one runs alone among the
-    operations that are ``writing`` (`protocol.scsi.gate`). A ``detached`` one goes on whatever becomes of its command: to abort that
-    is only not to answer it (SBC-3 4.11: task management does not end a sanitize operation).
+    Where the client announces less, ``data`` is shorter, and a write writes the sectors it has;
+    with ``exact`` any other length is refused before data move. ``data`` has the rule of
+    `BlockVolume.write`, valid until the volume was settled, unless ``needs_owned_data`` asks for a
+    copy that lives as long as the command. An ``exclusive`` one runs alone among the operations
+    that are ``writing`` (`protocol.scsi.gate`). A ``detached`` one goes on whatever becomes of its
+    command: to abort that is only not to answer it (SBC-3 4.11: task management does not end a
+    sanitize operation).
     """
 
     data_bytes: int
@@ -52,7 +58,9 @@ QueryDone = Callable[[bytes | None, Exception | None], None]
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """Call ``start(done)``; what ``done`` gets is the data for the client, cut to the allocation length."""
+    """Call ``start(done)``; what ``done`` gets is the data for the client, cut to the allocation
+    length.
+    """
 
     start: Callable[[QueryDone], None]
 

@@ -1,9 +1,11 @@
-"""Reservations of one logical unit (SPC-4 5.13; RESERVE(6) of SPC-2 8.1): who is registered, who holds what, what that forbids.
+"""Reservations of one logical unit (SPC-4 5.13; RESERVE(6) of SPC-2 8.1): who is registered, who
+holds what, what that forbids.
 
-Registrations belong to an I_T nexus (`NexusId`): initiator port (iSCSI name and ISID) and target port. An initiator port that reaches the
-unit through two targets has two. They outlive sessions.
-Invariants: ``generation`` never goes back; ``kind`` is 0 exactly when there is no holder; the holder is registered (`Reservations.held_by`
-says of whom it is the holder); a holder by RESERVE(6) (``plain_holder``) and registrations are never there at once.
+Registrations belong to an I_T nexus (`NexusId`): initiator port (iSCSI name and ISID) and target
+port. An initiator port that reaches the unit through two targets has two. They outlive sessions.
+Invariants: ``generation`` never goes back; ``kind`` is 0 exactly when there is no holder; the
+holder is registered (`Reservations.held_by` says of whom it is the holder); a holder by RESERVE(6)
+(``plain_holder``) and registrations are never there at once.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,33 +25,45 @@ REGISTRANTS_KINDS: Final = frozenset((5, 6, 7, 8))
 ALL_REGISTRANTS_KINDS: Final = frozenset((7, 8))
 EXCLUSIVE_KINDS: Final = frozenset((3, 6, 8))
 _GENERATION_MASK: Final = 0xFFFFFFFF
-# A cluster has tens of nodes with a few paths each; a stranger must not fill memory with registrations.
+# A cluster has tens of nodes with a few paths each; a stranger must not fill memory with
+# registrations.
 REGISTRATIONS_MAX: Final = 1024
-# Of a holder that an earlier version stored: it registered initiator ports for all target ports together.
+# Of a holder that an earlier version stored: it registered initiator ports for all target ports
+# together.
 ANY_TARGET_PORT: Final = 0
 _TARGET_PORT: Final = ",t,0x"
 
 
 class NexusId(NamedTuple):
-    """An I_T nexus by the names of its ends: the initiator port, and the relative port identifier of the target port (SPC-4 7.8.6.8)."""
+    """An I_T nexus by the names of its ends: the initiator port, and the relative port identifier
+    of the target port (SPC-4 7.8.6.8).
+    """
 
     initiator_port: str
     target_port: int
 
     def __str__(self) -> str:
         """As it is stored. Without a target port: as earlier versions stored it."""
-        return f"{self.initiator_port}{_TARGET_PORT}{self.target_port:04x}" if self.target_port else self.initiator_port
+        return (
+            f"{self.initiator_port}{_TARGET_PORT}{self.target_port:04x}"
+            if self.target_port
+            else self.initiator_port
+        )
 
     @classmethod
     def parse(cls, text: str) -> "NexusId":
-        """What ``str`` made. Of an earlier version's text the target port is ANY_TARGET_PORT; some had upper-case letters."""
+        """What ``str`` made. Of an earlier version's text the target port is ANY_TARGET_PORT; some
+        had upper-case letters.
+        """
         port, found, number = fold(text).rpartition(_TARGET_PORT)
         return cls(port, int(number, 16)) if found else cls(number, ANY_TARGET_PORT)
 
 
 @dataclass(slots=True)
 class Reservations:
-    """``registrations`` maps nexuses to keys. ``changed`` is called after each change: for the nexuses, and to keep it."""
+    """``registrations`` maps nexuses to keys. ``changed`` is called after each change: for the
+    nexuses, and to keep it.
+    """
 
     changed: Callable[[], None]
     registrations: dict[NexusId, int] = field(default_factory=dict)
@@ -68,13 +82,17 @@ class Reservations:
         return True
 
     def release_plainly(self, nexus: NexusId) -> None:
-        """RELEASE(6), or the end of the nexus: nothing happens where ``nexus`` is not the holder."""
+        """RELEASE(6), or the end of the nexus: nothing happens where ``nexus`` is not
+        the holder.
+        """
         if self.plain_holder == nexus:
             self.plain_holder = None
             self.changed()
 
     def excludes(self, nexus: NexusId) -> bool:
-        """Whether a RESERVE(6) of another nexus forbids this one everything but the few commands that are always allowed."""
+        """Whether a RESERVE(6) of another nexus forbids this one everything but the few commands
+        that are always allowed.
+        """
         return self.plain_holder is not None and self.plain_holder != nexus
 
     @property
@@ -85,20 +103,30 @@ class Reservations:
         return next(key for nexus, key in self.registrations.items() if self.held_by(nexus))
 
     def held_by(self, nexus: NexusId) -> bool:
-        """Whether ``nexus`` is the one that took the reservation, or was given it. Which nexus of its port that was, earlier versions did
-        not store: then it is each of them, as it was to those versions.
+        """Whether ``nexus`` is the one that took the reservation, or was given it. Which nexus of
+        its port that was, earlier versions did not store: then it is each of them, as it was to
+        those versions.
         """
         return self.holder in (nexus, (nexus.initiator_port, ANY_TARGET_PORT))
 
     def holds(self, nexus: NexusId) -> bool:
         """Whether ``nexus`` is a holder."""
-        return self.kind != 0 and (self.held_by(nexus) or (self.kind in ALL_REGISTRANTS_KINDS and nexus in self.registrations))
+        return self.kind != 0 and (
+            self.held_by(nexus)
+            or (self.kind in ALL_REGISTRANTS_KINDS and nexus in self.registrations)
+        )
 
     def forbids(self, nexus: NexusId, writes: bool) -> bool:
-        """Whether the reservation conflicts with access to the medium by ``nexus`` (SPC-4 table 49, SBC-3 table 6)."""
+        """Whether the reservation conflicts with access to the medium by ``nexus`` (SPC-4 table 49,
+        SBC-3 table 6).
+        """
         if self.excludes(nexus):
             return True
-        if self.kind == 0 or self.holds(nexus) or (self.kind in REGISTRANTS_KINDS and nexus in self.registrations):
+        if (
+            self.kind == 0
+            or self.holds(nexus)
+            or (self.kind in REGISTRANTS_KINDS and nexus in self.registrations)
+        ):
             return False
         return writes or self.kind in EXCLUSIVE_KINDS
 
@@ -106,8 +134,15 @@ class Reservations:
         self.generation = (self.generation + 1) & _GENERATION_MASK
         self.changed()
 
-    def register(self, nexuses: Iterable[NexusId], key: int, survives_power_loss: bool, others: Iterable[NexusId] = ()) -> bool:
-        """Register, change, or (key 0) unregister; True where that released a reservation that others were registered for.
+    def register(
+        self,
+        nexuses: Iterable[NexusId],
+        key: int,
+        survives_power_loss: bool,
+        others: Iterable[NexusId] = (),
+    ) -> bool:
+        """Register, change, or (key 0) unregister; True where that released a reservation that
+        others were registered for.
 
         ``others`` get the same key where they are not registered yet.
         """
@@ -123,9 +158,20 @@ class Reservations:
         self._advance()
         return released
 
-    def move(self, nexus: NexusId, destination: NexusId, key: int, unregisters: bool, survives_power_loss: bool) -> None:
-        """REGISTER AND MOVE: ``destination`` is registered with ``key``, and holds the reservation of ``nexus``, with the same kind."""
-        assert self.held_by(nexus) and self.kind not in ALL_REGISTRANTS_KINDS and nexus != destination
+    def move(
+        self,
+        nexus: NexusId,
+        destination: NexusId,
+        key: int,
+        unregisters: bool,
+        survives_power_loss: bool,
+    ) -> None:
+        """REGISTER AND MOVE: ``destination`` is registered with ``key``, and holds the reservation
+        of ``nexus``, with the same kind.
+        """
+        assert (
+            self.held_by(nexus) and self.kind not in ALL_REGISTRANTS_KINDS and nexus != destination
+        )
         self.survives_power_loss = survives_power_loss
         self.registrations[destination] = key
         self.holder = destination
@@ -174,17 +220,24 @@ class Reservations:
         return removed
 
     def preempt(self, nexus: NexusId, key: int, kind: int) -> tuple[list[NexusId], bool]:
-        """Remove the registrations with ``key``, and take the reservation over where its holder is among them.
+        """Remove the registrations with ``key``, and take the reservation over where its holder is
+        among them.
 
-        Returns the nexuses that lost their registration, and whether the reservation of remaining registrants was released or
-        changed its kind (SPC-4 5.13.11.2.3).
+        Returns the nexuses that lost their registration, and whether the reservation of remaining
+        registrants was released or changed its kind (SPC-4 5.13.11.2.3).
         """
         if self.kind in ALL_REGISTRANTS_KINDS and key == 0:
             removed = [other for other in self.registrations if other != nexus]
             takes = True
         else:
-            removed = [other for other, value in self.registrations.items() if value == key and other != nexus]
-            takes = self.kind != 0 and self.kind not in ALL_REGISTRANTS_KINDS and self.holder_key == key
+            removed = [
+                other
+                for other, value in self.registrations.items()
+                if value == key and other != nexus
+            ]
+            takes = (
+                self.kind != 0 and self.kind not in ALL_REGISTRANTS_KINDS and self.holder_key == key
+            )
         before = self.kind
         for other in removed:
             del self.registrations[other]
@@ -199,10 +252,24 @@ class Reservations:
         """What has to be kept over a restart (APTPL), with stable keys; `restore` takes it."""
         registrations = {str(nexus): key for nexus, key in self.registrations.items()}
         holder = None if self.holder is None else str(self.holder)
-        return {"registrations": registrations, "holder": holder, "kind": self.kind, "generation": self.generation}
+        return {
+            "registrations": registrations,
+            "holder": holder,
+            "kind": self.kind,
+            "generation": self.generation,
+        }
 
-    def restore(self, registrations: dict[str, int], holder: str | None, kind: int, generation: int, target_ports: Iterable[int]) -> None:
-        """State of an earlier run. What an earlier version stored counts for each of ``target_ports``, as it did there."""
+    def restore(
+        self,
+        registrations: dict[str, int],
+        holder: str | None,
+        kind: int,
+        generation: int,
+        target_ports: Iterable[int],
+    ) -> None:
+        """State of an earlier run. What an earlier version stored counts for each of
+        ``target_ports``, as it did there.
+        """
         self.registrations = {}
         for text, key in registrations.items():
             nexus = NexusId.parse(text)

@@ -1,4 +1,6 @@
-"""Reading a range piece by piece and looking at it: what VERIFY, WRITE AND VERIFY and COMPARE AND WRITE share."""
+"""Reading a range piece by piece and looking at it: what VERIFY, WRITE AND VERIFY and COMPARE AND
+WRITE share.
+"""
 
 from collections.abc import Callable
 
@@ -13,7 +15,9 @@ Check = Callable[[int, Buffer], None]
 
 
 class Comparison:
-    """Compares pieces of a volume with the client's data, or with one sector of it again and again."""
+    """Compares pieces of a volume with the client's data, or with one sector of it
+    again and again.
+    """
 
     __slots__ = ("_data", "_repeated")
 
@@ -22,7 +26,9 @@ class Comparison:
         self._repeated = repeated
 
     def check(self, position: int, piece: Buffer) -> None:
-        """Raise MISCOMPARE, with the offset of the first differing byte as information, where the piece differs."""
+        """Raise MISCOMPARE, with the offset of the first differing byte as information, where the
+        piece differs.
+        """
         if self._repeated:
             expected: Buffer = bytes(self._data[:SECTOR_BYTES]) * (len(piece) // SECTOR_BYTES)
         else:
@@ -32,7 +38,9 @@ class Comparison:
 
 
 def first_difference(left: Buffer, right: Buffer) -> int:
-    """Index of the first byte in which two buffers of one length differ. Only called when they do."""
+    """Index of the first byte in which two buffers of one length differ. Only called
+    when they do.
+    """
     low, high = 0, len(left)
     a, b = memoryview(left), memoryview(right)
     while high - low > 1:
@@ -46,15 +54,29 @@ def first_difference(left: Buffer, right: Buffer) -> int:
 
 def miscompare_at(offset_bytes: int) -> Sense:
     """MISCOMPARE DURING VERIFY OPERATION with the offset within the data-out buffer (SBC-3 5.3)."""
-    return Sense(MISCOMPARE, sense.MISCOMPARE_DURING_VERIFY.asc, sense.MISCOMPARE_DURING_VERIFY.ascq, information=offset_bytes)
+    return Sense(
+        MISCOMPARE,
+        sense.MISCOMPARE_DURING_VERIFY.asc,
+        sense.MISCOMPARE_DURING_VERIFY.ascq,
+        information=offset_bytes,
+    )
 
 
 class Scan:
-    """Reads ``length_bytes`` in pieces, each in a turn of its own, giving each to ``check``; ends at the first error."""
+    """Reads ``length_bytes`` in pieces, each in a turn of its own, giving each to ``check``; ends
+    at the first error.
+    """
 
     __slots__ = ("_check", "_done", "_length", "_offset", "_position", "_turns", "_volume")
 
-    def __init__(self, unit: LogicalUnit, offset_bytes: int, length_bytes: int, check: Check | None, done: Completion) -> None:
+    def __init__(
+        self,
+        unit: LogicalUnit,
+        offset_bytes: int,
+        length_bytes: int,
+        check: Check | None,
+        done: Completion,
+    ) -> None:
         self._volume = unit.volume
         self._turns = unit.turns
         self._offset = offset_bytes

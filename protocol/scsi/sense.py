@@ -28,7 +28,9 @@ _INFORMATION_MAX_FIXED: Final = 0xFFFFFFFF
 
 @dataclass(frozen=True, slots=True)
 class Sense:
-    """One sense key with its additional code and qualifier, and what the two formats have room for beside them."""
+    """One sense key with its additional code and qualifier, and what the two formats have room for
+    beside them.
+    """
 
     key: int
     asc: int
@@ -37,20 +39,38 @@ class Sense:
     key_specific: bytes = b"\0\0\0"
 
     def fixed(self) -> bytes:
-        """18 bytes of fixed format (SPC-4 4.5.3). Information that does not fit four bytes is left out, as the standard wants."""
+        """18 bytes of fixed format (SPC-4 4.5.3). Information that does not fit four bytes is left
+        out, as the standard wants.
+        """
         fits = self.information is not None and self.information <= _INFORMATION_MAX_FIXED
         information = self.information if fits and self.information is not None else 0
         first = _CURRENT_FIXED | (_VALID if fits else 0)
-        return _FIXED.pack(first, 0, self.key, information, FIXED_BYTES - 8, 0, self.asc, self.ascq, 0, self.key_specific)
+        return _FIXED.pack(
+            first,
+            0,
+            self.key,
+            information,
+            FIXED_BYTES - 8,
+            0,
+            self.asc,
+            self.ascq,
+            0,
+            self.key_specific,
+        )
 
     def descriptor(self) -> bytes:
-        """Descriptor format (SPC-4 4.5.2) with an information and a sense-key-specific descriptor where there is something to say."""
+        """Descriptor format (SPC-4 4.5.2) with an information and a sense-key-specific descriptor
+        where there is something to say.
+        """
         tail = b""
         if self.information is not None:
             tail += _INFORMATION.pack(0, 10, _VALID, self.information)
         if self.key_specific[0] & 0x80:
             tail += _KEY_SPECIFIC.pack(2, 6, self.key_specific)
-        return _DESCRIPTOR_HEAD.pack(_CURRENT_DESCRIPTOR, self.key, self.asc, self.ascq, len(tail)) + tail
+        return (
+            _DESCRIPTOR_HEAD.pack(_CURRENT_DESCRIPTOR, self.key, self.asc, self.ascq, len(tail))
+            + tail
+        )
 
     def encode(self, descriptor_format: bool) -> bytes:
         """The bytes in the format that the control mode page (D_SENSE) asks for."""
@@ -63,7 +83,9 @@ def _pointer(in_cdb: bool, byte: int, bit: int | None) -> bytes:
 
 
 def invalid_field_in_cdb(byte: int, bit: int | None = None) -> Sense:
-    """INVALID FIELD IN CDB, pointing at the byte (and the highest bit of the field) that is wrong."""
+    """INVALID FIELD IN CDB, pointing at the byte (and the highest bit of the field)
+    that is wrong.
+    """
     return Sense(ILLEGAL_REQUEST, 0x24, 0x00, key_specific=_pointer(True, byte, bit))
 
 
@@ -74,11 +96,18 @@ def invalid_field_in_parameter_list(byte: int, bit: int | None = None) -> Sense:
 
 def sanitize_in_progress(progress: float) -> Sense:
     """SANITIZE IN PROGRESS with the progress indication, in 65536ths (SPC-4 4.5.2.4.4)."""
-    return Sense(NOT_READY, 0x04, 0x1B, key_specific=b"\x80" + min(0xFFFF, int(progress * 0x10000)).to_bytes(2, "big"))
+    return Sense(
+        NOT_READY,
+        0x04,
+        0x1B,
+        key_specific=b"\x80" + min(0xFFFF, int(progress * 0x10000)).to_bytes(2, "big"),
+    )
 
 
 def copy_segment_fault(byte: int) -> Sense:
-    """COPY ABORTED without an additional code, pointing at a byte of the segment descriptor (SPC-4 4.5.2.4.5)."""
+    """COPY ABORTED without an additional code, pointing at a byte of the segment descriptor (SPC-4
+    4.5.2.4.5).
+    """
     return Sense(COPY_ABORTED, 0x00, 0x00, key_specific=bytes((0xA0, byte >> 8, byte & 0xFF)))
 
 

@@ -1,4 +1,6 @@
-"""TransportIDs of iSCSI (SPC-4 7.6.4.6): how PERSISTENT RESERVE IN and OUT name an initiator, or one port of it."""
+"""TransportIDs of iSCSI (SPC-4 7.6.4.6): how PERSISTENT RESERVE IN and OUT name an initiator, or
+one port of it.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,10 +12,12 @@ _ISCSI: Final = 0x05
 _DEVICE_FORMAT: Final = 0x00
 _PORT_FORMAT: Final = 0x40
 _HEAD_BYTES: Final = 4
-# Where an initiator port's name (RFC 7143 4.2.7.1; SPC-4 table 508) divides into the node's name and the ISID.
+# Where an initiator port's name (RFC 7143 4.2.7.1; SPC-4 table 508) divides into the node's name
+# and the ISID.
 _SEPARATOR: Final = ",i,0x"
 _ISID_DIGITS: Final = 12
-# The name is padded with zeros so that the additional length is a multiple of four, and at least this.
+# The name is padded with zeros so that the additional length is a multiple of four, and at least
+# this.
 _NAME_BYTES_MIN: Final = 20
 # RFC 7143 4.2.7.1.
 _NODE_NAME_BYTES_MAX: Final = 223
@@ -30,13 +34,17 @@ class BadTransportId(Exception):
 
 @dataclass(frozen=True, slots=True)
 class TransportId:
-    """``isid`` is None where it names the initiator device, with all of its ports. Names and digits are in lower case."""
+    """``isid`` is None where it names the initiator device, with all of its ports. Names and digits
+    are in lower case.
+    """
 
     node_name: str
     isid: str | None
 
     def ports(self, known: Iterable[str]) -> list[str]:
-        """The initiator ports that it stands for: the one it names, whether it is known or not; those known of a device."""
+        """The initiator ports that it stands for: the one it names, whether it is known or not;
+        those known of a device.
+        """
         if self.isid is not None:
             return [f"{self.node_name}{_SEPARATOR}{self.isid}"]
         return sorted({port for port in known if port.partition(_SEPARATOR)[0] == self.node_name})
@@ -66,13 +74,21 @@ def decode_list(data: bytes) -> list[TransportId]:
 
 def _decode(first: int, padded: bytes, at: int) -> TransportId:
     if first not in (_ISCSI | _DEVICE_FORMAT, _ISCSI | _PORT_FORMAT):
-        raise BadTransportId(at)  # another protocol's initiator cannot come through a port of this one
+        raise BadTransportId(
+            at
+        )  # another protocol's initiator cannot come through a port of this one
     name, zero, padding = padded.partition(b"\0")
     try:
         node, separator, isid = fold(name.decode()).partition(_SEPARATOR)
     except UnicodeDecodeError:
         raise BadTransportId(at + _HEAD_BYTES) from None
-    if not zero or any(padding) or not node or len(node.encode()) > _NODE_NAME_BYTES_MAX or bool(separator) != bool(first & _PORT_FORMAT):
+    if (
+        not zero
+        or any(padding)
+        or not node
+        or len(node.encode()) > _NODE_NAME_BYTES_MAX
+        or bool(separator) != bool(first & _PORT_FORMAT)
+    ):
         raise BadTransportId(at + _HEAD_BYTES)
     if separator and (len(isid) != _ISID_DIGITS or not set(isid) <= set("0123456789abcdef")):
         raise BadTransportId(at + _HEAD_BYTES)

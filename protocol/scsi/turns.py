@@ -1,6 +1,8 @@
-"""Commands that take long take turns: one piece of one of them in each turn of the event loop, however many they are and whose.
+"""Commands that take long take turns: one piece of one of them in each turn of the event loop,
+however many they are and whose.
 
-A piece is at most `protocol.scsi.limits.PIECE_BYTES`, some tenths of a millisecond; between two of them every session is served.
+A piece is at most `protocol.scsi.limits.PIECE_BYTES`, some tenths of a millisecond; between two of
+them every session is served.
 """
 
 from collections import deque
@@ -10,9 +12,11 @@ Step = Callable[[], None]
 
 
 class Turns:
-    """The queue of pieces of one daemon. ``call_soon`` is the event loop's; without one, as in tests, a piece follows another at once.
+    """The queue of pieces of one daemon. ``call_soon`` is the event loop's; without one, as in
+    tests, a piece follows another at once.
 
-    Invariant: ``_going`` is True exactly while a piece runs or a turn for the next one has been asked for.
+    Invariant: ``_going`` is True exactly while a piece runs or a turn for the next one has been
+    asked for.
     """
 
     __slots__ = ("_going", "_steps", "call_soon")

@@ -1,18 +1,23 @@
-"""Blocks for nodes that the host has allocated already, so that writing a node cannot meet a full host.
+"""Blocks for nodes that the host has allocated already, so that writing a node cannot meet a full
+host.
 
-On a sparse pool file (``Device.thin``) every node gets its block from here. The stock is filled ahead of need, by the I/O threads: free
-runs are claimed from the write allocator, and the host sets room aside for them (``Device.reserve``). A part of it is *kept*: for
-consistency points alone, or for what makes room (deletes and reclaim). So a pool on a full host can delete, and take consistency points.
+On a sparse pool file (``Device.thin``) every node gets its block from here. The stock is filled
+ahead of need, by the I/O threads: free runs are claimed from the write allocator, and the host sets
+room aside for them (``Device.reserve``). A part of it is *kept*: for consistency points alone, or
+for what makes room (deletes and reclaim). So a pool on a full host can delete, and take consistency
+points.
 
-While the host is full, the stock is filled with free blocks that the host allocated in earlier times: those that nodes or data had before.
-They are found by asking the device (``Device.backed``), so nothing about them stands on disk, and a pool that is opened on a full host
-finds the stock of its last life again.
+While the host is full, the stock is filled with free blocks that the host allocated in earlier
+times: those that nodes or data had before. They are found by asking the device (``Device.backed``),
+so nothing about them stands on disk, and a pool that is opened on a full host finds the stock of
+its last life again.
 
 Invariants:
-- A block in the stock is claimed, and was set aside by the host after that. What is being discarded is not available yet (PoolState), so
-  nobody punches a hole there afterwards.
-- Whoever must not be refused (a consistency point, replay) takes blocks that the host has not allocated when the stock is empty;
-  their writes are tried until there is room (storage.state.host_room).
+- A block in the stock is claimed, and was set aside by the host after that. What is being discarded
+  is not available yet (PoolState), so nobody punches a hole there afterwards.
+- Whoever must not be refused (a consistency point, replay) takes blocks that the host has not
+  allocated when the stock is empty; their writes are tried until there is room
+  (storage.state.host_room).
 """
 
 import asyncio
@@ -27,19 +32,25 @@ if TYPE_CHECKING:
     from storage.allocation.write_allocator import Window, WriteAllocator
     from storage.state.pool_state import PoolState
 
-# 32 MiB: the whole maps of a pool of some 20 GiB. On a larger one a consistency point that changes more of them than this waits for room.
+# 32 MiB: the whole maps of a pool of some 20 GiB. On a larger one a consistency point that changes
+# more of them than this waits for room.
 KEPT_BLOCKS_MAX = 8192
-# Who may go below what is kept for others takes so many at a time: what is left of them is in the node window, and so everybody's.
+# Who may go below what is kept for others takes so many at a time: what is left of them is in the
+# node window, and so everybody's.
 BELOW_KEPT_BLOCKS = 16
-# Regions looked into by one search for blocks that the host has allocated: one question to the device each.
+# Regions looked into by one search for blocks that the host has allocated: one question to the
+# device each.
 REGIONS_PER_SEARCH = 64
-# The host is said to have room when it can set aside this much (1 MiB) for data, in the first of so many free runs that needs it.
+# The host is said to have room when it can set aside this much (1 MiB) for data, in the first of so
+# many free runs that needs it.
 AHEAD_BLOCKS = 256
 RUNS_AHEAD = 64
 
 
 class NodeStock:
-    """``blocks`` is what it holds; ``kept_blocks`` of that are not for clients, ``point_blocks`` not for deletes either."""
+    """``blocks`` is what it holds; ``kept_blocks`` of that are not for clients, ``point_blocks``
+    not for deletes either.
+    """
 
     __slots__ = (
         "_allocator",
@@ -78,13 +89,17 @@ class NodeStock:
         # What whoever waits for it needs, beyond what it is filled to anyway.
         self._asked = 0
 
-    # --- Taking ----------------------------------------------------------------------------------------------------
+    # --- Taking -----------------------------------------------------------------------------------
 
     def draw(self, window: "Window", kept_blocks: int, least: int = 1) -> bool:
-        """Move a window's worth of blocks to ``window``, or at least ``least``, but keep ``kept_blocks``. False: there are too few."""
+        """Move a window's worth of blocks to ``window``, or at least ``least``, but keep
+        ``kept_blocks``. False: there are too few.
+        """
         if self.blocks - kept_blocks < least:
             return False
-        wanted = max(least, min(window.size_blocks, self.blocks - max(kept_blocks, self.kept_blocks)))
+        wanted = max(
+            least, min(window.size_blocks, self.blocks - max(kept_blocks, self.kept_blocks))
+        )
         if wanted == least:
             wanted = min(self.blocks - kept_blocks, max(least, BELOW_KEPT_BLOCKS))
         moved: list[tuple[int, int]] = []
@@ -106,26 +121,34 @@ class NodeStock:
         self._freed[region] = None
 
     def release_surplus(self, floor: int) -> None:
-        """Give back to the pool what data that may take all but ``floor`` blocks could have: it finds no others."""
+        """Give back to the pool what data that may take all but ``floor`` blocks could have: it
+        finds no others.
+        """
         while (surplus := self.blocks - min(self.kept_blocks, floor)) > 0:
             first, end = self._runs.pop()
-            start = max(first, end - surplus)  # no more than that: nodes of the same write may need the rest
+            start = max(
+                first, end - surplus
+            )  # no more than that: nodes of the same write may need the rest
             if first < start:
                 self._runs.append((first, start))
             self._allocator.settle_run(start, end)
             self.blocks -= end - start
 
-    # --- Filling ---------------------------------------------------------------------------------------------------
+    # --- Filling ----------------------------------------------------------------------------------
 
     @property
     def _target(self) -> int:
-        """What is kept, and a window's worth; or little if the pool is nearly full: data and nodes would take turns at the last blocks."""
+        """What is kept, and a window's worth; or little if the pool is nearly full: data and nodes
+        would take turns at the last blocks.
+        """
         window = self._allocator.node_window_blocks
         roomy = self._allocator.free_now > self._allocator.reserve_blocks + 2 * window
         return self.kept_blocks + (window if roomy else BELOW_KEPT_BLOCKS)
 
     def start(self) -> None:
-        """Begin to fill it, where nodes come from it: nobody who writes first is to wait for that."""
+        """Begin to fill it, where nodes come from it: nobody who writes first is to
+        wait for that.
+        """
         if self._state.device.thin and self._state.read_only_reason is None:
             self._start()
 
@@ -141,7 +164,8 @@ class NodeStock:
             task.exception()  # marks it as seen: who waits gets it, and others meet the same device
 
     async def top_up(self, blocks: int = 0) -> bool:
-        """Fill it, for one who needs so many blocks in it. False: the host (``refused``) or the pool has no more. Raises DeviceFailed.
+        """Fill it, for one who needs so many blocks in it. False: the host (``refused``) or the
+        pool has no more. Raises DeviceFailed.
 
         Whoever comes while it is being filled waits for that, and then for his own.
         """
@@ -179,7 +203,9 @@ class NodeStock:
                 return
 
     async def _reserve(self, runs: list[tuple[int, int]]) -> bool:
-        """Take claimed runs into the stock as the host sets room aside for them. False: it has no more; the rest is given back."""
+        """Take claimed runs into the stock as the host sets room aside for them. False: it has no
+        more; the rest is given back.
+        """
         left = list(reversed(runs))
         try:
             while left:
@@ -207,8 +233,9 @@ class NodeStock:
     async def _take_backed(self, region: int) -> None:
         """Take what is free in a region and allocated by the host.
 
-        It is claimed first: so no hole is punched there after the device was asked. Asking the device to set it aside once more would be
-        in vain, since xfs wants as much room for that as if nothing were there.
+        It is claimed first: so no hole is punched there after the device was asked. Asking the
+        device to set it aside once more would be in vain, since xfs wants as much room for that as
+        if nothing were there.
         """
         runs = await self._allocator.claim_in(region)
         if not runs:
@@ -220,9 +247,14 @@ class NodeStock:
         kept = np.zeros_like(free)
         try:
             await self._state.device.backed(first * BLOCK_BYTES, length * BLOCK_BYTES, found)
-            kept = free & region_mask([(-(-start // BLOCK_BYTES), end // BLOCK_BYTES) for start, end in found], first)
+            kept = free & region_mask(
+                [(-(-start // BLOCK_BYTES), end // BLOCK_BYTES) for start, end in found], first
+            )
             kept[np.flatnonzero(kept)[max(0, self._target - self.blocks) :]] = 0
-            edges = np.flatnonzero(np.diff(kept.view(np.int8), prepend=np.int8(0), append=np.int8(0))) + first
+            edges = (
+                np.flatnonzero(np.diff(kept.view(np.int8), prepend=np.int8(0), append=np.int8(0)))
+                + first
+            )
             self._runs += zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
             self.blocks += int(kept.sum())
         finally:
@@ -236,7 +268,9 @@ class NodeStock:
         return region
 
     async def has_room(self) -> bool:
-        """Whether the host has room again, for what is kept and for the data that comes next. Raises DeviceFailed."""
+        """Whether the host has room again, for what is kept and for the data that comes next.
+        Raises DeviceFailed.
+        """
         await self.top_up()
         if self.refused:
             return False
@@ -248,7 +282,9 @@ class NodeStock:
                     break
                 first = -(-following // BLOCK_BYTES)
             if first < end:
-                return await self._can_reserve(first * BLOCK_BYTES, min(AHEAD_BLOCKS, end - first) * BLOCK_BYTES)
+                return await self._can_reserve(
+                    first * BLOCK_BYTES, min(AHEAD_BLOCKS, end - first) * BLOCK_BYTES
+                )
         return True  # what comes next is allocated already
 
     async def _can_reserve(self, offset_bytes: int, length_bytes: int) -> bool:
@@ -260,8 +296,12 @@ class NodeStock:
         return True
 
 
-def region_mask(runs: list[tuple[int, int]], first: int) -> "np.ndarray[tuple[int], np.dtype[np.uint8]]":
-    """One byte for each block of the region that begins with block ``first``: 1 where it lies in one of the runs (first VBN, end)."""
+def region_mask(
+    runs: list[tuple[int, int]], first: int
+) -> "np.ndarray[tuple[int], np.dtype[np.uint8]]":
+    """One byte for each block of the region that begins with block ``first``: 1 where it lies in
+    one of the runs (first VBN, end).
+    """
     mask = np.zeros(REGION_BLOCKS, dtype=np.uint8)
     for start, end in runs:
         mask[start - first : max(0, end - first)] = 1

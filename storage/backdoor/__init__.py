@@ -1,1 +1,3 @@
-"""The backdoor message handler: all deferred work (split, reclaim) as small messages, in periods of reduced activity."""
+"""The backdoor message handler: all deferred work (split, reclaim) as small messages, in periods of
+reduced activity.
+"""

@@ -1,7 +1,9 @@
-"""The backdoor message handler: one task that carries out messages, one after the other, at the pace that clients leave it.
+"""The backdoor message handler: one task that carries out messages, one after the other, at the
+pace that clients leave it.
 
-A message is a small piece of a longer work (one split, one reclaim). While its work has more to do it goes to the back of the queue, so
-several works share the handler fairly. What a message raises ends its work, and the work decides what that means.
+A message is a small piece of a longer work (one split, one reclaim). While its work has more to do
+it goes to the back of the queue, so several works share the handler fairly. What a message raises
+ends its work, and the work decides what that means.
 """
 
 import asyncio
@@ -31,7 +33,9 @@ class Work(Protocol):
         """Ceiling, bytes a second; 0 = none."""
 
     async def message(self, idle: bool) -> int | None:
-        """Do the next piece (a larger one when ``idle``). Returns the bytes that it moved, or None when nothing is left to do."""
+        """Do the next piece (a larger one when ``idle``). Returns the bytes that it moved, or None
+        when nothing is left to do.
+        """
 
     async def failed(self, error: StorageError) -> None:
         """The last message raised this; the work is no longer in the queue."""
@@ -40,13 +44,23 @@ class Work(Protocol):
 class BackdoorMessageHandler:
     """Holds the queue of works. ``messages`` counts what was carried out."""
 
-    __slots__ = ("_not_before", "_pace", "_queue", "_state", "_stopping", "_task", "_wake", "messages")
+    __slots__ = (
+        "_not_before",
+        "_pace",
+        "_queue",
+        "_state",
+        "_stopping",
+        "_task",
+        "_wake",
+        "messages",
+    )
 
     def __init__(self, state: PoolState) -> None:
         self._state = state
         self._pace = Pace(state)
         self._queue: deque[Work] = deque()
-        # When a work with a ceiling may have its next message (perf_counter); it keeps no other work waiting.
+        # When a work with a ceiling may have its next message (perf_counter); it keeps no other
+        # work waiting.
         self._not_before: dict[Work, float] = {}
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -58,8 +72,11 @@ class BackdoorMessageHandler:
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def stop(self) -> None:
-        """End; a message that is under way is abandoned where it waits, which leaves only what the next start goes on from."""
-        # asyncio.wait_for swallows a cancellation that meets the end of what it waits for (python/cpython#86296); the flag stays.
+        """End; a message that is under way is abandoned where it waits, which leaves only what the
+        next start goes on from.
+        """
+        # asyncio.wait_for swallows a cancellation that meets the end of what it waits for
+        # (python/cpython#86296); the flag stays.
         self._stopping = True
         self._queue.clear()
         if self._task is not None:
@@ -72,7 +89,9 @@ class BackdoorMessageHandler:
         return any(isinstance(work, kind) for work in self._queue)
 
     def post(self, work: Work) -> None:
-        """Put a work into the queue, if it is not there. None is taken any more once the handler stops: nobody must wait for it."""
+        """Put a work into the queue, if it is not there. None is taken any more once the handler
+        stops: nobody must wait for it.
+        """
         if work not in self._queue and not self._stopping:
             self._queue.append(work)
         self._wake.set()
@@ -102,13 +121,19 @@ class BackdoorMessageHandler:
         return next((work for work in self._queue if self._not_before.get(work, now) <= now), None)
 
     def _seconds_to_next(self) -> float | None:
-        """How long until a ceiling lets a work go on; None while only a new work can change anything."""
+        """How long until a ceiling lets a work go on; None while only a new work can change
+        anything.
+        """
         if not self._queue or self._state.read_only_reason is not None:
             return None
-        return max(0.0, min(self._not_before.get(work, 0.0) for work in self._queue) - perf_counter())
+        return max(
+            0.0, min(self._not_before.get(work, 0.0) for work in self._queue) - perf_counter()
+        )
 
     async def _carry_out(self, work: Work) -> None:
-        """One message. The work stays listed while it runs, so that posting it again has no effect."""
+        """One message. The work stays listed while it runs, so that posting it again
+        has no effect.
+        """
         started = perf_counter()
         moved: int | None = None
         try:

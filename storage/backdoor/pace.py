@@ -1,9 +1,11 @@
 """Pace: how much the background may do (design section 5).
 
-Idle (no client I/O for IDLE_SECONDS): full speed. Under load: after each message the handler rests for a multiple of the time that the
-message took, so that clients meet it seldom; the multiple grows when the event loop, and so every client, is kept waiting, and shrinks
-again when it is not. Two bounds: work under load never falls below ``rate_min_bytes`` a second, so that it always ends, and never goes
-above ``rate_max_bytes`` if that is set (the handler sees to the latter: a ceiling for one work must not keep others waiting).
+Idle (no client I/O for IDLE_SECONDS): full speed. Under load: after each message the handler rests
+for a multiple of the time that the message took, so that clients meet it seldom; the multiple grows
+when the event loop, and so every client, is kept waiting, and shrinks again when it is not. Two
+bounds: work under load never falls below ``rate_min_bytes`` a second, so that it always ends, and
+never goes above ``rate_max_bytes`` if that is set (the handler sees to the latter: a ceiling for
+one work must not keep others waiting).
 """
 
 import asyncio
@@ -12,8 +14,9 @@ from time import perf_counter
 from storage.state.pool_state import PoolState
 
 IDLE_SECONDS = 0.05
-# Under load, background work takes at most 1/(1 + REST_MIN) of the time, and backs off from there. With 4 a split ran at
-# 80 MiB/s beside 4,000 client I/Os a second, and their p99 was seven times that without it (docs/performance.md).
+# Under load, background work takes at most 1/(1 + REST_MIN) of the time, and backs off from there.
+# With 4 a split ran at 80 MiB/s beside 4,000 client I/Os a second, and their p99 was seven times
+# that without it (docs/performance.md).
 REST_MIN = 20.0
 REST_MAX = 64.0
 # A turn of the event loop above this keeps clients waiting noticeably.
@@ -47,15 +50,27 @@ class Pace:
         return now - self._busy_at > IDLE_SECONDS
 
     async def rest(self, worked_seconds: float, work_bytes: int, rate_min_bytes: int) -> None:
-        """Wait as long as a message of ``work_bytes`` that took ``worked_seconds`` asks for; at least one turn of the event loop."""
+        """Wait as long as a message of ``work_bytes`` that took ``worked_seconds`` asks for; at
+        least one turn of the event loop.
+        """
         started = perf_counter()
         await asyncio.sleep(0)
         turn = perf_counter() - started
         seconds = 0.0
         if not self.idle:
-            self._rest = min(REST_MAX, self._rest * BACK_OFF) if turn > TURN_SECONDS_MAX else max(REST_MIN, self._rest * RECOVER)
+            self._rest = (
+                min(REST_MAX, self._rest * BACK_OFF)
+                if turn > TURN_SECONDS_MAX
+                else max(REST_MIN, self._rest * RECOVER)
+            )
             seconds = worked_seconds * self._rest
             if work_bytes:
-                seconds = min(seconds, max(0.0, work_bytes / (rate_min_bytes or RATE_MIN_BYTES_DEFAULT) - worked_seconds))
+                seconds = min(
+                    seconds,
+                    max(
+                        0.0,
+                        work_bytes / (rate_min_bytes or RATE_MIN_BYTES_DEFAULT) - worked_seconds,
+                    ),
+                )
         if seconds > turn:
             await asyncio.sleep(min(seconds - turn, REST_SECONDS_MAX))

@@ -1,7 +1,9 @@
-"""Reclaim: the blocks of a deleted image come free in the background, only those that it alone holds (design section 4).
+"""Reclaim: the blocks of a deleted image come free in the background, only those that it alone
+holds (design section 4).
 
-The tree itself is the durable cursor: each message trims some of it, so what is left to do is what is left of the tree, and after a
-crash it goes on with that. When the tree is empty the table entry is cleared.
+The tree itself is the durable cursor: each message trims some of it, so what is left to do is what
+is left of the tree, and after a crash it goes on with that. When the tree is empty the table entry
+is cleared.
 """
 
 import asyncio
@@ -12,25 +14,38 @@ from storage.backdoor.handler import Work
 from storage.data.trim import trim_blocks
 from storage.errors import PoolFull, StorageError
 from storage.images.image import KIND_FREE, Image
-from storage.layout import BLOCK_BYTES, FIELDS_MASK, FIELDS_PER_BLOCK, FIELDS_SHIFT, HOLE, ZERO_POINTER
+from storage.layout import (
+    BLOCK_BYTES,
+    FIELDS_MASK,
+    FIELDS_PER_BLOCK,
+    FIELDS_SHIFT,
+    HOLE,
+    ZERO_POINTER,
+)
 from storage.tree.search import first_block
 
 if TYPE_CHECKING:
     from storage.state.pool_state import PoolState
 
-# Freed blocks are of use only after a consistency point; this many (1 GiB) are worth one of their own.
+# Freed blocks are of use only after a consistency point; this many (1 GiB) are worth one of their
+# own.
 FREED_WANTED = 1 << 18
-# How long a reclaim that found not even a block for its own pointer blocks waits before it tries again.
+# How long a reclaim that found not even a block for its own pointer blocks waits before it tries
+# again.
 RETRY_SECONDS = 1.0
 
 
 class Reclaim:
-    """The work of taking one deleted image apart. Reclaim is not paced by bytes, and has no ceiling."""
+    """The work of taking one deleted image apart. Reclaim is not paced by bytes, and has no
+    ceiling.
+    """
 
     rate_min_bytes = 0
     rate_max_bytes = 0
 
-    def __init__(self, state: "PoolState", image: Image, deleted: set[int], repost: Callable[[Work], None]) -> None:
+    def __init__(
+        self, state: "PoolState", image: Image, deleted: set[int], repost: Callable[[Work], None]
+    ) -> None:
         self._state = state
         self._image = image
         self._deleted = deleted
@@ -38,7 +53,8 @@ class Reclaim:
         self._next_index = 0
 
     async def message(self, idle: bool) -> int | None:
-        """Trim what one level-2 block covers, and that block with it; trimming gives way to clients by itself.
+        """Trim what one level-2 block covers, and that block with it; trimming gives way to clients
+        by itself.
 
         Returns None when the entry is cleared (with the next consistency point).
         """
@@ -50,7 +66,9 @@ class Reclaim:
             await self._clear_entry()
             return None
         first = index & ~FIELDS_MASK
-        await trim_blocks(image, first << FIELDS_SHIFT, FIELDS_PER_BLOCK << FIELDS_SHIFT, keep_count=False)
+        await trim_blocks(
+            image, first << FIELDS_SHIFT, FIELDS_PER_BLOCK << FIELDS_SHIFT, keep_count=False
+        )
         self._next_index = first + FIELDS_PER_BLOCK
         if self._state.epoch.freed_estimate > FREED_WANTED:
             self._state.wanted()
@@ -92,7 +110,9 @@ class Reclaim:
                 tree.forget(node, self._state.epoch)
 
     async def failed(self, error: StorageError) -> None:
-        """A full pool: try again soon. Else the tree is damaged, or the device failed: the rest stays until the pool is opened again."""
+        """A full pool: try again soon. Else the tree is damaged, or the device failed: the rest
+        stays until the pool is opened again.
+        """
         if isinstance(error, PoolFull):
             asyncio.get_running_loop().call_later(RETRY_SECONDS, self._repost, self)
         else:

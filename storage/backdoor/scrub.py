@@ -1,8 +1,10 @@
-"""Scrub: reads every block that is in use and compares its CRC32C, in the background, at a bounded rate, and names what is damaged.
+"""Scrub: reads every block that is in use and compares its CRC32C, in the background, at a bounded
+rate, and names what is damaged.
 
-It goes image by image, level-1 block by level-1 block, and through the metafiles. Each message pins what it reads (``begin_read``), so
-that nothing is reused under it, and nothing stays pinned between messages. A block that several images share is read once, and is named for
-each of them if it is damaged. What is written while the scrub runs may or may not be among what it reads.
+It goes image by image, level-1 block by level-1 block, and through the metafiles. Each message pins
+what it reads (``begin_read``), so that nothing is reused under it, and nothing stays pinned between
+messages. A block that several images share is read once, and is named for each of them if it is
+damaged. What is written while the scrub runs may or may not be among what it reads.
 """
 
 from collections.abc import Iterator
@@ -24,13 +26,16 @@ if TYPE_CHECKING:
 
 # A disk has bandwidth to spare for this, and a pool of 1 TiB is through in five hours.
 RATE_BYTES_DEFAULT = 64 << 20
-# A device that is gone as a whole is damaged in millions of places; a person reads the first ones, and the count tells the rest.
+# A device that is gone as a whole is damaged in millions of places; a person reads the first ones,
+# and the count tells the rest.
 DAMAGES_MAX = 1000
 BIT = np.left_shift(np.uint8(1), np.arange(8, dtype=np.uint8))
 
 
 class Scrub:
-    """One scrub (a ``backdoor.handler.Work``). ``damages`` are dicts of where, offset_bytes, vbn and what."""
+    """One scrub (a ``backdoor.handler.Work``). ``damages`` are dicts of where, offset_bytes, vbn
+    and what.
+    """
 
     rate_min_bytes = 0
 
@@ -58,17 +63,26 @@ class Scrub:
         self._next_index = 0
 
     def _all_trees(self, metafiles: list[BufferTree]) -> Iterator[tuple[str, BufferTree, bool]]:
-        """(name, tree, whether it is a metafile) of all that there is; images that are gone when their turn comes are left out."""
+        """(name, tree, whether it is a metafile) of all that there is; images that are gone when
+        their turn comes are left out.
+        """
         for tree in metafiles:
             yield tree.label, tree, True
-        for number in [*self._catalogue.vdisks.values(), *(one for names in self._catalogue.snapshots.values() for one in names.values())]:
+        for number in [
+            *self._catalogue.vdisks.values(),
+            *(one for names in self._catalogue.snapshots.values() for one in names.values()),
+        ]:
             image = self._catalogue.find(number)
             if image is not None and image.name:
                 yield self._catalogue.full_name(image), image.tree, False
 
     def as_dict(self) -> dict[str, Any]:
         """State, progress and findings."""
-        percent = 100.0 if self.state == "done" or not self.blocks_total else min(99.9, 100.0 * self.blocks_verified / self.blocks_total)
+        percent = (
+            100.0
+            if self.state == "done" or not self.blocks_total
+            else min(99.9, 100.0 * self.blocks_verified / self.blocks_total)
+        )
         return {
             "state": self.state,
             "percent": round(percent, 1),
@@ -79,10 +93,12 @@ class Scrub:
             "damages_total": self.damages_total,
         }
 
-    # --- Messages ------------------------------------------------------------------------------------------------
+    # --- Messages ---------------------------------------------------------------------------------
 
     async def message(self, idle: bool) -> int | None:
-        """Verify what one level-1 block points to, and that block. Returns the bytes read, or None at the end."""
+        """Verify what one level-1 block points to, and that block. Returns the bytes read, or None
+        at the end.
+        """
         if self.state != "running":
             return None
         if self._tree is None:
@@ -93,7 +109,9 @@ class Scrub:
         where, tree, metafile = self._tree
         node = await self._find(where, tree, tree.levels, 0)
         if metafile and self._pool.frozen is not None:
-            return 0  # a consistency point is changing it: some of its blocks are not on the device yet. From here on nothing waits
+            # A consistency point is changing it: some of its blocks are not on the device yet. From
+            # here on nothing waits.
+            return 0
         if node is None:
             self._tree = None
             return 0
@@ -102,7 +120,9 @@ class Scrub:
 
     def _end(self) -> None:
         self.state = "done"
-        self._pool.on_event("scrub.done", blocks_verified=self.blocks_verified, damages=self.damages_total)
+        self._pool.on_event(
+            "scrub.done", blocks_verified=self.blocks_verified, damages=self.damages_total
+        )
 
     async def failed(self, error: StorageError) -> None:
         """The device failed, or the like: what was found so far stays to be shown."""
@@ -110,13 +130,20 @@ class Scrub:
         self._pool.on_event("scrub.failed", error=str(error))
 
     async def _find(self, where: str, tree: BufferTree, level: int, at: int) -> Node | None:
-        """The next level-1 block from the cursor on; damaged ones on the way are noted, with all that lies below them, and passed over."""
+        """The next level-1 block from the cursor on; damaged ones on the way are noted, with all
+        that lies below them, and passed over.
+        """
         if self._next_index >> FIELDS_SHIFT * (level - 1) > at:
             return None
         try:
             node = await tree.load(at, level)
         except BlockDamaged:
-            self._note(where, at << FIELDS_SHIFT * level, 0, f"pointer block of level {level}, and all below it")
+            self._note(
+                where,
+                at << FIELDS_SHIFT * level,
+                0,
+                f"pointer block of level {level}, and all below it",
+            )
             self._next_index = (at + 1) << FIELDS_SHIFT * (level - 1)
             return None
         if node.tree is None or level == 1:
@@ -128,14 +155,17 @@ class Scrub:
                 return found
         return None
 
-    # --- One level-1 block -----------------------------------------------------------------------------------------
+    # --- One level-1 block ------------------------------------------------------------------------
 
     async def _verify(self, where: str, tree: BufferTree, node: Node) -> int:
         fields = node.fields()
         slots = np.flatnonzero(fields["vbn"] > ZERO_POINTER)
         vbns = fields["vbn"][slots].astype(np.int64)
         known = (self._verified[vbns >> 3] & BIT[vbns & 7]) != 0
-        wanted = [(int(slot), int(fields["vbn"][slot]), int(fields["crc"][slot])) for slot in slots[~known].tolist()]
+        wanted = [
+            (int(slot), int(fields["vbn"][slot]), int(fields["crc"][slot]))
+            for slot in slots[~known].tolist()
+        ]
         first = node.index << FIELDS_SHIFT
         for slot, vbn in zip(slots[known].tolist(), vbns[known].tolist(), strict=True):
             if vbn in self._damaged:
@@ -153,7 +183,10 @@ class Scrub:
         try:
             await read_all(
                 self._pool.device,
-                ((data[at * BLOCK_BYTES : (at + length) * BLOCK_BYTES], vbn * BLOCK_BYTES) for at, vbn, length in runs(locations)),
+                (
+                    (data[at * BLOCK_BYTES : (at + length) * BLOCK_BYTES], vbn * BLOCK_BYTES)
+                    for at, vbn, length in runs(locations)
+                ),
             )
         finally:
             self._pool.end_read(epoch)

@@ -1,6 +1,7 @@
-"""The check of a whole pool, offline or live: it walks everything that the superblock reaches, recomputes what the format
-calls derived (active map, share map, region summary, counters), compares, and says every difference in words. It shares
-the format definitions of ``storage.layout`` with the code that writes pools, and nothing else.
+"""The check of a whole pool, offline or live: it walks everything that the superblock reaches,
+recomputes what the format calls derived (active map, share map, region summary, counters),
+compares, and says every difference in words. It shares the format definitions of ``storage.layout``
+with the code that writes pools, and nothing else.
 """
 
 from storage.check.drivers import BlockReader, check_device, check_live, check_path

@@ -1,4 +1,6 @@
-"""What must hold between table entries: unique names and identities, origins, backing stores, and chains that end."""
+"""What must hold between table entries: unique names and identities, origins, backing stores, and
+chains that end.
+"""
 
 from collections.abc import Callable, Iterator
 
@@ -36,11 +38,20 @@ def check_associations(images: Images, cp: int, report: CheckReport) -> Steps[No
         if image.kind != layout.KIND_DELETED:
             label = owner_label(images, image.number)
             if (
-                first := is_new_name((image.kind, image.origin if image.kind == layout.KIND_SNAPSHOT else 0, image.name), image.number)
+                first := is_new_name(
+                    (
+                        image.kind,
+                        image.origin if image.kind == layout.KIND_SNAPSHOT else 0,
+                        image.name,
+                    ),
+                    image.number,
+                )
             ) >= 0:
                 report.error(f"{label}: images {first} and {image.number} have the same name")
             if (first := is_new_uuid(image.uuid, image.number)) >= 0:
-                report.error(f"{label}: images {first} and {image.number} have the same UUID {image.uuid}")
+                report.error(
+                    f"{label}: images {first} and {image.number} have the same UUID {image.uuid}"
+                )
         if position % ENTRY_BATCH == 0:
             yield ()
 
@@ -64,7 +75,10 @@ def _relation_faults(images: Images, image: Image) -> Iterator[str]:
     yield from _must_be(images, image.backing, layout.KIND_SNAPSHOT, "backing store")
     backing = images.get(image.backing)
     if backing is not None and image.backing_blocks > backing.size_blocks:
-        yield f"sees {image.backing_blocks} blocks of its backing store, which has only {backing.size_blocks}"
+        yield (
+            f"sees {image.backing_blocks} blocks of its backing store, which has only"
+            f" {backing.size_blocks}"
+        )
     if chain_circles(images, image):
         yield "is, by way of its backing stores, its own backing store"
 
@@ -74,7 +88,9 @@ def _must_be(images: Images, number: int, kind: int, role: str) -> Iterator[str]
     if found is None:
         yield f"names image {number} as its {role}, and there is none"
     elif found.kind != kind:
-        yield f"names {owner_label(images, number)} as its {role}, which must be a {KIND_NAMES[kind]}"
+        yield (
+            f"names {owner_label(images, number)} as its {role}, which must be a {KIND_NAMES[kind]}"
+        )
 
 
 def chain_circles(images: Images, image: Image) -> bool:

@@ -1,6 +1,8 @@
-"""What runs a check: over a reader, over the path of a pool that is not served, and over the device of a pool that is.
+"""What runs a check: over a reader, over the path of a pool that is not served, and over the device
+of a pool that is.
 
-The live check reads the state of one consistency point, whose blocks the pool must not reuse until the check has ended.
+The live check reads the state of one consistency point, whose blocks the pool must not reuse until
+the check has ended.
 """
 
 import asyncio
@@ -46,11 +48,17 @@ class FileReader:
         self.size_bytes = os.lseek(descriptor, 0, os.SEEK_END)
 
     def read(self, vbns: Sequence[int]) -> list[Block]:
-        """The blocks of ``vbns``, in their order. A run with an unreadable block in it is read again one by one."""
+        """The blocks of ``vbns``, in their order. A run with an unreadable block in it is read
+        again one by one.
+        """
         blocks: list[Block] = []
         for first, count in _runs(vbns):
             run = self._read_run(first, count)
-            blocks += run if run is not None else [self._read_one(vbn) for vbn in range(first, first + count)]
+            blocks += (
+                run
+                if run is not None
+                else [self._read_one(vbn) for vbn in range(first, first + count)]
+            )
         return blocks
 
     def _read_one(self, vbn: int) -> Block:
@@ -81,11 +89,17 @@ def _runs(vbns: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def _cut(data: memoryview, count: int) -> list[Block]:
-    return [data[start * layout.BLOCK_BYTES : (start + 1) * layout.BLOCK_BYTES] for start in range(count)]
+    return [
+        data[start * layout.BLOCK_BYTES : (start + 1) * layout.BLOCK_BYTES]
+        for start in range(count)
+    ]
 
 
-def check_device(reader: BlockReader, verify_data: bool = False, on_progress: OnProgress | None = None) -> CheckReport:
-    """Check the pool on ``reader``. Raises PoolRefused when there is none that this program can interpret.
+def check_device(
+    reader: BlockReader, verify_data: bool = False, on_progress: OnProgress | None = None
+) -> CheckReport:
+    """Check the pool on ``reader``. Raises PoolRefused when there is none that this program can
+    interpret.
 
     ``on_progress`` is called with the phase and the number of blocks read so far, once a batch.
     """
@@ -97,13 +111,21 @@ def check_device(reader: BlockReader, verify_data: bool = False, on_progress: On
         return _drive(steps, check, reader, on_progress or _no_progress)
 
 
-def _note_differing_superblock(superblocks: Sequence[Buffer | None], cp: int, report: CheckReport) -> None:
+def _note_differing_superblock(
+    superblocks: Sequence[Buffer | None], cp: int, report: CheckReport
+) -> None:
     for vbn, block in enumerate(superblocks):
         parsed = None if block is None else parse_superblock(block)
         if parsed is not None and parsed.cp != cp:
-            report.note(f"the superblock at VBN {vbn} is of consistency point {parsed.cp}, the other one of {cp}: a start repairs it")
+            report.note(
+                f"the superblock at VBN {vbn} is of consistency point {parsed.cp}, the other one of"
+                f" {cp}: a start repairs it"
+            )
         elif parsed is None:
-            report.note(f"the superblock at VBN {vbn} is not valid; the other one holds the pool's state (a torn write leaves this behind)")
+            report.note(
+                f"the superblock at VBN {vbn} is not valid; the other one holds the pool's state (a"
+                " torn write leaves this behind)"
+            )
 
 
 def _drive(steps: Steps[T], check: Check, reader: BlockReader, on_progress: OnProgress) -> T:
@@ -122,11 +144,19 @@ def _no_progress(phase: str, blocks_read: int) -> None:
     """Nobody watches."""
 
 
-def check_path(path: str, verify_data: bool = False, on_progress: OnProgress | None = None, *, is_copy: bool = False) -> CheckReport:
-    """Check the pool file or device at ``path``, which nobody serves. It is opened for reading only, under shared locks. ``is_copy``: of a
-    pool that may be served meanwhile, so that its UUID may be in use.
+def check_path(
+    path: str,
+    verify_data: bool = False,
+    on_progress: OnProgress | None = None,
+    *,
+    is_copy: bool = False,
+) -> CheckReport:
+    """Check the pool file or device at ``path``, which nobody serves. It is opened for reading
+    only, under shared locks. ``is_copy``: of a pool that may be served meanwhile, so that its UUID
+    may be in use.
 
-    Raises PoolRefused (not there, not a pool, a newer format, truncated) or PoolLocked (a daemon serves it: use ``cleavectl pool check``).
+    Raises PoolRefused (not there, not a pool, a newer format, truncated) or PoolLocked (a daemon
+    serves it: use ``cleavectl pool check``).
     """
     with _open_shared(path, is_copy=is_copy) as descriptor:
         try:
@@ -141,11 +171,14 @@ def _open_shared(path: str, *, is_copy: bool) -> Iterator[int]:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise PoolRefused(
-            f"{path}: cannot be opened ({error.strerror}): give the path of a pool file or device that you may read"
+            f"{path}: cannot be opened ({error.strerror}): give the path of a pool file or device"
+            " that you may read"
         ) from error
     try:
         if not stat.S_ISREG(mode := os.fstat(descriptor).st_mode) and not stat.S_ISBLK(mode):
-            raise PoolRefused(f"{path}: is neither a file nor a block device: give the path of a pool")
+            raise PoolRefused(
+                f"{path}: is neither a file nor a block device: give the path of a pool"
+            )
         _lock_shared(descriptor, path)
         pool_lock = [] if is_copy else lock_pool(path, descriptor, shared=True)
         try:
@@ -160,13 +193,23 @@ def _lock_shared(descriptor: int, path: str) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise PoolLocked(f"{path}: another process has this pool open: ask that daemon instead (cleavectl pool check)") from error
+        raise PoolLocked(
+            f"{path}: another process has this pool open: ask that daemon instead (cleavectl pool"
+            " check)"
+        ) from error
 
 
-async def check_live(device: Device, superblock: Buffer, verify_data: bool = False, on_progress: OnProgress | None = None) -> CheckReport:
-    """Check, on a pool that keeps running, the state that ``superblock`` (one block) names. Each slice is far below 5 ms.
+async def check_live(
+    device: Device,
+    superblock: Buffer,
+    verify_data: bool = False,
+    on_progress: OnProgress | None = None,
+) -> CheckReport:
+    """Check, on a pool that keeps running, the state that ``superblock`` (one block) names. Each
+    slice is far below 5 ms.
 
-    The caller keeps the blocks of that consistency point from being reused until this returns or is cancelled.
+    The caller keeps the blocks of that consistency point from being reused until this returns or is
+    cancelled.
     """
     parsed = parse_superblock(superblock)
     assert parsed is not None, "the running pool hands over its own superblock"
@@ -186,7 +229,9 @@ async def check_live(device: Device, superblock: Buffer, verify_data: bool = Fal
 
 
 async def _read_live(device: Device, vbns: Sequence[int]) -> list[Block]:
-    """Blocks by way of the running pool's device: at once where they are at hand, else by its I/O threads, all at the same time."""
+    """Blocks by way of the running pool's device: at once where they are at hand, else by its I/O
+    threads, all at the same time.
+    """
     runs = list(_runs(vbns))
     buffers = [bytearray(count * layout.BLOCK_BYTES) for _, count in runs]
     waiting: list[tuple[int, Awaitable[None]]] = []
@@ -194,7 +239,9 @@ async def _read_live(device: Device, vbns: Sequence[int]) -> list[Block]:
     for number, (first, _) in enumerate(runs):
         try:
             if not device.try_readv([buffers[number]], first * layout.BLOCK_BYTES):
-                waiting.append((number, device.readv([buffers[number]], first * layout.BLOCK_BYTES)))
+                waiting.append(
+                    (number, device.readv([buffers[number]], first * layout.BLOCK_BYTES))
+                )
         except DeviceFailed:
             failed.add(number)
     for number, pending in waiting:
@@ -204,7 +251,11 @@ async def _read_live(device: Device, vbns: Sequence[int]) -> list[Block]:
             failed.add(number)
     blocks: list[Block] = []
     for number, (first, count) in enumerate(runs):
-        blocks += await _read_singly(device, first, count) if number in failed else _cut(memoryview(buffers[number]), count)
+        blocks += (
+            await _read_singly(device, first, count)
+            if number in failed
+            else _cut(memoryview(buffers[number]), count)
+        )
     return blocks
 
 

@@ -1,7 +1,8 @@
 """The check as a whole: what is walked and compared, in which order.
 
-It is a generator (see ``storage.check.steps``), so it neither reads nor waits. Order: metafiles, vdisk table, configuration, image trees,
-counters of the entries, associations, splits, maps; then the places of blocks about which something differs; then, offline, the intent log.
+It is a generator (see ``storage.check.steps``), so it neither reads nor waits. Order: metafiles,
+vdisk table, configuration, image trees, counters of the entries, associations, splits, maps; then
+the places of blocks about which something differs; then, offline, the intent log.
 """
 
 from functools import partial
@@ -24,13 +25,16 @@ from storage.check.walk import METAFILE_OWNER, Leaves, TreeWalk
 
 
 class Check:
-    """One check of the pool state that ``superblock`` names. ``verify_data`` reads every data block and compares its CRC32C.
+    """One check of the pool state that ``superblock`` names. ``verify_data`` reads every data block
+    and compares its CRC32C.
 
-    ``count_log`` reports how many records of the intent log follow the head; a live pool writes there, so a live check leaves it out.
-    ``phase`` and ``report`` may be looked at while it runs.
+    ``count_log`` reports how many records of the intent log follow the head; a live pool writes
+    there, so a live check leaves it out. ``phase`` and ``report`` may be looked at while it runs.
     """
 
-    def __init__(self, superblock: Superblock, verify_data: bool = False, count_log: bool = True) -> None:
+    def __init__(
+        self, superblock: Superblock, verify_data: bool = False, count_log: bool = True
+    ) -> None:
         self.phase = "metafiles"
         self.report = CheckReport(superblock.cp, str(superblock.uuid), superblock.size_blocks)
         self._superblock = superblock
@@ -39,7 +43,9 @@ class Check:
         self._uses = Uses()
         self._images: Images = {}
         self._label = partial(owner_label, self._images)
-        self._metafile_walk = TreeWalk(superblock, self._uses, self.report, KIND_METAFILE, self._label)
+        self._metafile_walk = TreeWalk(
+            superblock, self._uses, self.report, KIND_METAFILE, self._label
+        )
         self._image_walk = TreeWalk(superblock, self._uses, self.report, KIND_IMAGE, self._label)
         self._metafile_fields: list[Fields] = []
         self._roots: list[tuple[int, Fields]] = []
@@ -65,7 +71,10 @@ class Check:
         return self.report
 
     def _metafile(self, metafile: int) -> MetafileBlocks:
-        parts = [fields.select(fields.owners == METAFILE_OWNER + metafile) for fields in self._metafile_fields]
+        parts = [
+            fields.select(fields.owners == METAFILE_OWNER + metafile)
+            for fields in self._metafile_fields
+        ]
         return MetafileBlocks(join_fields(parts))
 
     def _walk_metafiles(self) -> Steps[None]:
@@ -73,13 +82,22 @@ class Check:
             if root.vbn <= layout.ZERO_POINTER:
                 continue
             if not 1 <= root.levels <= layout.TREE_LEVELS_MAX:
-                self.report.error(f"{layout.METAFILE_NAMES[metafile]}: the superblock says {root.levels} levels, which no tree has")
+                self.report.error(
+                    f"{layout.METAFILE_NAMES[metafile]}: the superblock says {root.levels} levels,"
+                    " which no tree has"
+                )
                 self._metafile_walk.damaged = True
                 continue
-            self._reach_roots(self._metafile_walk, root.levels, [(METAFILE_OWNER + metafile, 0, root.vbn, root.crc, root.birth)])
+            self._reach_roots(
+                self._metafile_walk,
+                root.levels,
+                [(METAFILE_OWNER + metafile, 0, root.vbn, root.crc, root.birth)],
+            )
         yield from self._metafile_walk.run(self._keep_metafile_fields)
 
-    def _reach_roots(self, walk: TreeWalk, level: int, rows: list[tuple[int, int, int, int, int]]) -> None:
+    def _reach_roots(
+        self, walk: TreeWalk, level: int, rows: list[tuple[int, int, int, int, int]]
+    ) -> None:
         fields = make_fields(rows)
         self._roots.append((level, fields))
         walk.reach(fields, level)
@@ -88,9 +106,15 @@ class Check:
         sizes = np.array([root.size_blocks for root in self._superblock.roots], np.int64)
         owners = fields.owners - METAFILE_OWNER
         for position in np.flatnonzero(fields.indexes >= sizes[owners]).tolist():
-            metafile, fbn, vbn = int(owners[position]), int(fields.indexes[position]), int(fields.vbns[position])
+            metafile, fbn, vbn = (
+                int(owners[position]),
+                int(fields.indexes[position]),
+                int(fields.vbns[position]),
+            )
             place = place_words(layout.METAFILE_NAMES[metafile], 0, fbn, vbn)
-            self.report.error(f"{place} lies beyond the metafile's size of {sizes[metafile]} blocks")
+            self.report.error(
+                f"{place} lies beyond the metafile's size of {sizes[metafile]} blocks"
+            )
         self._metafile_fields.append(fields)
         yield ()
 
@@ -99,20 +123,37 @@ class Check:
         for first in range(0, len(fields), POINTER_BATCH_BLOCKS):
             batch = fields.select(slice(first, first + POINTER_BATCH_BLOCKS))
             blocks = yield batch.vbns.tolist()
-            for number, vbn, crc, block in zip(batch.indexes.tolist(), batch.vbns.tolist(), batch.crcs.tolist(), blocks, strict=True):
+            for number, vbn, crc, block in zip(
+                batch.indexes.tolist(),
+                batch.vbns.tolist(),
+                batch.crcs.tolist(),
+                blocks,
+                strict=True,
+            ):
                 fault = block_fault(block, crc)
-                entry = parse_image(number, block) if fault is None and block is not None else str(fault)
+                entry = (
+                    parse_image(number, block)
+                    if fault is None and block is not None
+                    else str(fault)
+                )
                 self._take_entry(number, vbn, entry)
 
     def _take_entry(self, number: int, vbn: int, entry: Image | str) -> None:
         if isinstance(entry, str) or number == 0:
             what = entry if isinstance(entry, str) else "is in use, and image number 0 says 'none'"
-            self.report.error(f"{place_words('vdisk table', 0, number, vbn)} is no entry for image {number}: {what}")
+            self.report.error(
+                f"{place_words('vdisk table', 0, number, vbn)} is no entry for image {number}:"
+                f" {what}"
+            )
             self._image_walk.damaged = True
             return
         self.report.metafile_blocks += 1
         self._images[number] = entry
-        counter = {layout.KIND_VDISK: "vdisks", layout.KIND_SNAPSHOT: "snapshots", layout.KIND_DELETED: "deleted_images"}[entry.kind]
+        counter = {
+            layout.KIND_VDISK: "vdisks",
+            layout.KIND_SNAPSHOT: "snapshots",
+            layout.KIND_DELETED: "deleted_images",
+        }[entry.kind]
         setattr(self.report, counter, getattr(self.report, counter) + 1)
 
     def _verify_configuration(self) -> Steps[None]:
@@ -129,24 +170,39 @@ class Check:
             if block is None or block_fault(block, crc) is not None:
                 return  # reported already
             (length,) = layout.CONFIGURATION_HEAD.unpack_from(block)
-            room = self._superblock.roots[layout.CONFIGURATION].size_blocks * layout.BLOCK_BYTES - layout.CONFIGURATION_HEAD.size
+            room = (
+                self._superblock.roots[layout.CONFIGURATION].size_blocks * layout.BLOCK_BYTES
+                - layout.CONFIGURATION_HEAD.size
+            )
             if length > min(room, layout.CONFIGURATION_BYTES_MAX):
-                self.report.error(f"configuration: it claims {length} bytes, its metafile holds {room}")
+                self.report.error(
+                    f"configuration: it claims {length} bytes, its metafile holds {room}"
+                )
 
     def _verify(self, batch: Fields, name: str | None = None) -> Steps[None]:
         blocks = yield batch.vbns.tolist()
         for position, (block, crc) in enumerate(zip(blocks, batch.crcs.tolist(), strict=True)):
             if (fault := block_fault(block, crc)) is not None:
                 label = name or self._label(int(batch.owners[position]))
-                self.report.error(f"{place_words(label, 0, int(batch.indexes[position]), int(batch.vbns[position]))} {fault}")
+                index, vbn = int(batch.indexes[position]), int(batch.vbns[position])
+                self.report.error(f"{place_words(label, 0, index, vbn)} {fault}")
 
     def _walk_images(self) -> Steps[None]:
         images = list(self._images.values())
         for first in range(0, len(images), ENTRY_BATCH):
             by_level: dict[int, list[tuple[int, int, int, int, int]]] = {}
             for image in images[first : first + ENTRY_BATCH]:
-                if image.root_vbn > layout.ZERO_POINTER and 1 <= image.levels <= layout.TREE_LEVELS_MAX:
-                    row = (image.number, 0, _signed(image.root_vbn), image.root_crc, image.root_birth)
+                if (
+                    image.root_vbn > layout.ZERO_POINTER
+                    and 1 <= image.levels <= layout.TREE_LEVELS_MAX
+                ):
+                    row = (
+                        image.number,
+                        0,
+                        _signed(image.root_vbn),
+                        image.root_crc,
+                        image.root_birth,
+                    )
                     by_level.setdefault(image.levels, []).append(row)
             for level, rows in by_level.items():
                 self._reach_roots(self._image_walk, level, rows)
@@ -164,7 +220,11 @@ class Check:
             self.report.bytes_verified += len(batch) * layout.BLOCK_BYTES
 
     def _leaves_of(self, image: Image) -> Leaves | None:
-        return self._image_walk.leaves(image.root_vbn) if image.root_vbn > layout.ZERO_POINTER else Leaves(0, -1)
+        return (
+            self._image_walk.leaves(image.root_vbn)
+            if image.root_vbn > layout.ZERO_POINTER
+            else Leaves(0, -1)
+        )
 
     def _compare_counters(self) -> Steps[None]:
         for position, image in enumerate(self._images.values()):
@@ -174,14 +234,24 @@ class Check:
             if leaves is None or image.kind == layout.KIND_DELETED:
                 continue  # nobody sees a deleted image any more: its size and counter say nothing
             if leaves.blocks != image.used_blocks:
-                self.report.error(f"{self._label(image.number)}: its entry counts {image.used_blocks} blocks, its tree has {leaves.blocks}")
+                self.report.error(
+                    f"{self._label(image.number)}: its entry counts {image.used_blocks} blocks, its"
+                    f" tree has {leaves.blocks}"
+                )
             if leaves.last >= image.size_blocks:
-                what = f"has a block at FBN {leaves.last}, beyond its size of {image.size_blocks} blocks"
+                what = (
+                    f"has a block at FBN {leaves.last}, beyond its size of {image.size_blocks}"
+                    " blocks"
+                )
                 self.report.error(f"{self._label(image.number)}: {what}")
 
     def _compare_splits(self) -> Steps[None]:
         for position, image in enumerate(self._images.values()):
-            if image.splits and image.split_flags & layout.SPLIT_FLAG_COUNTED and not chain_circles(self._images, image):
+            if (
+                image.splits
+                and image.split_flags & layout.SPLIT_FLAG_COUNTED
+                and not chain_circles(self._images, image)
+            ):
                 yield from self._compare_split(image)
             if position % ENTRY_BATCH == 0:
                 yield ()
@@ -197,15 +267,23 @@ class Check:
             return
         holes = yield from HoleCount(clone, chain, self._image_walk.leaves).run()
         if holes is None:
-            self.report.note(f"{self._label(clone.number)}: holes_remaining was not compared, because of damage in its trees")
+            self.report.note(
+                f"{self._label(clone.number)}: holes_remaining was not compared, because of damage"
+                " in its trees"
+            )
         elif holes != clone.holes_remaining:
-            text = f"its split counts {clone.holes_remaining} remaining holes, its trees have {holes}"
+            text = (
+                f"its split counts {clone.holes_remaining} remaining holes, its trees have {holes}"
+            )
             self.report.error(f"{self._label(clone.number)}: {text}")
 
     def _compare_maps(self) -> Steps[None]:
         damaged = self._metafile_walk.damaged or self._image_walk.damaged
         comparison = MapComparison(self._superblock, self._uses, self.report, damaged)
-        metafiles = (self._metafile(metafile) for metafile in (layout.ACTIVE_MAP, layout.SHARE_MAP, layout.REGION_SUMMARY))
+        metafiles = (
+            self._metafile(metafile)
+            for metafile in (layout.ACTIVE_MAP, layout.SHARE_MAP, layout.REGION_SUMMARY)
+        )
         yield from comparison.run(*metafiles)
         differences = comparison.differences
         if not differences:
@@ -215,10 +293,18 @@ class Check:
         wanted = {difference.vbn for difference in differences if difference.vbn >= first_free}
         words = yield from locate(wanted, places, self._roots, self._label)
         for vbn, text in differences:
-            fixed = "superblock" if vbn in layout.SUPERBLOCK_VBNS else "intent log" if vbn < first_free else "the block"
+            fixed = (
+                "superblock"
+                if vbn in layout.SUPERBLOCK_VBNS
+                else "intent log"
+                if vbn < first_free
+                else "the block"
+            )
             self.report.error(f"{words.get(vbn, f'{fixed} at VBN {vbn}')} {text}")
 
 
 def _signed(vbn: int) -> int:
-    """A VBN as a signed 64-bit number: one that no pool can have turns negative, and is then outside, as it should be."""
+    """A VBN as a signed 64-bit number: one that no pool can have turns negative, and is then
+    outside, as it should be.
+    """
     return vbn - (1 << 64) if vbn >> 63 else vbn

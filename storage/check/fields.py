@@ -1,4 +1,6 @@
-"""Fields of pointer blocks, many at a time, as numpy columns, with the words for where a field stands."""
+"""Fields of pointer blocks, many at a time, as numpy columns, with the words for where a field
+stands.
+"""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,7 +21,9 @@ Label = Callable[[int], str]
 
 @dataclass(frozen=True)
 class Fields:
-    """Columns of fields that name blocks of one level: owner (image number or metafile), index at that level, and the field."""
+    """Columns of fields that name blocks of one level: owner (image number or metafile), index at
+    that level, and the field.
+    """
 
     owners: Vbns
     indexes: Vbns
@@ -32,7 +36,13 @@ class Fields:
 
     def select(self, which: "Mask | Vbns | slice") -> "Fields":
         """The fields that a mask, positions or a slice picks."""
-        return Fields(self.owners[which], self.indexes[which], self.vbns[which], self.crcs[which], self.births[which])
+        return Fields(
+            self.owners[which],
+            self.indexes[which],
+            self.vbns[which],
+            self.crcs[which],
+            self.births[which],
+        )
 
     def by_vbn(self) -> "Fields":
         """The same fields in the order of their VBNs: the order in which a device reads fastest."""
@@ -64,7 +74,11 @@ def block_fault(block: Block, crc: int) -> str | None:
     if block is None:
         return "cannot be read from the device"
     found = crc32c(block)
-    return None if found == crc else f"is damaged: its CRC32C is {found:#010x}, the field that points to it has {crc:#010x}"
+    return (
+        None
+        if found == crc
+        else f"is damaged: its CRC32C is {found:#010x}, the field that points to it has {crc:#010x}"
+    )
 
 
 def place_words(label: str, level: int, index: int, vbn: int) -> str:

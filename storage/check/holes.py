@@ -1,7 +1,9 @@
-"""The exact count of what a split still has to do: holes of the clone behind which the backing chain has a block.
+"""The exact count of what a split still has to do: holes of the clone behind which the backing
+chain has a block.
 
-All trees go down together, level by level. A node is one position (index at a level) with what each tree of the chain has there; it is
-dropped as soon as nothing below can count, and counted whole when only one tree of the chain is left and the clone has a hole there.
+All trees go down together, level by level. A node is one position (index at a level) with what each
+tree of the chain has there; it is dropped as soon as nothing below can count, and counted whole
+when only one tree of the chain is left and the clone has a hole there.
 
 Design section 5 (split), and the terms hole, zero pointer and backing store of section 1.
 """
@@ -18,7 +20,8 @@ from storage.check.images import Image
 from storage.check.steps import POINTER_BATCH_BLOCKS, Steps
 from storage.check.walk import Leaves
 
-# A position above the root of a tree that is lower than the highest: its child 0 goes on towards the root, all others are holes.
+# A position above the root of a tree that is lower than the highest: its child 0 goes on towards
+# the root, all others are holes.
 ABOVE_ROOT = -1
 # Nodes that one slice expands above level 1: each makes up to 256 positions, in Python.
 EXPAND_BATCH = 8
@@ -42,9 +45,13 @@ class _Node:
 
 
 class HoleCount:
-    """Counts for one clone, whose backing chain is ``chain`` (nearest first, no circle). ``leaves`` is the walk's."""
+    """Counts for one clone, whose backing chain is ``chain`` (nearest first, no circle). ``leaves``
+    is the walk's.
+    """
 
-    def __init__(self, clone: Image, chain: Sequence[Image], leaves: Callable[[int], Leaves | None]) -> None:
+    def __init__(
+        self, clone: Image, chain: Sequence[Image], leaves: Callable[[int], Leaves | None]
+    ) -> None:
         self._leaves = leaves
         self._trees = [_Tree(clone.root_vbn, clone.levels, clone.size_blocks)]
         limit, front = clone.size_blocks, clone
@@ -69,7 +76,14 @@ class HoleCount:
         return self._total if self._complete else None
 
     def _expand(self, nodes: list[_Node], level: int) -> Steps[None]:
-        wanted = sorted({vbn for node in nodes for vbn in (node.own, *(vbn for _, vbn in node.behind)) if vbn > layout.ZERO_POINTER})
+        wanted = sorted(
+            {
+                vbn
+                for node in nodes
+                for vbn in (node.own, *(vbn for _, vbn in node.behind))
+                if vbn > layout.ZERO_POINTER
+            }
+        )
         if any(self._leaves(vbn) is None for vbn in wanted):
             self._complete = False
             return
@@ -78,7 +92,11 @@ class HoleCount:
         if len(sound) != len(wanted):
             self._complete = False
             return
-        rows = dict(zip(wanted, field_table(sound)["vbn"].astype(np.int64), strict=True)) if wanted else {}
+        rows = (
+            dict(zip(wanted, field_table(sound)["vbn"].astype(np.int64), strict=True))
+            if wanted
+            else {}
+        )
         for node in nodes:
             own = self._row(0, node.own, level, rows)
             behind = [(number, self._row(number, vbn, level, rows)) for number, vbn in node.behind]
@@ -111,7 +129,9 @@ class HoleCount:
         columns = [(number, row.tolist()) for number, row in behind]
         for slot in np.flatnonzero((own != layout.ZERO_POINTER) & anything).tolist():
             child = (index << layout.FIELDS_SHIFT) + slot
-            self._take(child, int(own[slot]), [(number, column[slot]) for number, column in columns], level)
+            self._take(
+                child, int(own[slot]), [(number, column[slot]) for number, column in columns], level
+            )
 
     def _take(self, index: int, own: int, behind: list[tuple[int, int]], level: int) -> None:
         span = 1 << (layout.FIELDS_SHIFT * level)
@@ -124,7 +144,11 @@ class HoleCount:
         if not left:
             return
         number, vbn = left[0]
-        whole = own == layout.HOLE and len(left) == 1 and (index + 1) * span <= self._trees[number].limit_blocks
+        whole = (
+            own == layout.HOLE
+            and len(left) == 1
+            and (index + 1) * span <= self._trees[number].limit_blocks
+        )
         leaves = self._leaves(vbn) if whole and vbn != ABOVE_ROOT else None
         if leaves is not None:
             self._total += leaves.blocks

@@ -1,4 +1,6 @@
-"""Entries of the vdisk table as the check reads them, and what can be wrong with one entry alone."""
+"""Entries of the vdisk table as the check reads them, and what can be wrong with one
+entry alone.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,7 +9,11 @@ from uuid import UUID
 
 from storage import layout
 
-KIND_NAMES: Final = {layout.KIND_VDISK: "vdisk", layout.KIND_SNAPSHOT: "snapshot", layout.KIND_DELETED: "deleted image"}
+KIND_NAMES: Final = {
+    layout.KIND_VDISK: "vdisk",
+    layout.KIND_SNAPSHOT: "snapshot",
+    layout.KIND_DELETED: "deleted image",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +56,9 @@ class Image:
 def parse_image(number: int, block: memoryview) -> Image | str:
     """The entry in ``block``, or, in words, why it is none."""
     head = layout.IMAGE_HEAD.unpack_from(block, 0)
-    magic, kind, name_length, _, flags, uuid, size_bytes, vbn, crc, birth, levels, shared_cp = head[:12]
+    magic, kind, name_length, _, flags, uuid, size_bytes, vbn, crc, birth, levels, shared_cp = head[
+        :12
+    ]
     used_blocks, _, created_cp, origin, backing, backing_blocks = head[12:]
     if magic != layout.IMAGE_MAGIC or kind not in KIND_NAMES:
         return f"magic {magic!r} and kind {kind} are not those of a vdisk or snapshot"
@@ -59,7 +67,18 @@ def parse_image(number: int, block: memoryview) -> Image | str:
         return "its name is longer than the format allows, or not UTF-8"
     split = layout.IMAGE_SPLIT.unpack_from(block, layout.IMAGE_SPLIT_OFFSET)
     state, mode, split_flags, _, _, _, holes_total, holes_remaining = split[:8]
-    identity = (number, kind, flags, UUID(bytes=uuid), size_bytes, vbn, crc, birth, levels, shared_cp)
+    identity = (
+        number,
+        kind,
+        flags,
+        UUID(bytes=uuid),
+        size_bytes,
+        vbn,
+        crc,
+        birth,
+        levels,
+        shared_cp,
+    )
     relations = (used_blocks, created_cp, origin, backing, backing_blocks, name)
     return Image(*identity, *relations, state, mode, split_flags, holes_total, holes_remaining)
 
@@ -76,16 +95,28 @@ def _parse_name(block: memoryview, length: int) -> str | None:
 def entry_faults(image: Image, cp: int) -> Iterator[str]:
     """What is wrong with one entry, looked at alone."""
     if not 1 <= image.levels <= layout.TREE_LEVELS_MAX:
-        yield f"has {image.levels} levels of pointer blocks, the format allows 1 to {layout.TREE_LEVELS_MAX}"
+        yield (
+            f"has {image.levels} levels of pointer blocks, the format allows 1 to"
+            f" {layout.TREE_LEVELS_MAX}"
+        )
     if image.created_cp > cp or image.shared_cp > cp:
-        yield f"was created in consistency point {image.created_cp} and shared in {image.shared_cp}, the pool is only at {cp}"
+        yield (
+            f"was created in consistency point {image.created_cp} and shared in {image.shared_cp},"
+            f" the pool is only at {cp}"
+        )
     if image.split_state >= len(layout.SPLIT_STATES) or image.split_mode >= len(layout.SPLIT_MODES):
-        yield f"has split state {image.split_state} and mode {image.split_mode}, which the format does not know"
+        yield (
+            f"has split state {image.split_state} and mode {image.split_mode}, which the format"
+            " does not know"
+        )
     if image.kind == layout.KIND_DELETED:
         return
     if not image.name:
         yield "has no name"
-    if not layout.VDISK_BYTES_MIN <= image.size_bytes <= layout.VDISK_BYTES_MAX or image.size_bytes % layout.SECTOR_BYTES:
+    if (
+        not layout.VDISK_BYTES_MIN <= image.size_bytes <= layout.VDISK_BYTES_MAX
+        or image.size_bytes % layout.SECTOR_BYTES
+    ):
         yield f"has a size of {image.size_bytes} bytes, which no vdisk can have"
     if image.split_state != layout.SPLIT_NONE and image.kind != layout.KIND_VDISK:
         yield "is a snapshot and has a split"

@@ -1,4 +1,6 @@
-"""Counting the intent log's valid records behind its head: what an open of this pool would replay. Nothing is replayed here."""
+"""Counting the intent log's valid records behind its head: what an open of this pool would replay.
+Nothing is replayed here.
+"""
 
 from crc32c import crc32c
 
@@ -8,8 +10,15 @@ from storage.check.superblock import Superblock
 
 
 def count_records(superblock: Superblock) -> Steps[int]:
-    """Number of records from the head on whose magic, pool, sequence and CRC32C are right, one after the other."""
-    head, sequence, records, blocks_passed = superblock.log_head_block, superblock.log_head_sequence, 0, 0
+    """Number of records from the head on whose magic, pool, sequence and CRC32C are right, one
+    after the other.
+    """
+    head, sequence, records, blocks_passed = (
+        superblock.log_head_block,
+        superblock.log_head_sequence,
+        0,
+        0,
+    )
     while blocks_passed < superblock.log_blocks:
         (first,) = yield _vbns(superblock, head, 1)
         length = _record_blocks(superblock, first, sequence)
@@ -25,7 +34,9 @@ def count_records(superblock: Superblock) -> Steps[int]:
 
 
 def _vbns(superblock: Superblock, block: int, count: int) -> list[int]:
-    return [superblock.log_first_vbn + (block + step) % superblock.log_blocks for step in range(count)]
+    return [
+        superblock.log_first_vbn + (block + step) % superblock.log_blocks for step in range(count)
+    ]
 
 
 def _record_blocks(superblock: Superblock, block: Block, sequence: int) -> int:
@@ -33,7 +44,9 @@ def _record_blocks(superblock: Superblock, block: Block, sequence: int) -> int:
     if block is None:
         return 0
     magic, _, found, _, _, pool, _, length = layout.RECORD_HEAD.unpack_from(block, 0)
-    matches = magic == layout.RECORD_MAGIC and found == sequence and pool == superblock.uuid.bytes[:8]
+    matches = (
+        magic == layout.RECORD_MAGIC and found == sequence and pool == superblock.uuid.bytes[:8]
+    )
     return int(length) if matches else 0
 
 

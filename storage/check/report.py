@@ -3,13 +3,16 @@
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-# A pool whose root is gone differs in millions of places. A person reads the first ones, and the total tells the rest.
+# A pool whose root is gone differs in millions of places. A person reads the first ones, and the
+# total tells the rest.
 ERRORS_MAX: Final = 1000
 
 
 @dataclass
 class CheckReport:
-    """Outcome of one check. ``errors`` holds the first ERRORS_MAX differences, ``errors_total`` counts them all."""
+    """Outcome of one check. ``errors`` holds the first ERRORS_MAX differences, ``errors_total``
+    counts them all.
+    """
 
     cp_number: int = 0
     pool_uuid: str = ""

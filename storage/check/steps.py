@@ -1,7 +1,9 @@
-"""The form that every step of a check has: a generator that yields the VBNs it wants and is sent their blocks.
+"""The form that every step of a check has: a generator that yields the VBNs it wants and is sent
+their blocks.
 
-So the same walk runs offline (blocks are read there and then) and live (each yield is one slice of the event loop). An empty
-request is only an offer to pause. A block that the device could not read is sent as None.
+So the same walk runs offline (blocks are read there and then) and live (each yield is one slice of
+the event loop). An empty request is only an offer to pause. A block that the device could not read
+is sent as None.
 """
 
 from collections.abc import Generator, Sequence
@@ -11,7 +13,8 @@ T = TypeVar("T")
 Block = memoryview | None
 Steps = Generator[Sequence[int], list[Block], T]
 
-# Pointer blocks in one slice: 2048 fields take about half a millisecond of the event loop's 5, and twice that on fresh memory.
+# Pointer blocks in one slice: 2048 fields take about half a millisecond of the event loop's 5, and
+# twice that on fresh memory.
 POINTER_BATCH_BLOCKS: Final = 8
 # The same above level 1, where each child also costs two entries of dicts.
 UPPER_BATCH_BLOCKS: Final = 2

@@ -1,10 +1,12 @@
 """What the walk knows about each VBN: how many references it found, as what, and with which CRC32C.
 
-Eight bytes a VBN, in pages that exist only where something was found, so a sparse pool of many TiB costs what it holds. They lie side by
-side, so that a VBN met first touches one page of fresh memory, not three: that is what a slice's time goes to in a scattered pool.
+Eight bytes a VBN, in pages that exist only where something was found, so a sparse pool of many TiB
+costs what it holds. They lie side by side, so that a VBN met first touches one page of fresh
+memory, not three: that is what a slice's time goes to in a scattered pool.
 
 - References are counted modulo 65536; what overflows goes to a dict, as such VBNs are rare.
-- A kind, once claimed, never changes: the first claim wins, and a later one that differs is a conflict to report.
+- A kind, once claimed, never changes: the first claim wins, and a later one that differs is a
+  conflict to report.
 """
 
 from collections.abc import Iterator
@@ -26,7 +28,8 @@ KIND_UNUSED: Final = 0
 KIND_IMAGE: Final = 1
 KIND_METAFILE: Final = 17
 
-# 64 GiB of pool a page: claims are worked off page by page, so most pools should have one. Untouched memory costs nothing.
+# 64 GiB of pool a page: claims are worked off page by page, so most pools should have one.
+# Untouched memory costs nothing.
 PAGE_SHIFT: Final = 24
 PAGE_BLOCKS: Final = 1 << PAGE_SHIFT
 assert PAGE_BLOCKS % layout.REGION_BLOCKS == 0
@@ -40,7 +43,8 @@ class _Page:
     __slots__ = ("carry", "crc", "kind", "references")
 
     def __init__(self) -> None:
-        # Not np.zeros: it fills a table of structures, and asks for huge memory pages, whose first touch takes many times as long.
+        # Not np.zeros: it fills a table of structures, and asks for huge memory pages, whose first
+        # touch takes many times as long.
         memory = mmap(-1, PAGE_BLOCKS * USE_DTYPE.itemsize)
         memory.madvise(MADV_NOHUGEPAGE)
         table = np.frombuffer(memory, USE_DTYPE)
@@ -59,7 +63,9 @@ class _Page:
 
 @dataclass(frozen=True)
 class Claim:
-    """Outcome of a claim, one element for each reference given: the first of its VBN; kind differs; CRC32C differs."""
+    """Outcome of a claim, one element for each reference given: the first of its VBN; kind differs;
+    CRC32C differs.
+    """
 
     fresh: Mask
     kind_differs: Mask
@@ -67,13 +73,17 @@ class Claim:
 
 
 class Uses:
-    """References found so far, by VBN. All VBNs given lie within the pool: the walk has checked them."""
+    """References found so far, by VBN. All VBNs given lie within the pool: the walk has checked
+    them.
+    """
 
     def __init__(self) -> None:
         self._pages: dict[int, _Page] = {}
 
     def claim(self, vbns: Vbns, crcs: Crcs, kind: int) -> Claim:
-        """Count one reference to each of ``vbns`` (repeats allowed), made by a field with the CRC32C beside it."""
+        """Count one reference to each of ``vbns`` (repeats allowed), made by a field with the
+        CRC32C beside it.
+        """
         claim = Claim(*(np.zeros(len(vbns), np.bool_) for _ in range(3)))
         if not len(vbns):
             return claim
@@ -91,7 +101,9 @@ class Uses:
         return KIND_UNUSED if page is None else int(page.kind[vbn & (PAGE_BLOCKS - 1)])
 
     def region(self, region: int) -> npt.NDArray[np.int64] | None:
-        """References found to each VBN of a region of the active map; None when there is none at all."""
+        """References found to each VBN of a region of the active map; None when there is none at
+        all.
+        """
         base = region * layout.REGION_BLOCKS
         page = self._pages.get(base >> PAGE_SHIFT)
         if page is None:
@@ -117,7 +129,9 @@ def _run_starts(ordered: Vbns) -> Vbns:
     return np.concatenate(((0,), np.flatnonzero(ordered[1:] != ordered[:-1]) + 1))
 
 
-def _claim_in_page(page: _Page, local: Vbns, crcs: Crcs, kind: int, claim: Claim, places: Vbns) -> None:
+def _claim_in_page(
+    page: _Page, local: Vbns, crcs: Crcs, kind: int, claim: Claim, places: Vbns
+) -> None:
     starts = _run_starts(local)
     distinct = local[starts]
     fresh = page.kind[distinct] == KIND_UNUSED

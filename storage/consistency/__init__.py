@@ -1,1 +1,3 @@
-"""What makes changes durable: epochs, consistency points, superblocks, and the intent log between two of them."""
+"""What makes changes durable: epochs, consistency points, superblocks, and the intent log between
+two of them.
+"""

@@ -1,7 +1,9 @@
-"""The configuration metafile: what the daemon keeps in the pool beside the disks (targets, access control, reservations).
+"""The configuration metafile: what the daemon keeps in the pool beside the disks (targets, access
+control, reservations).
 
-To the store it is named sections of bytes, replaced whole and durably with a consistency point. On disk: u64 length, then a msgpack map
-from section name to bytes, in the metafile's blocks one after the other (layout.CONFIGURATION_HEAD).
+To the store it is named sections of bytes, replaced whole and durably with a consistency point. On
+disk: u64 length, then a msgpack map from section name to bytes, in the metafile's blocks one after
+the other (layout.CONFIGURATION_HEAD).
 """
 
 from functools import partial
@@ -9,7 +11,14 @@ from functools import partial
 import msgpack
 
 from storage.errors import BlockDamaged, RequestError
-from storage.layout import BLOCK_BYTES, CONFIGURATION_BYTES_MAX, CONFIGURATION_HEAD, FIELDS_PER_BLOCK, TREE_LEVELS_MAX, tree_levels
+from storage.layout import (
+    BLOCK_BYTES,
+    CONFIGURATION_BYTES_MAX,
+    CONFIGURATION_HEAD,
+    FIELDS_PER_BLOCK,
+    TREE_LEVELS_MAX,
+    tree_levels,
+)
 from storage.state.epoch import Epoch
 from storage.state.pool_state import PoolState
 from storage.state.slices import Slicer
@@ -28,7 +37,8 @@ class Configuration:
         self._sections: dict[str, bytes] = {}
         # As of the last consistency point.
         self._durable: dict[str, bytes] = {}
-        # Length of the metafile: it grows, and what a shorter configuration leaves behind is not read.
+        # Length of the metafile: it grows, and what a shorter configuration leaves behind is not
+        # read.
         self.size_blocks = 0
 
     async def load(self) -> None:
@@ -38,22 +48,31 @@ class Configuration:
         if not length:
             return
         if length > CONFIGURATION_BYTES_MAX:
-            raise BlockDamaged(f"the configuration metafile claims {length} bytes: run `cleaved check`")
+            raise BlockDamaged(
+                f"the configuration metafile claims {length} bytes: run `cleaved check`"
+            )
         data = bytearray()
         for index in range(-(-(CONFIGURATION_HEAD.size + length) // BLOCK_BYTES)):
             data += (await self._tree.load(index, 0)).buf
-        self._sections = self._durable = msgpack.unpackb(memoryview(data)[CONFIGURATION_HEAD.size : CONFIGURATION_HEAD.size + length])
+        self._sections = self._durable = msgpack.unpackb(
+            memoryview(data)[CONFIGURATION_HEAD.size : CONFIGURATION_HEAD.size + length]
+        )
 
     def get(self, section: str) -> bytes:
         """A section, empty if it was never set."""
         return self._sections.get(section, b"")
 
     def replace(self, section: str, value: bytes) -> None:
-        """Within a freeze: set a section. Raises RequestError when it is too large, PoolFull when the pool has no room for it."""
+        """Within a freeze: set a section. Raises RequestError when it is too large, PoolFull when
+        the pool has no room for it.
+        """
         sections = {**self._sections, section: value}
         packed = msgpack.packb(sections)
         if len(packed) > CONFIGURATION_BYTES_MAX:
-            raise RequestError(f"the configuration would have {len(packed)} bytes, above {CONFIGURATION_BYTES_MAX}: remove entries first")
+            raise RequestError(
+                f"the configuration would have {len(packed)} bytes, above"
+                f" {CONFIGURATION_BYTES_MAX}: remove entries first"
+            )
         epoch, allocator = self._state.epoch, self._state.allocator
         promised = epoch.configuration[1] if epoch.configuration is not None else 0
         more = max(0, blocks_needed(len(packed)) - promised)
@@ -82,12 +101,16 @@ class Configuration:
         await when_possible(self._state, lambda: self._tree.grow(levels, epoch))
         for index in range(blocks):
             node = await when_possible(self._state, partial(self._tree.writable, index, epoch, 0))
-            node.buf[:] = data[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES].ljust(BLOCK_BYTES, b"\0")
+            node.buf[:] = data[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES].ljust(
+                BLOCK_BYTES, b"\0"
+            )
             await slicer.breathe()
         self._state.allocator.redeem(promised)
 
 
 def blocks_needed(length_bytes: int) -> int:
-    """Blocks that a configuration of that length takes at most: its own, and the pointer blocks above them."""
+    """Blocks that a configuration of that length takes at most: its own, and the pointer blocks
+    above them.
+    """
     blocks = -(-(CONFIGURATION_HEAD.size + length_bytes) // BLOCK_BYTES)
     return blocks + blocks // FIELDS_PER_BLOCK + TREE_LEVELS_MAX

@@ -1,14 +1,19 @@
-"""The consistency point: the atomic step by which everything changed in memory becomes the pool's on-disk state (design section 4).
+"""The consistency point: the atomic step by which everything changed in memory becomes the pool's
+on-disk state (design section 4).
 
 Order, which is all that makes it atomic:
-1. freeze: the current epoch becomes the frozen one; from here on changes go to the next epoch and copy what is frozen;
+1. freeze: the current epoch becomes the frozen one; from here on changes go to the next epoch and
+   copy what is frozen;
 2. write the frozen nodes of all images, bottom-up, to VBNs they got when they were first changed;
-3. write the table entries; bring the share map, then the active map and its summary, to the state of the freeze; write the maps;
-4. sync; 5. write the superblock; 6. sync. Only then is the epoch durable, and what it freed may be released.
+3. write the table entries; bring the share map, then the active map and its summary, to the state
+   of the freeze; write the maps;
+4. sync; 5. write the superblock; 6. sync. Only then is the epoch durable, and what it freed may be
+   released.
 
-A crash before 5 is complete leaves the previous superblock in force, and nothing that it reaches was overwritten.
-A write that finds the host's file system full is tried until there is room (storage.state.host_room): that is no failure.
-If any step fails the pool goes read-only: what is frozen can neither be completed nor undone. The table is shown as the last durable one.
+A crash before 5 is complete leaves the previous superblock in force, and nothing that it reaches
+was overwritten. A write that finds the host's file system full is tried until there is room
+(storage.state.host_room): that is no failure. If any step fails the pool goes read-only: what is
+frozen can neither be completed nor undone. The table is shown as the last durable one.
 """
 
 import asyncio
@@ -21,7 +26,14 @@ from storage.allocation.active_map import ActiveMap
 from storage.consistency.configuration import Configuration
 from storage.consistency.node_writer import NodeWriter
 from storage.consistency.superblock import MetafileRoot, Superblock
-from storage.errors import HostFull, HostStaysFull, PoolFull, PoolReadOnly, StorageError, VolumeClosed
+from storage.errors import (
+    HostFull,
+    HostStaysFull,
+    PoolFull,
+    PoolReadOnly,
+    StorageError,
+    VolumeClosed,
+)
 from storage.images.catalogue import Catalogue
 from storage.images.image import KIND_FREE, Image
 from storage.images.record import KIND_OFFSET, ROOT_FIELD_OFFSET
@@ -46,10 +58,12 @@ from storage.tree.attempt import when_possible
 from storage.tree.buffer_tree import BufferTree
 
 AtFreeze = Callable[[], None]
-# The frozen epoch, and what the log says of itself at the freeze: block and sequence of its next record, blocks used.
+# The frozen epoch, and what the log says of itself at the freeze: block and sequence of its next
+# record, blocks used.
 Frozen = tuple[Epoch, tuple[int, int, int]]
 
-# How old a change may get before it is written: bounds what replay has to do after a crash, and how long freed space waits.
+# How old a change may get before it is written: bounds what replay has to do after a crash, and how
+# long freed space waits.
 INTERVAL_SECONDS = 5.0
 # How often a write to a full pool looks whether those that borrowed blocks are installed.
 LENT_POLL_SECONDS = 0.001
@@ -57,13 +71,16 @@ LENT_POLL_SECONDS = 0.001
 WATCH_SECONDS = 0.1
 # After so long without a consistency point the second copy of the superblock is synced too.
 REST_SECONDS = 1.0
-# 64 MiB of dirty nodes, or so many changes that the full log did not take: more would make one consistency point long.
+# 64 MiB of dirty nodes, or so many changes that the full log did not take: more would make one
+# consistency point long.
 DIRTY_NODES_WANTED = 16384
 UNLOGGED_WANTED = 65536
 
 
 class ConsistencyPoints:
-    """Takes consistency points when asked to and when due. ``request`` is what every change of metadata waits for."""
+    """Takes consistency points when asked to and when due. ``request`` is what every change of
+    metadata waits for.
+    """
 
     def __init__(
         self,
@@ -91,7 +108,8 @@ class ConsistencyPoints:
         self._due_at = 0.0
         # When the second copy of the superblock was written, while no sync has covered it.
         self._second_copy_at: float | None = None
-        # Set when the log goes on elsewhere than the superblock says: then one has to be written although nothing else changed.
+        # Set when the log goes on elsewhere than the superblock says: then one has to be written
+        # although nothing else changed.
         self.log_moved = False
         self.seconds_last = 0.0
         # Told once when nothing can become durable any more.
@@ -101,7 +119,7 @@ class ConsistencyPoints:
         state.wanted = self._wake.set
         log.durable_by_cp = self.request
 
-    # --- Asking for one ------------------------------------------------------------------------------------------
+    # --- Asking for one ---------------------------------------------------------------------------
 
     def start(self) -> None:
         """Begin to take consistency points in the background."""
@@ -115,8 +133,9 @@ class ConsistencyPoints:
             await self._task
 
     def request(self, at_freeze: AtFreeze | None = None) -> asyncio.Future[None]:
-        """A Future for a consistency point whose freeze comes after this call. ``at_freeze`` runs in the freeze, before the epochs change
-        places; what it raises is raised to the caller, and its consistency point goes on without it.
+        """A Future for a consistency point whose freeze comes after this call. ``at_freeze`` runs
+        in the freeze, before the epochs change places; what it raises is raised to the caller, and
+        its consistency point goes on without it.
         """
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if self._ended:
@@ -127,23 +146,28 @@ class ConsistencyPoints:
         return future
 
     async def request_with_room(self, at_freeze: AtFreeze) -> None:
-        """Carry out a change that needs new blocks for metadata, as soon as there are some. Raises PoolFull, HostFull: there are none.
+        """Carry out a change that needs new blocks for metadata, as soon as there are some. Raises
+        PoolFull, HostFull: there are none.
 
-        What was refused for want of room is asked for, and tried again: the host may have room that nobody has asked for since.
+        What was refused for want of room is asked for, and tried again: the host may have room that
+        nobody has asked for since.
         """
         allocator = self._state.allocator
         while True:
             try:
                 return await self.request(at_freeze)
             except PoolFull as full:
-                if isinstance(full, HostFull) and (await allocator.stock.top_up(full.missing_blocks) or not allocator.stock.refused):
+                if isinstance(full, HostFull) and (
+                    await allocator.stock.top_up(full.missing_blocks) or not allocator.stock.refused
+                ):
                     continue
                 if not await allocator.reclaim(full.missing_blocks, False):
                     raise
 
     async def reclaim(self, blocks: int, patient: bool) -> bool:
-        """Make freed blocks available. False: fewer than ``blocks`` are on their way, so that waiting for them would help nobody; or none
-        is left of those that came, for one who is not ``patient``.
+        """Make freed blocks available. False: fewer than ``blocks`` are on their way, so that
+        waiting for them would help nobody; or none is left of those that came, for one who is not
+        ``patient``.
         """
         state = self._state
         epochs = [epoch for epoch in (state.epoch, state.frozen) if epoch is not None]
@@ -158,7 +182,9 @@ class ConsistencyPoints:
         if unknown or allocator.promised_blocks or any(epoch.frees for epoch in epochs):
             await self.request()
         elif allocator.lent_blocks:
-            await asyncio.sleep(LENT_POLL_SECONDS)  # those writes are still on their way to the device
+            await asyncio.sleep(
+                LENT_POLL_SECONDS
+            )  # those writes are still on their way to the device
             return True
         while state.retired and allocator.returned_blocks <= before:
             await state.room_from_retired()
@@ -166,7 +192,7 @@ class ConsistencyPoints:
             return allocator.returned_blocks > before or allocator.lent_blocks > 0
         return allocator.free_now > free_before
 
-    # --- The loop --------------------------------------------------------------------------------------------------
+    # --- The loop ---------------------------------------------------------------------------------
 
     async def _run(self) -> None:
         while not self._stopping:
@@ -185,7 +211,9 @@ class ConsistencyPoints:
                 future.set_exception(VolumeClosed("the pool is closing: nothing is taken any more"))
 
     async def _sync_second_copy(self) -> None:
-        """A pool that rests has both copies durable: the second has no sync of its own, and the next consistency point may be far."""
+        """A pool that rests has both copies durable: the second has no sync of its own, and the
+        next consistency point may be far.
+        """
         if self._second_copy_at is None or perf_counter() - self._second_copy_at < REST_SECONDS:
             return
         if self._state.read_only_reason is not None:
@@ -198,7 +226,10 @@ class ConsistencyPoints:
 
     def _due(self) -> bool:
         epoch = self._state.epoch
-        if len(epoch.dirty) > min(DIRTY_NODES_WANTED, self._state.cache.nodes_max // 2) or len(epoch.unlogged) > UNLOGGED_WANTED:
+        if (
+            len(epoch.dirty) > min(DIRTY_NODES_WANTED, self._state.cache.nodes_max // 2)
+            or len(epoch.unlogged) > UNLOGGED_WANTED
+        ):
             return True
         if self._state.room.full and epoch.frees:
             return True  # the sooner blocks are free, the sooner the host has them back
@@ -210,7 +241,8 @@ class ConsistencyPoints:
         error: Exception | None = None
         try:
             await self._room_for_one()
-            # First of all: on a pool that takes no changes, no change must be made in memory either.
+            # First of all: on a pool that takes no changes, no change must be made in memory
+            # either.
             self.check_number()
             self._state.check_writable()
             self._check_not_given_up()
@@ -222,8 +254,11 @@ class ConsistencyPoints:
         except (PoolReadOnly, HostStaysFull) as failure:
             error = failure
         except Exception as failure:  # noqa: BLE001
-            # Whatever it was: what is frozen can neither be completed nor undone, and nobody may wait for ever.
-            self._state.fail(f"a consistency point failed: {str(failure) or type(failure).__name__}")
+            # Whatever it was: what is frozen can neither be completed nor undone, and nobody may
+            # wait for ever.
+            self._state.fail(
+                f"a consistency point failed: {str(failure) or type(failure).__name__}"
+            )
             error = failure
         if error is not None and not self._failed:
             self._failed = True
@@ -241,27 +276,40 @@ class ConsistencyPoints:
         self._due_at = perf_counter() + INTERVAL_SECONDS
 
     def _check_not_given_up(self) -> None:
-        """What is frozen found no room on the host, and the pool is closing: there will not be another one. Raises HostStaysFull."""
+        """What is frozen found no room on the host, and the pool is closing: there will not be
+        another one. Raises HostStaysFull.
+        """
         if self._state.frozen is not None:
-            raise HostStaysFull("the pool is closing, and its last consistency point found no room on the host: nothing was changed")
+            raise HostStaysFull(
+                "the pool is closing, and its last consistency point found no room on the host:"
+                " nothing was changed"
+            )
 
     def check_number(self) -> None:
-        """Say that the numbers of consistency points will come to an end, and stop taking changes long before they do."""
+        """Say that the numbers of consistency points will come to an end, and stop taking changes
+        long before they do.
+        """
         number = self._state.epoch.number
         if number >= CP_LAST:
-            self._state.fail(f"consistency point {number} is the last that a pool can count: copy its vdisks into a new pool")
+            self._state.fail(
+                f"consistency point {number} is the last that a pool can count: copy its vdisks"
+                " into a new pool"
+            )
         elif number >= CP_WARNED_FROM and not self._number_told:
             self._number_told = True
             self._state.on_event("pool.cp_number_high", cp_number=number, cp_number_last=CP_LAST)
 
     async def _room_for_one(self) -> None:
-        """A consistency point that frees nothing yet eats from the reserve: there must not be many of them."""
+        """A consistency point that frees nothing yet eats from the reserve: there must not be many
+        of them.
+        """
         state = self._state
         while state.retired and state.allocator.free_now <= state.allocator.client_floor:
             await state.room_from_retired()
 
     def _freeze(self, waiting: list[asyncio.Future[None]]) -> Frozen | None:
-        """The freeze, one step: run what belongs to it, and let the epochs change places. None: there is nothing to write.
+        """The freeze, one step: run what belongs to it, and let the epochs change places. None:
+        there is nothing to write.
 
         Appends to ``waiting`` who is answered when this consistency point is durable.
         """
@@ -277,8 +325,8 @@ class ConsistencyPoints:
     def _run_at_freeze(self, waiting: list[asyncio.Future[None]]) -> None:
         """Run what belongs to the freeze; those whose part fails are answered at once.
 
-        Each may touch table entries, which this consistency point must have room for: where the reserve has no more, the rest waits for the
-        next one.
+        Each may touch table entries, which this consistency point must have room for: where the
+        reserve has no more, the rest waits for the next one.
         """
         allocator = self._state.allocator
         at, changed = 0, False
@@ -292,13 +340,14 @@ class ConsistencyPoints:
                     at_freeze()
                     changed = True
             except Exception as error:  # noqa: BLE001
-                # Also what is no StorageError: a mistake in one change must not end the consistency points of all.
+                # Also what is no StorageError: a mistake in one change must not end the consistency
+                # points of all.
                 future.set_exception(error)
                 continue
             waiting.append(future)
         del self._waiting[:at]
 
-    # --- One consistency point ---------------------------------------------------------------------------------------
+    # --- One consistency point --------------------------------------------------------------------
 
     async def _consistency_point(self, frozen: Frozen) -> None:
         epoch, (head_block, head_sequence, used_at_mark) = frozen
@@ -310,7 +359,9 @@ class ConsistencyPoints:
         await state.share_map.apply(epoch, slicer)
         await self._active_map.apply(epoch, slicer)
         await writer.write_dirty()
-        state.check_writable()  # a map that contradicts itself has failed the pool: then this state must not become the pool's
+        # A map that contradicts itself has failed the pool: then this state must not become the
+        # pool's.
+        state.check_writable()
         await self._write_superblock(epoch, head_block, head_sequence)
         self.log_moved = self._log.held = False
         self._log.trim(used_at_mark)
@@ -320,7 +371,9 @@ class ConsistencyPoints:
         self._finish(epoch)
         await dispose(unlogged, slicer)
 
-    async def _write_entries(self, epoch: Epoch, writer: NodeWriter, slicer: Slicer) -> list[tuple[int, bytearray | None]]:
+    async def _write_entries(
+        self, epoch: Epoch, writer: NodeWriter, slicer: Slicer
+    ) -> list[tuple[int, bytearray | None]]:
         """Write the table entries of the images that changed, and point the table at them."""
         written: list[tuple[int, bytearray | None]] = []
         blocks: list[tuple[int, bytearray]] = []
@@ -340,15 +393,22 @@ class ConsistencyPoints:
         return written
 
     async def _point_at_entry(self, epoch: Epoch, image: Image, entry: bytearray | None) -> int:
-        """Enter the new location of an entry (None: it is cleared) into the table's tree; returns its VBN."""
+        """Enter the new location of an entry (None: it is cleared) into the table's tree; returns
+        its VBN.
+        """
         levels = tree_levels(image.number + 1)
         await when_possible(self._state, lambda: self._table.grow(levels, epoch))
-        return await when_possible(self._state, lambda: self._point_at_entry_now(epoch, image.number, entry))
+        return await when_possible(
+            self._state, lambda: self._point_at_entry_now(epoch, image.number, entry)
+        )
 
     def _point_at_entry_now(self, epoch: Epoch, number: int, entry: bytearray | None) -> int | None:
         allocator = self._state.allocator
         node = self._table.writable(number >> FIELDS_SHIFT, epoch)
-        if node is None or (entry is not None and not allocator.nodes_at_hand(1, allocator.floor(epoch, grows=True), entry=False)):
+        if node is None or (
+            entry is not None
+            and not allocator.nodes_at_hand(1, allocator.floor(epoch, grows=True), entry=False)
+        ):
             return None
         vbn = allocator.take_node(epoch) if entry is not None else HOLE
         slot = (number & FIELDS_MASK) * 2
@@ -364,8 +424,9 @@ class ConsistencyPoints:
         block = self._next_superblock(epoch, head_block, head_sequence)
         await self._write_block(block, epoch.number & 1)
         await state.device.sync()
-        # The other copy follows without a sync of its own: the first one is durable, and the next consistency point writes over it only
-        # after a sync, or the pool comes to rest and syncs it. So damage to either copy costs nothing (docs/design.md, "Superblocks").
+        # The other copy follows without a sync of its own: the first one is durable, and the next
+        # consistency point writes over it only after a sync, or the pool comes to rest and syncs
+        # it. So damage to either copy costs nothing (docs/design.md, "Superblocks").
         await self._write_block(block, ~epoch.number & 1)
         self._second_copy_at = perf_counter()
 
@@ -375,7 +436,10 @@ class ConsistencyPoints:
         superblock.cp_number = epoch.number
         superblock.used_blocks = self._active_map.used_blocks
         superblock.log_head_block, superblock.log_head_sequence = head_block, head_sequence
-        table_size = max(superblock.roots[VDISK_TABLE].size_blocks, 1 + max((image.number for image in epoch.images), default=0))
+        table_size = max(
+            superblock.roots[VDISK_TABLE].size_blocks,
+            1 + max((image.number for image in epoch.images), default=0),
+        )
         superblock.roots[VDISK_TABLE].size_blocks = table_size
         configuration = superblock.roots[CONFIGURATION]
         configuration.size_blocks = max(configuration.size_blocks, self._configuration.size_blocks)
@@ -401,7 +465,9 @@ class ConsistencyPoints:
 
 
 def settle_root_crc(image: Image, entry: bytearray, root_crcs: dict[int, int]) -> None:
-    """Fill in the CRC32C of a root that this consistency point wrote, in the entry and in the image if it still has that root."""
+    """Fill in the CRC32C of a root that this consistency point wrote, in the entry and in the image
+    if it still has that root.
+    """
     vbn, _, birth = FIELD.unpack_from(entry, ROOT_FIELD_OFFSET)
     crc = root_crcs.get(vbn)
     if crc is None:
@@ -413,4 +479,9 @@ def settle_root_crc(image: Image, entry: bytearray, root_crcs: dict[int, int]) -
 
 def write_root(root: MetafileRoot, tree: BufferTree) -> None:
     """Copy a metafile's root into the superblock's field for it."""
-    root.vbn, root.crc, root.birth, root.levels = tree.root_vbn, tree.root_crc, tree.root_birth, tree.levels
+    root.vbn, root.crc, root.birth, root.levels = (
+        tree.root_vbn,
+        tree.root_crc,
+        tree.root_birth,
+        tree.levels,
+    )

@@ -1,7 +1,9 @@
-"""Writes the frozen nodes of an epoch, bottom-up, and fills in the CRC32C of each in the field that points to it.
+"""Writes the frozen nodes of an epoch, bottom-up, and fills in the CRC32C of each in the field that
+points to it.
 
-A node that was changed again after the freeze is written as it was then (``Epoch.saved``). Its parent's field exists twice in that
-case, in the frozen parent and in the live one; each gets the CRC32C if it names this very location.
+A node that was changed again after the freeze is written as it was then (``Epoch.saved``). Its
+parent's field exists twice in that case, in the frozen parent and in the live one; each gets the
+CRC32C if it names this very location.
 """
 
 import asyncio
@@ -38,7 +40,9 @@ def set_crc(buf: bytearray, index: int, vbn: int, crc: int) -> None:
 
 
 class NodeWriter:
-    """Writes what ``epoch.dirty`` holds, and empties it. ``root_crcs`` then has the CRC32C of each root that was written, by VBN."""
+    """Writes what ``epoch.dirty`` holds, and empties it. ``root_crcs`` then has the CRC32C of each
+    root that was written, by VBN.
+    """
 
     __slots__ = ("_epoch", "_slicer", "_state", "blocks_written", "root_crcs")
 
@@ -50,9 +54,11 @@ class NodeWriter:
         self.blocks_written = 0
 
     async def write_dirty(self) -> None:
-        """Write all dirty nodes: the CRC32Cs level by level, bottom-up, then all blocks in the order of their VBNs. Raises DeviceFailed.
+        """Write all dirty nodes: the CRC32Cs level by level, bottom-up, then all blocks in the
+        order of their VBNs. Raises DeviceFailed.
 
-        Nodes of different levels are neighbours on the device, for a path to a leaf gets its VBNs one after the other.
+        Nodes of different levels are neighbours on the device, for a path to a leaf gets its VBNs
+        one after the other.
         """
         nodes = self._epoch.dirty
         self._epoch.dirty = {}
@@ -94,7 +100,9 @@ class NodeWriter:
             tree.root_crc = crc
 
     async def write_blocks(self, blocks: list[tuple[int, bytearray]]) -> None:
-        """Write (VBN, bytes) pairs, contiguous ones together. Raises DeviceFailed, PoolReadOnly, HostStaysFull."""
+        """Write (VBN, bytes) pairs, contiguous ones together. Raises DeviceFailed, PoolReadOnly,
+        HostStaysFull.
+        """
         blocks.sort(key=lambda block: block[0])
         refused: list[Run] = []
         pending: list[tuple[Run, asyncio.Future[None]]] = []
@@ -102,7 +110,8 @@ class NodeWriter:
         try:
             await self._submit(blocks, pending, refused)
         except DeviceFailed as error:
-            failure = error  # those under way are waited for all the same; what failed first is what is told
+            # Those under way are waited for all the same; what failed first is what is told.
+            failure = error
         self.blocks_written += len(blocks)
         outcomes = await asyncio.gather(*(future for _, future in pending), return_exceptions=True)
         for (run, _), outcome in zip(pending, outcomes, strict=True):
@@ -116,13 +125,20 @@ class NodeWriter:
             await self._state.room.put(*run)
 
     async def _submit(
-        self, blocks: list[tuple[int, bytearray]], pending: list[tuple[Run, asyncio.Future[None]]], refused: list[Run]
+        self,
+        blocks: list[tuple[int, bytearray]],
+        pending: list[tuple[Run, asyncio.Future[None]]],
+        refused: list[Run],
     ) -> None:
         """Begin to write them; ``refused`` are those for which the host has no room."""
         device = self._state.device
         start = 0
         for at in range(1, len(blocks) + 1):
-            if at < len(blocks) and blocks[at][0] == blocks[at - 1][0] + 1 and at - start < RUN_BLOCKS_MAX:
+            if (
+                at < len(blocks)
+                and blocks[at][0] == blocks[at - 1][0] + 1
+                and at - start < RUN_BLOCKS_MAX
+            ):
                 continue
             run = [buf for _, buf in blocks[start:at]], blocks[start][0] * BLOCK_BYTES
             try:

@@ -1,7 +1,9 @@
-"""The superblock: where everything begins, in two copies that are written in turn. Format: storage.layout.
+"""The superblock: where everything begins, in two copies that are written in turn. Format:
+storage.layout.
 
-Invariant: consistency point n first writes only the copy n & 1, after everything it names is durable. So whatever a crash does to that
-copy, the other one is whole and names a whole state. It holds from the open on: ``storage.consistency.copies`` has made both the same then.
+Invariant: consistency point n first writes only the copy n & 1, after everything it names is
+durable. So whatever a crash does to that copy, the other one is whole and names a whole state. It
+holds from the open on: ``storage.consistency.copies`` has made both the same then.
 """
 
 from collections.abc import Sequence
@@ -64,17 +66,22 @@ class Superblock:
         """The 4096 bytes of this superblock."""
         block = bytearray(BLOCK_BYTES)
         SUPERBLOCK_HEAD.pack_into(
-            block, 0, SUPERBLOCK_MAGIC, FORMAT_VERSION, 0, self.compat, self.ro_compat, self.incompat, self.uuid, self.cp_number,
-            self.size_blocks, self.used_blocks, LOG_FIRST_VBN, self.log_blocks, self.log_head_block, self.log_head_sequence,
+            block, 0, SUPERBLOCK_MAGIC, FORMAT_VERSION, 0, self.compat, self.ro_compat,
+            self.incompat, self.uuid, self.cp_number, self.size_blocks, self.used_blocks,
+            LOG_FIRST_VBN, self.log_blocks, self.log_head_block, self.log_head_sequence,
             self.created_ns,
         )  # fmt: skip
         for number, root in enumerate(self.roots):
             at = METAFILE_ROOTS_OFFSET + number * METAFILE_ROOT.size
-            METAFILE_ROOT.pack_into(block, at, root.vbn, root.crc, root.birth, root.levels, 0, root.size_blocks)
+            METAFILE_ROOT.pack_into(
+                block, at, root.vbn, root.crc, root.birth, root.levels, 0, root.size_blocks
+            )
         if self.owner is not None:
             record = self.owner.encode()
             block[OWNER_OFFSET : OWNER_OFFSET + len(record)] = record
-        SUPERBLOCK_CRC.pack_into(block, SUPERBLOCK_CRC_OFFSET, crc32c(memoryview(block)[:SUPERBLOCK_CRC_OFFSET]))
+        SUPERBLOCK_CRC.pack_into(
+            block, SUPERBLOCK_CRC_OFFSET, crc32c(memoryview(block)[:SUPERBLOCK_CRC_OFFSET])
+        )
         return block
 
     @property
@@ -84,20 +91,28 @@ class Superblock:
 
 
 def decode(block: bytes | bytearray) -> Superblock | None:
-    """The superblock in these 4096 bytes, or None if they are not one that is whole. Raises PoolRefused for a newer format."""
+    """The superblock in these 4096 bytes, or None if they are not one that is whole. Raises
+    PoolRefused for a newer format.
+    """
     if not is_superblock(block):
         return None
     head = SUPERBLOCK_HEAD.unpack_from(block)
     version, compat, ro_compat, incompat = head[1], head[3], head[4], head[5]
     if version > FORMAT_VERSION or incompat & ~FEATURES_INCOMPAT:
-        raise PoolRefused(f"the pool has format {version} with features {incompat:#x}, newer than this program knows: use a newer cleaved")
+        raise PoolRefused(
+            f"the pool has format {version} with features {incompat:#x}, newer than this program"
+            " knows: use a newer cleaved"
+        )
     roots = []
     for number in METAFILES:
-        vbn, crc, birth, levels, _, size = METAFILE_ROOT.unpack_from(block, METAFILE_ROOTS_OFFSET + number * METAFILE_ROOT.size)
+        vbn, crc, birth, levels, _, size = METAFILE_ROOT.unpack_from(
+            block, METAFILE_ROOTS_OFFSET + number * METAFILE_ROOT.size
+        )
         roots.append(MetafileRoot(vbn, crc, birth, levels, size))
     return Superblock(
-        uuid=head[6], cp_number=head[7], size_blocks=head[8], used_blocks=head[9], log_blocks=head[11], log_head_block=head[12],
-        log_head_sequence=head[13], created_ns=head[14], compat=compat, ro_compat=ro_compat, incompat=incompat, roots=roots,
+        uuid=head[6], cp_number=head[7], size_blocks=head[8], used_blocks=head[9],
+        log_blocks=head[11], log_head_block=head[12], log_head_sequence=head[13],
+        created_ns=head[14], compat=compat, ro_compat=ro_compat, incompat=incompat, roots=roots,
         owner=decode_owner(block, OWNER_OFFSET),
     )  # fmt: skip
 
@@ -105,9 +120,14 @@ def decode(block: bytes | bytearray) -> Superblock | None:
 def newest(blocks: Sequence[bytes | bytearray | None], path: str, device_bytes: int) -> Superblock:
     """The newer of the superblocks that are whole; None stands for one that cannot be read.
 
-    Raises PoolRefused when there is none, or the device is shorter than the pool; NoPool when nothing speaks of a pool at all.
+    Raises PoolRefused when there is none, or the device is shorter than the pool; NoPool when
+    nothing speaks of a pool at all.
     """
-    found = [superblock for block in blocks if block is not None and (superblock := decode(block)) is not None]
+    found = [
+        superblock
+        for block in blocks
+        if block is not None and (superblock := decode(block)) is not None
+    ]
     if not found:
         magics = [block[:8] for block in blocks if block is not None]
         if SUPERBLOCK_MAGIC in magics and UNFINISHED_MAGIC not in magics:
@@ -116,6 +136,7 @@ def newest(blocks: Sequence[bytes | bytearray | None], path: str, device_bytes: 
     best = max(found, key=lambda superblock: superblock.cp_number)
     if best.size_blocks * BLOCK_BYTES > device_bytes:
         raise PoolRefused(
-            f"{path} is truncated: the pool has {best.size_blocks * BLOCK_BYTES} bytes, the device {device_bytes}: restore its full size"
+            f"{path} is truncated: the pool has {best.size_blocks * BLOCK_BYTES} bytes, the device"
+            f" {device_bytes}: restore its full size"
         )
     return best

@@ -1,1 +1,3 @@
-"""The data path: how blocks of an image are read, written, trimmed and copied, and what is allocated."""
+"""The data path: how blocks of an image are read, written, trimmed and copied, and what is
+allocated.
+"""

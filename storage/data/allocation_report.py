@@ -1,4 +1,6 @@
-"""Which ranges of a volume are allocated: what GET LBA STATUS and block status ask. Empty subtrees are skipped, whatever their size."""
+"""Which ranges of a volume are allocated: what GET LBA STATUS and block status ask. Empty subtrees
+are skipped, whatever their size.
+"""
 
 from functools import partial
 from itertools import pairwise
@@ -18,12 +20,14 @@ if TYPE_CHECKING:
 
 # (blocks, whether they are allocated); neighbours differ.
 Run = tuple[int, bool]
-# A report may end early. This many level-1 blocks are 64 MiB of data, and less than a millisecond; what is empty costs nothing.
+# A report may end early. This many level-1 blocks are 64 MiB of data, and less than a millisecond;
+# what is empty costs nothing.
 INDEXES_MAX = 64
 
 
 async def allocated_runs(image: "Image", first: int, count: int, runs_max: int) -> list[Run]:
-    """Runs from block ``first`` on, in order, for ``count`` blocks or fewer: at least one, and ``runs_max`` whole ones if there are.
+    """Runs from block ``first`` on, in order, for ``count`` blocks or fewer: at least one, and
+    ``runs_max`` whole ones if there are.
 
     Raises BlockDamaged, DeviceFailed.
     """
@@ -44,23 +48,37 @@ async def allocated_runs(image: "Image", first: int, count: int, runs_max: int) 
 
 
 def _next_existing(image: "Image", index: int) -> int | None:
-    """The first level-1 index from there on that exists in the image or behind it, else NOWHERE; None: it has to be waited for."""
+    """The first level-1 index from there on that exists in the image or behind it, else NOWHERE;
+    None: it has to be waited for.
+    """
     own = peek_first(image.tree, index)
     behind = peek_next(image, index) if own is not None else None
     return min(own, behind) if own is not None and behind is not None else None
 
 
 def _flags(image: "Image", index: int) -> npt.NDArray[np.bool_] | None:
-    """Which blocks of level-1 block ``index`` have data, in the image or behind it; None: it has to be waited for."""
+    """Which blocks of level-1 block ``index`` have data, in the image or behind it; None: it has to
+    be waited for.
+    """
     own = image.tree.peek(index)
-    behind = fields_behind(image, index, (own.vbns() == HOLE) & visible_slots(image, index)) if own is not None else None
-    return (own.vbns() > ZERO_POINTER) | (behind["vbn"] > ZERO_POINTER) if own is not None and behind is not None else None
+    behind = (
+        fields_behind(image, index, (own.vbns() == HOLE) & visible_slots(image, index))
+        if own is not None
+        else None
+    )
+    return (
+        (own.vbns() > ZERO_POINTER) | (behind["vbn"] > ZERO_POINTER)
+        if own is not None and behind is not None
+        else None
+    )
 
 
 async def _append_block(image: "Image", index: int, start: int, end: int, runs: list[Run]) -> None:
     """Add the runs of blocks [start, end), which lie in level-1 block ``index``."""
     low = start - (index << FIELDS_SHIFT)
-    flags = (await when_possible(image.state, lambda: _flags(image, index)))[low : low + end - start]
+    flags = (await when_possible(image.state, lambda: _flags(image, index)))[
+        low : low + end - start
+    ]
     breaks = [0, *(np.flatnonzero(np.diff(flags)) + 1).tolist(), len(flags)]
     for here, following in pairwise(breaks):
         _append(runs, following - here, bool(flags[here]))

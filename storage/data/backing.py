@@ -1,7 +1,9 @@
-"""What lies behind a clone: its backing store, that one's own backing store, and so on, each only below its ``backing_blocks``.
+"""What lies behind a clone: its backing store, that one's own backing store, and so on, each only
+below its ``backing_blocks``.
 
-A clone and what is behind it are looked through in one step, never with a wait in between: a split moves data from behind to the
-clone and then ends the association, so that who looked at the clone before and behind it afterwards would see the data nowhere.
+A clone and what is behind it are looked through in one step, never with a wait in between: a split
+moves data from behind to the clone and then ends the association, so that who looked at the clone
+before and behind it afterwards would see the data nowhere.
 """
 
 from typing import TYPE_CHECKING
@@ -27,10 +29,14 @@ def visible_slots(image: "Image", index: int) -> npt.NDArray[np.bool_]:
     return image.backing_blocks - (index << FIELDS_SHIFT) > SLOTS
 
 
-def fields_behind(clone: "Image", index: int, wanted: npt.NDArray[np.bool_]) -> npt.NDArray[np.void] | None:
-    """The fields of level-1 block ``index`` that are seen through the ``wanted`` slots; None when a pointer block must be loaded first.
+def fields_behind(
+    clone: "Image", index: int, wanted: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.void] | None:
+    """The fields of level-1 block ``index`` that are seen through the ``wanted`` slots; None when a
+    pointer block must be loaded first.
 
-    Structured fields (vbn, crc, birth); a slot that is not wanted, or behind which there is nothing, is a hole.
+    Structured fields (vbn, crc, birth); a slot that is not wanted, or behind which there is
+    nothing, is a hole.
     """
     fields = np.zeros(FIELDS_PER_BLOCK, dtype=FIELD_DTYPE)
     whole = fields.view(WHOLE_FIELD)
@@ -46,7 +52,8 @@ def fields_behind(clone: "Image", index: int, wanted: npt.NDArray[np.bool_]) -> 
 
 
 def peek_next(clone: "Image", index: int) -> int | None:
-    """The first level-1 index from ``index`` on where anything behind the clone has a pointer block, NOWHERE if there is none.
+    """The first level-1 index from ``index`` on where anything behind the clone has a pointer
+    block, NOWHERE if there is none.
 
     None: ``state.missing`` is what to wait for.
     """
@@ -65,6 +72,8 @@ def peek_next(clone: "Image", index: int) -> int | None:
 
 
 async def next_index(clone: "Image", index: int) -> int | None:
-    """``peek_next``, waiting where it must; None when there is none. Raises BlockDamaged, DeviceFailed."""
+    """``peek_next``, waiting where it must; None when there is none. Raises BlockDamaged,
+    DeviceFailed.
+    """
     found = await when_possible(clone.state, lambda: peek_next(clone, index))
     return None if found == NOWHERE else found

@@ -1,8 +1,10 @@
-"""Range locks over the blocks of one vdisk, for those few operations that read, wait, and write back.
+"""Range locks over the blocks of one vdisk, for those few operations that read, wait, and write
+back.
 
-Race that they close: A (sectors 0 to 3 of a block) reads the old block and waits for the device; B (sectors 4 to 7) reads the same
-old block, writes, is acknowledged; A installs its merged block, and B's sectors are lost. With the lock B waits for A.
-While any lock is held, every write of the volume takes this path; that is rare, and keeps the hot path to one test.
+Race that they close: A (sectors 0 to 3 of a block) reads the old block and waits for the device; B
+(sectors 4 to 7) reads the same old block, writes, is acknowledged; A installs its merged block, and
+B's sectors are lost. With the lock B waits for A. While any lock is held, every write of the volume
+takes this path; that is rare, and keeps the hot path to one test.
 """
 
 import asyncio
@@ -12,7 +14,9 @@ from contextlib import asynccontextmanager
 
 
 class BlockLocks:
-    """Exclusive locks on ranges of FBNs, granted in the order they were asked for (a later range waits for every earlier one it meets)."""
+    """Exclusive locks on ranges of FBNs, granted in the order they were asked for (a later range
+    waits for every earlier one it meets).
+    """
 
     __slots__ = ("_entries",)
 

@@ -1,8 +1,9 @@
-"""Copying whole blocks from one image to another by reference: the destination's fields take the source's pointers, and the share map
-counts them. No data moves; either side that is written afterwards gets blocks of its own.
+"""Copying whole blocks from one image to another by reference: the destination's fields take the
+source's pointers, and the share map counts them. No data moves; either side that is written
+afterwards gets blocks of its own.
 
-Such a change is not in the intent log, whose records name blocks that are new: a flush that finds one takes a consistency point instead
-(``Epoch.by_reference``).
+Such a change is not in the intent log, whose records name blocks that are new: a flush that finds
+one takes a consistency point instead (``Epoch.by_reference``).
 """
 
 from typing import TYPE_CHECKING
@@ -11,7 +12,15 @@ import numpy as np
 import numpy.typing as npt
 
 from storage.errors import NotByReference, OutOfRange, VolumeClosed
-from storage.layout import BLOCK_BYTES, FIELDS_MASK, FIELDS_SHIFT, HOLE, KIND_SNAPSHOT, KIND_VDISK, ZERO_POINTER
+from storage.layout import (
+    BLOCK_BYTES,
+    FIELDS_MASK,
+    FIELDS_SHIFT,
+    HOLE,
+    KIND_SNAPSHOT,
+    KIND_VDISK,
+    ZERO_POINTER,
+)
 from storage.state.slices import Slicer
 from storage.tree.attempt import when_possible
 from storage.tree.node import FIELD_DTYPE
@@ -25,8 +34,12 @@ if TYPE_CHECKING:
 Fields = npt.NDArray[np.void]
 
 
-async def copy_blocks(source: "Image", source_fbn: int, image: "Image", fbn: int, count: int) -> None:
-    """Make blocks [fbn, fbn + count) of ``image`` read as those of ``source``. Raises BlockDamaged, DeviceFailed, PoolFull."""
+async def copy_blocks(
+    source: "Image", source_fbn: int, image: "Image", fbn: int, count: int
+) -> None:
+    """Make blocks [fbn, fbn + count) of ``image`` read as those of ``source``. Raises BlockDamaged,
+    DeviceFailed, PoolFull.
+    """
     slicer, end = Slicer(), fbn + count
     while fbn < end:
         stop = min(end, (fbn | FIELDS_MASK) + 1)
@@ -36,13 +49,19 @@ async def copy_blocks(source: "Image", source_fbn: int, image: "Image", fbn: int
         await slicer.breathe()
 
 
-async def _copy_within_block(source: "Image", source_fbn: int, image: "Image", fbn: int, count: int) -> None:
+async def _copy_within_block(
+    source: "Image", source_fbn: int, image: "Image", fbn: int, count: int
+) -> None:
     """The part that lies in one level-1 block of the destination."""
     await when_possible(image.state, lambda: _copy_now(source, source_fbn, image, fbn, count))
 
 
-def _copy_now(source: "Image", source_fbn: int, image: "Image", fbn: int, count: int) -> bool | None:
-    """Find the pointers and take them, in one step. None: nothing was changed; ``state.missing`` is what to wait for."""
+def _copy_now(
+    source: "Image", source_fbn: int, image: "Image", fbn: int, count: int
+) -> bool | None:
+    """Find the pointers and take them, in one step. None: nothing was changed; ``state.missing`` is
+    what to wait for.
+    """
     _check_both(source, image, fbn + count)
     image.state.share_map.check_room(NotByReference)
     pointers = _pointers(source, source_fbn, count)
@@ -68,11 +87,15 @@ def _check_both(source: "Image", image: "Image", end: int) -> None:
         if one.kind not in {KIND_VDISK, KIND_SNAPSHOT}:
             raise VolumeClosed(f"{one.label} was deleted while this copy was under way")
     if end * BLOCK_BYTES > image.limit_bytes:
-        raise OutOfRange(f"{image.label} shrank to {image.limit_bytes} bytes while this copy was under way")
+        raise OutOfRange(
+            f"{image.label} shrank to {image.limit_bytes} bytes while this copy was under way"
+        )
 
 
 def _pointers(source: "Image", fbn: int, count: int) -> Fields | None:
-    """What the source's blocks point at, through its backing stores; None when a pointer block must be loaded first."""
+    """What the source's blocks point at, through its backing stores; None when a pointer block must
+    be loaded first.
+    """
     found = np.zeros(count, dtype=FIELD_DTYPE)
     at, reach = source, count
     while True:
@@ -85,7 +108,9 @@ def _pointers(source: "Image", fbn: int, count: int) -> Fields | None:
 
 
 def _fill_holes(image: "Image", fbn: int, found: Fields) -> bool:
-    """Give the holes of ``found`` the fields of one image; False when a pointer block must be loaded first."""
+    """Give the holes of ``found`` the fields of one image; False when a pointer block must be
+    loaded first.
+    """
     done = 0
     while done < len(found):
         low = (fbn + done) & FIELDS_MASK
@@ -101,7 +126,9 @@ def _fill_holes(image: "Image", fbn: int, found: Fields) -> bool:
 
 
 def _mark_shared(image: "Image", epoch: "Epoch") -> None:
-    """Blocks as old as now may have other references from now on. A snapshot's are counted as shared anyway."""
+    """Blocks as old as now may have other references from now on. A snapshot's are counted as
+    shared anyway.
+    """
     if image.kind == KIND_VDISK:
         image.touch()
         image.tree.shared_cp = epoch.number
@@ -118,7 +145,9 @@ def _let_go(image: "Image", epoch: "Epoch", node: "Node", fbn: int, count: int) 
 
 
 def _install(image: "Image", epoch: "Epoch", node: "Node", fbn: int, pointers: Fields) -> None:
-    """Point at the source's blocks; what reads as zeros there becomes a zero pointer, which hides whatever is behind."""
+    """Point at the source's blocks; what reads as zeros there becomes a zero pointer, which hides
+    whatever is behind.
+    """
     zeros = pointers["vbn"] <= ZERO_POINTER
     pointers[zeros] = (ZERO_POINTER, 0, 0)
     low = fbn & FIELDS_MASK

@@ -1,7 +1,9 @@
-"""Long writes: many whole blocks one after the other, installed by slices of pointer blocks instead of field by field.
+"""Long writes: many whole blocks one after the other, installed by slices of pointer blocks instead
+of field by field.
 
-They go to the device in pieces of at most PIECE_BYTES, each allocated, written and installed in one step: what is not possible now
-(``write_long`` says how far it came) is left to the asynchronous way. The same rules hold as for ``storage.data.write_path``.
+They go to the device in pieces of at most PIECE_BYTES, each allocated, written and installed in one
+step: what is not possible now (``write_long`` says how far it came) is left to the asynchronous
+way. The same rules hold as for ``storage.data.write_path``.
 """
 
 from array import array
@@ -10,21 +12,41 @@ from typing import TYPE_CHECKING
 
 from crc32c import crc32c
 
-from storage.data.write_path import Buffer, Extents, Target, plan_for, split_blocks, take_now, write_now, write_out
-from storage.layout import BLOCK_BYTES, FIELDS_MASK, FIELDS_PER_BLOCK, FIELDS_SHIFT, HOLE, ZERO_BLOCK_CRC, ZERO_POINTER
+from storage.data.write_path import (
+    Buffer,
+    Extents,
+    Target,
+    plan_for,
+    split_blocks,
+    take_now,
+    write_now,
+    write_out,
+)
+from storage.layout import (
+    BLOCK_BYTES,
+    FIELDS_MASK,
+    FIELDS_PER_BLOCK,
+    FIELDS_SHIFT,
+    HOLE,
+    ZERO_BLOCK_CRC,
+    ZERO_POINTER,
+)
 
 if TYPE_CHECKING:
     from storage.images.image import Image
     from storage.state.epoch import Epoch
 
-# What a device writes at once without handing it to its threads (storage.device.descriptor.INLINE_WRITE_BYTES_MAX).
+# What a device writes at once without handing it to its threads
+# (storage.device.descriptor.INLINE_WRITE_BYTES_MAX).
 PIECE_BYTES = 256 * 1024
 # From here on slices are faster than a loop over the fields.
 LONG_BYTES_MIN = 32 * 1024
 
 
 def write_long(image: "Image", offset_bytes: int, data: Buffer) -> int:
-    """Write whole blocks, as far as nothing has to be waited for; returns how many bytes. Raises PoolFull, DeviceFailed, BlockDamaged."""
+    """Write whole blocks, as far as nothing has to be waited for; returns how many bytes. Raises
+    PoolFull, DeviceFailed, BlockDamaged.
+    """
     view = memoryview(data)
     at = 0
     while at < len(view):
@@ -55,8 +77,12 @@ def _write_piece(image: "Image", fbn: int, piece: memoryview) -> bool:
     return True
 
 
-def install_run(image: "Image", epoch: "Epoch", fbn: int, crcs: list[int], extents: Extents) -> None:
-    """Point the fields from ``fbn`` on at the new blocks; the level-1 blocks above are writable in ``epoch``. Nothing here waits."""
+def install_run(
+    image: "Image", epoch: "Epoch", fbn: int, crcs: list[int], extents: Extents
+) -> None:
+    """Point the fields from ``fbn`` on at the new blocks; the level-1 blocks above are writable in
+    ``epoch``. Nothing here waits.
+    """
     image.touch()
     image.used_blocks += len(crcs)
     epoch.allocated.extend(extents)
@@ -84,7 +110,9 @@ def _install_slice(image: "Image", epoch: "Epoch", fbn: int, vbn: int, crcs: lis
     new[::2] = range(vbn, vbn + count)
     new[1::2] = [crc | birth for crc in crcs]
     fields[at : at + 2 * count] = memoryview(array("Q", new))
-    epoch.unlogged.extend(zip(repeat(image.number), crcs, range(fbn, fbn + count), range(vbn, vbn + count), repeat(1)))
+    epoch.unlogged.extend(
+        zip(repeat(image.number), crcs, range(fbn, fbn + count), range(vbn, vbn + count), repeat(1))
+    )
 
 
 def _let_go(image: "Image", epoch: "Epoch", fbn: int, old: list[int]) -> None:

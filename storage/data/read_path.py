@@ -1,4 +1,6 @@
-"""Reading: from a range of an image to blocks on the device, field by field through the chain of backing stores (design section 5)."""
+"""Reading: from a range of an image to blocks on the device, field by field through the chain of
+backing stores (design section 5).
+"""
 
 from typing import TYPE_CHECKING
 
@@ -6,7 +8,14 @@ from crc32c import crc32c
 
 from storage.device import read_all
 from storage.errors import BlockDamaged, DeviceFailed, StorageError
-from storage.layout import BLOCK_BYTES, FIELDS_MASK, FIELDS_PER_BLOCK, FIELDS_SHIFT, HOLE, ZERO_POINTER
+from storage.layout import (
+    BLOCK_BYTES,
+    FIELDS_MASK,
+    FIELDS_PER_BLOCK,
+    FIELDS_SHIFT,
+    HOLE,
+    ZERO_POINTER,
+)
 from storage.tree.attempt import when_possible
 
 if TYPE_CHECKING:
@@ -20,7 +29,9 @@ CRC_MASK = 0xFFFFFFFF
 
 
 def locate(image: "Image", fbn: int) -> Location | None:
-    """Where the block lies that a client reads at ``fbn``, or None when a pointer block must be loaded first."""
+    """Where the block lies that a client reads at ``fbn``, or None when a pointer block must be
+    loaded first.
+    """
     at: Image | None = image
     while at is not None:
         node = at.tree.peek(fbn >> FIELDS_SHIFT)
@@ -63,7 +74,9 @@ def locate_range(image: "Image", fbn: int, count: int) -> list[Location] | None:
 
 
 def runs(locations: list[Location]) -> list[tuple[int, int, int]]:
-    """(first index, first VBN, length) of each stretch of blocks that lie one after the other on the device; zeros are left out."""
+    """(first index, first VBN, length) of each stretch of blocks that lie one after the other on
+    the device; zeros are left out.
+    """
     result: list[tuple[int, int, int]] = []
     start, first, length = 0, HOLE, 0
     for index, (vbn, _) in enumerate(locations):
@@ -88,18 +101,27 @@ def first_damaged(locations: list[Location], data: memoryview) -> int | None:
 
 def damaged(image: "Image", fbn: int, vbn: int) -> BlockDamaged:
     """The error for a data block that is not what was written, reported to the log as well."""
-    image.state.on_event("block.damaged", image=image.label, offset_bytes=fbn * BLOCK_BYTES, vbn=vbn)
+    image.state.on_event(
+        "block.damaged", image=image.label, offset_bytes=fbn * BLOCK_BYTES, vbn=vbn
+    )
     error = BlockDamaged(
-        f"{image.label}: the data at byte {fbn * BLOCK_BYTES} (VBN {vbn}) is damaged: restore it from a snapshot or a backup"
+        f"{image.label}: the data at byte {fbn * BLOCK_BYTES} (VBN {vbn}) is damaged: restore it"
+        " from a snapshot or a backup"
     )
     error.offset_bytes = fbn * BLOCK_BYTES
     return error
 
 
-async def locate_failure(image: "Image", offset_bytes: int, length_bytes: int, error: StorageError) -> None:
-    """Note in the error of a read where its first unreadable byte is: it is tried block by block where the error does not say."""
+async def locate_failure(
+    image: "Image", offset_bytes: int, length_bytes: int, error: StorageError
+) -> None:
+    """Note in the error of a read where its first unreadable byte is: it is tried block by block
+    where the error does not say.
+    """
     if error.offset_bytes is None and isinstance(error, BlockDamaged | DeviceFailed):
-        for fbn in range(offset_bytes // BLOCK_BYTES, -(-(offset_bytes + length_bytes) // BLOCK_BYTES)):
+        for fbn in range(
+            offset_bytes // BLOCK_BYTES, -(-(offset_bytes + length_bytes) // BLOCK_BYTES)
+        ):
             try:
                 await read_blocks(image, fbn, 1)
             except Exception:  # noqa: BLE001
@@ -111,9 +133,11 @@ async def locate_failure(image: "Image", offset_bytes: int, length_bytes: int, e
 
 
 def locate_run(image: "Image", fbn: int, count: int) -> tuple[int, list[int]] | None:
-    """First VBN of ``count`` blocks of the image's own that lie one after the other, and what stands behind each VBN in its field.
+    """First VBN of ``count`` blocks of the image's own that lie one after the other, and what
+    stands behind each VBN in its field.
 
-    That is how most of what is read was written. None for everything else: ``locate_range`` tells then.
+    That is how most of what is read was written. None for everything else: ``locate_range`` tells
+    then.
     """
     slot = fbn & FIELDS_MASK
     if slot + count > FIELDS_PER_BLOCK:
@@ -129,7 +153,9 @@ def locate_run(image: "Image", fbn: int, count: int) -> tuple[int, list[int]] | 
 
 
 def try_read_run(image: "Image", first: int, tails: list[int]) -> bytearray | None:
-    """The blocks that ``locate_run`` found if the page cache has them, and has them whole; None otherwise. Raises DeviceFailed."""
+    """The blocks that ``locate_run`` found if the page cache has them, and has them whole; None
+    otherwise. Raises DeviceFailed.
+    """
     data = bytearray(len(tails) * BLOCK_BYTES)
     if not image.state.device.try_readv((data,), first * BLOCK_BYTES):
         return None
@@ -143,7 +169,8 @@ def try_read_run(image: "Image", first: int, tails: list[int]) -> bytearray | No
 
 
 def try_read_blocks(image: "Image", fbn: int, count: int) -> bytearray | None:
-    """``count`` whole blocks if everything is in memory or the page cache; None otherwise, or where the data are damaged.
+    """``count`` whole blocks if everything is in memory or the page cache; None otherwise, or where
+    the data are damaged.
 
     Raises BlockDamaged (a pointer block), DeviceFailed.
     """
@@ -163,15 +190,23 @@ def try_read_blocks(image: "Image", fbn: int, count: int) -> bytearray | None:
 
 
 async def read_blocks(image: "Image", fbn: int, count: int) -> bytearray:
-    """``count`` whole blocks, waiting for the device where it must. Raises BlockDamaged, DeviceFailed."""
+    """``count`` whole blocks, waiting for the device where it must. Raises BlockDamaged,
+    DeviceFailed.
+    """
     state = image.state
     locations = await when_possible(state, lambda: locate_range(image, fbn, count))
     data = bytearray(count * BLOCK_BYTES)
     view = memoryview(data)
-    epoch = state.begin_read()  # in the step that found them: from here on nothing is written over them
+    epoch = (
+        state.begin_read()
+    )  # in the step that found them: from here on nothing is written over them
     try:
         await read_all(
-            state.device, ((view[at * BLOCK_BYTES : (at + length) * BLOCK_BYTES], vbn * BLOCK_BYTES) for at, vbn, length in runs(locations))
+            state.device,
+            (
+                (view[at * BLOCK_BYTES : (at + length) * BLOCK_BYTES], vbn * BLOCK_BYTES)
+                for at, vbn, length in runs(locations)
+            ),
         )
     finally:
         state.end_read(epoch)

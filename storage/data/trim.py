@@ -1,9 +1,11 @@
 """Trimming: a range of blocks becomes zero pointers, at the highest level that the range covers.
 
-Existing pointer blocks are visited once; holes and zero pointers above them cost one field each, so trimming an empty disk of any
-size is a few hundred steps. Every step that changes something is atomic (no await in it) and enters the log by itself.
+Existing pointer blocks are visited once; holes and zero pointers above them cost one field each, so
+trimming an empty disk of any size is a few hundred steps. Every step that changes something is
+atomic (no await in it) and enters the log by itself.
 
-Where nothing can be seen through a hole (no backing store, or beyond its end), a hole stays a hole: it reads as zeros as it is.
+Where nothing can be seen through a hole (no backing store, or beyond its end), a hole stays a hole:
+it reads as zeros as it is.
 """
 
 from typing import TYPE_CHECKING
@@ -23,8 +25,9 @@ if TYPE_CHECKING:
 async def trim_blocks(image: "Image", first: int, count: int, keep_count: bool = True) -> None:
     """Make blocks [first, first + count) zero pointers.
 
-    ``keep_count`` keeps ``used_blocks`` exact, for which shared subtrees must be walked too, and logs the trim; without it (an image that
-    is being reclaimed) a shared subtree is let go of as one, and nothing is logged. Raises BlockDamaged, DeviceFailed, PoolFull.
+    ``keep_count`` keeps ``used_blocks`` exact, for which shared subtrees must be walked too, and
+    logs the trim; without it (an image that is being reclaimed) a shared subtree is let go of as
+    one, and nothing is logged. Raises BlockDamaged, DeviceFailed, PoolFull.
     """
     await _Trim(image, first, first + count, keep_count).run()
 
@@ -49,7 +52,9 @@ class _Trim:
                 return
             if top.q[0] == ZERO_POINTER or self.first >= self.image.backing_blocks:
                 return
-            await tree.make_writable(0, tree.levels)  # a clone without a tree: give it a root, then cut into that
+            await tree.make_writable(
+                0, tree.levels
+            )  # a clone without a tree: give it a root, then cut into that
 
     async def _trim_node(self, level: int, index: int) -> None:
         """Trim what lies below one existing pointer block."""
@@ -78,7 +83,11 @@ class _Trim:
                     await self.tree.make_writable(child, level - 1)
                 elif await self._replace(level, index, child):
                     return
-            elif covered and (level == 2 or not self.keep_count) and await self._cut(level, index, child):
+            elif (
+                covered
+                and (level == 2 or not self.keep_count)
+                and await self._cut(level, index, child)
+            ):
                 return
             else:
                 await self._trim_node(level - 1, child)
@@ -110,7 +119,9 @@ class _Trim:
             epoch.unlogged.append((image.number, 0, child << shift, ZERO_POINTER, 1 << shift))
 
     async def _cut(self, level: int, index: int, child: int) -> bool:
-        """Let go of a whole child: a level-1 block, or any shared one when nothing is counted. False: it must be walked."""
+        """Let go of a whole child: a level-1 block, or any shared one when nothing is counted.
+        False: it must be walked.
+        """
         return await when_possible(self.image.state, lambda: self._cut_now(level, index, child))
 
     def _cut_now(self, level: int, index: int, child: int) -> bool | None:
@@ -135,14 +146,21 @@ class _Trim:
         return True
 
     def _parent_writable(self, block: Node, level: int, index: int) -> Node | None:
-        """The pointer block above ``block``, with what ``block`` shares at hand. None: nothing was changed."""
+        """The pointer block above ``block``, with what ``block`` shares at hand. None: nothing was
+        changed.
+        """
         tree = self.tree
-        if block.birth <= tree.shared_cp and self.image.state.share_map.try_count(block.vbn) is None:
+        if (
+            block.birth <= tree.shared_cp
+            and self.image.state.share_map.try_count(block.vbn) is None
+        ):
             return None
         return tree.writable(index, self.image.state.epoch, level)
 
     def _let_go(self, block: Node, shared: bool, epoch: "Epoch") -> None:
-        """Settle the reference to a child, and to the data below it unless others still refer to the child."""
+        """Settle the reference to a child, and to the data below it unless others still refer to
+        the child.
+        """
         fields = block.fields()
         set_fields = fields[fields["vbn"] > ZERO_POINTER]
         if block.level == 1 and self.keep_count:
@@ -156,7 +174,9 @@ class _Trim:
             epoch.freed.append(block.vbn)
         self.tree.forget(block, epoch)
 
-    def _drop_data(self, set_fields: "np.ndarray[tuple[int], np.dtype[np.void]]", epoch: "Epoch") -> None:
+    def _drop_data(
+        self, set_fields: "np.ndarray[tuple[int], np.dtype[np.void]]", epoch: "Epoch"
+    ) -> None:
         own = set_fields["birth"] > self.tree.shared_cp
         epoch.freed_arrays.append(set_fields["vbn"][own])
         epoch.dropped_arrays.append(set_fields["vbn"][~own])
@@ -171,7 +191,9 @@ class _Trim:
                 self.tree.forget(nodes[index], epoch)
 
     async def _collapse(self, level: int, index: int, child: int) -> None:
-        """After everything below a covered child was trimmed: replace it by a zero pointer, unless somebody wrote there meanwhile."""
+        """After everything below a covered child was trimmed: replace it by a zero pointer, unless
+        somebody wrote there meanwhile.
+        """
         await when_possible(self.image.state, lambda: self._collapse_now(level, index, child))
 
     def _collapse_now(self, level: int, index: int, child: int) -> bool | None:
@@ -182,7 +204,8 @@ class _Trim:
         if block.tree is None:
             return True
         if self.image.backing is not None and not (block.vbns() == ZERO_POINTER).all():
-            return True  # holes that nothing is seen through may stay, and writes that came meanwhile do
+            # Holes that nothing is seen through may stay, and writes that came meanwhile do.
+            return True
         if (block.vbns() > ZERO_POINTER).any():
             return True
         node = self._parent_writable(block, level, index)
@@ -224,9 +247,13 @@ class _Trim:
         fields["vbn"] = ZERO_POINTER
         fields["crc"] = fields["birth"] = 0
         if self.keep_count:
-            epoch.unlogged.append((image.number, 0, index * FIELDS_PER_BLOCK + low, ZERO_POINTER, high - low))
+            epoch.unlogged.append(
+                (image.number, 0, index * FIELDS_PER_BLOCK + low, ZERO_POINTER, high - low)
+            )
         return True
 
     def _changes(self, fields: "np.ndarray[tuple[int], np.dtype[np.void]]", fbn: int) -> bool:
         """Whether trimming these fields would change what they say."""
-        return bool((fields["vbn"] > ZERO_POINTER).any()) or (self._visible(fbn) and bool((fields["vbn"] == HOLE).any()))
+        return bool((fields["vbn"] > ZERO_POINTER).any()) or (
+            self._visible(fbn) and bool((fields["vbn"] == HOLE).any())
+        )

@@ -1,10 +1,12 @@
-"""Writing: whole blocks go to newly allocated VBNs first, and their pointers are installed afterwards, all of a write in one step.
+"""Writing: whole blocks go to newly allocated VBNs first, and their pointers are installed
+afterwards, all of a write in one step.
 
-A write that is refused has changed nothing: the pointer blocks are planned first, and made writable only when data and all are there.
-On a full pool a write that only replaces blocks of its own *borrows* its new ones (storage.allocation.write_allocator).
+A write that is refused has changed nothing: the pointer blocks are planned first, and made writable
+only when data and all are there. On a full pool a write that only replaces blocks of its own
+*borrows* its new ones (storage.allocation.write_allocator).
 
-Data that is all zeros is stored as zero pointers. A field's old block is let go of in the same step: known to be free if it was
-born after the image was last shared, else left to the share map.
+Data that is all zeros is stored as zero pointers. A field's old block is let go of in the same
+step: known to be free if it was born after the image was last shared, else left to the share map.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,7 +15,16 @@ from typing import TYPE_CHECKING
 from crc32c import crc32c
 
 from storage.errors import OutOfRange, PoolFull, StorageError, VolumeClosed
-from storage.layout import BLOCK_BYTES, FIELDS_MASK, FIELDS_SHIFT, HOLE, KIND_VDISK, ZERO_BLOCK, ZERO_BLOCK_CRC, ZERO_POINTER
+from storage.layout import (
+    BLOCK_BYTES,
+    FIELDS_MASK,
+    FIELDS_SHIFT,
+    HOLE,
+    KIND_VDISK,
+    ZERO_BLOCK,
+    ZERO_BLOCK_CRC,
+    ZERO_POINTER,
+)
 from storage.tree.attempt import when_possible
 from storage.tree.buffer_tree import Plan
 from storage.tree.node import Node
@@ -30,12 +41,16 @@ ZERO_CRC = -1
 
 
 def is_zeros(block: Buffer) -> bool:
-    """Whether a block with the CRC32C of zeros is one. A memoryview compares item by item (30 us); its copy compares in 0.3 us."""
+    """Whether a block with the CRC32C of zeros is one. A memoryview compares item by item (30 us);
+    its copy compares in 0.3 us.
+    """
     return bytes(block) == ZERO_BLOCK
 
 
 def split_blocks(fbn: int, data: Buffer, targets: list[Target], buffers: list[Buffer]) -> None:
-    """Take whole blocks of data apart: a target for each block, and the buffers that have to be written, zeros left out."""
+    """Take whole blocks of data apart: a target for each block, and the buffers that have to be
+    written, zeros left out.
+    """
     if len(data) == BLOCK_BYTES:
         crc = crc32c(data)
         if crc == ZERO_BLOCK_CRC and is_zeros(data):
@@ -60,8 +75,12 @@ def split_blocks(fbn: int, data: Buffer, targets: list[Target], buffers: list[Bu
         buffers.append(view[start:])
 
 
-def slices_by_extent(buffers: list[Buffer], extents: Extents) -> list[tuple[list[Buffer], int, int]]:
-    """(buffers, byte offset on the device, bytes) of each write that fills the extents one after the other."""
+def slices_by_extent(
+    buffers: list[Buffer], extents: Extents
+) -> list[tuple[list[Buffer], int, int]]:
+    """(buffers, byte offset on the device, bytes) of each write that fills the extents one after
+    the other.
+    """
     if len(extents) == 1:
         first, length = extents[0]
         return [(buffers, first * BLOCK_BYTES, length * BLOCK_BYTES)]
@@ -81,15 +100,21 @@ def slices_by_extent(buffers: list[Buffer], extents: Extents) -> list[tuple[list
     return writes
 
 
-def install(image: "Image", epoch: "Epoch", nodes: dict[int, Node], targets: list[Target], extents: Extents) -> None:
-    """Point the fields at the new blocks. ``nodes`` holds every level-1 block concerned, writable in ``epoch``; nothing here waits."""
+def install(
+    image: "Image", epoch: "Epoch", nodes: dict[int, Node], targets: list[Target], extents: Extents
+) -> None:
+    """Point the fields at the new blocks. ``nodes`` holds every level-1 block concerned, writable
+    in ``epoch``; nothing here waits.
+    """
     image.touch()
     shared_cp = image.tree.shared_cp
     number = image.number
     birth = epoch.number << 32
     freed, dropped, unlogged = epoch.freed, epoch.dropped, epoch.unlogged
     vbns = iter(
-        [extents[0][0]] if len(targets) == 1 and extents else [vbn for first, length in extents for vbn in range(first, first + length)]
+        [extents[0][0]]
+        if len(targets) == 1 and extents
+        else [vbn for first, length in extents for vbn in range(first, first + length)]
     )
     used = 0
     job = image.job
@@ -118,7 +143,9 @@ def install(image: "Image", epoch: "Epoch", nodes: dict[int, Node], targets: lis
 
 
 def plan_for(image: "Image", epoch: "Epoch", indexes: Iterable[int]) -> Plan | None:
-    """What makes these level-1 blocks writable, with everything it needs at hand; None when something has to be waited for."""
+    """What makes these level-1 blocks writable, with everything it needs at hand; None when
+    something has to be waited for.
+    """
     tree = image.tree
     listed = tree.nodes[1]
     plan = Plan(epoch)
@@ -146,9 +173,11 @@ def nodes_of(image: "Image", indexes: list[int]) -> dict[int, Node]:
 
 
 def replaces_own(image: "Image", fbns: Iterable[int]) -> bool | None:
-    """Whether every one of these blocks has a VBN that nobody else refers to, so that as much comes free as a write of them takes.
+    """Whether every one of these blocks has a VBN that nobody else refers to, so that as much comes
+    free as a write of them takes.
 
-    Of level-1 blocks that are in memory: False where one is not. None: a share count has to be waited for. For full pools only.
+    Of level-1 blocks that are in memory: False where one is not. None: a share count has to be
+    waited for. For full pools only.
     """
     listed, shared_cp = image.tree.nodes[1], image.tree.shared_cp
     maybe_shared: list[int] = []
@@ -163,7 +192,9 @@ def replaces_own(image: "Image", fbns: Iterable[int]) -> bool | None:
 
 
 async def only_replaces(image: "Image", fbn: int, count: int) -> bool:
-    """Whether a write of these blocks takes no more than it gives back. For full pools only. Raises BlockDamaged, DeviceFailed."""
+    """Whether a write of these blocks takes no more than it gives back. For full pools only. Raises
+    BlockDamaged, DeviceFailed.
+    """
     return await when_possible(image.state, lambda: _only_replaces_now(image, fbn, count))
 
 
@@ -176,14 +207,20 @@ def _only_replaces_now(image: "Image", fbn: int, count: int) -> bool | None:
 
 
 def write_now(image: "Image", targets: list[Target], buffers: list[Buffer]) -> bool:
-    """Allocate, write and install without waiting. False: nothing was changed. Raises DeviceFailed, BlockDamaged."""
+    """Allocate, write and install without waiting. False: nothing was changed. Raises DeviceFailed,
+    BlockDamaged.
+    """
     epoch = image.state.epoch
     indexes = indexes_of(targets)
     plan = plan_for(image, epoch, indexes)
     if plan is None:
         return False
     count = sum(map(len, buffers)) // BLOCK_BYTES
-    extents = take_now(image, plan, [fbn for fbn, crc in targets if crc != ZERO_CRC], count) if count else []
+    extents = (
+        take_now(image, plan, [fbn for fbn, crc in targets if crc != ZERO_CRC], count)
+        if count
+        else []
+    )
     if extents is None or not write_out(image, buffers, extents):
         return False
     image.tree.carry_out(plan)
@@ -192,7 +229,9 @@ def write_now(image: "Image", targets: list[Target], buffers: list[Buffer]) -> b
 
 
 def take_now(image: "Image", plan: Plan, fbns: Sequence[int], count: int) -> Extents | None:
-    """Blocks for data, and the plan's nodes still at hand beside them. None: nothing was taken; ``state.missing`` is what to wait for."""
+    """Blocks for data, and the plan's nodes still at hand beside them. None: nothing was taken;
+    ``state.missing`` is what to wait for.
+    """
     allocator = image.state.allocator
     borrowed = allocator.is_short(count) and not plan.grows and replaces_own(image, fbns)
     if borrowed is None:
@@ -212,7 +251,9 @@ def take_now(image: "Image", plan: Plan, fbns: Sequence[int], count: int) -> Ext
 
 
 def write_out(image: "Image", buffers: list[Buffer], extents: Extents) -> bool:
-    """Write the buffers to their blocks, at once. False: they were given back. Raises DeviceFailed."""
+    """Write the buffers to their blocks, at once. False: they were given back. Raises
+    DeviceFailed.
+    """
     device, allocator = image.state.device, image.state.allocator
     try:
         for part, offset, length in slices_by_extent(buffers, extents) if extents else ():
@@ -226,28 +267,41 @@ def write_out(image: "Image", buffers: list[Buffer], extents: Extents) -> bool:
 
 
 async def write_blocks(image: "Image", targets: list[Target], buffers: list[Buffer]) -> None:
-    """The same, waiting where it must. Raises PoolFull, DeviceFailed, BlockDamaged, OutOfRange (the image shrank meanwhile)."""
+    """The same, waiting where it must. Raises PoolFull, DeviceFailed, BlockDamaged, OutOfRange (the
+    image shrank meanwhile).
+    """
     state = image.state
     count = sum(map(len, buffers)) // BLOCK_BYTES
     fbns = [fbn for fbn, crc in targets if crc != ZERO_CRC]
-    extents, borrowed = await when_possible(state, lambda: _take_for(image, targets, fbns, count)) if count else ([], False)
+    extents, borrowed = (
+        await when_possible(state, lambda: _take_for(image, targets, fbns, count))
+        if count
+        else ([], False)
+    )
     lent = count if borrowed else 0
     state.allocator.lent_blocks += lent
     try:
         for part, offset, length in slices_by_extent(buffers, extents) if count else ():
             if not state.device.try_writev(part, offset, length):
                 await state.device.writev(part, offset)
-        await when_possible(state, lambda: _install_now(image, targets, fbns if borrowed else [], extents))
+        await when_possible(
+            state, lambda: _install_now(image, targets, fbns if borrowed else [], extents)
+        )
     except Exception:
-        # Not after a cancellation: the device may still be writing there, so those blocks stay claimed until the pool is closed.
+        # Not after a cancellation: the device may still be writing there, so those blocks stay
+        # claimed until the pool is closed.
         state.allocator.give_back(extents)
         raise
     finally:
         state.allocator.lent_blocks -= lent
 
 
-def _take_for(image: "Image", targets: list[Target], fbns: list[int], count: int) -> tuple[Extents, bool] | None:
-    """Blocks for data, and whether they are borrowed: then the pointer blocks are looked at, to see that the write gives some back."""
+def _take_for(
+    image: "Image", targets: list[Target], fbns: list[int], count: int
+) -> tuple[Extents, bool] | None:
+    """Blocks for data, and whether they are borrowed: then the pointer blocks are looked at, to see
+    that the write gives some back.
+    """
     allocator = image.state.allocator
     plan = Plan(image.state.epoch)
     short = allocator.is_short(count)
@@ -257,8 +311,11 @@ def _take_for(image: "Image", targets: list[Target], fbns: list[int], count: int
     return None if extents is None else (extents, short)
 
 
-def _install_now(image: "Image", targets: list[Target], borrowed: list[int], extents: Extents) -> bool | None:
-    """Look whether the write is still possible, and install it, in one step. None: nothing was changed, and it has to be waited for.
+def _install_now(
+    image: "Image", targets: list[Target], borrowed: list[int], extents: Extents
+) -> bool | None:
+    """Look whether the write is still possible, and install it, in one step. None: nothing was
+    changed, and it has to be waited for.
 
     ``borrowed``: the blocks whose old ones must come free for it.
     """
@@ -268,7 +325,9 @@ def _install_now(image: "Image", targets: list[Target], borrowed: list[int], ext
     if image.kind != KIND_VDISK:
         raise VolumeClosed(f"{image.label} was deleted while this write was under way")
     if targets[-1][0] * BLOCK_BYTES >= image.limit_bytes:
-        raise OutOfRange(f"{image.label} shrank to {image.limit_bytes} bytes while this write was under way")
+        raise OutOfRange(
+            f"{image.label} shrank to {image.limit_bytes} bytes while this write was under way"
+        )
     indexes = indexes_of(targets)
     plan = plan_for(image, epoch, indexes)
     if plan is None:
@@ -277,7 +336,10 @@ def _install_now(image: "Image", targets: list[Target], borrowed: list[int], ext
     if own is None:
         return None
     if not own:
-        raise PoolFull(f"{image.label}: the pool is full, and this write shares blocks with a snapshot by now: delete snapshots or vdisks")
+        raise PoolFull(
+            f"{image.label}: the pool is full, and this write shares blocks with a snapshot by now:"
+            " delete snapshots or vdisks"
+        )
     image.tree.carry_out(plan)
     install(image, epoch, nodes_of(image, indexes), targets, extents)
     return True

@@ -1,6 +1,8 @@
-"""The device under a pool: one narrow interface, an ordinary file and a raw block device behind it, and the I/O threads.
+"""The device under a pool: one narrow interface, an ordinary file and a raw block device behind it,
+and the I/O threads.
 
-Everything above uses only ``Device`` and ``open_device`` / ``new_device``; which kind of device it is shows nowhere else.
+Everything above uses only ``Device`` and ``open_device`` / ``new_device``; which kind of device it
+is shows nowhere else.
 """
 
 from storage.device.creation import is_block_device, is_vacant, new_device, remove_leftover

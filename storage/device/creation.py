@@ -1,7 +1,9 @@
-"""Makes what a new pool stands on: a file that gets its name when the pool in it is whole and durable, or a block device.
+"""Makes what a new pool stands on: a file that gets its name when the pool in it is whole and
+durable, or a block device.
 
-A file is made under another name in the same folder, ``.NAME.creating``, and locked. If its creator dies, that name is left behind without
-a lock, and the next creation of the same pool removes it. A device says itself that its pool is unfinished (storage.layout).
+A file is made under another name in the same folder, ``.NAME.creating``, and locked. If its creator
+dies, that name is left behind without a lock, and the next creation of the same pool removes it. A
+device says itself that its pool is unfinished (storage.layout).
 """
 
 import contextlib
@@ -26,7 +28,8 @@ LOG = logging.getLogger(__name__)
 # linux/fs.h
 RENAME_NOREPLACE = 1
 AT_FDCWD = -100
-# File systems that do not know the flag (NFS), and kernels or C libraries that do not know the call.
+# File systems that do not know the flag (NFS), and kernels or C libraries that do not know the
+# call.
 NO_RENAMEAT2 = frozenset((errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP))
 # Each turn means that another process removed the name in between; that does not happen for ever.
 ATTEMPTS = 10
@@ -41,7 +44,9 @@ def is_block_device(path: str) -> bool:
 
 
 def is_vacant(path: str) -> bool:
-    """Whether a pool can be made there and nobody asked: nothing has that name, or it is a block device that holds nothing."""
+    """Whether a pool can be made there and nobody asked: nothing has that name, or it is a block
+    device that holds nothing.
+    """
     if not os.path.lexists(path):
         return True
     try:
@@ -51,11 +56,15 @@ def is_vacant(path: str) -> bool:
 
 
 @contextlib.contextmanager
-def new_device(path: str, size_bytes: int | None, *, overwrite: bool = False) -> Iterator[DescriptorDevice]:
-    """A device to make a pool on, locked; it gets its name when the block ends. After an error nothing is there that was not before.
+def new_device(
+    path: str, size_bytes: int | None, *, overwrite: bool = False
+) -> Iterator[DescriptorDevice]:
+    """A device to make a pool on, locked; it gets its name when the block ends. After an error
+    nothing is there that was not before.
 
-    ``size_bytes``: None for the whole of a block device. ``overwrite``: what is there goes. Raises Conflict (something is there),
-    PoolLocked (it is in use), RequestError (size), PoolRefused, DeviceFull.
+    ``size_bytes``: None for the whole of a block device. ``overwrite``: what is there goes. Raises
+    Conflict (something is there), PoolLocked (it is in use), RequestError (size), PoolRefused,
+    DeviceFull.
     """
     make = _on_block_device if is_block_device(path) else _in_file
     with make(path, size_bytes, overwrite=overwrite) as device:
@@ -63,15 +72,23 @@ def new_device(path: str, size_bytes: int | None, *, overwrite: bool = False) ->
 
 
 @contextlib.contextmanager
-def _on_block_device(path: str, size_bytes: int | None, *, overwrite: bool) -> Iterator[DescriptorDevice]:
+def _on_block_device(
+    path: str, size_bytes: int | None, *, overwrite: bool
+) -> Iterator[DescriptorDevice]:
     device = open_device(path)
     try:
         assert isinstance(device, BlockDevice)
         if size_bytes is not None and size_bytes > device.size_bytes:
-            raise RequestError(f"{path} has {device.size_bytes} bytes, fewer than {size_bytes}: give a smaller size, or none")
+            raise RequestError(
+                f"{path} has {device.size_bytes} bytes, fewer than {size_bytes}: give a smaller"
+                " size, or none"
+            )
         found = _contents(path)
         if found is not None and not overwrite:
-            raise Conflict(f"{path} holds {found}: choose another, or destroy what is there: `cleaved create {path} --overwrite`")
+            raise Conflict(
+                f"{path} holds {found}: choose another, or destroy what is there: `cleaved create"
+                f" {path} --overwrite`"
+            )
         yield device
     finally:
         device.close()
@@ -81,13 +98,17 @@ def _contents(path: str) -> str | None:
     try:
         return contents_of(path)
     except OSError as error:
-        raise PoolRefused(f"{path} cannot be read: {error.strerror}; see the host's kernel log") from error
+        raise PoolRefused(
+            f"{path} cannot be read: {error.strerror}; see the host's kernel log"
+        ) from error
 
 
 @contextlib.contextmanager
 def _in_file(path: str, size_bytes: int | None, *, overwrite: bool) -> Iterator[DescriptorDevice]:
     if size_bytes is None:
-        raise RequestError(f"{path} needs a size, as in --size 64GiB: only a block device has one of its own")
+        raise RequestError(
+            f"{path} needs a size, as in --size 64GiB: only a block device has one of its own"
+        )
     with contextlib.ExitStack() as stack:
         if os.path.lexists(path):
             if not overwrite:
@@ -113,7 +134,9 @@ def _temporary_name(path: str) -> str:
 
 
 def remove_leftover(path: str) -> None:
-    """Remove what a creator that died may have left beside the pool at ``path``. Raises PoolLocked: it is at work."""
+    """Remove what a creator that died may have left beside the pool at ``path``. Raises PoolLocked:
+    it is at work.
+    """
     try:
         _remove_leftover(_temporary_name(path), path)
     except OSError as error:
@@ -132,11 +155,16 @@ def _exists(path: str) -> Conflict:
 
 
 def _temporary_device(temporary: str, path: str, size_bytes: int) -> FileDevice:
-    """The new file, locked and of its size. It names ``path`` in its messages, for that is what people know."""
+    """The new file, locked and of its size. It names ``path`` in its messages, for that is what
+    people know.
+    """
     try:
         descriptor = _locked_new_file(temporary, path)
     except OSError as error:
-        raise PoolRefused(f"{path} cannot be created: {error.strerror}; choose a folder that exists and may be written") from error
+        raise PoolRefused(
+            f"{path} cannot be created: {error.strerror}; choose a folder that exists and may be"
+            " written"
+        ) from error
     try:
         with _removed_on_failure(temporary):
             os.ftruncate(descriptor, size_bytes)
@@ -147,17 +175,23 @@ def _temporary_device(temporary: str, path: str, size_bytes: int) -> FileDevice:
         if isinstance(failure, DeviceFull):
             raise failure from error
         # EFBIG: ext4 ends at 16 TiB, for one.
-        raise PoolRefused(f"{path} cannot have {size_bytes} bytes: {error.strerror}; choose a smaller size or other file system") from error
+        raise PoolRefused(
+            f"{path} cannot have {size_bytes} bytes: {error.strerror}; choose a smaller size or"
+            " other file system"
+        ) from error
 
 
 def _locked_new_file(temporary: str, path: str) -> int:
     for _ in range(ATTEMPTS):
         try:
-            descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, FILE_MODE)
+            descriptor = os.open(
+                temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, FILE_MODE
+            )
         except FileExistsError:
             _remove_leftover(temporary, path)
             continue
-        # Until it is locked, another process may take it for a leftover and remove it: then it has no name any more.
+        # Until it is locked, another process may take it for a leftover and remove it: then it has
+        # no name any more.
         if _locks(descriptor) and _is_named(descriptor, temporary):
             return descriptor
         os.close(descriptor)
@@ -165,7 +199,9 @@ def _locked_new_file(temporary: str, path: str) -> int:
 
 
 def _remove_leftover(temporary: str, path: str) -> None:
-    """Remove what a dead creator left behind: the name alone, for on some file systems it may be a second name of a pool that is whole."""
+    """Remove what a dead creator left behind: the name alone, for on some file systems it may be a
+    second name of a pool that is whole.
+    """
     try:
         descriptor = os.open(temporary, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -175,13 +211,18 @@ def _remove_leftover(temporary: str, path: str) -> None:
             raise _being_created(temporary, path)
         if _is_named(descriptor, temporary):
             os.unlink(temporary)
-            LOG.info("%s: removed %s, which an interrupted creation had left behind", path, temporary)
+            LOG.info(
+                "%s: removed %s, which an interrupted creation had left behind", path, temporary
+            )
     finally:
         os.close(descriptor)
 
 
 def _being_created(temporary: str, path: str) -> PoolLocked:
-    return PoolLocked(f"{path} is being created by another process (it has {temporary} open); wait for it, or stop it and try again")
+    return PoolLocked(
+        f"{path} is being created by another process (it has {temporary} open); wait for it, or"
+        " stop it and try again"
+    )
 
 
 def _locks(descriptor: int) -> bool:
@@ -210,7 +251,9 @@ def _removed_on_failure(temporary: str) -> Iterator[None]:
 
 
 def _name(temporary: str, path: str, *, overwrite: bool) -> None:
-    """Give the file its name; without ``overwrite`` only if nothing has that. Raises Conflict, PoolRefused."""
+    """Give the file its name; without ``overwrite`` only if nothing has that. Raises Conflict,
+    PoolRefused.
+    """
     try:
         if overwrite:
             os.rename(temporary, path)
@@ -219,7 +262,9 @@ def _name(temporary: str, path: str, *, overwrite: bool) -> None:
     except FileExistsError as error:
         raise _exists(path) from error
     except OSError as error:
-        raise PoolRefused(f"{path} cannot be created: {error.strerror}; choose another folder") from error
+        raise PoolRefused(
+            f"{path} cannot be created: {error.strerror}; choose another folder"
+        ) from error
 
 
 def rename_without_replacing(source: str, target: str) -> None:

@@ -1,13 +1,17 @@
-"""What the file and the block device have in common: everything that the kernel does through one file descriptor.
+"""What the file and the block device have in common: everything that the kernel does through one
+file descriptor.
 
 Invariants:
 
-- ``_written_bytes`` only grows, and only the event loop writes it; ``_synced_bytes`` only grows, and only the sync thread writes
-  it. Their difference is what may be dirty in the page cache since the last sync: an upper bound in the inline path, and
-  for writes in flight a guess, which is enough, for it only chooses between two ways of writing.
-- A sync has a ticket, counted at the call. One fdatasync covers every ticket that was issued before it began (group commit).
-- After one failed fdatasync every later sync fails. The kernel reports a lost page once and then calls it clean (fsync(2)),
-  so a later success would prove nothing; and the failure may have shown in a sync that nobody waits for (the background one).
+- ``_written_bytes`` only grows, and only the event loop writes it; ``_synced_bytes`` only grows,
+  and only the sync thread writes it. Their difference is what may be dirty in the page cache since
+  the last sync: an upper bound in the inline path, and for writes in flight a guess, which is
+  enough, for it only chooses between two ways of writing.
+- A sync has a ticket, counted at the call. One fdatasync covers every ticket that was issued before
+  it began (group commit).
+- After one failed fdatasync every later sync fails. The kernel reports a lost page once and then
+  calls it clean (fsync(2)), so a later success would prove nothing; and the failure may have shown
+  in a sync that nobody waits for (the background one).
 """
 
 import errno
@@ -23,14 +27,18 @@ from storage.device.io_threads import IoThreads
 from storage.device.pool_lock import close_all
 from storage.device.transfer import IOV_MAX, read_fully, write_fully
 
-# Three reads that miss the page cache at a time: on two cores, more threads only contend for the interpreter lock.
+# Three reads that miss the page cache at a time: on two cores, more threads only contend for the
+# interpreter lock.
 DATA_THREADS = 3
-# Copying 256 KiB into the page cache takes about 50 us: a hundredth of the longest stall that the event loop may have.
+# Copying 256 KiB into the page cache takes about 50 us: a hundredth of the longest stall that the
+# event loop may have.
 INLINE_WRITE_BYTES_MAX = 256 * 1024
 
 
 class DescriptorDevice(ABC):
-    """A device behind a file descriptor that is open and locked. Subclasses know how to discard and to grow."""
+    """A device behind a file descriptor that is open and locked. Subclasses know how to discard and
+    to grow.
+    """
 
     __slots__ = (
         "_background_sync",
@@ -51,8 +59,12 @@ class DescriptorDevice(ABC):
         "_written_bytes",
     )
 
-    def __init__(self, path: str, descriptor: int, size_bytes: int, *, in_memory: bool = False) -> None:
-        """Take over ``descriptor``. ``in_memory``: no read from it ever waits for a disk (tmpfs)."""
+    def __init__(
+        self, path: str, descriptor: int, size_bytes: int, *, in_memory: bool = False
+    ) -> None:
+        """Take over ``descriptor``. ``in_memory``: no read from it ever waits for a
+        disk (tmpfs).
+        """
         self._path = path
         self._descriptor = descriptor
         self._size_bytes = size_bytes
@@ -72,7 +84,9 @@ class DescriptorDevice(ABC):
         self._pool_lock: list[int] = []
 
     def hold(self, pool_lock: list[int]) -> None:
-        """Take over the descriptors that lock the pool by its UUID (storage.device.pool_lock), until ``close``."""
+        """Take over the descriptors that lock the pool by its UUID (storage.device.pool_lock),
+        until ``close``.
+        """
         self._pool_lock = pool_lock
 
     @property
@@ -88,7 +102,9 @@ class DescriptorDevice(ABC):
     # --- Inline ---
 
     def try_readv(self, buffers: Sequence[WritableBuffer], offset_bytes: int) -> bool:
-        """See Device. A hit in the page cache is one system call that does not wait (RWF_NOWAIT, preadv2(2))."""
+        """See Device. A hit in the page cache is one system call that does not wait (RWF_NOWAIT,
+        preadv2(2)).
+        """
         try:
             read_bytes = os.preadv(self._descriptor, buffers, offset_bytes, self._read_flags)
         except BlockingIOError:
@@ -100,9 +116,12 @@ class DescriptorDevice(ABC):
             return read_bytes == len(buffers[0])
         return read_bytes == sum(map(len, buffers))
 
-    def _try_readv_otherwise(self, buffers: Sequence[WritableBuffer], offset_bytes: int, error: OSError) -> bool:
+    def _try_readv_otherwise(
+        self, buffers: Sequence[WritableBuffer], offset_bytes: int, error: OSError
+    ) -> bool:
         if error.errno == errno.EOPNOTSUPP and self._read_flags:
-            # The file system does not know RWF_NOWAIT. Where all is in memory, a plain read does not wait either.
+            # The file system does not know RWF_NOWAIT. Where all is in memory, a plain read does
+            # not wait either.
             if not self._in_memory:
                 return False
             self._read_flags = 0
@@ -112,7 +131,9 @@ class DescriptorDevice(ABC):
         raise device_error(self._path, f"read at byte {offset_bytes}", error)
 
     def try_writev(self, buffers: Sequence[Buffer], offset_bytes: int, length_bytes: int) -> bool:
-        """See Device. Inline when it is short and the kernel has no reason to make the writer wait."""
+        """See Device. Inline when it is short and the kernel has no reason to make the
+        writer wait.
+        """
         if length_bytes > INLINE_WRITE_BYTES_MAX:
             return False
         dirty_bytes = self._written_bytes - self._synced_bytes
@@ -125,12 +146,16 @@ class DescriptorDevice(ABC):
         except OSError as error:
             if error.errno == errno.EINVAL and len(buffers) > IOV_MAX:
                 return False
-            raise device_error(self._path, f"write {length_bytes} bytes at byte {offset_bytes}", error) from error
+            raise device_error(
+                self._path, f"write {length_bytes} bytes at byte {offset_bytes}", error
+            ) from error
         self._written_bytes += written_bytes
         return written_bytes == length_bytes
 
     def _start_background_sync(self) -> None:
-        """Let the dirty pages go to disk; begun at half the limit, so that on a disk that keeps up the limit is never reached."""
+        """Let the dirty pages go to disk; begun at half the limit, so that on a disk that keeps up
+        the limit is never reached.
+        """
         if self._background_sync is None:
             self._background_sync = self.sync()
             self._background_sync.add_done_callback(self._background_sync_ended)
@@ -138,7 +163,8 @@ class DescriptorDevice(ABC):
     def _background_sync_ended(self, future: "Future[None]") -> None:
         self._background_sync = None
         if not future.cancelled():
-            # Only marks it as seen: whoever asks for durability gets the failure from ``_sync_failure``.
+            # Only marks it as seen: whoever asks for durability gets the failure from
+            # ``_sync_failure``.
             future.exception()
 
     # --- By the threads ---
@@ -155,7 +181,9 @@ class DescriptorDevice(ABC):
         return self._data_threads.submit(self._write, buffers, offset_bytes)
 
     def sync(self) -> "Future[None]":
-        """See Device. fdatasync, which also writes a changed file size; one serves all that wait."""
+        """See Device. fdatasync, which also writes a changed file size; one serves all
+        that wait.
+        """
         self._tickets_issued += 1
         return self._sync_thread.submit(self._sync, self._tickets_issued, None)
 
@@ -164,7 +192,9 @@ class DescriptorDevice(ABC):
         return self._data_threads.submit(self._discard, offset_bytes, length_bytes)
 
     def grow(self, size_bytes: int) -> "Future[None]":
-        """See Device. On the one sync thread, so that two of them cannot overtake each other and shrink the device."""
+        """See Device. On the one sync thread, so that two of them cannot overtake each other and
+        shrink the device.
+        """
         return self._sync_thread.submit(self._grow, size_bytes, None)
 
     @property
@@ -176,7 +206,9 @@ class DescriptorDevice(ABC):
         """See Device."""
         return self._data_threads.submit(self._reserve, offset_bytes, length_bytes)
 
-    def backed(self, offset_bytes: int, length_bytes: int, found: list[tuple[int, int]]) -> "Future[None]":
+    def backed(
+        self, offset_bytes: int, length_bytes: int, found: list[tuple[int, int]]
+    ) -> "Future[None]":
         """See Device."""
         return self._data_threads.submit(self._backed, (offset_bytes, length_bytes), found)
 
@@ -219,7 +251,9 @@ class DescriptorDevice(ABC):
                 self._tickets_covered = covered
                 self._synced_bytes = written_bytes
         if self._sync_failure is not None and ticket > self._tickets_covered:
-            raise device_error(self._path, "make writes durable", self._sync_failure) from self._sync_failure
+            raise device_error(
+                self._path, "make writes durable", self._sync_failure
+            ) from self._sync_failure
 
     @abstractmethod
     def _discard(self, offset_bytes: int, length_bytes: int) -> None:
@@ -227,11 +261,15 @@ class DescriptorDevice(ABC):
 
     @abstractmethod
     def _reserve(self, offset_bytes: int, length_bytes: int) -> None:
-        """Have the host allocate the range, or do nothing where it cannot be asked to. Raises DeviceFull, DeviceFailed."""
+        """Have the host allocate the range, or do nothing where it cannot be asked to. Raises
+        DeviceFull, DeviceFailed.
+        """
 
     @abstractmethod
     def _backed(self, span: tuple[int, int], found: list[tuple[int, int]]) -> None:
-        """Add the parts of ``span`` (first byte, length) that need no more of the host. Raises DeviceFailed."""
+        """Add the parts of ``span`` (first byte, length) that need no more of the host. Raises
+        DeviceFailed.
+        """
 
     @abstractmethod
     def _grow(self, size_bytes: int, _: None) -> None:

@@ -6,12 +6,19 @@ import os
 
 from storage.device.descriptor import DescriptorDevice
 from storage.device.failures import device_error
-from storage.device.host_space import allocate, allocated_ranges, available_bytes, populate, punch_hole
+from storage.device.host_space import (
+    allocate,
+    allocated_ranges,
+    available_bytes,
+    populate,
+    punch_hole,
+)
 from storage.errors import OutOfRange
 
 LOG = logging.getLogger(__name__)
 
-# Punching holds the file's lock, and inline writes wait for that: in steps they get their turn in between.
+# Punching holds the file's lock, and inline writes wait for that: in steps they get their turn in
+# between.
 DISCARD_STEP_BYTES = 64 * 1024 * 1024
 MEMORY_FILE_SYSTEMS = frozenset(("tmpfs", "ramfs"))
 # Data of all clients stands in it: for the daemon's user alone.
@@ -32,7 +39,9 @@ class FileDevice(DescriptorDevice):
 
     @property
     def thin(self) -> bool:
-        """See Device. A file has holes, or may get some, unless its file system knows no fallocate."""
+        """See Device. A file has holes, or may get some, unless its file system knows
+        no fallocate.
+        """
         return self._can_reserve
 
     def host_available_bytes(self) -> int | None:
@@ -48,15 +57,23 @@ class FileDevice(DescriptorDevice):
                 populate(self._descriptor, offset_bytes, length_bytes)
         except OSError as error:
             if error.errno != errno.EOPNOTSUPP:
-                raise device_error(self._path, f"reserve {length_bytes} bytes at byte {offset_bytes}", error) from error
+                raise device_error(
+                    self._path, f"reserve {length_bytes} bytes at byte {offset_bytes}", error
+                ) from error
             self._can_reserve = False
-            LOG.info("%s: its file system cannot allocate beforehand; when it is full, consistency points wait for room", self._path)
+            LOG.info(
+                "%s: its file system cannot allocate beforehand; when it is full, consistency"
+                " points wait for room",
+                self._path,
+            )
 
     def _backed(self, span: tuple[int, int], found: list[tuple[int, int]]) -> None:
         try:
             found.extend(allocated_ranges(self._descriptor, *span))
         except OSError as error:
-            raise device_error(self._path, f"find what is allocated at byte {span[0]}", error) from error
+            raise device_error(
+                self._path, f"find what is allocated at byte {span[0]}", error
+            ) from error
 
     def _discard(self, offset_bytes: int, length_bytes: int) -> None:
         end_bytes = offset_bytes + length_bytes
@@ -67,13 +84,21 @@ class FileDevice(DescriptorDevice):
                 punch_hole(self._descriptor, start, min(DISCARD_STEP_BYTES, end_bytes - start))
         except OSError as error:
             if error.errno != errno.EOPNOTSUPP:
-                raise device_error(self._path, f"discard {length_bytes} bytes at byte {offset_bytes}", error) from error
+                raise device_error(
+                    self._path, f"discard {length_bytes} bytes at byte {offset_bytes}", error
+                ) from error
             self._can_punch = False
-            LOG.info("%s: its file system cannot punch holes; freed blocks stay allocated in the file", self._path)
+            LOG.info(
+                "%s: its file system cannot punch holes; freed blocks stay allocated in the file",
+                self._path,
+            )
 
     def _grow(self, size_bytes: int, _: None) -> None:
         if size_bytes < self._size_bytes:
-            raise OutOfRange(f"{self._path}: has {self._size_bytes} bytes, and a device cannot shrink to {size_bytes}")
+            raise OutOfRange(
+                f"{self._path}: has {self._size_bytes} bytes, and a device cannot shrink to"
+                f" {size_bytes}"
+            )
         try:
             os.ftruncate(self._descriptor, size_bytes)
             os.fsync(self._descriptor)
@@ -83,12 +108,21 @@ class FileDevice(DescriptorDevice):
 
 
 def file_system_type(descriptor: int) -> str:
-    """Name of the file system that holds the open file ("ext4"), or "" where /proc does not tell (proc(5), mountinfo)."""
+    """Name of the file system that holds the open file ("ext4"), or "" where /proc does not tell
+    (proc(5), mountinfo).
+    """
     device = os.fstat(descriptor).st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     try:
         with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
-            return next((line.split(" - ", 1)[1].split()[0] for line in mounts if line.split()[2] == number), "")
+            return next(
+                (
+                    line.split(" - ", 1)[1].split()[0]
+                    for line in mounts
+                    if line.split()[2] == number
+                ),
+                "",
+            )
     except OSError as error:
         LOG.info("the type of the file system is not known: %s", error)
         return ""

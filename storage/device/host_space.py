@@ -1,8 +1,10 @@
-"""What the host's file system has set aside for a file, and what it has left. All of this blocks, if only for a moment.
+"""What the host's file system has set aside for a file, and what it has left. All of this blocks,
+if only for a moment.
 
-A file of which parts are not allocated (a sparse pool) can meet ENOSPC at any write there. Where a part is allocated, written or not,
-ext4, xfs and tmpfs need nothing more to take a write to it. File systems that never write in place (btrfs, zfs) may, and then a write
-fails all the same: whoever writes what must not be lost tries again (storage.state.host_room).
+A file of which parts are not allocated (a sparse pool) can meet ENOSPC at any write there. Where a
+part is allocated, written or not, ext4, xfs and tmpfs need nothing more to take a write to it. File
+systems that never write in place (btrfs, zfs) may, and then a write fails all the same: whoever
+writes what must not be lost tries again (storage.state.host_room).
 """
 
 import ctypes
@@ -30,8 +32,8 @@ FIEMAP_EXTENTS = 512
 MADV_POPULATE_WRITE = 23
 NOT_KNOWN_ERRNOS = frozenset((errno.ENOTTY, errno.EOPNOTSUPP, errno.EINVAL))
 
-# Python has posix_fallocate only, which cannot punch, and writes zeros where the file system cannot allocate. ctypes gives up the
-# interpreter lock during the call.
+# Python has posix_fallocate only, which cannot punch, and writes zeros where the file system cannot
+# allocate. ctypes gives up the interpreter lock during the call.
 _FALLOCATE = ctypes.CDLL(None, use_errno=True).fallocate
 _FALLOCATE.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 _FALLOCATE.restype = ctypes.c_int
@@ -52,7 +54,8 @@ def punch_hole(descriptor: int, offset_bytes: int, length_bytes: int) -> None:
 
 
 def allocate(descriptor: int, offset_bytes: int, length_bytes: int) -> None:
-    """Have the file system allocate what of the range is not, within the file; the content stays (fallocate(2)). Raises OSError.
+    """Have the file system allocate what of the range is not, within the file; the content stays
+    (fallocate(2)). Raises OSError.
 
     After ENOSPC a part of the range may be allocated.
     """
@@ -72,13 +75,18 @@ def available_bytes(descriptor: int) -> int | None:
 
 
 def populate(descriptor: int, offset_bytes: int, length_bytes: int) -> None:
-    """Have tmpfs fill in what it has allocated, and keep the content (madvise(2)): else ``allocated_ranges`` would not find it again."""
+    """Have tmpfs fill in what it has allocated, and keep the content (madvise(2)): else
+    ``allocated_ranges`` would not find it again.
+    """
     with suppress(OSError), mmap(descriptor, length_bytes, offset=offset_bytes) as view:
-        view.madvise(MADV_POPULATE_WRITE)  # EINVAL before Linux 5.14: then it is found only once it was written
+        view.madvise(
+            MADV_POPULATE_WRITE
+        )  # EINVAL before Linux 5.14: then it is found only once it was written
 
 
 def allocated_ranges(descriptor: int, offset_bytes: int, length_bytes: int) -> Iterator[Range]:
-    """The parts (first byte, end) of the range that the file system has allocated, written or not. Raises OSError.
+    """The parts (first byte, end) of the range that the file system has allocated, written or not.
+    Raises OSError.
 
     Where it cannot tell (tmpfs), those that were written: fewer, never more.
     """
@@ -97,7 +105,9 @@ def _extents(descriptor: int, start: int, end: int) -> Iterator[Range]:
         fcntl.ioctl(descriptor, FS_IOC_FIEMAP, buffer)
         count = FIEMAP_HEAD.unpack_from(buffer)[3]
         for number in range(count):
-            first, _, length, flags = FIEMAP_EXTENT.unpack_from(buffer, FIEMAP_HEAD.size + number * FIEMAP_EXTENT.size)
+            first, _, length, flags = FIEMAP_EXTENT.unpack_from(
+                buffer, FIEMAP_HEAD.size + number * FIEMAP_EXTENT.size
+            )
             if not flags & FIEMAP_EXTENT_SHARED:
                 yield max(first, start), min(first + length, end)
             if flags & FIEMAP_EXTENT_LAST:
@@ -108,7 +118,9 @@ def _extents(descriptor: int, start: int, end: int) -> Iterator[Range]:
 
 
 def _written(descriptor: int, start: int, end: int) -> Iterator[Range]:
-    """lseek(2), SEEK_DATA. The file offset is of no use to anybody else: all transfers name theirs."""
+    """lseek(2), SEEK_DATA. The file offset is of no use to anybody else: all transfers
+    name theirs.
+    """
     while start < end:
         try:
             first = os.lseek(descriptor, start, os.SEEK_DATA)

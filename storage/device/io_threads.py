@@ -2,17 +2,21 @@
 
 Invariants:
 
-- Only the event loop thread submits, closes and completes Futures. Threads touch the deques, whose append and popleft are
-  atomic, and nothing else of this module's.
-- No wake-up is lost. A thread lists itself in ``_asleep`` *before* it looks at the queue for the last time, and the loop
-  looks at ``_asleep`` *after* it queued a job: one of the two sees the other.
-- No completion is lost. ``_drain`` clears ``_wake_posted`` *before* it empties ``_completed``; a thread appends *before* it
-  looks at the flag. Two threads that both see it clear post two wake-ups, and the second finds nothing: harmless.
+- Only the event loop thread submits, closes and completes Futures. Threads touch the deques, whose
+  append and popleft are atomic, and nothing else of this module's.
+- No wake-up is lost. A thread lists itself in ``_asleep`` *before* it looks at the queue for the
+  last time, and the loop looks at ``_asleep`` *after* it queued a job: one of the two sees the
+  other.
+- No completion is lost. ``_drain`` clears ``_wake_posted`` *before* it empties ``_completed``; a
+  thread appends *before* it looks at the flag. Two threads that both see it clear post two
+  wake-ups, and the second finds nothing: harmless.
 
-Costs, which is why it is not ``run_in_executor``: a submission is one Future and one append, and wakes a thread (one futex
-call) only when one sleeps. A thread takes a share of the queue as one *batch*, and a batch posts one
-``call_soon_threadsafe`` (one write to the loop's wake-up descriptor) at most, none when one is on its way already. Only a batch
-that takes longer than WAKE_INTERVAL_SECONDS posts its finished jobs before its end, so that no job waits for slow neighbours.
+Costs, which is why it is not ``run_in_executor``: a submission is one Future and one append, and
+wakes a thread (one futex call) only when one sleeps. A thread takes a share of the queue as one
+*batch*, and a batch posts one ``call_soon_threadsafe`` (one write to the loop's wake-up descriptor)
+at most, none when one is on its way already. Only a batch that takes longer than
+WAKE_INTERVAL_SECONDS posts its finished jobs before its end, so that no job waits for slow
+neighbours.
 """
 
 import threading
@@ -24,7 +28,8 @@ from typing import Any
 
 from storage.errors import DeviceFailed
 
-# A batch holds its jobs back from the other threads, so it must stay small against a queue depth of 32 or 64.
+# A batch holds its jobs back from the other threads, so it must stay small against a queue depth of
+# 32 or 64.
 BATCH_JOBS_MAX = 16
 # Ten wake-ups of the event loop take less than a tenth of this.
 WAKE_INTERVAL_SECONDS = 0.0005
@@ -34,7 +39,9 @@ Job = tuple["Future[None]", Work, Any, Any]
 
 
 class IoThreads:
-    """Runs ``work(first, second)`` on ``threads`` threads, started at the first submission. Works with any event loop."""
+    """Runs ``work(first, second)`` on ``threads`` threads, started at the first submission. Works
+    with any event loop.
+    """
 
     def __init__(self, name: str, threads: int) -> None:
         """``name`` is the device's path: it is in messages and in the threads' names."""
@@ -49,7 +56,9 @@ class IoThreads:
         self._closed = False
 
     def submit(self, work: Work, first: Any, second: Any) -> "Future[None]":
-        """Queue a job of the running loop. Its Future gets what ``work`` raises, or DeviceFailed when closed."""
+        """Queue a job of the running loop. Its Future gets what ``work`` raises, or DeviceFailed
+        when closed.
+        """
         loop = get_running_loop()
         if loop is not self._loop:
             self._bind(loop)
@@ -76,13 +85,18 @@ class IoThreads:
             self._drain()
 
     def _bind(self, loop: AbstractEventLoop) -> None:
-        """Serve ``loop`` from now on. A former one has ended: a pool lives in one loop, an offline tool may use several in turn."""
-        assert self._loop is None or not self._loop.is_running(), "a device serves one event loop at a time"
+        """Serve ``loop`` from now on. A former one has ended: a pool lives in one loop, an offline
+        tool may use several in turn.
+        """
+        assert self._loop is None or not self._loop.is_running(), (
+            "a device serves one event loop at a time"
+        )
         self._loop = loop
         self._wake_posted = False
         if not self._threads and not self._closed:
             self._threads = [
-                threading.Thread(target=self._run, name=f"io-{number}:{self._name}", daemon=True) for number in range(self._thread_count)
+                threading.Thread(target=self._run, name=f"io-{number}:{self._name}", daemon=True)
+                for number in range(self._thread_count)
             ]
             for thread in self._threads:
                 thread.start()
@@ -91,7 +105,9 @@ class IoThreads:
         try:
             self._asleep.pop().release()
         except IndexError:
-            return  # The last sleeper has just woken by itself, and looks at the queue before it sleeps again.
+            # The last sleeper has just woken by itself, and looks at the queue before it sleeps
+            # again.
+            return
 
     # --- On the threads ---
 
@@ -110,7 +126,9 @@ class IoThreads:
                 return
 
     def _stay_awake(self, asleep: threading.Lock) -> None:
-        """Take this thread out of the sleepers; where the loop was faster, use up the wake-up that it gave."""
+        """Take this thread out of the sleepers; where the loop was faster, use up the wake-up that
+        it gave.
+        """
         try:
             self._asleep.remove(asleep)
         except ValueError:
@@ -151,7 +169,8 @@ class IoThreads:
             try:
                 loop.call_soon_threadsafe(self._drain)
             except RuntimeError:
-                # The loop was closed with jobs in flight, so nobody waits for those; but by now another one may be bound.
+                # The loop was closed with jobs in flight, so nobody waits for those; but by now
+                # another one may be bound.
                 self._wake_posted = False
                 if self._loop is loop:
                     return

@@ -1,8 +1,10 @@
-"""The lock on a pool by its UUID: it holds where two paths lead to one pool and the kernel sees two devices, as with a loop device over
-a pool file. What it covers, and what other locks do, stands in docs/operations.md, "One daemon for each pool".
+"""The lock on a pool by its UUID: it holds where two paths lead to one pool and the kernel sees two
+devices, as with a loop device over a pool file. What it covers, and what other locks do, stands in
+docs/operations.md, "One daemon for each pool".
 
-The lock is a set of abstract Unix sockets, names that live in memory and vanish with their process (unix(7)). A writer takes all of them, a
-reader any one: so readers share it, nobody else does, and there is no moment in which two can believe that they have it.
+The lock is a set of abstract Unix sockets, names that live in memory and vanish with their process
+(unix(7)). A writer takes all of them, a reader any one: so readers share it, nobody else does, and
+there is no moment in which two can believe that they have it.
 """
 
 import errno
@@ -14,7 +16,13 @@ from uuid import UUID
 
 from storage.device.owner import Owner, decode_owner
 from storage.errors import PoolLocked, PoolRefused
-from storage.layout import BLOCK_BYTES, OWNER_OFFSET, SUPERBLOCK_UUID_OFFSET, SUPERBLOCK_VBNS, is_superblock
+from storage.layout import (
+    BLOCK_BYTES,
+    OWNER_OFFSET,
+    SUPERBLOCK_UUID_OFFSET,
+    SUPERBLOCK_VBNS,
+    is_superblock,
+)
 
 # So many checks of one pool can run at once.
 SHARES = 8
@@ -23,11 +31,12 @@ CREDENTIALS = struct.Struct("=iII")
 
 
 def lock_pool(path: str, descriptor: int, *, shared: bool) -> list[int]:
-    """Lock the pool that the open file or device holds, if it holds one. Returns descriptors: closing them gives the lock up.
+    """Lock the pool that the open file or device holds, if it holds one. Returns descriptors:
+    closing them gives the lock up.
 
-    What the kernel remembers of a block device is dropped before the UUID is read, and again when it is locked: whoever had the pool may
-    have written by another path (the file under a loop device, another host), and the page cache does not know.
-    Raises PoolLocked, PoolRefused.
+    What the kernel remembers of a block device is dropped before the UUID is read, and again when
+    it is locked: whoever had the pool may have written by another path (the file under a loop
+    device, another host), and the page cache does not know. Raises PoolLocked, PoolRefused.
     """
     is_block_device = stat.S_ISBLK(os.fstat(descriptor).st_mode)
     if is_block_device:
@@ -35,7 +44,9 @@ def lock_pool(path: str, descriptor: int, *, shared: bool) -> list[int]:
     blocks = _superblocks(descriptor)
     held: list[int] = []
     try:
-        for uuid in sorted({bytes(block[SUPERBLOCK_UUID_OFFSET : SUPERBLOCK_UUID_OFFSET + 16]) for block in blocks}):
+        for uuid in sorted(
+            {bytes(block[SUPERBLOCK_UUID_OFFSET : SUPERBLOCK_UUID_OFFSET + 16]) for block in blocks}
+        ):
             held += _share(path, UUID(bytes=uuid)) if shared else _whole(path, UUID(bytes=uuid))
         for block in blocks:
             owner = decode_owner(block, OWNER_OFFSET)
@@ -56,7 +67,9 @@ def close_all(descriptors: list[int]) -> None:
 
 
 def _superblocks(descriptor: int) -> list[bytes]:
-    """Those that are whole. One that cannot be read is passed over: whoever opens the pool reads it again, and reports that."""
+    """Those that are whole. One that cannot be read is passed over: whoever opens the pool reads it
+    again, and reports that.
+    """
     found = []
     for vbn in SUPERBLOCK_VBNS:
         try:
@@ -101,7 +114,10 @@ def _take(uuid: UUID, share: int) -> int | None:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             return None
-        raise PoolRefused(f"the pool {uuid} cannot be locked: {error.strerror}; let this process use abstract Unix sockets") from error
+        raise PoolRefused(
+            f"the pool {uuid} cannot be locked: {error.strerror}; let this process use abstract"
+            " Unix sockets"
+        ) from error
 
 
 def _holder_pid(uuid: UUID, share: int) -> int:
@@ -128,6 +144,7 @@ def _locked(path: str, owner: Owner) -> PoolLocked:
 
 def _locked_by(path: str, who: str, what: str) -> PoolLocked:
     return PoolLocked(
-        f"{path} is in use: {who} has {what} open by another path (a loop device, a second path to the disk, or a copy with the same UUID);"
-        " stop that process first. A copy can be checked with `cleaved check --copy`, and served on another machine"
+        f"{path} is in use: {who} has {what} open by another path (a loop device, a second path to"
+        " the disk, or a copy with the same UUID); stop that process first. A copy can be checked"
+        " with `cleaved check --copy`, and served on another machine"
     )

@@ -1,4 +1,6 @@
-"""A pool on a raw block device: opened exclusively, so that neither a mount nor another daemon can use it at the same time."""
+"""A pool on a raw block device: opened exclusively, so that neither a mount nor another daemon can
+use it at the same time.
+"""
 
 import errno
 import fcntl
@@ -26,11 +28,14 @@ class BlockDevice(DescriptorDevice):
     def __init__(self, path: str, descriptor: int) -> None:
         """Take over ``descriptor``."""
         super().__init__(path, descriptor, device_size_bytes(descriptor))
-        (self._logical_block_bytes,) = struct.unpack("=i", fcntl.ioctl(descriptor, BLKSSZGET, bytes(4)))
+        (self._logical_block_bytes,) = struct.unpack(
+            "=i", fcntl.ioctl(descriptor, BLKSSZGET, bytes(4))
+        )
         self._can_discard = True
 
     def _discard(self, offset_bytes: int, length_bytes: int) -> None:
-        # The kernel refuses (EINVAL) what is no multiple of the device's own blocks: 4096 bytes on some disks.
+        # The kernel refuses (EINVAL) what is no multiple of the device's own blocks: 4096 bytes on
+        # some disks.
         block_bytes = self._logical_block_bytes
         start = -(-offset_bytes // block_bytes) * block_bytes
         end = (offset_bytes + length_bytes) // block_bytes * block_bytes
@@ -40,9 +45,13 @@ class BlockDevice(DescriptorDevice):
             fcntl.ioctl(self._descriptor, BLKDISCARD, DISCARD_RANGE.pack(start, end - start))
         except OSError as error:
             if error.errno != errno.EOPNOTSUPP:
-                raise device_error(self._path, f"discard {length_bytes} bytes at byte {offset_bytes}", error) from error
+                raise device_error(
+                    self._path, f"discard {length_bytes} bytes at byte {offset_bytes}", error
+                ) from error
             self._can_discard = False
-            LOG.info("%s: the device knows no discard; freed blocks are not given back to it", self._path)
+            LOG.info(
+                "%s: the device knows no discard; freed blocks are not given back to it", self._path
+            )
 
     def _reserve(self, offset_bytes: int, length_bytes: int) -> None:
         """A volume that is thin itself tells nobody what it has set aside, and takes no orders."""
@@ -56,14 +65,20 @@ class BlockDevice(DescriptorDevice):
         except OSError as error:
             raise device_error(self._path, "find out its size", error) from error
         if size_bytes < self._size_bytes:
-            raise OutOfRange(f"{self._path}: has {self._size_bytes} bytes, and a device cannot shrink to {size_bytes}")
+            raise OutOfRange(
+                f"{self._path}: has {self._size_bytes} bytes, and a device cannot shrink to"
+                f" {size_bytes}"
+            )
         if size_bytes > device_bytes:
             raise OutOfRange(
-                f"{self._path}: has {device_bytes} bytes, fewer than {size_bytes}; enlarge the device first (with lvextend, for one)"
+                f"{self._path}: has {device_bytes} bytes, fewer than {size_bytes}; enlarge the"
+                " device first (with lvextend, for one)"
             )
         self._size_bytes = device_bytes
 
 
 def device_size_bytes(descriptor: int) -> int:
-    """Size of an open block device as it is now (lseek(2) to the end asks the kernel afresh). Raises OSError."""
+    """Size of an open block device as it is now (lseek(2) to the end asks the kernel afresh).
+    Raises OSError.
+    """
     return os.lseek(descriptor, 0, os.SEEK_END)

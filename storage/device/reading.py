@@ -1,4 +1,6 @@
-"""Reading several parts of a device for one purpose: at once what the page cache has, the rest by the threads, all of it together."""
+"""Reading several parts of a device for one purpose: at once what the page cache has, the rest by
+the threads, all of it together.
+"""
 
 import asyncio
 from collections.abc import Iterable
@@ -8,8 +10,9 @@ from storage.errors import StorageError
 
 
 async def read_all(device: Device, parts: Iterable[tuple[WritableBuffer, int]]) -> None:
-    """Fill each buffer from its byte offset on. Ends when no job is left, also after one has failed, and then raises the first failure:
-    so none goes unseen, and no buffer is written to any more. Raises DeviceFailed.
+    """Fill each buffer from its byte offset on. Ends when no job is left, also after one has
+    failed, and then raises the first failure: so none goes unseen, and no buffer is written to any
+    more. Raises DeviceFailed.
     """
     jobs: list[asyncio.Future[None]] = []
     failure: BaseException | None = None

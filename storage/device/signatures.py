@@ -1,7 +1,9 @@
-"""What stands on a file or device, by the marks that file systems, volume managers and the like leave at known places.
+"""What stands on a file or device, by the marks that file systems, volume managers and the like
+leave at known places.
 
-So that a pool is not made over data by mistake. The table has the common ones; what is not in it counts as data of an unknown kind
-as soon as one byte of the first or the last MiB is not zero. Marks are those of libblkid (util-linux) and of the formats themselves.
+So that a pool is not made over data by mistake. The table has the common ones; what is not in it
+counts as data of an unknown kind as soon as one byte of the first or the last MiB is not zero.
+Marks are those of libblkid (util-linux) and of the formats themselves.
 """
 
 import os
@@ -24,7 +26,8 @@ class Mark(NamedTuple):
 
 
 ZFS_LABEL_BYTES = 256 << 10
-# A label holds 128 uberblocks of 1 KiB from its second half on; two labels stand at the begin, two at the end, on whole label lengths.
+# A label holds 128 uberblocks of 1 KiB from its second half on; two labels stand at the begin, two
+# at the end, on whole label lengths.
 ZFS_UBERBLOCKS = tuple(range(128 << 10, 256 << 10, 1024))
 ZFS_MAGICS = (b"\x0c\xb1\xba\x00\x00\x00\x00\x00", b"\x00\x00\x00\x00\x00\xba\xb1\x0c")
 ZFS = "a ZFS pool"
@@ -37,12 +40,23 @@ MARKS = (
     Mark("LUKS encryption", b"SKUL\xba\xbe", tuple(1 << shift for shift in range(14, 20))),
     Mark("an LVM physical volume", b"LABELONE", (0, 512, 1024, 1536)),
     Mark(RAID, RAID_MAGIC, (0, 4096)),
-    *(Mark(ZFS, magic, (*ZFS_UBERBLOCKS, *(ZFS_LABEL_BYTES + at for at in ZFS_UBERBLOCKS))) for magic in ZFS_MAGICS),
+    *(
+        Mark(ZFS, magic, (*ZFS_UBERBLOCKS, *(ZFS_LABEL_BYTES + at for at in ZFS_UBERBLOCKS)))
+        for magic in ZFS_MAGICS
+    ),
     Mark("Ceph BlueStore", b"bluestore block device", (0,)),
     Mark("a VDO volume", b"dmvdo001", (0,)),
     Mark("dm-integrity", b"integrt\x00", (0,)),
-    Mark("a bcache device", b"\xc6\x85\x73\xf6\x4e\x1a\x45\xca\x82\x65\xf5\x7f\x48\xba\x6d\x81", (4096 + 24,)),
-    Mark("a bcachefs file system", b"\xc6\x85\x73\xf6\x66\xce\x90\xa9\xd9\x6a\x60\xcf\x80\x3d\xf7\xef", (4096 + 24,)),
+    Mark(
+        "a bcache device",
+        b"\xc6\x85\x73\xf6\x4e\x1a\x45\xca\x82\x65\xf5\x7f\x48\xba\x6d\x81",
+        (4096 + 24,),
+    ),
+    Mark(
+        "a bcachefs file system",
+        b"\xc6\x85\x73\xf6\x66\xce\x90\xa9\xd9\x6a\x60\xcf\x80\x3d\xf7\xef",
+        (4096 + 24,),
+    ),
     Mark("an Oracle ASM disk", b"ORCLDISK", (32,)),
     Mark("a VMFS volume", b"\x0d\xd0\x01\xc0", (1 << 20,)),
     Mark("swap space", b"SWAPSPACE2", (4096 - 10, 16384 - 10, 65536 - 10)),
@@ -77,8 +91,9 @@ MARKS = (
 
 
 def contents_of(path: str) -> str | None:
-    """What the file or device holds, in words. None: nothing that anybody could miss: it is blank (the first and the last MiB are zeros),
-    or a creation of a pool was interrupted there. Raises OSError.
+    """What the file or device holds, in words. None: nothing that anybody could miss: it is blank
+    (the first and the last MiB are zeros), or a creation of a pool was interrupted there. Raises
+    OSError.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
@@ -101,11 +116,18 @@ def identify(head: bytes, tail: bytes, size_bytes: int) -> str | None:
 
 
 def _marks_by_size(size_bytes: int) -> list[Mark]:
-    """Marks whose place depends on the size: md 1.0 and 0.90 (md(4)), and the two ZFS labels at the end."""
+    """Marks whose place depends on the size: md 1.0 and 0.90 (md(4)), and the two ZFS labels at the
+    end.
+    """
     raid = (((size_bytes >> 9) - 16 & ~7) << 9, (size_bytes & ~0xFFFF) - 0x10000)
     end = size_bytes - size_bytes % ZFS_LABEL_BYTES
     labels = (end - 2 * ZFS_LABEL_BYTES, end - ZFS_LABEL_BYTES)
-    marks = [Mark(ZFS, magic, tuple(label + at - size_bytes for label in labels for at in ZFS_UBERBLOCKS)) for magic in ZFS_MAGICS]
+    marks = [
+        Mark(
+            ZFS, magic, tuple(label + at - size_bytes for label in labels for at in ZFS_UBERBLOCKS)
+        )
+        for magic in ZFS_MAGICS
+    ]
     return [Mark(RAID, RAID_MAGIC, tuple(at - size_bytes for at in raid)), *marks]
 
 

@@ -1,6 +1,8 @@
-"""Whole vectored transfers: what the kernel cuts short is continued, and more buffers than one call takes are split.
+"""Whole vectored transfers: what the kernel cuts short is continued, and more buffers than one call
+takes are split.
 
-These block, so they run on the I/O threads. One call moves at most IOV_MAX buffers and 0x7ffff000 bytes (readv(2), read(2)).
+These block, so they run on the I/O threads. One call moves at most IOV_MAX buffers and 0x7ffff000
+bytes (readv(2), read(2)).
 """
 
 import errno
@@ -16,16 +18,25 @@ IOV_MAX = os.sysconf("SC_IOV_MAX")  # 1024 on Linux; a longer vector is EINVAL
 def read_fully(descriptor: int, buffers: Sequence[WritableBuffer], offset_bytes: int) -> None:
     """Fill all buffers. Raises OSError; no progress (the range reaches past the end) is EIO."""
     for start in range(0, len(buffers), IOV_MAX):
-        offset_bytes = _transfer(os.preadv, descriptor, buffers[start : start + IOV_MAX], offset_bytes)
+        offset_bytes = _transfer(
+            os.preadv, descriptor, buffers[start : start + IOV_MAX], offset_bytes
+        )
 
 
 def write_fully(descriptor: int, buffers: Sequence[Buffer], offset_bytes: int) -> None:
     """Write all buffers. Raises OSError; no progress is EIO."""
     for start in range(0, len(buffers), IOV_MAX):
-        offset_bytes = _transfer(os.pwritev, descriptor, buffers[start : start + IOV_MAX], offset_bytes)
+        offset_bytes = _transfer(
+            os.pwritev, descriptor, buffers[start : start + IOV_MAX], offset_bytes
+        )
 
 
-def _transfer(call: Callable[[int, Any, int], int], descriptor: int, buffers: Sequence[Buffer], offset_bytes: int) -> int:
+def _transfer(
+    call: Callable[[int, Any, int], int],
+    descriptor: int,
+    buffers: Sequence[Buffer],
+    offset_bytes: int,
+) -> int:
     """Move at most IOV_MAX buffers whole; returns the offset behind them."""
     end_bytes = offset_bytes + sum(map(len, buffers))
     while True:

@@ -1,1 +1,3 @@
-"""Images: vdisks, snapshots and clones; their table entries, and the volume through which clients reach one."""
+"""Images: vdisks, snapshots and clones; their table entries, and the volume through which clients
+reach one.
+"""

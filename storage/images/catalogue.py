@@ -1,7 +1,8 @@
 """The catalogue: which images there are, by number and by name, and what hangs on what.
 
-Of most images only the bytes of the table entry are kept (trailing zeros cut off: about 150 bytes), so that a hundred thousand
-vdisks fit; an Image object is made when somebody works with one, and lives as long as anybody refers to it.
+Of most images only the bytes of the table entry are kept (trailing zeros cut off: about 150 bytes),
+so that a hundred thousand vdisks fit; an Image object is made when somebody works with one, and
+lives as long as anybody refers to it.
 """
 
 import heapq
@@ -26,9 +27,11 @@ from storage.state.pool_state import PoolState
 class Catalogue:
     """All images of a pool.
 
-    ``vdisks`` maps names to numbers; ``snapshots`` and ``clones`` map the number of a vdisk or snapshot to what hangs on it. A vdisk's name
-    becomes part of an iSCSI name, and those have no case: no two new vdisks get names that differ in case alone. Pools of earlier versions
-    may have such names, and keep them. ``with_case`` maps the lower case of names that have upper-case letters to those names.
+    ``vdisks`` maps names to numbers; ``snapshots`` and ``clones`` map the number of a vdisk or
+    snapshot to what hangs on it. A vdisk's name becomes part of an iSCSI name, and those have no
+    case: no two new vdisks get names that differ in case alone. Pools of earlier versions may have
+    such names, and keep them. ``with_case`` maps the lower case of names that have upper-case
+    letters to those names.
     """
 
     __slots__ = (
@@ -61,7 +64,7 @@ class Catalogue:
     def __len__(self) -> int:
         return len(self._entries)
 
-    # --- Taking in ---------------------------------------------------------------------------------------------
+    # --- Taking in --------------------------------------------------------------------------------
 
     def read_entry(self, number: int, block: bytes) -> None:
         """List an entry read at open. ``numbers_known`` must follow the last one."""
@@ -79,7 +82,9 @@ class Catalogue:
         """All entries were read: from now on numbers can be given to new images."""
         taken = self._entries.keys() | self._damaged
         self._next_number = max(taken, default=0) + 1
-        self._free_numbers = [number for number in range(1, self._next_number) if number not in taken]
+        self._free_numbers = [
+            number for number in range(1, self._next_number) if number not in taken
+        ]
 
     def _index(self, number: int, kind: int, name: str, origin: int, backing: int) -> None:
         if kind == KIND_VDISK:
@@ -107,7 +112,9 @@ class Catalogue:
         """A new image, from now on listed, and written with the next consistency point."""
         number = heapq.heappop(self._free_numbers) if self._free_numbers else self._next_number
         self._next_number = max(self._next_number, number + 1)
-        image = Image(self._state, number, record, self.image(record.backing) if record.backing else None)
+        image = Image(
+            self._state, number, record, self.image(record.backing) if record.backing else None
+        )
         self._live[number] = image
         self._entries[number] = b""  # the consistency point fills it in
         self._index(number, record.kind, record.name, record.origin, record.backing)
@@ -115,7 +122,9 @@ class Catalogue:
         return image
 
     def entry_written(self, number: int, block: bytes | bytearray | None) -> None:
-        """A consistency point has put this entry on disk; None: it was cleared, and the number is free again."""
+        """A consistency point has put this entry on disk; None: it was cleared, and the number is
+        free again.
+        """
         if block is None:
             del self._entries[number]
             self._live.pop(number, None)
@@ -124,10 +133,12 @@ class Catalogue:
             self._entries[number] = bytes(block).rstrip(b"\0")
 
     def revert(self, images: Iterable[Image]) -> None:
-        """The consistency point of these images' changes failed: list them as the last durable one has them, or not at all.
+        """The consistency point of these images' changes failed: list them as the last durable one
+        has them, or not at all.
 
-        Nobody was told that a change of the table was made that is not durable. The trees stay as they are in memory: clients may have been
-        told of writes that only the intent log holds, and go on reading them.
+        Nobody was told that a change of the table was made that is not durable. The trees stay as
+        they are in memory: clients may have been told of writes that only the intent log holds, and
+        go on reading them.
         """
         touched = list(images)
         for image in touched:
@@ -141,7 +152,7 @@ class Catalogue:
                 image.revert(record, self.image(record.backing) if record.backing else None)
                 self._index(image.number, record.kind, record.name, record.origin, record.backing)
 
-    # --- Changing what hangs on what ----------------------------------------------------------------------------
+    # --- Changing what hangs on what --------------------------------------------------------------
 
     def rename(self, image: Image, name: str) -> None:
         """Give a vdisk another name; one that differs in case alone is another name, too."""
@@ -193,14 +204,18 @@ class Catalogue:
         if not clones:
             del self.clones[backing.number]
 
-    # --- Finding -----------------------------------------------------------------------------------------------
+    # --- Finding ----------------------------------------------------------------------------------
 
     def image(self, number: int) -> Image:
-        """The image of that number, made from its entry if nobody has it in hand. Raises BlockDamaged if its entry could not be read."""
+        """The image of that number, made from its entry if nobody has it in hand. Raises
+        BlockDamaged if its entry could not be read.
+        """
         image = self._live.get(number)
         if image is not None:
             return image
-        chain: list[tuple[int, ImageRecord]] = []  # it and what stands behind it, as far as nobody has that in hand either
+        chain: list[
+            tuple[int, ImageRecord]
+        ] = []  # it and what stands behind it, as far as nobody has that in hand either
         while number and number not in self._live:
             self._check_readable(number)
             record = decode(self._entries[number])
@@ -215,7 +230,10 @@ class Catalogue:
 
     def _check_readable(self, number: int) -> None:
         if number in self._damaged:
-            raise BlockDamaged(f"the table entry of image {number} is damaged: restore the pool from a copy to get at what stands on it")
+            raise BlockDamaged(
+                f"the table entry of image {number} is damaged: restore the pool from a copy to get"
+                " at what stands on it"
+            )
         if number not in self._entries:
             raise NotFound(f"there is no image {number} any more: list again")
 
@@ -232,30 +250,41 @@ class Catalogue:
         number = self.vdisks.get(name)
         if number is None:
             alike = ", ".join(self.names_alike(name))
-            raise NotFound(f"there is no vdisk {name}{f', but {alike}' if alike else ''}: `cleavectl vdisk ls` shows those there are")
+            raise NotFound(
+                f"there is no vdisk {name}{f', but {alike}' if alike else ''}: `cleavectl vdisk ls`"
+                " shows those there are"
+            )
         return self.image(number)
 
     def snapshot(self, vdisk: str, name: str) -> Image:
         """The snapshot ``vdisk@name``. Raises NotFound."""
         number = self.snapshots.get(self.vdisk(vdisk).number, {}).get(name)
         if number is None:
-            raise NotFound(f"there is no snapshot {vdisk}@{name}: `cleavectl snapshot ls {vdisk}` shows those there are")
+            raise NotFound(
+                f"there is no snapshot {vdisk}@{name}: `cleavectl snapshot ls {vdisk}` shows those"
+                " there are"
+            )
         return self.image(number)
 
     def check_free(self, name: str, renamed: str | None = None) -> None:
-        """Raise Conflict if a vdisk other than ``renamed`` has that name, or one that differs in case alone."""
+        """Raise Conflict if a vdisk other than ``renamed`` has that name, or one that differs in
+        case alone.
+        """
         if name in self.vdisks:
             raise Conflict(f"a vdisk {name} exists already: choose another name")
         alike = [found for found in self.names_alike(name) if found != renamed]
         if alike:
             raise Conflict(
-                f"a vdisk {alike[0]} exists already, and iSCSI names have no case: {name} would be the same target; choose another name"
+                f"a vdisk {alike[0]} exists already, and iSCSI names have no case: {name} would be"
+                " the same target; choose another name"
             )
 
     def names_alike(self, name: str) -> list[str]:
         """Names of the vdisks whose names are this one in any case, sorted."""
         folded = name.lower()
-        return sorted([*self.with_case.get(folded, ()), *([folded] if folded in self.vdisks else [])])
+        return sorted(
+            [*self.with_case.get(folded, ()), *([folded] if folded in self.vdisks else [])]
+        )
 
     def full_name(self, image: Image) -> str:
         """``VDISK`` or ``VDISK@SNAPSHOT``."""
@@ -268,14 +297,20 @@ class Catalogue:
         record = record or self.record(number)
         if record.kind == KIND_SNAPSHOT and record.origin in self._damaged:
             return f"(damaged image {record.origin})@{record.name}"
-        return f"{self.record(record.origin).name}@{record.name}" if record.kind == KIND_SNAPSHOT else record.name
+        return (
+            f"{self.record(record.origin).name}@{record.name}"
+            if record.kind == KIND_SNAPSHOT
+            else record.name
+        )
 
     def find_record(self, number: int) -> ImageRecord | None:
         """``record``, or None where there is no such image any more."""
         return self.record(number) if number in self._entries else None
 
     def record(self, number: int) -> ImageRecord:
-        """What the table says of an image, as of now, without making an Image of it. Raises NotFound, BlockDamaged."""
+        """What the table says of an image, as of now, without making an Image of it. Raises
+        NotFound, BlockDamaged.
+        """
         image = self._live.get(number)
         if image is None:
             self._check_readable(number)
@@ -289,23 +324,33 @@ class Catalogue:
         return entry[IMAGE_SPLIT_OFFSET] if len(entry) > IMAGE_SPLIT_OFFSET else SPLIT_NONE
 
     def marked_snapshots(self) -> list[int]:
-        """Numbers of the snapshots that are to be deleted as soon as no clone stands on them, and on which none stands."""
+        """Numbers of the snapshots that are to be deleted as soon as no clone stands on them, and
+        on which none stands.
+        """
         return [
             number
             for number in self.numbers(KIND_SNAPSHOT)
-            if number not in self.clones and self.record(number).flags & IMAGE_FLAG_DELETE_AFTER_SPLIT
+            if number not in self.clones
+            and self.record(number).flags & IMAGE_FLAG_DELETE_AFTER_SPLIT
         ]
 
     def names_of_clones(self, image: Image) -> list[str]:
         """Full names of what stands on this snapshot, sorted."""
-        return sorted(self.full_name(self.image(number)) for number in self.clones.get(image.number, ()))
+        return sorted(
+            self.full_name(self.image(number)) for number in self.clones.get(image.number, ())
+        )
 
     def names_of_uuids(self, wanted: Collection[bytes]) -> dict[bytes, str]:
-        """Names of the vdisks of these UUIDs, as far as there are any: straight from the entries, of which there may be very many."""
+        """Names of the vdisks of these UUIDs, as far as there are any: straight from the entries,
+        of which there may be very many.
+        """
         found: dict[bytes, str] = {}
         for name, number in self.vdisks.items():
             # One that is not written yet is in hand.
-            uuid = self._entries[number][IMAGE_UUID_OFFSET : IMAGE_UUID_OFFSET + 16] or self._live[number].uuid.bytes
+            uuid = (
+                self._entries[number][IMAGE_UUID_OFFSET : IMAGE_UUID_OFFSET + 16]
+                or self._live[number].uuid.bytes
+            )
             if uuid in wanted:
                 found[uuid] = name
         return found

@@ -1,7 +1,8 @@
 """An image in memory: a vdisk, a snapshot, or what is left of a deleted one, with its buffer tree.
 
-Invariant: ``touch`` is called before any attribute that the table entry holds is changed. So the entry that a running consistency
-point writes is the one of its freeze, although the image goes on changing.
+Invariant: ``touch`` is called before any attribute that the table entry holds is changed. So the
+entry that a running consistency point writes is the one of its freeze, although the image goes on
+changing.
 """
 
 from typing import TYPE_CHECKING
@@ -20,14 +21,19 @@ KIND_FREE = 0  # the entry is to be cleared; never on disk
 
 
 class Image:
-    """One image. ``backing`` is the snapshot behind a clone, visible through holes below ``backing_blocks``."""
+    """One image. ``backing`` is the snapshot behind a clone, visible through holes below
+    ``backing_blocks``.
+    """
 
     __slots__ = (
-        "__weakref__", "backing", "backing_blocks", "busy", "created_cp", "created_ns", "epoch", "flags", "job", "kind", "limit_bytes",
-        "name", "number", "origin", "size_bytes", "split", "state", "tree", "used_blocks", "uuid",
+        "__weakref__", "backing", "backing_blocks", "busy", "created_cp", "created_ns", "epoch",
+        "flags", "job", "kind", "limit_bytes", "name", "number", "origin", "size_bytes", "split",
+        "state", "tree", "used_blocks", "uuid",
     )  # fmt: skip
 
-    def __init__(self, state: "PoolState", number: int, record: ImageRecord, backing: "Image | None") -> None:
+    def __init__(
+        self, state: "PoolState", number: int, record: ImageRecord, backing: "Image | None"
+    ) -> None:
         self.state = state
         self.number = number
         self.kind = record.kind
@@ -46,10 +52,13 @@ class Image:
         self.split: SplitRecord = record.split
         # The running split, which must hear of every hole that a client fills.
         self.job: SplitJob | None = None
-        # What is being done to the image and rules out other changes of it ("grow", "shrink", "delete"), for messages.
+        # What is being done to the image and rules out other changes of it ("grow", "shrink",
+        # "delete"), for messages.
         self.busy: str | None = None
         self.epoch: Epoch | None = None
-        self.tree = BufferTree(state, self.label, record.levels, record.root, record.shared_cp, self)
+        self.tree = BufferTree(
+            state, self.label, record.levels, record.root, record.shared_cp, self
+        )
 
     @property
     def label(self) -> str:
@@ -63,7 +72,9 @@ class Image:
         return self.size_bytes // BLOCK_BYTES
 
     def touch(self) -> None:
-        """Call before a change: the entry goes into the next consistency point, and a frozen one keeps its state."""
+        """Call before a change: the entry goes into the next consistency point, and a frozen one
+        keeps its state.
+        """
         state = self.state
         if self.epoch is state.epoch:
             return
@@ -77,8 +88,9 @@ class Image:
     def revert(self, record: ImageRecord, backing: "Image | None") -> None:
         """Be again what the table says of it, the data apart.
 
-        What a shrink took from clients stays out of their reach: it may be trimmed. And nothing is read through the holes of a clone that a
-        split had released: since then a trim may have left some.
+        What a shrink took from clients stays out of their reach: it may be trimmed. And nothing is
+        read through the holes of a clone that a split had released: since then a trim may have left
+        some.
         """
         released = self.kind == record.kind and self.backing is None
         self.kind = record.kind
@@ -93,7 +105,9 @@ class Image:
         self.tree.label = self.label
 
     def encode(self) -> bytearray:
-        """The table entry as of now (the root's CRC32C may still be missing: the consistency point adds it)."""
+        """The table entry as of now (the root's CRC32C may still be missing: the consistency point
+        adds it).
+        """
         tree = self.tree
         return encode(
             ImageRecord(

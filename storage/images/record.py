@@ -1,4 +1,6 @@
-"""A table entry: what the pool keeps of one image on disk (layout.IMAGE_HEAD and the offsets beside it)."""
+"""A table entry: what the pool keeps of one image on disk (layout.IMAGE_HEAD and the offsets beside
+it).
+"""
 
 from dataclasses import dataclass, field
 
@@ -21,7 +23,9 @@ ROOT_FIELD_OFFSET = 32
 
 @dataclass(slots=True)
 class SplitRecord:
-    """State of a clone's split, as the table keeps it. ``cursor`` is a level-1 index; rates are bytes a second, 0 = not set."""
+    """State of a clone's split, as the table keeps it. ``cursor`` is a level-1 index; rates are
+    bytes a second, 0 = not set.
+    """
 
     state: int = SPLIT_NONE
     mode: int = 0
@@ -66,15 +70,16 @@ def encode(record: ImageRecord) -> bytearray:
     reason = split.reason.encode()[:REASON_BYTES_MAX].decode(errors="ignore").encode()
     vbn, crc, birth = record.root
     IMAGE_HEAD.pack_into(
-        block, 0, IMAGE_MAGIC, record.kind, len(name), len(reason), record.flags, record.uuid, record.size_bytes, vbn, crc, birth,
-        record.levels, record.shared_cp, record.used_blocks, record.created_ns, record.created_cp, record.origin, record.backing,
-        record.backing_blocks,
+        block, 0, IMAGE_MAGIC, record.kind, len(name), len(reason), record.flags, record.uuid,
+        record.size_bytes, vbn, crc, birth, record.levels, record.shared_cp, record.used_blocks,
+        record.created_ns, record.created_cp, record.origin, record.backing, record.backing_blocks,
     )  # fmt: skip
     block[IMAGE_NAME_OFFSET : IMAGE_NAME_OFFSET + len(name)] = name
     block[IMAGE_REASON_OFFSET : IMAGE_REASON_OFFSET + len(reason)] = reason
     IMAGE_SPLIT.pack_into(
-        block, IMAGE_SPLIT_OFFSET, split.state, split.mode, split.flags, 0, 0, split.cursor, split.holes_total, split.holes_remaining,
-        split.blocks_copied, split.blocks_shared, split.rate_min_bytes, split.rate_max_bytes, split.started_ns,
+        block, IMAGE_SPLIT_OFFSET, split.state, split.mode, split.flags, 0, 0, split.cursor,
+        split.holes_total, split.holes_remaining, split.blocks_copied, split.blocks_shared,
+        split.rate_min_bytes, split.rate_max_bytes, split.started_ns,
     )  # fmt: skip
     return block
 
@@ -84,8 +89,26 @@ def decode(block: bytes | bytearray | memoryview) -> ImageRecord | None:
     if bytes(block[:4]) != IMAGE_MAGIC:
         return None
     whole = bytes(block).ljust(IMAGE_REASON_OFFSET + REASON_BYTES_MAX, b"\0")
-    (_, kind, name_length, reason_length, flags, uuid, size_bytes, vbn, crc, birth, levels, shared_cp, used_blocks, created_ns,
-     created_cp, origin, backing, backing_blocks) = IMAGE_HEAD.unpack_from(whole)  # fmt: skip
+    (
+        _,
+        kind,
+        name_length,
+        reason_length,
+        flags,
+        uuid,
+        size_bytes,
+        vbn,
+        crc,
+        birth,
+        levels,
+        shared_cp,
+        used_blocks,
+        created_ns,
+        created_cp,
+        origin,
+        backing,
+        backing_blocks,
+    ) = IMAGE_HEAD.unpack_from(whole)
     state, mode, split_flags, _, _, *numbers = IMAGE_SPLIT.unpack_from(whole, IMAGE_SPLIT_OFFSET)
     reason = whole[IMAGE_REASON_OFFSET : IMAGE_REASON_OFFSET + reason_length].decode()
     split = SplitRecord(state, mode, split_flags, *numbers)

@@ -15,8 +15,11 @@ EntryField = tuple[int, int, int]
 RUN_BLOCKS_MAX = 256
 
 
-async def read_table(state: PoolState, table: BufferTree, catalogue: Catalogue, size_blocks: int) -> None:
-    """List all images in the catalogue. A damaged entry is reported, and the rest is served; a damaged pointer block leaves it read-only.
+async def read_table(
+    state: PoolState, table: BufferTree, catalogue: Catalogue, size_blocks: int
+) -> None:
+    """List all images in the catalogue. A damaged entry is reported, and the rest is served; a
+    damaged pointer block leaves it read-only.
 
     Raises BlockDamaged, DeviceFailed when nothing of the table can be read.
     """
@@ -33,14 +36,21 @@ async def read_table(state: PoolState, table: BufferTree, catalogue: Catalogue, 
             continue
         rows = node.fields()
         slots = (rows["vbn"] > ZERO_POINTER).nonzero()[0].tolist()
-        fields.extend((int(rows["vbn"][slot]), int(rows["crc"][slot]), index << FIELDS_SHIFT | slot) for slot in slots)
+        fields.extend(
+            (int(rows["vbn"][slot]), int(rows["crc"][slot]), index << FIELDS_SHIFT | slot)
+            for slot in slots
+        )
         await slicer.breathe()
     if unreadable and len(unreadable) == len(indexes):
         raise unreadable[0]
     fields.sort()
     start = 0
     for at in range(1, len(fields) + 1):
-        if at == len(fields) or fields[at][0] != fields[at - 1][0] + 1 or at - start == RUN_BLOCKS_MAX:
+        if (
+            at == len(fields)
+            or fields[at][0] != fields[at - 1][0] + 1
+            or at - start == RUN_BLOCKS_MAX
+        ):
             await _read_run(state, catalogue, fields[start:at])
             start = at
             await slicer.breathe()
@@ -48,12 +58,17 @@ async def read_table(state: PoolState, table: BufferTree, catalogue: Catalogue, 
 
 
 def _hide(state: PoolState, catalogue: Catalogue, index: int, error: StorageError) -> None:
-    """None of these images can be read. What stands on which of the others nobody can tell then, so nothing may be deleted."""
+    """None of these images can be read. What stands on which of the others nobody can tell then, so
+    nothing may be deleted.
+    """
     numbers = range(index << FIELDS_SHIFT, index + 1 << FIELDS_SHIFT)
     for number in numbers:
         catalogue.read_damaged(number)
     state.on_event("image.damaged", number=numbers[0], last_number=numbers[-1], error=str(error))
-    state.fail(f"images {numbers[0]} to {numbers[-1]} cannot be read ({error}): copy the others, and restore these from a backup")
+    state.fail(
+        f"images {numbers[0]} to {numbers[-1]} cannot be read ({error}): copy the others, and"
+        " restore these from a backup"
+    )
 
 
 async def _read_run(state: PoolState, catalogue: Catalogue, fields: list[EntryField]) -> None:

@@ -1,4 +1,6 @@
-"""What replay found of the log's changes, in their order: which to apply, and which are missing, by image and block."""
+"""What replay found of the log's changes, in their order: which to apply, and which are missing, by
+image and block.
+"""
 
 from storage.log.ring import Missing
 from storage.state.epoch import LogEntry
@@ -8,13 +10,16 @@ Place = tuple[int, int, int, int]
 
 
 class Findings:
-    """``entries`` are all changes. Positions in ``damaged`` are applied and read as errors; those in ``left_out`` are not applied."""
+    """``entries`` are all changes. Positions in ``damaged`` are applied and read as errors; those
+    in ``left_out`` are not applied.
+    """
 
     def __init__(self) -> None:
         self.entries: list[LogEntry] = []
         self.damaged: set[int] = set()
         self.left_out: set[int] = set()
-        # Sequence numbers of records that nobody was told to be durable: of those that are not whole, and of those whose data are not.
+        # Sequence numbers of records that nobody was told to be durable: of those that are not
+        # whole, and of those whose data are not.
         self.torn_records: set[int] = set()
         self.torn_data: set[int] = set()
         # Records that are missing and may have been durable.
@@ -32,22 +37,32 @@ class Findings:
         return [entry for at, entry in enumerate(self.entries) if at not in self.left_out]
 
     def missing(self) -> tuple[list[Place], list[Place]]:
-        """What was damaged and what was left out, neighbours together. What was changed again later is not missing."""
+        """What was damaged and what was left out, neighbours together. What was changed again later
+        is not missing.
+        """
         unsettled: dict[tuple[int, int], int] = {}
-        for at, (number, _, fbn, _, count) in enumerate(self.entries if self.damaged or self.left_out else ()):
+        for at, (number, _, fbn, _, count) in enumerate(
+            self.entries if self.damaged or self.left_out else ()
+        ):
             if at in self.damaged:
                 unsettled[number, fbn] = at
             elif at in self.left_out:
-                unsettled.setdefault((number, fbn), at)  # damage stays damage under what was not applied
+                unsettled.setdefault(
+                    (number, fbn), at
+                )  # damage stays damage under what was not applied
             elif count <= len(unsettled):
                 for here in range(fbn, fbn + count):
                     unsettled.pop((number, here), None)
             else:
-                gone = [key for key in unsettled if key[0] == number and fbn <= key[1] < fbn + count]
+                gone = [
+                    key for key in unsettled if key[0] == number and fbn <= key[1] < fbn + count
+                ]
                 for key in gone:
                     del unsettled[key]
         positions = [unsettled[key] for key in sorted(unsettled)]
-        return self._places([at for at in positions if at in self.damaged]), self._places([at for at in positions if at in self.left_out])
+        return self._places([at for at in positions if at in self.damaged]), self._places(
+            [at for at in positions if at in self.left_out]
+        )
 
     def _places(self, positions: list[int]) -> list[Place]:
         return places([self.entries[at] for at in positions])

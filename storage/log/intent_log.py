@@ -1,21 +1,30 @@
-"""The intent log: what was changed since the last consistency point, as small records in a ring (design section 4).
+"""The intent log: what was changed since the last consistency point, as small records in a ring
+(design section 4).
 
-Data lies in its final place before a record lists where; replay verifies each block against the CRC32C in the record.
+Data lies in its final place before a record lists where; replay verifies each block against the
+CRC32C in the record.
 
 Two things bring changes into the log:
-- ``note``, after each batch of writes: the record goes to the device *without a sync*. That costs one short write, and means that a crash
-  of the process (kill -9, out of memory) loses nothing that was acknowledged, as long as the machine goes on. Where the record cannot
-  be written at once, the acknowledgement waits (``when_noted``).
-- ``flush``: one sync makes all records and their data durable, shared by all flushes that wait (group commit).
+- ``note``, after each batch of writes: the record goes to the device *without a sync*. That costs
+  one short write, and means that a crash of the process (kill -9, out of memory) loses nothing that
+  was acknowledged, as long as the machine goes on. Where the record cannot be written at once, the
+  acknowledgement waits (``when_noted``).
+- ``flush``: one sync makes all records and their data durable, shared by all flushes that wait
+  (group commit).
 
 Invariants:
-- Records have consecutive sequence numbers and lie one after the other in the ring; entries are in the order of the changes.
-- A record that was there when a sync was asked for is never written over until a consistency point has made it superfluous.
-- ``durable_sequence`` in a record is the highest one whose sync had succeeded when that record was last written.
-- After a sync, before anybody is told, the newest record says so (``_say_durable``), without a sync of its own. So after the death of the
-  process replay knows what had been promised; after a loss of power it may not.
-- A record holds changes of one epoch and carries its number. Replay over consistency point n skips records up to n. Changes of the frozen
-  epoch are logged before any of the current one, so the order of the ring is the order of the changes.
+- Records have consecutive sequence numbers and lie one after the other in the ring; entries are in
+  the order of the changes.
+- A record that was there when a sync was asked for is never written over until a consistency point
+  has made it superfluous.
+- ``durable_sequence`` in a record is the highest one whose sync had succeeded when that record was
+  last written.
+- After a sync, before anybody is told, the newest record says so (``_say_durable``), without a sync
+  of its own. So after the death of the process replay knows what had been promised; after a loss of
+  power it may not.
+- A record holds changes of one epoch and carries its number. Replay over consistency point n skips
+  records up to n. Changes of the frozen epoch are logged before any of the current one, so the
+  order of the ring is the order of the changes.
 - A consistency point moves the head to where the ring stood at its freeze.
 """
 
@@ -31,7 +40,8 @@ from storage.state.slices import Slicer
 
 Completion = Callable[[Exception | None], None]
 
-# Records filled by one ``note``: about half a millisecond; the rest follows with the next one, or with a flush.
+# Records filled by one ``note``: about half a millisecond; the rest follows with the next one, or
+# with a flush.
 RECORDS_PER_NOTE = 16
 # A consistency point is asked for when this part of the ring is full.
 FILL_WANTED = 0.5
@@ -61,25 +71,30 @@ class IntentLog:
         "next_sequence",
     )
 
-    def __init__(self, state: PoolState, pool_uuid: bytes, blocks: int, head_block: int, next_sequence: int) -> None:
+    def __init__(
+        self, state: PoolState, pool_uuid: bytes, blocks: int, head_block: int, next_sequence: int
+    ) -> None:
         self._state = state
         self._pool_uuid = pool_uuid
         self._blocks = blocks
         self._open: LogRecord | None = None
         # The last that was begun, open or not.
         self._newest: LogRecord | None = None
-        # Records that the device did not take at once, oldest first; the open one may be the last of them.
+        # Records that the device did not take at once, oldest first; the open one may be the last
+        # of them.
         self._unwritten: list[LogRecord] = []
         # Whether the threads are writing the first of them: none may overtake it.
         self._in_threads = False
         self._mark_sequence = 0
         self._used_blocks = 0
-        # Who waits until everything is in the log, and who until it is durable as well; one Task serves both.
+        # Who waits until everything is in the log, and who until it is durable as well; one Task
+        # serves both.
         self._noting: list[Completion] = []
         self._flushing: list[Completion] = []
         self._worker: asyncio.Task[None] | None = None
         self.commits = 0
-        # Nothing may be logged until a consistency point has said where the log begins (after a replay that ended elsewhere).
+        # Nothing may be logged until a consistency point has said where the log begins (after a
+        # replay that ended elsewhere).
         self.held = False
         # Makes everything durable by a consistency point instead; set by it.
         self.durable_by_cp: Callable[[], asyncio.Future[None]]
@@ -94,14 +109,18 @@ class IntentLog:
 
     @property
     def records(self) -> int:
-        """Records of changes that the last durable consistency point does not hold: what the next opening would replay."""
+        """Records of changes that the last durable consistency point does not hold: what the next
+        opening would replay.
+        """
         only_a_mark = self._open is not None and self._open.empty
         return self._used_blocks - only_a_mark
 
-    # --- Called by the consistency point -------------------------------------------------------------------------
+    # --- Called by the consistency point ----------------------------------------------------------
 
     def mark(self) -> tuple[int, int, int]:
-        """At a freeze: where the next record will lie (block, sequence), and how much of the ring is used by then."""
+        """At a freeze: where the next record will lie (block, sequence), and how much of the ring
+        is used by then.
+        """
         self._open = None
         self._mark_sequence = self.next_sequence
         return self.head_block, self.next_sequence, self._used_blocks
@@ -109,12 +128,15 @@ class IntentLog:
     def trim(self, used_blocks_at_mark: int) -> None:
         """A consistency point is durable: what lay before its mark is no longer needed."""
         self._used_blocks -= used_blocks_at_mark
-        self._unwritten = [record for record in self._unwritten if record.sequence >= self._mark_sequence]
+        self._unwritten = [
+            record for record in self._unwritten if record.sequence >= self._mark_sequence
+        ]
 
-    # --- Noting changes --------------------------------------------------------------------------------------------
+    # --- Noting changes ---------------------------------------------------------------------------
 
     def note(self) -> bool:
-        """Write what is not logged yet, as far as that is possible at once and without a sync. Returns whether that is all there is.
+        """Write what is not logged yet, as far as that is possible at once and without a sync.
+        Returns whether that is all there is.
 
         Called between writes, so that all of them that were begun are there whole.
         """
@@ -138,7 +160,9 @@ class IntentLog:
         return not self._unwritten and self._next_epoch() is None
 
     def when_noted(self, done: Completion) -> None:
-        """Call ``done`` when every change installed before this call is in the log: for who was told False by ``note``."""
+        """Call ``done`` when every change installed before this call is in the log: for who was
+        told False by ``note``.
+        """
         self._noting.append(done)
         self._work()
 
@@ -150,7 +174,9 @@ class IntentLog:
         return epoch if epoch.unlogged else None
 
     def _record_for(self, epoch: Epoch) -> LogRecord | None:
-        """The open record if it can take more of this epoch, else a new one; None when the ring is full, or the epoch cannot be logged."""
+        """The open record if it can take more of this epoch, else a new one; None when the ring is
+        full, or the epoch cannot be logged.
+        """
         record = self._open
         if record is not None and record.room and record.cp_number == epoch.number:
             return record
@@ -160,7 +186,14 @@ class IntentLog:
         """A new record, the open one from now on; None when the ring is full."""
         if self.held or self._used_blocks >= self._blocks:
             return None
-        record = LogRecord(self.head_block, self.next_sequence, epoch.number, self._durable_sequence, self._pool_uuid, self._newest)
+        record = LogRecord(
+            self.head_block,
+            self.next_sequence,
+            epoch.number,
+            self._durable_sequence,
+            self._pool_uuid,
+            self._newest,
+        )
         self.head_block = (self.head_block + 1) % self._blocks
         self.next_sequence += 1
         self._used_blocks += 1
@@ -174,19 +207,25 @@ class IntentLog:
             self._unwritten.append(record)
 
     def _write_out(self) -> None:
-        """Write records that are not on the device as they are, in their order, until it would have to be waited for."""
+        """Write records that are not on the device as they are, in their order, until it would have
+        to be waited for.
+        """
         device = self._state.device
         if self._in_threads:
             return
         try:
-            while self._unwritten and device.try_writev((self._unwritten[0].buf,), self._unwritten[0].offset_bytes, BLOCK_BYTES):
+            while self._unwritten and device.try_writev(
+                (self._unwritten[0].buf,), self._unwritten[0].offset_bytes, BLOCK_BYTES
+            ):
                 del self._unwritten[0]
         except DeviceFull as full:
-            self._state.room.met(full)  # the record stays, and with it whoever waits for its changes: see ``_write_rest``
+            self._state.room.met(
+                full
+            )  # the record stays, and with it whoever waits for its changes: see ``_write_rest``
         except DeviceFailed as failure:
             self._state.fail(f"the device failed to take a record of the intent log: {failure}")
 
-    # --- Flushing --------------------------------------------------------------------------------------------------
+    # --- Flushing ---------------------------------------------------------------------------------
 
     def flush(self, done: Completion) -> None:
         """Make every change installed before this call durable, then call ``done``."""
@@ -219,7 +258,9 @@ class IntentLog:
             self._worker = None
 
     async def _commit(self, durable: bool) -> None:
-        """Log what is not logged yet, and sync if it is to be durable. Raises DeviceFailed, PoolReadOnly."""
+        """Log what is not logged yet, and sync if it is to be durable. Raises DeviceFailed,
+        PoolReadOnly.
+        """
         state, slicer = self._state, Slicer()
         state.check_writable()
         while self._next_epoch() is not None:
@@ -228,7 +269,9 @@ class IntentLog:
             if self._next_epoch() is not None and self.next_sequence == before:
                 break
             await slicer.breathe()
-        by_reference = any(epoch is not None and epoch.by_reference for epoch in (state.frozen, state.epoch))
+        by_reference = any(
+            epoch is not None and epoch.by_reference for epoch in (state.frozen, state.epoch)
+        )
         if self._next_epoch() is not None or (durable and by_reference):
             await asyncio.shield(self.durable_by_cp())
             return
@@ -241,8 +284,9 @@ class IntentLog:
 
     async def _put_down(self, durable: bool) -> None:
         """Have all records that there are now written, and synced with their data if asked for."""
-        # The open one is closed: nobody may change what a thread writes, nor write over what is durable. A mark holds nothing that anybody
-        # counts on, and stays open: flushes without a change between them take no room in the ring.
+        # The open one is closed: nobody may change what a thread writes, nor write over what is
+        # durable. A mark holds nothing that anybody counts on, and stays open: flushes without a
+        # change between them take no room in the ring.
         last_sequence = self.next_sequence - 1
         if self._open is not None and self._open.empty:
             last_sequence -= 1
@@ -257,7 +301,9 @@ class IntentLog:
                 self._say_durable()
 
     def _say_durable(self) -> None:
-        """Have the newest record say what is durable now: the open one, or the next one, begun without entries as a mark."""
+        """Have the newest record say what is durable now: the open one, or the next one, begun
+        without entries as a mark.
+        """
         record = self._open or self._begin_record(self._state.epoch)
         if record is not None:
             record.say_durable(self._durable_sequence)
@@ -273,5 +319,7 @@ class IntentLog:
                 await self._state.room.put((record.buf,), record.offset_bytes)
             finally:
                 self._in_threads = False
-            if self._unwritten and self._unwritten[0] is record:  # else a consistency point has made it superfluous
+            if (
+                self._unwritten and self._unwritten[0] is record
+            ):  # else a consistency point has made it superfluous
                 del self._unwritten[0]

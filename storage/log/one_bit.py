@@ -1,7 +1,7 @@
 """Which single bit of a block was flipped, from what that did to its CRC32C.
 
-A CRC is linear: a flipped bit changes it by a value that depends only on how far the bit lies from the end. Within a block all these values
-differ, and two flipped bits never look like one.
+A CRC is linear: a flipped bit changes it by a value that depends only on how far the bit lies from
+the end. Within a block all these values differ, and two flipped bits never look like one.
 """
 
 from crc32c import crc32c
@@ -11,7 +11,9 @@ OF_LAST_BYTE = [crc32c(bytes([byte])) ^ crc32c(b"\0") for byte in range(256)]
 
 
 def flipped_bit(length_bytes: int, difference: int) -> tuple[int, int] | None:
-    """(byte, mask) of the bit whose flip changes the CRC32C of so many bytes by ``difference``; None when no single one does."""
+    """(byte, mask) of the bit whose flip changes the CRC32C of so many bytes by ``difference``;
+    None when no single one does.
+    """
     changes = [OF_LAST_BYTE[1 << bit] for bit in range(8)]
     for at in range(length_bytes - 1, -1, -1):
         if difference in changes:

@@ -1,15 +1,25 @@
-"""One record of the intent log: a block that lists up to ENTRIES_PER_RECORD changes of one epoch (layout.RECORD_HEAD, RECORD_ENTRY).
+"""One record of the intent log: a block that lists up to ENTRIES_PER_RECORD changes of one epoch
+(layout.RECORD_HEAD, RECORD_ENTRY).
 
-The newest record is *open*: entries are added to it, and its block is written again, as long as no sync has been asked for since it was
-begun. So a record that anybody may count on as durable is never written over.
+The newest record is *open*: entries are added to it, and its block is written again, as long as no
+sync has been asked for since it was begun. So a record that anybody may count on as durable is
+never written over.
 
-A record without entries is a *durable mark*: written after a sync, without one of its own, it says that what lies before it is durable.
-It stays open, so the changes that follow go into it.
+A record without entries is a *durable mark*: written after a sync, without one of its own, it says
+that what lies before it is durable. It stays open, so the changes that follow go into it.
 """
 
 from crc32c import crc32c
 
-from storage.layout import BLOCK_BYTES, LOG_FIRST_VBN, RECORD_CRC_OFFSET, RECORD_ENTRY, RECORD_HEAD, RECORD_MAGIC, RECORD_TAIL
+from storage.layout import (
+    BLOCK_BYTES,
+    LOG_FIRST_VBN,
+    RECORD_CRC_OFFSET,
+    RECORD_ENTRY,
+    RECORD_HEAD,
+    RECORD_MAGIC,
+    RECORD_TAIL,
+)
 from storage.state.epoch import LogEntry
 
 TAIL_OFFSET = BLOCK_BYTES - RECORD_TAIL.size
@@ -19,12 +29,30 @@ ENTRIES_PER_RECORD = 8 * ENDS_BYTES
 
 
 class LogRecord:
-    """A record in the making. ``block`` is its place in the ring, ``cp_number`` the epoch whose changes it lists."""
+    """A record in the making. ``block`` is its place in the ring, ``cp_number`` the epoch whose
+    changes it lists.
+    """
 
-    __slots__ = ("_count", "_durable_sequence", "_ends", "_pool", "_previous", "block", "buf", "cp_number", "sequence")
+    __slots__ = (
+        "_count",
+        "_durable_sequence",
+        "_ends",
+        "_pool",
+        "_previous",
+        "block",
+        "buf",
+        "cp_number",
+        "sequence",
+    )
 
     def __init__(
-        self, block: int, sequence: int, cp_number: int, durable_sequence: int, pool_uuid: bytes, previous: "LogRecord | None" = None
+        self,
+        block: int,
+        sequence: int,
+        cp_number: int,
+        durable_sequence: int,
+        pool_uuid: bytes,
+        previous: "LogRecord | None" = None,
     ) -> None:
         self.block = block
         self.sequence = sequence
@@ -33,7 +61,8 @@ class LogRecord:
         self._pool = pool_uuid[:8]
         self._count = 0
         self._ends = 0
-        # How many entries the record before has, and 1 more: its last writing may get lost with the power, and this one not.
+        # How many entries the record before has, and 1 more: its last writing may get lost with the
+        # power, and this one not.
         self._previous = 0 if previous is None else previous.entries + 1
         self.buf = bytearray(BLOCK_BYTES)
 
@@ -58,7 +87,9 @@ class LogRecord:
         return not self._count
 
     def add(self, entries: list[LogEntry]) -> None:
-        """Append entries, no more than there is room for, and make the record whole again. No write goes on past the last of them."""
+        """Append entries, no more than there is room for, and make the record whole again. No write
+        goes on past the last of them.
+        """
         buf, at = self.buf, RECORD_HEAD.size + self._count * RECORD_ENTRY.size
         pack_into = RECORD_ENTRY.pack_into
         for entry in entries:
@@ -69,12 +100,27 @@ class LogRecord:
         self._seal()
 
     def say_durable(self, sequence: int) -> None:
-        """State that every record up to ``sequence`` is durable with its data, and make the record whole again."""
+        """State that every record up to ``sequence`` is durable with its data, and make the record
+        whole again.
+        """
         self._durable_sequence = sequence
         self._seal()
 
     def _seal(self) -> None:
         buf = self.buf
-        RECORD_TAIL.pack_into(buf, TAIL_OFFSET, self._ends.to_bytes(ENDS_BYTES, "little"), self._previous)
-        RECORD_HEAD.pack_into(buf, 0, RECORD_MAGIC, 0, self.sequence, self.cp_number, self._durable_sequence, self._pool, self._count, 1)
+        RECORD_TAIL.pack_into(
+            buf, TAIL_OFFSET, self._ends.to_bytes(ENDS_BYTES, "little"), self._previous
+        )
+        RECORD_HEAD.pack_into(
+            buf,
+            0,
+            RECORD_MAGIC,
+            0,
+            self.sequence,
+            self.cp_number,
+            self._durable_sequence,
+            self._pool,
+            self._count,
+            1,
+        )
         buf[RECORD_CRC_OFFSET : RECORD_CRC_OFFSET + 4] = crc32c(buf).to_bytes(4, "little")

@@ -1,1 +1,3 @@
-"""The split: a clone gets every block of its own (or a share in it) until its backing store can be released (design section 5)."""
+"""The split: a clone gets every block of its own (or a share in it) until its backing store can be
+released (design section 5).
+"""

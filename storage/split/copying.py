@@ -1,8 +1,9 @@
 """Replacing holes, the two ways (design section 5, step 3).
 
-``copy``: the data behind the holes is read, verified, and written unaltered to newly allocated blocks; then each field is pointed at its
-new block *if it is still a hole*. A client write that came first wins, and the new block is given back unused.
-``share``: the fields take the backing store's own pointers, and the share map counts one more reference to each.
+``copy``: the data behind the holes is read, verified, and written unaltered to newly allocated
+blocks; then each field is pointed at its new block *if it is still a hole*. A client write that
+came first wins, and the new block is given back unused. ``share``: the fields take the backing
+store's own pointers, and the share map counts one more reference to each.
 """
 
 import asyncio
@@ -31,8 +32,8 @@ COPY_BYTES_MAX = FIELDS_PER_BLOCK * BLOCK_BYTES
 
 
 class CopyBuffers:
-    """Buffers of COPY_BYTES_MAX for all splits of a pool, which copy one after the other; a new one each time would cost as much to map
-    and clear as to copy.
+    """Buffers of COPY_BYTES_MAX for all splits of a pool, which copy one after the other; a new one
+    each time would cost as much to map and clear as to copy.
     """
 
     def __init__(self, kept_max: int) -> None:
@@ -54,14 +55,22 @@ class CopyBuffers:
 
 
 async def read_behind(clone: "Image", holes: Holes, buffer: bytearray) -> memoryview:
-    """The data behind the holes, verified, as the first part of ``buffer`` (COPY_BYTES_MAX). Raises BlockDamaged, DeviceFailed."""
+    """The data behind the holes, verified, as the first part of ``buffer`` (COPY_BYTES_MAX). Raises
+    BlockDamaged, DeviceFailed.
+    """
     state = clone.state
-    locations: list[Location] = list(zip(holes.fields["vbn"].tolist(), holes.fields["crc"].tolist(), strict=True))
+    locations: list[Location] = list(
+        zip(holes.fields["vbn"].tolist(), holes.fields["crc"].tolist(), strict=True)
+    )
     view = memoryview(buffer)[: len(locations) * BLOCK_BYTES]
     epoch = state.begin_read()
     try:
         await read_all(
-            state.device, ((view[at * BLOCK_BYTES : (at + length) * BLOCK_BYTES], vbn * BLOCK_BYTES) for at, vbn, length in runs(locations))
+            state.device,
+            (
+                (view[at * BLOCK_BYTES : (at + length) * BLOCK_BYTES], vbn * BLOCK_BYTES)
+                for at, vbn, length in runs(locations)
+            ),
         )
     finally:
         state.end_read(epoch)
@@ -74,14 +83,18 @@ async def read_behind(clone: "Image", holes: Holes, buffer: bytearray) -> memory
 
 
 def pieces(extents: Extents, piece_bytes: int) -> Iterator[tuple[int, int]]:
-    """(byte offset, bytes) of writes that fill the extents; a short one keeps a client's write to the same file waiting less."""
+    """(byte offset, bytes) of writes that fill the extents; a short one keeps a client's write to
+    the same file waiting less.
+    """
     for first, length in extents:
         for start in range(0, length * BLOCK_BYTES, piece_bytes):
             yield first * BLOCK_BYTES + start, min(piece_bytes, length * BLOCK_BYTES - start)
 
 
 async def write_copy(clone: "Image", data: memoryview, piece_bytes: int) -> Extents:
-    """Write the data to newly allocated blocks, in pieces of at most ``piece_bytes``. Raises PoolFull, DeviceFailed."""
+    """Write the data to newly allocated blocks, in pieces of at most ``piece_bytes``. Raises
+    PoolFull, DeviceFailed.
+    """
     device = clone.state.device
     count = len(data) // BLOCK_BYTES
     extents = await when_possible(clone.state, lambda: clone.state.allocator.take(count))
@@ -100,7 +113,9 @@ async def write_copy(clone: "Image", data: memoryview, piece_bytes: int) -> Exte
 
 
 async def install_copy(clone: "Image", holes: Holes, extents: Extents) -> int:
-    """Compare and set: point at the copies those fields that are still holes. Returns how many were. Raises PoolFull, DeviceFailed."""
+    """Compare and set: point at the copies those fields that are still holes. Returns how many
+    were. Raises PoolFull, DeviceFailed.
+    """
     return await when_possible(clone.state, lambda: _install_copy_now(clone, holes, extents))
 
 
@@ -111,7 +126,9 @@ def _install_copy_now(clone: "Image", holes: Holes, extents: Extents) -> int | N
     if node is None:
         return None
     fields = node.fields()
-    vbns = np.concatenate([np.arange(first, first + length, dtype=np.uint64) for first, length in extents])
+    vbns = np.concatenate(
+        [np.arange(first, first + length, dtype=np.uint64) for first, length in extents]
+    )
     still = (fields["vbn"][holes.slots] == HOLE) & visible_slots(clone, holes.index)[holes.slots]
     slots = holes.slots[still]
     clone.touch()
@@ -128,7 +145,9 @@ def _install_copy_now(clone: "Image", holes: Holes, extents: Extents) -> int | N
 
 
 async def share_fields(clone: "Image", index: int) -> int:
-    """Share mode for one level-1 block. Returns how many holes were replaced. Raises PoolFull, DeviceFailed, BlockDamaged."""
+    """Share mode for one level-1 block. Returns how many holes were replaced. Raises PoolFull,
+    DeviceFailed, BlockDamaged.
+    """
     return await when_possible(clone.state, lambda: _share_fields_now(clone, index))
 
 
@@ -161,15 +180,19 @@ def mark_shared(clone: "Image") -> None:
 
 
 async def share_block(clone: "Image", index: int, level: int, blocks: int | None) -> int:
-    """Share a whole pointer block of the backing store, ``blocks`` set fields below it (None: of level 1, to be counted).
+    """Share a whole pointer block of the backing store, ``blocks`` set fields below it (None: of
+    level 1, to be counted).
 
-    Returns how many holes that replaced; 0 where it is not possible (any more). Raises PoolFull, DeviceFailed, BlockDamaged.
+    Returns how many holes that replaced; 0 where it is not possible (any more). Raises PoolFull,
+    DeviceFailed, BlockDamaged.
     """
     return await when_possible(clone.state, lambda: _share_block_now(clone, index, level, blocks))
 
 
 def _share_block_now(clone: "Image", index: int, level: int, blocks: int | None) -> int | None:
-    """Look whether the block can be shared, and share it, in one step. None: nothing was changed."""
+    """Look whether the block can be shared, and share it, in one step. None: nothing
+    was changed.
+    """
     tree, state = clone.tree, clone.state
     field = shared_block(clone, index, level)
     if field is None:

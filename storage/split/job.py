@@ -1,12 +1,16 @@
-"""One split under way: counts the holes, replaces them level-1 block by level-1 block, and releases the association (design section 5).
+"""One split under way: counts the holes, replaces them level-1 block by level-1 block, and releases
+the association (design section 5).
 
 Invariants:
-- ``cursor`` and ``holes_remaining`` change in the same step as the fields, so they agree in every consistency point: after a crash the
-  split goes on at its cursor.
-- Below the cursor there are no holes left to replace. The cursor only grows; a recount does not move it.
-- ``holes_remaining`` is exact while SPLIT_FLAG_COUNTED is set: clients that fill a hole tell the job (``hole_filled``). Where that cannot
-  be said at once (a trim over a range of holes), the flag goes, and the holes are counted again.
-- When the last level-1 block is done no hole is left, whatever the count says: only then is the association released.
+- ``cursor`` and ``holes_remaining`` change in the same step as the fields, so they agree in every
+  consistency point: after a crash the split goes on at its cursor.
+- Below the cursor there are no holes left to replace. The cursor only grows; a recount does not
+  move it.
+- ``holes_remaining`` is exact while SPLIT_FLAG_COUNTED is set: clients that fill a hole tell the
+  job (``hole_filled``). Where that cannot be said at once (a trim over a range of holes), the flag
+  goes, and the holes are counted again.
+- When the last level-1 block is done no hole is left, whatever the count says: only then is the
+  association released.
 """
 
 import asyncio
@@ -33,14 +37,17 @@ from storage.split.loading import Holes, holes_at
 from storage.split.progress import Progress
 from storage.state.slices import Slicer
 
-# Level-1 blocks that one message copies: several when idle, so that reads and writes overlap; one under load, to be met seldom.
+# Level-1 blocks that one message copies: several when idle, so that reads and writes overlap; one
+# under load, to be met seldom.
 BLOCKS_IDLE = 8
 BLOCKS_LOADED = 1
 # One message counts or shares at most this long before others get their turn.
 MESSAGE_SECONDS = 0.002
-# After so many blocks (512 MiB) a consistency point is asked for: what a crash costs a split is what it did since the last one.
+# After so many blocks (512 MiB) a consistency point is asked for: what a crash costs a split is
+# what it did since the last one.
 BLOCKS_PER_POINT = 131072
-# While clients trim ranges of holes all the time, counting again must not take all the time from splitting.
+# While clients trim ranges of holes all the time, counting again must not take all the time from
+# splitting.
 RECOUNT_SECONDS = 5.0
 
 
@@ -48,7 +55,9 @@ Copy = tuple[Holes, "asyncio.Task[Extents]", bytearray]
 
 
 class SplitJob:
-    """The work behind one clone's split (a ``backdoor.handler.Work``). The image's ``split`` record holds all that lasts."""
+    """The work behind one clone's split (a ``backdoor.handler.Work``). The image's ``split`` record
+    holds all that lasts.
+    """
 
     def __init__(self, image: Image, buffers: copying.CopyBuffers, owner: "Owner") -> None:
         self.image = image
@@ -63,7 +72,8 @@ class SplitJob:
         self._recounted_at = 0.0
         # Whether something happened during the count that makes it worthless.
         self._spoiled = False
-        # Set fields below each level-2 block of the backing store, as counted: a whole one can be shared without walking it again.
+        # Set fields below each level-2 block of the backing store, as counted: a whole one can be
+        # shared without walking it again.
         self._level2_holes: dict[int, int] = {}
         image.job = self
 
@@ -89,17 +99,23 @@ class SplitJob:
             self.image.job = None
         self._owner.gone(self)
 
-    # --- What clients do meanwhile ---------------------------------------------------------------------------------
+    # --- What clients do meanwhile ----------------------------------------------------------------
 
     def hole_filled(self, fbn: int) -> None:
         """A client wrote to a hole of the clone (called in the step that installs its block)."""
         image = self.image
-        if fbn >= image.backing_blocks or (self._counting and fbn >> FIELDS_SHIFT >= self._count_at) or image.backing is None:
+        if (
+            fbn >= image.backing_blocks
+            or (self._counting and fbn >> FIELDS_SHIFT >= self._count_at)
+            or image.backing is None
+        ):
             return
         try:
             behind = locate(image.backing, fbn)
         except StorageError:
-            behind = None  # damage behind the clone is no matter of a write that hides it; it must not be stopped half-way
+            # Damage behind the clone is no matter of a write that hides it; it must not be stopped
+            # half-way.
+            behind = None
         if behind is None:
             self.holes_hidden()
         elif behind[0]:
@@ -111,13 +127,19 @@ class SplitJob:
         self.record.flags &= ~SPLIT_FLAG_COUNTED
         self._spoiled = True
 
-    # --- Messages ----------------------------------------------------------------------------------------------------
+    # --- Messages ---------------------------------------------------------------------------------
 
     async def message(self, idle: bool) -> int | None:
-        """Count, copy or share a little more. Returns the bytes moved, or None when the work has ended."""
+        """Count, copy or share a little more. Returns the bytes moved, or None when the work has
+        ended.
+        """
         if self.gone or self.record.state != SPLIT_RUNNING:
             return None
-        if not self.counted and not self._counting and perf_counter() - self._recounted_at > RECOUNT_SECONDS:
+        if (
+            not self.counted
+            and not self._counting
+            and perf_counter() - self._recounted_at > RECOUNT_SECONDS
+        ):
             self._counting, self._count_at = True, self.record.cursor
         if self._counting:
             await self._count_some()
@@ -131,7 +153,7 @@ class SplitJob:
         if not self.gone:
             await self._owner.stopped(self, error)
 
-    # --- Counting ----------------------------------------------------------------------------------------------------
+    # --- Counting ---------------------------------------------------------------------------------
 
     async def _count_some(self) -> None:
         """Go on counting. What was counted is kept exact by ``hole_filled`` from then on."""
@@ -147,7 +169,9 @@ class SplitJob:
             self.image.touch()
             self._count_at = index + 1
             record.holes_remaining += len(holes)
-            self._level2_holes[index >> FIELDS_SHIFT] = self._level2_holes.get(index >> FIELDS_SHIFT, 0) + len(holes)
+            self._level2_holes[index >> FIELDS_SHIFT] = self._level2_holes.get(
+                index >> FIELDS_SHIFT, 0
+            ) + len(holes)
 
     def _begin_count(self) -> None:
         self._count_at = self.record.cursor
@@ -162,14 +186,17 @@ class SplitJob:
         self._recounted_at = perf_counter()
         record = self.record
         if not self._spoiled:
-            record.flags |= SPLIT_FLAG_COUNTED  # only now: a consistency point may have come in the middle, and a crash after it
+            # Only now: a consistency point may have come in the middle, and a crash after it.
+            record.flags |= SPLIT_FLAG_COUNTED
         done = record.blocks_copied + record.blocks_shared
         record.holes_total = record.holes_remaining + done
 
-    # --- Copying -----------------------------------------------------------------------------------------------------
+    # --- Copying ----------------------------------------------------------------------------------
 
     async def _copy_some(self, blocks: int) -> int | None:
-        """Copy the next few level-1 blocks; the next is read while the ones before it are written."""
+        """Copy the next few level-1 blocks; the next is read while the ones before it
+        are written.
+        """
         started: list[Copy] = []
         try:
             following = await self._start_copies(blocks, started)
@@ -178,7 +205,8 @@ class SplitJob:
             await self._discard(started)
             raise
         except asyncio.CancelledError:
-            # What they took stays claimed until the pool is closed, which is what cancels: the device may still be writing there.
+            # What they took stays claimed until the pool is closed, which is what cancels: the
+            # device may still be writing there.
             for _, writing, _ in started:
                 writing.cancel()
             await asyncio.gather(*(writing for _, writing, _ in started), return_exceptions=True)
@@ -193,7 +221,9 @@ class SplitJob:
         return moved * BLOCK_BYTES
 
     async def _start_copies(self, blocks: int, started: list[Copy]) -> int | None:
-        """Read up to ``blocks`` level-1 blocks' worth, and begin to write it. Returns the index to go on from, None at the end."""
+        """Read up to ``blocks`` level-1 blocks' worth, and begin to write it. Returns the index to
+        go on from, None at the end.
+        """
         index: int | None = self.record.cursor
         slicer = Slicer()
         piece = copying.COPY_BYTES_MAX if blocks > BLOCKS_LOADED else PIECE_BYTES
@@ -205,12 +235,20 @@ class SplitJob:
                 if len(holes):
                     buffer = self._buffers.take()
                     data = await copying.read_behind(self.image, holes, buffer)
-                    started.append((holes, asyncio.create_task(copying.write_copy(self.image, data, piece)), buffer))
+                    started.append(
+                        (
+                            holes,
+                            asyncio.create_task(copying.write_copy(self.image, data, piece)),
+                            buffer,
+                        )
+                    )
                 await slicer.breathe()
         return index
 
     async def _install_all(self, started: list[Copy]) -> int:
-        """Install the copies in the order of their level-1 blocks; returns how many blocks were written."""
+        """Install the copies in the order of their level-1 blocks; returns how many blocks were
+        written.
+        """
         moved = 0
         while started and not self.gone:
             holes, writing, buffer = started[0]
@@ -227,7 +265,9 @@ class SplitJob:
 
     async def _discard(self, started: list[Copy]) -> None:
         """Give back what copies took that will not be installed."""
-        for extents in await asyncio.gather(*(writing for _, writing, _ in started), return_exceptions=True):
+        for extents in await asyncio.gather(
+            *(writing for _, writing, _ in started), return_exceptions=True
+        ):
             if not isinstance(extents, BaseException):
                 self.image.state.allocator.give_back(extents)
 
@@ -240,7 +280,7 @@ class SplitJob:
         self.record.holes_remaining = max(0, self.record.holes_remaining - holes)
         self.progress.add(holes)
 
-    # --- Sharing -----------------------------------------------------------------------------------------------------
+    # --- Sharing ----------------------------------------------------------------------------------
 
     async def _share_some(self) -> int | None:
         """Share the next level-1 blocks, whole level-2 blocks where nothing stands in the way."""
@@ -258,7 +298,9 @@ class SplitJob:
         return shared * BLOCK_BYTES
 
     async def _share_at(self, index: int) -> tuple[int, int]:
-        """Share what begins at level-1 block ``index``. Returns the holes replaced, and where to go on."""
+        """Share what begins at level-1 block ``index``. Returns the holes replaced, and where to go
+        on.
+        """
         image = self.image
         counted = self._level2_holes.get(index // FIELDS_PER_BLOCK)
         if not index % FIELDS_PER_BLOCK and counted and self.counted:
@@ -268,12 +310,16 @@ class SplitJob:
         holes = await copying.share_block(image, index, 1, None)
         return holes or await copying.share_fields(image, index), index + 1
 
-    # --- Showing -----------------------------------------------------------------------------------------------------
+    # --- Showing ----------------------------------------------------------------------------------
 
     @property
     def phase(self) -> str:
         """``counting`` or ``splitting``."""
-        return "counting" if self._counting and self.record.state in (SPLIT_RUNNING, SPLIT_PAUSED) else "splitting"
+        return (
+            "counting"
+            if self._counting and self.record.state in (SPLIT_RUNNING, SPLIT_PAUSED)
+            else "splitting"
+        )
 
 
 class Owner(Protocol):

@@ -1,8 +1,9 @@
-"""The special loading function: finds, for one level-1 pointer block of a clone, the fields that are holes and set behind it.
+"""The special loading function: finds, for one level-1 pointer block of a clone, the fields that
+are holes and set behind it.
 
-"Behind" is the chain: the backing store's corresponding field, else that of the backing store's own backing store, and so on,
-each only below its ``backing_blocks``. Where nothing is set there is nothing to replace: the hole reads as zeros with and without
-a backing store.
+"Behind" is the chain: the backing store's corresponding field, else that of the backing store's own
+backing store, and so on, each only below its ``backing_blocks``. Where nothing is set there is
+nothing to replace: the hole reads as zeros with and without a backing store.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Holes:
-    """The holes of one level-1 block that must be replaced: slots, and the fields behind them (as structured fields)."""
+    """The holes of one level-1 block that must be replaced: slots, and the fields behind them (as
+    structured fields).
+    """
 
     index: int
     slots: npt.NDArray[np.intp]
@@ -33,7 +36,9 @@ class Holes:
 
 
 def find_holes(clone: "Image", index: int) -> Holes | None:
-    """The special loading function for level-1 block ``index``, or None: ``state.missing`` is what to wait for."""
+    """The special loading function for level-1 block ``index``, or None: ``state.missing`` is what
+    to wait for.
+    """
     own = clone.tree.peek(index)
     if own is None:
         return None
@@ -51,12 +56,17 @@ async def holes_at(clone: "Image", index: int) -> Holes:
 
 
 def shared_block(clone: "Image", index: int, level: int) -> tuple[int, int, int] | None:
-    """VBN, CRC32C and birth of the backing store's pointer block that can be shared as one: the clone has a hole there, the range is wholly
-    visible, and the backing store has nothing behind itself. None otherwise, or when something is not in memory.
+    """VBN, CRC32C and birth of the backing store's pointer block that can be shared as one: the
+    clone has a hole there, the range is wholly visible, and the backing store has nothing behind
+    itself. None otherwise, or when something is not in memory.
     """
     backing = clone.backing
     end = (index + 1) << FIELDS_SHIFT * level
-    if backing is None or backing.backing is not None or end > min(clone.backing_blocks, clone.size_blocks):
+    if (
+        backing is None
+        or backing.backing is not None
+        or end > min(clone.backing_blocks, clone.size_blocks)
+    ):
         return None
     if level > min(backing.tree.levels, clone.tree.levels) or not is_hole(clone.tree, index, level):
         return None
@@ -70,9 +80,15 @@ def is_hole(tree: BufferTree, index: int, level: int) -> bool:
 
 
 def field_of(tree: BufferTree, index: int, level: int) -> tuple[int, int, int] | None:
-    """The field that names block ``index`` of ``level``, if it names one and the block above it is in memory."""
+    """The field that names block ``index`` of ``level``, if it names one and the block above it is
+    in memory.
+    """
     if level == tree.levels:
-        return (tree.root_vbn, tree.root_crc, tree.root_birth) if tree.root_vbn > ZERO_POINTER else None
+        return (
+            (tree.root_vbn, tree.root_crc, tree.root_birth)
+            if tree.root_vbn > ZERO_POINTER
+            else None
+        )
     parent = tree.peek(index >> FIELDS_SHIFT, level + 1)
     if parent is None or parent.tree is None:
         return None

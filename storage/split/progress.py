@@ -25,7 +25,11 @@ class Progress:
             return
         rate = self._pending / passed
         weight = min(1.0, passed / SMOOTHING_SECONDS)
-        self.holes_per_second = rate if not self.holes_per_second else self.holes_per_second * (1 - weight) + rate * weight
+        self.holes_per_second = (
+            rate
+            if not self.holes_per_second
+            else self.holes_per_second * (1 - weight) + rate * weight
+        )
         self._at, self._pending = now, 0
 
     def eta_seconds(self, holes_remaining: int) -> float | None:

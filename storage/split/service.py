@@ -31,7 +31,8 @@ from storage.state.pool_state import PoolState
 from storage.state.slices import Slicer
 from storage.vdisks.lifecycle import Lifecycle
 
-# What a split copies a second on an idle daemon, for estimates before one has run (measured on the test machine: docs/performance.md).
+# What a split copies a second on an idle daemon, for estimates before one has run (measured on the
+# test machine: docs/performance.md).
 COPY_BYTES_PER_SECOND = 1 << 30
 # What the table entry of a clone can say.
 RATE_BYTES_MAX = (1 << 63) - 1
@@ -41,7 +42,12 @@ class SplitService:
     """Holds the jobs of all splits that are running or paused, by image number."""
 
     def __init__(
-        self, state: PoolState, catalogue: Catalogue, points: ConsistencyPoints, handler: BackdoorMessageHandler, lifecycle: Lifecycle
+        self,
+        state: PoolState,
+        catalogue: Catalogue,
+        points: ConsistencyPoints,
+        handler: BackdoorMessageHandler,
+        lifecycle: Lifecycle,
     ) -> None:
         self._state = state
         self._catalogue = catalogue
@@ -50,17 +56,23 @@ class SplitService:
         self._lifecycle = lifecycle
         self._jobs: dict[int, SplitJob] = {}
         self._buffers = CopyBuffers(BLOCKS_IDLE)
-        # Images whose association has ended in a consistency point that is not durable yet: a crash would bring it back.
+        # Images whose association has ended in a consistency point that is not durable yet: a crash
+        # would bring it back.
         self._releasing: set[int] = set()
 
     def take_up(self) -> None:
-        """At open, before replay: a job for every split that was running or paused, so that replay keeps their counts."""
+        """At open, before replay: a job for every split that was running or paused, so that replay
+        keeps their counts.
+        """
         for number in list(self._catalogue.numbers(KIND_VDISK)):
             if self._catalogue.split_state(number) in (SPLIT_RUNNING, SPLIT_PAUSED):
                 try:
-                    self._jobs[number] = SplitJob(self._catalogue.image(number), self._buffers, self)
+                    self._jobs[number] = SplitJob(
+                        self._catalogue.image(number), self._buffers, self
+                    )
                 except StorageError as error:
-                    # Its backing store's entry is damaged: this clone cannot be used, all others can.
+                    # Its backing store's entry is damaged: this clone cannot be used, all others
+                    # can.
                     self._state.on_event("split.lost", number=number, error=str(error))
 
     def go_on(self) -> None:
@@ -69,17 +81,26 @@ class SplitService:
             if job.record.state == SPLIT_RUNNING:
                 self._handler.post(job)
 
-    # --- Commands ------------------------------------------------------------------------------------------------
+    # --- Commands ---------------------------------------------------------------------------------
 
-    async def start(self, name: str, mode: str, rate_min_bytes: int | None, rate_max_bytes: int | None) -> dict[str, Any]:
-        """Begin a split. Raises NotFound, Conflict (not a clone, or one is under way), RequestError."""
+    async def start(
+        self, name: str, mode: str, rate_min_bytes: int | None, rate_max_bytes: int | None
+    ) -> dict[str, Any]:
+        """Begin a split. Raises NotFound, Conflict (not a clone, or one is under way),
+        RequestError.
+        """
         if mode not in SPLIT_MODES:
             raise RequestError(f"a split has no mode {mode!r}: use copy or share")
         low, high = rate_min_bytes or 0, rate_max_bytes or 0
         if high and low > high:
-            raise RequestError(f"the minimum rate {low} is above the maximum rate {high}: make it smaller")
+            raise RequestError(
+                f"the minimum rate {low} is above the maximum rate {high}: make it smaller"
+            )
         if not 0 <= min(low, high) <= max(low, high) <= RATE_BYTES_MAX:
-            raise RequestError(f"rates of {low} and {high} bytes a second cannot be: use 0 (not set) to {RATE_BYTES_MAX}")
+            raise RequestError(
+                f"rates of {low} and {high} bytes a second cannot be: use 0 (not set) to"
+                f" {RATE_BYTES_MAX}"
+            )
         if mode == "share":
             self._state.share_map.check_room(Conflict)
         image = self._catalogue.vdisk(name)
@@ -89,7 +110,11 @@ class SplitService:
         self._state.check_writable()
         image.touch()
         image.split = SplitRecord(
-            state=following, mode=SPLIT_MODES.index(mode), rate_min_bytes=low, rate_max_bytes=high, started_ns=time.time_ns()
+            state=following,
+            mode=SPLIT_MODES.index(mode),
+            rate_min_bytes=low,
+            rate_max_bytes=high,
+            started_ns=time.time_ns(),
         )
         job = self._jobs[image.number] = SplitJob(image, self._buffers, self)
         # Not left to this call: it may be cancelled, and the split goes on all the same.
@@ -110,7 +135,9 @@ class SplitService:
         return await self._change(self._catalogue.vdisk(name), "resume")
 
     async def cancel(self, name: str) -> dict[str, Any]:
-        """End the split; what was separated stays so, and the clone stays a clone. Raises NotFound, Conflict."""
+        """End the split; what was separated stays so, and the clone stays a clone. Raises NotFound,
+        Conflict.
+        """
         return await self._change(self._catalogue.vdisk(name), "cancel")
 
     async def _change(self, image: Image, command: str) -> dict[str, Any]:
@@ -126,7 +153,9 @@ class SplitService:
 
     def _changed(self, image: Image, following: int) -> None:
         self._state.on_event(f"split.{SPLIT_STATES[following]}", vdisk=image.name)
-        if following == SPLIT_RUNNING and image.job is not None:  # unless it was cancelled, or the clone deleted, meanwhile
+        if (
+            following == SPLIT_RUNNING and image.job is not None
+        ):  # unless it was cancelled, or the clone deleted, meanwhile
             self._handler.post(image.job)
 
     def _end(self, image: Image) -> None:
@@ -138,10 +167,12 @@ class SplitService:
             job.abandon()
             self._handler.withdraw(job)
 
-    # --- What jobs report ----------------------------------------------------------------------------------------
+    # --- What jobs report -------------------------------------------------------------------------
 
     async def release(self, job: SplitJob) -> None:
-        """No hole is left: the association ends, and with it the snapshot if it is marked for that."""
+        """No hole is left: the association ends, and with it the snapshot if it is
+        marked for that.
+        """
         image = job.image
         released: list[bool] = []
 
@@ -163,7 +194,8 @@ class SplitService:
             await self._points.request(at_freeze)
         except StorageError as error:
             if released:
-                # The pool has failed, and after a restart the split goes on: it must not be shown as done meanwhile.
+                # The pool has failed, and after a restart the split goes on: it must not be shown
+                # as done meanwhile.
                 image.split.state, image.split.reason = SPLIT_FAILED, str(error)
                 self._state.on_event("split.failed", vdisk=image.name, reason=str(error))
             raise
@@ -172,12 +204,14 @@ class SplitService:
         if not released:
             return
         self._state.on_event(
-            "split.done", vdisk=image.name, mode=SPLIT_MODES[image.split.mode], blocks_copied=image.split.blocks_copied,
-            blocks_shared=image.split.blocks_shared,
+            "split.done", vdisk=image.name, mode=SPLIT_MODES[image.split.mode],
+            blocks_copied=image.split.blocks_copied, blocks_shared=image.split.blocks_shared,
         )  # fmt: skip
 
     async def stopped(self, job: SplitJob, error: StorageError) -> None:
-        """A message failed: a full pool or host pauses the split, anything else ends it; both keep the reason."""
+        """A message failed: a full pool or host pauses the split, anything else ends it; both keep
+        the reason.
+        """
         image = job.image
         if image.split.state != SPLIT_RUNNING:
             return  # paused meanwhile: whatever it was shows again after the resume
@@ -189,7 +223,9 @@ class SplitService:
         image.split.reason = str(error)
         if command == "fail":
             self._end(image)
-        self._state.on_event(f"split.{SPLIT_STATES[image.split.state]}", vdisk=image.name, reason=str(error))
+        self._state.on_event(
+            f"split.{SPLIT_STATES[image.split.state]}", vdisk=image.name, reason=str(error)
+        )
         self._state.wanted()
 
     def gone(self, job: SplitJob) -> None:
@@ -199,7 +235,7 @@ class SplitService:
         if not self._jobs:
             self._buffers.clear()
 
-    # --- Showing -------------------------------------------------------------------------------------------------
+    # --- Showing ----------------------------------------------------------------------------------
 
     def show(self, name: str) -> dict[str, Any]:
         """State and progress of a vdisk's split. Raises NotFound when it never had one."""
@@ -220,35 +256,61 @@ class SplitService:
             "mode": SPLIT_MODES[split.mode],
             "phase": job.phase if job is not None else "ended",
             "reason": reason or None,
-            "backing": self._catalogue.full_name(image.backing) if image.backing is not None else None,
+            "backing": (
+                self._catalogue.full_name(image.backing) if image.backing is not None else None
+            ),
             "holes_total": total,
             "holes_remaining": split.holes_remaining,
             "counted": bool(split.flags & SPLIT_FLAG_COUNTED),
             "blocks_copied": split.blocks_copied,
             "blocks_shared": split.blocks_shared,
-            "percent": percent_done(split, total, counting=job is not None and job.phase == "counting"),
-            "rate_bytes_per_second": round(job.progress.holes_per_second * BLOCK_BYTES) if running and job is not None else 0,
-            "eta_seconds": job.progress.eta_seconds(split.holes_remaining) if running and job is not None else None,
+            "percent": percent_done(
+                split, total, counting=job is not None and job.phase == "counting"
+            ),
+            "rate_bytes_per_second": (
+                round(job.progress.holes_per_second * BLOCK_BYTES)
+                if running and job is not None
+                else 0
+            ),
+            "eta_seconds": (
+                job.progress.eta_seconds(split.holes_remaining)
+                if running and job is not None
+                else None
+            ),
             "rate_min_bytes": split.rate_min_bytes or None,
             "rate_max_bytes": split.rate_max_bytes or None,
             "started_ns": split.started_ns,
         }
 
     def _shown_state(self, image: Image) -> tuple[int, str]:
-        """What counts is what is durable; and on a pool that takes no changes nothing runs, so that nobody waits for it."""
+        """What counts is what is durable; and on a pool that takes no changes nothing runs, so that
+        nobody waits for it.
+        """
         split, read_only = image.split, self._state.read_only_reason
         state = SPLIT_RUNNING if image.number in self._releasing else split.state
         if state == SPLIT_RUNNING and read_only is not None:
-            return SPLIT_FAILED, f"the pool is read-only: {read_only}; the split goes on when the pool takes changes again"
+            return (
+                SPLIT_FAILED,
+                (
+                    f"the pool is read-only: {read_only}; the split goes on when the pool takes"
+                    " changes again"
+                ),
+            )
         return state, split.reason
 
     def list(self) -> list[dict[str, Any]]:
         """All splits that are running or paused."""
         under_way = [job.image for _, job in sorted(self._jobs.items())]
-        return [self._describe(image) for image in under_way if image.split.state in (SPLIT_RUNNING, SPLIT_PAUSED)]
+        return [
+            self._describe(image)
+            for image in under_way
+            if image.split.state in (SPLIT_RUNNING, SPLIT_PAUSED)
+        ]
 
     async def estimate(self, name: str) -> dict[str, Any]:
-        """What a copy split of this clone would move now, and how long that takes on an idle daemon. Raises NotFound, Conflict."""
+        """What a copy split of this clone would move now, and how long that takes on an idle
+        daemon. Raises NotFound, Conflict.
+        """
         image = self._catalogue.vdisk(name)
         if image.backing is None:
             raise Conflict(f"{name} has no backing store: it is not a clone, or was split already")
@@ -259,7 +321,9 @@ class SplitService:
             await slicer.breathe()
             index = await next_index(image, index + 1)
         if image.backing is None:
-            raise Conflict(f"the split of {name} has ended meanwhile: it has no backing store any more")
+            raise Conflict(
+                f"the split of {name} has ended meanwhile: it has no backing store any more"
+            )
         return {
             "name": name,
             "blocks_to_copy": blocks,

@@ -1,14 +1,19 @@
-"""Whether the host has room for the pool: a full host is a state that ends, never a failure of the pool.
+"""Whether the host has room for the pool: a full host is a state that ends, never a failure of the
+pool.
 
-The state begins with the first write that meets DeviceFull (``met``), and ends by itself when the host has room again, which is tried every
-RETRY_SECONDS. Meanwhile:
+The state begins with the first write that meets DeviceFull (``met``), and ends by itself when the
+host has room again, which is tried every RETRY_SECONDS. Meanwhile:
 
-- client writes that need room are refused at once, those that need none go on, and everything can be read;
-- what must not be lost (nodes and maps of a consistency point, superblocks, records of the log) is written by ``put``: the same bytes
-  to the same place, again until it passes. The consistency point goes on only then, so its order is what it always is;
-- blocks for nodes that the host has allocated beforehand (storage.allocation.node_stock) let consistency points and deletes go on.
+- client writes that need room are refused at once, those that need none go on, and everything can
+  be read;
+- what must not be lost (nodes and maps of a consistency point, superblocks, records of the log) is
+  written by ``put``: the same bytes to the same place, again until it passes. The consistency point
+  goes on only then, so its order is what it always is;
+- blocks for nodes that the host has allocated beforehand (storage.allocation.node_stock) let
+  consistency points and deletes go on.
 
-Only a pool that is closing gives up (``close_within``). It then is as after a crash: the last durable consistency point, and the log.
+Only a pool that is closing gives up (``close_within``). It then is as after a crash: the last
+durable consistency point, and the log.
 """
 
 import asyncio
@@ -25,14 +30,24 @@ if TYPE_CHECKING:
 
 # How often it is tried whether the host has room.
 RETRY_SECONDS = 0.25
-# Where room cannot be asked for (a thin block device), it is taken to be there when nothing was refused for so long.
+# Where room cannot be asked for (a thin block device), it is taken to be there when nothing was
+# refused for so long.
 QUIET_SECONDS = 5.0
 
 
 class HostRoom:
     """``full_since_ns`` is None while the host has room, as far as is known."""
 
-    __slots__ = ("_changed", "_give_up_at", "_met_at", "_prober", "_state", "_waiting", "full_since_ns", "has_room")
+    __slots__ = (
+        "_changed",
+        "_give_up_at",
+        "_met_at",
+        "_prober",
+        "_state",
+        "_waiting",
+        "full_since_ns",
+        "has_room",
+    )
 
     def __init__(self, state: "PoolState") -> None:
         self._state = state
@@ -56,16 +71,24 @@ class HostRoom:
         self._met_at = loop.time()
         if self.full_since_ns is None:
             self.full_since_ns = time.time_ns()
-            self._state.on_event("pool.host_full", error=str(error), host_available_bytes=self._state.device.host_available_bytes())
+            self._state.on_event(
+                "pool.host_full",
+                error=str(error),
+                host_available_bytes=self._state.device.host_available_bytes(),
+            )
             self._prober = loop.create_task(self._probe())
 
     def wake(self) -> None:
-        """Space was given back to the host, or the pool is closing: who waits tries again at once."""
+        """Space was given back to the host, or the pool is closing: who waits tries
+        again at once.
+        """
         self._changed.set()
         self._changed = asyncio.Event()
 
     async def put(self, buffers: Sequence[Buffer], offset_bytes: int) -> None:
-        """Write, again and again while the host has no room for it. Raises DeviceFailed, PoolReadOnly, HostStaysFull."""
+        """Write, again and again while the host has no room for it. Raises DeviceFailed,
+        PoolReadOnly, HostStaysFull.
+        """
         device = self._state.device
         length_bytes = sum(map(len, buffers))
         while True:
@@ -78,13 +101,15 @@ class HostRoom:
                 return
 
     async def until_next_try(self, error: DeviceFull) -> None:
-        """Wait until what met ``error`` is worth another try. Raises PoolReadOnly, HostStaysFull."""
+        """Wait until what met ``error`` is worth another try. Raises PoolReadOnly,
+        HostStaysFull.
+        """
         self.met(error)
         self._state.check_writable()
         if self._give_up_at is not None and asyncio.get_running_loop().time() >= self._give_up_at:
             raise HostStaysFull(
-                "the pool is closing, and the host's file system is full: this was not made. What was acknowledged is in the log; free "
-                "space where the pool lies, then start again"
+                "the pool is closing, and the host's file system is full: this was not made. What"
+                " was acknowledged is in the log; free space where the pool lies, then start again"
             ) from error
         self._waiting += 1
         try:
@@ -105,7 +130,9 @@ class HostRoom:
             await asyncio.wait([self._prober])
 
     def shown(self, pool_available_bytes: int) -> dict[str, Any]:
-        """The rows of ``pool show``: what can still be written is the smaller of what the pool and what the host has."""
+        """The rows of ``pool show``: what can still be written is the smaller of what the pool and
+        what the host has.
+        """
         host = self._state.device.host_available_bytes()
         by_host = host is not None and host < pool_available_bytes
         return {
@@ -135,7 +162,8 @@ class HostRoom:
                 if await self.has_room() and not self._waiting:
                     break
         except StorageError:
-            # The device itself has failed, which others find out as well; nobody can tell about its room any more.
+            # The device itself has failed, which others find out as well; nobody can tell about its
+            # room any more.
             return
         finally:
             self._prober = None

@@ -1,6 +1,8 @@
-"""What every room of the pool shares: the device, the current epoch, the cache, the maps, and whether writes are still taken.
+"""What every room of the pool shares: the device, the current epoch, the cache, the maps, and
+whether writes are still taken.
 
-The event loop thread owns all of it (design section 3): everything between two awaits is atomic, so there are no locks.
+The event loop thread owns all of it (design section 3): everything between two awaits is atomic, so
+there are no locks.
 """
 
 import asyncio
@@ -30,8 +32,9 @@ def no_events(event: str, **fields: Any) -> None:
 class PoolState:
     """The shared state of one open pool.
 
-    ``epoch`` takes the changes of now; ``frozen`` is the one that a running consistency point writes, else None; ``retired`` are
-    durable epochs whose freed blocks wait for older reads to end. ``operations`` counts client reads and writes, ever growing.
+    ``epoch`` takes the changes of now; ``frozen`` is the one that a running consistency point
+    writes, else None; ``retired`` are durable epochs whose freed blocks wait for older reads to
+    end. ``operations`` counts client reads and writes, ever growing.
     """
 
     __slots__ = (
@@ -69,7 +72,8 @@ class PoolState:
         self.cache = NodeCache(cache_bytes)
         # Brings what an attempt that just answered None found missing (storage.tree.attempt).
         self.missing: Callable[[Hold], Awaitable[None]] | None = None
-        # Live checks under way. They pin all blocks that were in use when they began, for as long as they take.
+        # Live checks under way. They pin all blocks that were in use when they began, for as long
+        # as they take.
         self.checks: set[asyncio.Task[CheckReport]] = set()
         self.read_only_reason: str | None = None
         self.operations = 0
@@ -84,7 +88,9 @@ class PoolState:
         return bring
 
     def fail(self, reason: str) -> None:
-        """Stop taking changes, for good: nothing after this is acknowledged as durable (design section 4)."""
+        """Stop taking changes, for good: nothing after this is acknowledged as durable (design
+        section 4).
+        """
         if self.read_only_reason is None:
             self.read_only_reason = reason
             self.on_event("pool.read_only", reason=reason)
@@ -95,7 +101,9 @@ class PoolState:
             raise PoolReadOnly(f"the pool is read-only: {self.read_only_reason}")
 
     def begin_read(self) -> Epoch:
-        """Pin every block that can be reached now, until ``end_read`` is given the epoch that this returns."""
+        """Pin every block that can be reached now, until ``end_read`` is given the epoch that this
+        returns.
+        """
         epoch = self.epoch
         epoch.readers += 1
         return epoch
@@ -109,7 +117,8 @@ class PoolState:
     def retire(self, epoch: Epoch) -> None:
         """The epoch is durable: what it freed waits only for older reads now.
 
-        While a long one goes on, epochs without readers are put together, or what they hold would grow with every consistency point.
+        While a long one goes on, epochs without readers are put together, or what they hold would
+        grow with every consistency point.
         """
         last = self.retired[-1] if len(self.retired) > 1 else None
         if last is not None and not last.readers and not epoch.readers:
@@ -119,14 +128,17 @@ class PoolState:
         self.release_retired()
 
     async def room_from_retired(self) -> None:
-        """Wait until freed blocks come back that reads, or the device's discards, keep from that. Checks are ended, for they take long."""
+        """Wait until freed blocks come back that reads, or the device's discards, keep from that.
+        Checks are ended, for they take long.
+        """
         for task in self.checks:
             task.cancel()
         self.released.clear()
         await self.released.wait()
 
     def release_retired(self) -> None:
-        """Hand the freed blocks of durable epochs back to the allocator, oldest first, as far as no reader is left.
+        """Hand the freed blocks of durable epochs back to the allocator, oldest first, as far as no
+        reader is left.
 
         Long runs are given back to the device first; while it is at that, nothing is released.
         """

@@ -1,4 +1,6 @@
-"""Work in slices: how long jobs on the event loop thread stay under the stall limit (design section 6, invariant 8)."""
+"""Work in slices: how long jobs on the event loop thread stay under the stall limit (design section
+6, invariant 8).
+"""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -11,11 +13,14 @@ import numpy.typing as npt
 T = TypeVar("T")
 VbnArray = npt.NDArray[np.uint64]
 
-# The limit is 5 ms for everything; a slice of 1 ms leaves room for the step that oversteps it and for client I/O in between.
+# The limit is 5 ms for everything; a slice of 1 ms leaves room for the step that oversteps it and
+# for client I/O in between.
 SLICE_SECONDS = 0.001
-# Packing this many entries, making an array of as many Python ints, or letting go of as many tuples, takes less than a slice.
+# Packing this many entries, making an array of as many Python ints, or letting go of as many
+# tuples, takes less than a slice.
 CHUNK = 1024
-# Sorting this many u64 takes about 1 ms; larger arrays go to a thread, where numpy lets go of the interpreter lock.
+# Sorting this many u64 takes about 1 ms; larger arrays go to a thread, where numpy lets go of the
+# interpreter lock.
 LARGE_ARRAY = 16384
 
 
@@ -36,7 +41,9 @@ class Slicer:
 
 
 async def as_array(values: Sequence[int], slicer: Slicer) -> VbnArray:
-    """The values as an array, made in slices: numpy takes 0.1 us for each, with the interpreter lock held."""
+    """The values as an array, made in slices: numpy takes 0.1 us for each, with the interpreter
+    lock held.
+    """
     parts = []
     for start in range(0, len(values), CHUNK):
         parts.append(np.array(values[start : start + CHUNK], dtype=np.uint64))
@@ -45,7 +52,9 @@ async def as_array(values: Sequence[int], slicer: Slicer) -> VbnArray:
 
 
 async def dispose(values: list[T], slicer: Slicer) -> None:
-    """Empty a list that nobody uses any more; freeing a hundred thousand tuples at once would be a stall."""
+    """Empty a list that nobody uses any more; freeing a hundred thousand tuples at once would be a
+    stall.
+    """
     while values:
         del values[-CHUNK:]
         await slicer.breathe()

@@ -1,4 +1,6 @@
-"""What administrators have under way on a pool: a pool that closes ends it, and answers, before the device goes."""
+"""What administrators have under way on a pool: a pool that closes ends it, and answers, before the
+device goes.
+"""
 
 import asyncio
 from collections.abc import Callable, Coroutine
@@ -24,7 +26,9 @@ class UnderWay:
         self.closed = False
 
     async def carry_out(self, work: Coroutine[Any, Any, T]) -> T:
-        """The outcome of ``work``. Raises VolumeClosed when the pool closes before its end, or has closed."""
+        """The outcome of ``work``. Raises VolumeClosed when the pool closes before its end, or has
+        closed.
+        """
         if self.closed:
             work.close()
             raise VolumeClosed("the pool is closing: nothing is taken any more")

@@ -1,1 +1,3 @@
-"""Buffer trees: pointer blocks in memory, how they are found, loaded, and copied before they are changed."""
+"""Buffer trees: pointer blocks in memory, how they are found, loaded, and copied before they are
+changed.
+"""

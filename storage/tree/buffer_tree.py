@@ -1,16 +1,19 @@
 """A buffer tree: the pointer blocks over a vdisk, a snapshot or a metafile.
 
-Looking up is synchronous. A None answer means that the device would block: ``state.missing`` then says what to wait for
-(storage.tree.attempt). Changing follows one rule: before a node changes for the first time in an epoch it gets a new VBN (so the
-location that the last consistency point knows is never overwritten), and so does every node above it, from the root down. Because
-the VBN is known at once, a parent's field always names its child's newest location; only the CRC32C in it is filled in by the
-consistency point.
+Looking up is synchronous. A None answer means that the device would block: ``state.missing`` then
+says what to wait for (storage.tree.attempt). Changing follows one rule: before a node changes for
+the first time in an epoch it gets a new VBN (so the location that the last consistency point knows
+is never overwritten), and so does every node above it, from the root down. Because the VBN is known
+at once, a parent's field always names its child's newest location; only the CRC32C in it is filled
+in by the consistency point.
 
-That happens in two parts within one step. The *plan* finds the nodes on the way and looks whether everything is at hand: it may load,
-and may fail, and changes nothing. Carrying it out changes everything, cannot load, and cannot fail.
+That happens in two parts within one step. The *plan* finds the nodes on the way and looks whether
+everything is at hand: it may load, and may fail, and changes nothing. Carrying it out changes
+everything, cannot load, and cannot fail.
 
-Lazy sharing (design section 4): a node whose block another tree also refers to gives its children one more reference each when it
-is copied, and takes one from the shared block. A block born after ``shared_cp`` cannot be shared, and costs no look-up.
+Lazy sharing (design section 4): a node whose block another tree also refers to gives its children
+one more reference each when it is copied, and takes one from the shared block. A block born after
+``shared_cp`` cannot be shared, and costs no look-up.
 """
 
 import asyncio
@@ -20,7 +23,15 @@ from typing import TYPE_CHECKING
 from crc32c import crc32c
 
 from storage.errors import BlockDamaged
-from storage.layout import BLOCK_BYTES, FIELDS_MASK, FIELDS_SHIFT, HOLE, KIND_DELETED, TREE_LEVELS_MAX, ZERO_POINTER
+from storage.layout import (
+    BLOCK_BYTES,
+    FIELDS_MASK,
+    FIELDS_SHIFT,
+    HOLE,
+    KIND_DELETED,
+    TREE_LEVELS_MAX,
+    ZERO_POINTER,
+)
 from storage.state.epoch import Epoch
 from storage.tree.attempt import when_possible
 from storage.tree.node import HOLES, ZEROS, Hold, Node, filled_buffer
@@ -30,15 +41,17 @@ if TYPE_CHECKING:
     from storage.state.pool_state import PoolState
 
 
-# How often a reader of a snapshot that is just being made looks whether it is there. Rare, and over within one consistency point.
+# How often a reader of a snapshot that is just being made looks whether it is there. Rare, and over
+# within one consistency point.
 UNWRITTEN_POLL_SECONDS = 0.001
 
 
 class Plan:
     """What has to be done in an epoch before some nodes of one tree may be changed.
 
-    ``steps`` are the nodes that get a new location, from the root down, by level and index; HOLES or ZEROS stand for one that has to be
-    made. ``grows``: the tree takes more blocks than it gives back, because nodes are made, or shared ones are copied.
+    ``steps`` are the nodes that get a new location, from the root down, by level and index; HOLES
+    or ZEROS stand for one that has to be made. ``grows``: the tree takes more blocks than it gives
+    back, because nodes are made, or shared ones are copied.
     """
 
     __slots__ = ("epoch", "grows", "steps")
@@ -50,12 +63,31 @@ class Plan:
 
 
 class BufferTree:
-    """``nodes[level][index]`` lists the nodes in memory; the root field (``root_vbn``, ``root_crc``, ``root_birth``) names the top one."""
+    """``nodes[level][index]`` lists the nodes in memory; the root field (``root_vbn``,
+    ``root_crc``, ``root_birth``) names the top one.
+    """
 
-    __slots__ = ("_loading", "image", "label", "levels", "nodes", "root_birth", "root_crc", "root_vbn", "shared_cp", "state")
+    __slots__ = (
+        "_loading",
+        "image",
+        "label",
+        "levels",
+        "nodes",
+        "root_birth",
+        "root_crc",
+        "root_vbn",
+        "shared_cp",
+        "state",
+    )
 
     def __init__(
-        self, state: "PoolState", label: str, levels: int, root: tuple[int, int, int], shared_cp: int, image: "Image | None"
+        self,
+        state: "PoolState",
+        label: str,
+        levels: int,
+        root: tuple[int, int, int],
+        shared_cp: int,
+        image: "Image | None",
     ) -> None:
         self.state = state
         self.label = label
@@ -66,10 +98,12 @@ class BufferTree:
         self.nodes: list[dict[int, Node]] = [{} for _ in range(TREE_LEVELS_MAX + 1)]
         self._loading: dict[tuple[int, int], asyncio.Future[None]] = {}
 
-    # --- Looking up --------------------------------------------------------------------------------------------
+    # --- Looking up -------------------------------------------------------------------------------
 
     def peek(self, index: int, level: int = 1) -> Node | None:
-        """The node, or HOLES or ZEROS where a field above it says so, or None when the device would block."""
+        """The node, or HOLES or ZEROS where a field above it says so, or None when the device would
+        block.
+        """
         node = self.nodes[level].get(index)
         if node is not None:
             node.referenced = True
@@ -105,7 +139,9 @@ class BufferTree:
         return self._load_now(self.levels, 0, self.root_vbn, self.root_crc, self.root_birth)
 
     def _root_unwritten(self) -> bool:
-        """Whether this is a snapshot that is just being made: the consistency point under way will write its root, and say its CRC32C."""
+        """Whether this is a snapshot that is just being made: the consistency point under way will
+        write its root, and say its CRC32C.
+        """
         frozen = self.state.frozen
         return not self.root_crc and frozen is not None and self.root_birth == frozen.number
 
@@ -128,24 +164,35 @@ class BufferTree:
             return None
         return self._take_in(level, index, buf, vbn, crc, birth)
 
-    def _take_in(self, level: int, index: int, buf: bytearray, vbn: int, crc: int, birth: int) -> Node:
+    def _take_in(
+        self, level: int, index: int, buf: bytearray, vbn: int, crc: int, birth: int
+    ) -> Node:
         if crc32c(buf) != crc:
             self.state.on_event("block.damaged", tree=self.label, level=level, index=index, vbn=vbn)
-            raise BlockDamaged(f"{self.label}: the level-{level} pointer block {index} at VBN {vbn} is damaged (its CRC32C differs)")
+            raise BlockDamaged(
+                f"{self.label}: the level-{level} pointer block {index} at VBN {vbn} is damaged"
+                " (its CRC32C differs)"
+            )
         node = Node(self, level, index, buf, vbn, birth)
         self.nodes[level][index] = node
         self.state.cache.add(node)
         return node
 
     async def load(self, index: int, level: int = 1) -> Node:
-        """The node, or HOLES or ZEROS; waits for the device where it must. Raises BlockDamaged, DeviceFailed.
+        """The node, or HOLES or ZEROS; waits for the device where it must. Raises BlockDamaged,
+        DeviceFailed.
 
-        It is that of now: after the next wait it may have been evicted, and another one may be listed in its place.
+        It is that of now: after the next wait it may have been evicted, and another one may be
+        listed in its place.
         """
         return await when_possible(self.state, partial(self.peek, index, level))
 
-    async def _bring(self, level: int, index: int, vbn: int, crc: int, birth: int, hold: Hold) -> None:
-        """Load one block, that the field above it named just now, and hold it; one load at a time for each."""
+    async def _bring(
+        self, level: int, index: int, vbn: int, crc: int, birth: int, hold: Hold
+    ) -> None:
+        """Load one block, that the field above it named just now, and hold it; one load at a time
+        for each.
+        """
         key = (level, index)
         waiting = self._loading.get(key)
         if waiting is not None:
@@ -157,7 +204,8 @@ class BufferTree:
         buf = bytearray(BLOCK_BYTES)
         try:
             await self.state.device.readv((buf,), vbn * BLOCK_BYTES)
-            # The field may have changed meanwhile, or be no longer in memory: then this may be a block of the past. The caller looks again.
+            # The field may have changed meanwhile, or be no longer in memory: then this may be a
+            # block of the past. The caller looks again.
             if index not in self.nodes[level] and self._named(level, index) == vbn:
                 hold.keep(self._take_in(level, index, buf, vbn, crc, birth))
         finally:
@@ -177,11 +225,12 @@ class BufferTree:
         parent = self.nodes[level + 1].get(index >> FIELDS_SHIFT)
         return HOLE if parent is None else parent.q[(index & FIELDS_MASK) * 2]
 
-    # --- Changing ----------------------------------------------------------------------------------------------
+    # --- Changing ---------------------------------------------------------------------------------
 
     def writable(self, index: int, epoch: Epoch, level: int = 1) -> Node | None:
-        """The node, made (from the field above) if it did not exist, and free to be changed in ``epoch``. None: nothing was changed, and
-        ``state.missing`` says what to wait for. Raises BlockDamaged.
+        """The node, made (from the field above) if it did not exist, and free to be changed in
+        ``epoch``. None: nothing was changed, and ``state.missing`` says what to wait for. Raises
+        BlockDamaged.
         """
         node = self.nodes[level].get(index)
         if node is not None and node.epoch is epoch:
@@ -194,7 +243,9 @@ class BufferTree:
         return self.nodes[level][index]
 
     def plan(self, plan: Plan, index: int, level: int = 1) -> bool:
-        """Add to the plan what makes this node writable. False: something has to be waited for. Raises BlockDamaged."""
+        """Add to the plan what makes this node writable. False: something has to be waited for.
+        Raises BlockDamaged.
+        """
         parent: Node | None = None
         for at in range(self.levels, level - 1, -1):
             here = index >> FIELDS_SHIFT * (at - level)
@@ -204,7 +255,9 @@ class BufferTree:
                     node = self._enter_root()
                 else:
                     node = self._enter(parent, here) if parent.tree is not None else parent
-                if node is None or (node.epoch is not plan.epoch and not self._plan_step(plan, node, at, here)):
+                if node is None or (
+                    node.epoch is not plan.epoch and not self._plan_step(plan, node, at, here)
+                ):
                     return False
             parent = node
         return True
@@ -222,16 +275,22 @@ class BufferTree:
         return True
 
     def at_hand(self, plan: Plan) -> bool:
-        """Whether there are VBNs for the whole plan, and for the table entry that changes with it. False: they have to be waited for."""
+        """Whether there are VBNs for the whole plan, and for the table entry that changes with it.
+        False: they have to be waited for.
+        """
         blocks = len(plan.steps)
         if not blocks:
             return True
         allocator = self.state.allocator
         entry = self.image is not None and self.image.epoch is not plan.epoch
-        return allocator.nodes_at_hand(blocks, allocator.floor(plan.epoch, plan.grows and not self._for_reclaim()), entry)
+        return allocator.nodes_at_hand(
+            blocks, allocator.floor(plan.epoch, plan.grows and not self._for_reclaim()), entry
+        )
 
     def carry_out(self, plan: Plan) -> None:
-        """Give every node of the plan its new location. Everything it needs is at hand, so nothing here loads, waits or fails."""
+        """Give every node of the plan its new location. Everything it needs is at hand, so nothing
+        here loads, waits or fails.
+        """
         if not plan.steps:
             return
         if self.image is not None:
@@ -243,10 +302,21 @@ class BufferTree:
             else:
                 self._make_dirty(node, parent, plan.epoch)
 
-    def _create(self, filler: Node, level: int, index: int, epoch: Epoch, parent: Node | None) -> None:
-        """A pointer block where a hole or a zero pointer was: its fields all say what the one above them said."""
+    def _create(
+        self, filler: Node, level: int, index: int, epoch: Epoch, parent: Node | None
+    ) -> None:
+        """A pointer block where a hole or a zero pointer was: its fields all say what the one above
+        them said.
+        """
         fill = ZERO_POINTER if filler is ZEROS and level else HOLE
-        node = Node(self, level, index, filled_buffer(fill), self.state.allocator.take_node(epoch), epoch.number)
+        node = Node(
+            self,
+            level,
+            index,
+            filled_buffer(fill),
+            self.state.allocator.take_node(epoch),
+            epoch.number,
+        )
         node.epoch = epoch
         self.nodes[level][index] = node
         self._point_at(node, parent)
@@ -255,7 +325,9 @@ class BufferTree:
 
     def _make_dirty(self, node: Node, parent: Node | None, epoch: Epoch) -> None:
         """Give ``node`` a new location in ``epoch`` and let go of the old one."""
-        assert self.nodes[node.level].get(node.index) is node, "a node that is not listed would be changed for nothing"
+        assert self.nodes[node.level].get(node.index) is node, (
+            "a node that is not listed would be changed for nothing"
+        )
         # Not as planned: a parent that was copied just now has given it one more reference.
         shared = node.birth <= self.shared_cp and self.state.share_map.try_count(node.vbn)
         assert shared is not None, "the plan has looked at it"
@@ -266,13 +338,19 @@ class BufferTree:
         if node.epoch is not None:
             old_vbn, old_birth = node.vbn, node.birth
             node.epoch.saved[node] = (node.replace_buffer(), old_vbn, old_birth)
-        node.vbn, node.birth, node.epoch = self.state.allocator.take_node(epoch), epoch.number, epoch
+        node.vbn, node.birth, node.epoch = (
+            self.state.allocator.take_node(epoch),
+            epoch.number,
+            epoch,
+        )
         node.referenced = True
         epoch.dirty[node] = None
         self._point_at(node, parent)
 
     def _unshare(self, node: Node, epoch: Epoch) -> None:
-        """The shared block loses this tree's reference; its children gain one each, from the copy."""
+        """The shared block loses this tree's reference; its children gain one each,
+        from the copy.
+        """
         epoch.count_pointer(node.vbn, -1)
         vbns = node.vbns()
         children = vbns[vbns > ZERO_POINTER]
@@ -283,7 +361,9 @@ class BufferTree:
                 epoch.count_pointer(child, 1)
 
     def _point_at(self, node: Node, parent: Node | None) -> None:
-        """Enter a node's new location in the field above it; the consistency point will add the CRC32C."""
+        """Enter a node's new location in the field above it; the consistency point will add the
+        CRC32C.
+        """
         if parent is None:
             self.root_vbn, self.root_crc, self.root_birth = node.vbn, 0, node.birth
             return
@@ -292,31 +372,47 @@ class BufferTree:
         parent.q[at + 1] = node.birth << 32
 
     def _for_reclaim(self) -> bool:
-        """Whether this is what is left of a deleted image: taking that apart must go on where clients have to wait."""
+        """Whether this is what is left of a deleted image: taking that apart must go on where
+        clients have to wait.
+        """
         return self.image is not None and self.image.kind == KIND_DELETED
 
     async def make_writable(self, index: int, level: int = 1) -> Node:
-        """``writable`` in the current epoch, waiting where it must; the caller changes the node in the same step.
+        """``writable`` in the current epoch, waiting where it must; the caller changes the node in
+        the same step.
 
         Raises BlockDamaged, DeviceFailed, PoolFull.
         """
-        return await when_possible(self.state, lambda: self.writable(index, self.state.epoch, level))
+        return await when_possible(
+            self.state, lambda: self.writable(index, self.state.epoch, level)
+        )
 
     def grow(self, levels: int, epoch: Epoch) -> bool | None:
-        """Put new root blocks on top until the tree has ``levels`` levels. None: nothing was changed, it has to be waited for."""
+        """Put new root blocks on top until the tree has ``levels`` levels. None: nothing was
+        changed, it has to be waited for.
+        """
         more = levels - self.levels
         if more <= 0:
             return True
         image, allocator = self.image, self.state.allocator
         entry = image is not None and image.epoch is not epoch
-        if self.root_vbn != HOLE and not allocator.nodes_at_hand(more, allocator.floor(epoch, grows=True), entry):
+        if self.root_vbn != HOLE and not allocator.nodes_at_hand(
+            more, allocator.floor(epoch, grows=True), entry
+        ):
             return None
         if image is not None:
             image.touch()
         if self.root_vbn == HOLE:
             self.levels = levels
         for _ in range(levels - self.levels):
-            root = Node(self, self.levels + 1, 0, filled_buffer(HOLE), allocator.take_node(epoch), epoch.number)
+            root = Node(
+                self,
+                self.levels + 1,
+                0,
+                filled_buffer(HOLE),
+                allocator.take_node(epoch),
+                epoch.number,
+            )
             root.q[0] = self.root_vbn
             root.q[1] = self.root_crc | self.root_birth << 32
             root.epoch = epoch
@@ -328,7 +424,9 @@ class BufferTree:
         return True
 
     def forget(self, node: Node, epoch: Epoch) -> None:
-        """Take out of memory a node whose block this tree no longer refers to (the caller settled the reference)."""
+        """Take out of memory a node whose block this tree no longer refers to (the caller settled
+        the reference).
+        """
         if self.nodes[node.level].get(node.index) is node:
             del self.nodes[node.level][node.index]
         if node.epoch is epoch:

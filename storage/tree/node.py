@@ -1,13 +1,16 @@
 """Nodes: 4096-byte blocks of a buffer tree held in memory, and the cache that bounds how many.
 
-A node is *clean* (``epoch`` is None: the device holds the same bytes at ``vbn``), *dirty* (``epoch`` is the current epoch) or
-*frozen* (``epoch`` is the one that the running consistency point writes; a change copies the bytes first). Level 0 nodes are
-blocks of metafiles; data blocks of vdisks are never nodes.
+A node is *clean* (``epoch`` is None: the device holds the same bytes at ``vbn``), *dirty*
+(``epoch`` is the current epoch) or *frozen* (``epoch`` is the one that the running consistency
+point writes; a change copies the bytes first). Level 0 nodes are blocks of metafiles; data blocks
+of vdisks are never nodes.
 
 When a node may go (all of it is needed; each has cost an acknowledged write when it was missing):
-- Only clean nodes are evicted, and only in a turn of the event loop of its own. So no step, however much it loads, loses a node
-  that it has in hand: what a lookup returned stays listed until the next await.
-- Over an await a node stays only if a ``Hold`` keeps it. Whoever waits without one looks it up again before it is changed.
+- Only clean nodes are evicted, and only in a turn of the event loop of its own. So no step, however
+  much it loads, loses a node that it has in hand: what a lookup returned stays listed until the
+  next await.
+- Over an await a node stays only if a ``Hold`` keeps it. Whoever waits without one looks it up
+  again before it is changed.
 """
 
 import asyncio
@@ -26,24 +29,46 @@ if TYPE_CHECKING:
 
 FIELD_DTYPE = np.dtype([("vbn", "<u8"), ("crc", "<u4"), ("birth", "<u4")])
 
-# What a node costs beside its 4096 bytes: the object, its memoryview, its place in two dicts and a queue (measured: 0.5 KiB).
+# What a node costs beside its 4096 bytes: the object, its memoryview, its place in two dicts and a
+# queue (measured: 0.5 KiB).
 NODE_OVERHEAD_BYTES = 512
 NODE_BYTES = BLOCK_BYTES + NODE_OVERHEAD_BYTES
 # Fewer than this many nodes would thrash on a single deep tree's path.
 CACHE_NODES_MIN = 256
-# For each node that comes in above the limit so many of the oldest are looked at. More than one may go, so that a cache that grew while
-# all was dirty comes back to its limit.
+# For each node that comes in above the limit so many of the oldest are looked at. More than one may
+# go, so that a cache that grew while all was dirty comes back to its limit.
 LOOKS_A_NODE = 8
 # At about 0.1 us each, this many take a small part of a turn.
 LOOKS_A_TURN = 512
 
 
 class Node:
-    """One block of a buffer tree in memory. ``q`` is the block as 512 u64: VBN of field i at 2i, CRC32C and birth at 2i+1."""
+    """One block of a buffer tree in memory. ``q`` is the block as 512 u64: VBN of field i at 2i,
+    CRC32C and birth at 2i+1.
+    """
 
-    __slots__ = ("birth", "buf", "epoch", "holds", "index", "level", "q", "referenced", "tree", "vbn")
+    __slots__ = (
+        "birth",
+        "buf",
+        "epoch",
+        "holds",
+        "index",
+        "level",
+        "q",
+        "referenced",
+        "tree",
+        "vbn",
+    )
 
-    def __init__(self, tree: "BufferTree | None", level: int, index: int, buf: bytearray, vbn: int, birth: int) -> None:
+    def __init__(
+        self,
+        tree: "BufferTree | None",
+        level: int,
+        index: int,
+        buf: bytearray,
+        vbn: int,
+        birth: int,
+    ) -> None:
         self.tree = tree
         self.level = level
         self.index = index
@@ -73,7 +98,9 @@ class Node:
 
 
 def filled_buffer(vbn: int) -> bytearray:
-    """A pointer block whose 256 fields all hold ``vbn`` (HOLE or ZERO_POINTER), with no CRC and no birth."""
+    """A pointer block whose 256 fields all hold ``vbn`` (HOLE or ZERO_POINTER), with no CRC and no
+    birth.
+    """
     if vbn == 0:
         return bytearray(BLOCK_BYTES)
     fields = np.zeros(FIELDS_PER_BLOCK, dtype=FIELD_DTYPE)
@@ -81,13 +108,16 @@ def filled_buffer(vbn: int) -> bytearray:
     return bytearray(fields.tobytes())
 
 
-# What a lookup answers for a level-1 block that does not exist, because a field above it is a hole or a zero pointer.
+# What a lookup answers for a level-1 block that does not exist, because a field above it is a hole
+# or a zero pointer.
 HOLES = Node(None, 1, 0, filled_buffer(0), 0, 0)
 ZEROS = Node(None, 1, 0, filled_buffer(ZERO_POINTER), 0, 0)
 
 
 class Hold:
-    """Keeps nodes in memory that a waiting operation needs together, until it has taken its step (``with cache.hold() as hold``)."""
+    """Keeps nodes in memory that a waiting operation needs together, until it has taken its step
+    (``with cache.hold() as hold``).
+    """
 
     __slots__ = ("_cache", "_nodes")
 
@@ -105,7 +135,12 @@ class Hold:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for node in self._nodes:
             node.holds -= 1
         self._cache.held -= len(self._nodes)
@@ -113,9 +148,11 @@ class Hold:
 
 
 class NodeCache:
-    """Keeps about ``size_bytes`` of nodes, by second chance: what was used since the last sweep stays, dirty and held nodes always do.
+    """Keeps about ``size_bytes`` of nodes, by second chance: what was used since the last sweep
+    stays, dirty and held nodes always do.
 
-    One step may take it above the limit by what it loads; the next turn of the event loop brings it back. ``held`` counts what Holds keep.
+    One step may take it above the limit by what it loads; the next turn of the event loop brings it
+    back. ``held`` counts what Holds keep.
     """
 
     __slots__ = ("_evicting", "_looks_due", "_queue", "held", "nodes_max")
@@ -152,8 +189,8 @@ class NodeCache:
             asyncio.get_running_loop().call_soon(self._evict)
 
     def _evict(self) -> None:
-        """Look at some of the oldest nodes: bounded work a turn, and no more in all than was asked for, so that a cache full of dirty nodes
-        costs no stall.
+        """Look at some of the oldest nodes: bounded work a turn, and no more in all than was asked
+        for, so that a cache full of dirty nodes costs no stall.
         """
         queue = self._queue
         looks = min(self._looks_due, LOOKS_A_TURN)

@@ -13,7 +13,9 @@ NOWHERE: Final = 1 << 62
 
 
 def peek_first(tree: BufferTree, index: int) -> int | None:
-    """The first level-1 index from ``index`` on that exists, NOWHERE if there is none. None: ``state.missing`` is what to wait for."""
+    """The first level-1 index from ``index`` on that exists, NOWHERE if there is none. None:
+    ``state.missing`` is what to wait for.
+    """
     return _below(tree, tree.levels, 0, index)
 
 
@@ -39,6 +41,8 @@ def _below(tree: BufferTree, level: int, at: int, index: int) -> int | None:
 
 
 async def first_block(tree: BufferTree, index: int) -> int | None:
-    """``peek_first``, waiting where it must; None when there is none. Raises BlockDamaged, DeviceFailed."""
+    """``peek_first``, waiting where it must; None when there is none. Raises BlockDamaged,
+    DeviceFailed.
+    """
     found = await when_possible(tree.state, lambda: peek_first(tree, index))
     return None if found == NOWHERE else found

@@ -1,4 +1,6 @@
-"""What clients did with one image. It outlives the `Volume`, which is there only while somebody holds it."""
+"""What clients did with one image. It outlives the `Volume`, which is there only while somebody
+holds it.
+"""
 
 
 class Counters:
@@ -7,4 +9,6 @@ class Counters:
     __slots__ = ("flushes", "read_bytes", "reads", "trims", "writes", "written_bytes")
 
     def __init__(self) -> None:
-        self.reads = self.writes = self.read_bytes = self.written_bytes = self.trims = self.flushes = 0
+        self.reads = self.writes = self.read_bytes = self.written_bytes = self.trims = (
+            self.flushes
+        ) = 0

@@ -1,4 +1,5 @@
-"""How much of an image is its own: blocks that would come free with it, against blocks that others refer to as well.
+"""How much of an image is its own: blocks that would come free with it, against blocks that others
+refer to as well.
 
 Only what the image holds alone is walked: below a shared pointer block everything is shared.
 """
@@ -17,14 +18,18 @@ if TYPE_CHECKING:
 
 
 async def exclusive_blocks(image: "Image") -> int:
-    """Data blocks that no other image refers to, as of the last consistency point. Raises BlockDamaged, DeviceFailed."""
+    """Data blocks that no other image refers to, as of the last consistency point. Raises
+    BlockDamaged, DeviceFailed.
+    """
     if not image.tree.shared_cp:
         return image.used_blocks
     return await _exclusive_below(image, image.tree.levels, 0, Slicer())
 
 
 def _own_node(image: "Image", level: int, index: int) -> Node | None:
-    """The pointer block if it is the image's alone, HOLES if it is shared or does not exist; None: it has to be waited for."""
+    """The pointer block if it is the image's alone, HOLES if it is shared or does not exist; None:
+    it has to be waited for.
+    """
     tree = image.tree
     node = tree.peek(index, level)
     if node is None or node.tree is None or node.birth > tree.shared_cp:
@@ -57,5 +62,7 @@ async def _unshared(image: "Image", vbns: "np.ndarray[tuple[int], np.dtype[np.ui
     for block in np.unique(blocks).tolist():
         node = await image.state.share_map.tree.load(block, 0)
         shares = np.frombuffer(node.buf, dtype="<u4")
-        count += int((shares[(vbns[blocks == block] % SHARES_PER_BLOCK).astype(np.intp)] == 0).sum())
+        count += int(
+            (shares[(vbns[blocks == block] % SHARES_PER_BLOCK).astype(np.intp)] == 0).sum()
+        )
     return count

@@ -1,8 +1,9 @@
 """Create, resize, rename and delete vdisks, snapshots and clones.
 
-Each is a change of the table that happens inside the freeze of a consistency point (``ConsistencyPoints.request``): it is checked and
-carried out in one step, together with the freeze, and answered when it is durable. So a group of snapshots is one moment, and two
-callers who want the same name get one success and one Conflict.
+Each is a change of the table that happens inside the freeze of a consistency point
+(``ConsistencyPoints.request``): it is checked and carried out in one step, together with the
+freeze, and answered when it is durable. So a group of snapshots is one moment, and two callers who
+want the same name get one success and one Conflict.
 """
 
 import asyncio
@@ -36,7 +37,8 @@ from storage.tree.attempt import when_possible
 from storage.vdisks.counters import Counters
 from storage.vdisks.volume import Volume
 
-# A subset of what iSCSI names may hold (RFC 7143 4.2.7), since a vdisk's name becomes part of one; '@' divides vdisk and snapshot.
+# A subset of what iSCSI names may hold (RFC 7143 4.2.7), since a vdisk's name becomes part of one;
+# '@' divides vdisk and snapshot.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]*")
 NO_ROOT = (0, 0, 0)
 
@@ -45,7 +47,8 @@ def check_name(name: str, what: str) -> None:
     """Raise RequestError for a name that a vdisk or a snapshot cannot have."""
     if not NAME.fullmatch(name) or len(name) > NAME_BYTES_MAX:
         raise RequestError(
-            f"{name!r} cannot be the name of a {what}: use 1-{NAME_BYTES_MAX} letters, digits and . _ : -, begin with a letter or a digit"
+            f"{name!r} cannot be the name of a {what}: use 1-{NAME_BYTES_MAX} letters, digits and ."
+            " _ : -, begin with a letter or a digit"
         )
 
 
@@ -55,7 +58,10 @@ def check_size(size_bytes: int) -> None:
         above = -(-size_bytes // BLOCK_BYTES) * BLOCK_BYTES
         raise RequestError(f"{size_bytes} bytes are not whole blocks of {BLOCK_BYTES}: use {above}")
     if not VDISK_BYTES_MIN <= size_bytes <= VDISK_BYTES_MAX:
-        raise RequestError(f"a vdisk cannot have {size_bytes} bytes: use {VDISK_BYTES_MIN} (4KiB) to {VDISK_BYTES_MAX} (1PiB)")
+        raise RequestError(
+            f"a vdisk cannot have {size_bytes} bytes: use {VDISK_BYTES_MIN} (4KiB) to"
+            f" {VDISK_BYTES_MAX} (1PiB)"
+        )
 
 
 def new_record(kind: int, name: str, size_bytes: int, created_cp: int) -> ImageRecord:
@@ -80,7 +86,9 @@ def new_record(kind: int, name: str, size_bytes: int, created_cp: int) -> ImageR
 class Lifecycle:
     """The changes of the table, and the volumes that are in somebody's hand."""
 
-    def __init__(self, state: PoolState, catalogue: Catalogue, points: ConsistencyPoints, log: IntentLog) -> None:
+    def __init__(
+        self, state: PoolState, catalogue: Catalogue, points: ConsistencyPoints, log: IntentLog
+    ) -> None:
         self._state = state
         self._catalogue = catalogue
         self._points = points
@@ -92,15 +100,19 @@ class Lifecycle:
         self._counters: dict[int, Counters] = {}
         self._closing = False
 
-    # --- Volumes -------------------------------------------------------------------------------------------------
+    # --- Volumes ----------------------------------------------------------------------------------
 
     def volume(self, name: str) -> Volume:
         """The volume of ``NAME`` or ``NAME@SNAP``; everybody gets the same one. Raises NotFound."""
         vdisk, _, snapshot = name.partition("@")
-        image = self._catalogue.snapshot(vdisk, snapshot) if snapshot else self._catalogue.vdisk(vdisk)
+        image = (
+            self._catalogue.snapshot(vdisk, snapshot) if snapshot else self._catalogue.vdisk(vdisk)
+        )
         volume = self._volume_of(image)
         if volume is None:
-            volume = Volume(image, name, self._log, self._counters.setdefault(image.number, Counters()))
+            volume = Volume(
+                image, name, self._log, self._counters.setdefault(image.number, Counters())
+            )
             volume.on_unused = partial(self._unused, image)
             self._volumes[image.number] = volume
         if self._closing:
@@ -108,7 +120,9 @@ class Lifecycle:
         return volume
 
     async def close_volumes(self) -> None:
-        """The pool is closing: end what is under way on every volume, and refuse whatever comes, on those of later, too."""
+        """The pool is closing: end what is under way on every volume, and refuse whatever comes, on
+        those of later, too.
+        """
         self._closing = True
         for volume in list(self._volumes.values()):
             volume.close()
@@ -126,11 +140,13 @@ class Lifecycle:
                     volume.reopen()
 
     def _volume_of(self, image: Image) -> Volume | None:
-        """Its volume, if anybody refers to it. One of that number may also be left of an image that is no more."""
+        """Its volume, if anybody refers to it. One of that number may also be left of an image that
+        is no more.
+        """
         volume = self._volumes.get(image.number)
         return volume if volume is not None and volume.image is image else None
 
-    # --- Vdisks ----------------------------------------------------------------------------------------------------
+    # --- Vdisks -----------------------------------------------------------------------------------
 
     async def create(self, name: str, size_bytes: int) -> Image:
         """A new, empty vdisk. Raises RequestError, Conflict, PoolFull."""
@@ -142,7 +158,11 @@ class Lifecycle:
         def at_freeze() -> None:
             self._catalogue.check_free(name)
             self._state.allocator.check_room(1)
-            made.append(self._catalogue.add(new_record(KIND_VDISK, name, size_bytes, self._state.epoch.number)))
+            made.append(
+                self._catalogue.add(
+                    new_record(KIND_VDISK, name, size_bytes, self._state.epoch.number)
+                )
+            )
 
         await self._points.request_with_room(at_freeze)
         return made[0]
@@ -172,7 +192,9 @@ class Lifecycle:
                 volume.name = self._catalogue.full_name_of(number)
 
     async def resize(self, name: str, size_bytes: int) -> Image:
-        """Grow or shrink a vdisk; what lies beyond a smaller end is gone for good. Raises NotFound, Conflict, RequestError, PoolFull."""
+        """Grow or shrink a vdisk; what lies beyond a smaller end is gone for good. Raises NotFound,
+        Conflict, RequestError, PoolFull.
+        """
         check_size(size_bytes)
         image = self._catalogue.vdisk(name)
         self._claim(image, "grow" if size_bytes > image.size_bytes else "shrink")
@@ -200,11 +222,15 @@ class Lifecycle:
     @staticmethod
     def _grown(image: Image) -> None:
         """Only now: what clients write beyond the old end must not be lost with the new size."""
-        if image.busy != "shrink":  # that may follow one that was cancelled, and has taken the tail from clients already
+        if (
+            image.busy != "shrink"
+        ):  # that may follow one that was cancelled, and has taken the tail from clients already
             image.limit_bytes = image.size_bytes
 
     async def _shrink(self, image: Image, size_bytes: int) -> None:
-        """Clients lose the tail at once; the size changes when the tail is trimmed, so that it can never come back by growing again."""
+        """Clients lose the tail at once; the size changes when the tail is trimmed, so that it can
+        never come back by growing again.
+        """
 
         def at_freeze() -> None:
             image.touch()
@@ -212,22 +238,28 @@ class Lifecycle:
             image.backing_blocks = min(image.backing_blocks, image.size_blocks)
 
         if image.limit_bytes < image.size_bytes:
-            # A grow that was cancelled is not durable yet: until it is, nobody may write beyond the old end.
+            # A grow that was cancelled is not durable yet: until it is, nobody may write beyond the
+            # old end.
             await self._points.request()
             image.limit_bytes = image.size_bytes
         before, image.limit_bytes = image.limit_bytes, size_bytes
         try:
-            await trim_blocks(image, size_bytes // BLOCK_BYTES, (before - size_bytes) // BLOCK_BYTES)
+            await trim_blocks(
+                image, size_bytes // BLOCK_BYTES, (before - size_bytes) // BLOCK_BYTES
+            )
             await self._points.request(at_freeze)
         except BaseException:
-            # Also when this was cancelled: what the freeze has not changed by now it will not change any more. Where a consistency point
-            # failed, clients stay below what may be trimmed.
+            # Also when this was cancelled: what the freeze has not changed by now it will not
+            # change any more. Where a consistency point failed, clients stay below what may be
+            # trimmed.
             if self._state.read_only_reason is None:
                 image.limit_bytes = image.size_bytes
             raise
 
     async def delete(self, name: str) -> None:
-        """Delete a vdisk; its blocks come free in the background. Raises NotFound, Conflict (sessions, snapshots)."""
+        """Delete a vdisk; its blocks come free in the background. Raises NotFound, Conflict
+        (sessions, snapshots).
+        """
         image = self._catalogue.vdisk(name)
         self._check_deletable(image)
         self._claim(image, "delete")
@@ -256,7 +288,9 @@ class Lifecycle:
             self.delete_if_released(backing)
 
     def _forget(self, image: Image) -> None:
-        """Within a freeze. The blocks come free when the deletion is durable: until then a failure may bring the image back."""
+        """Within a freeze. The blocks come free when the deletion is durable: until then a failure
+        may bring the image back.
+        """
         self._catalogue.mark_deleted(image)
         self._state.epoch.when_durable.append(partial(self._forgotten, image))
 
@@ -267,7 +301,10 @@ class Lifecycle:
     def _check_unused(self, image: Image) -> None:
         volume = self._volume_of(image)
         if volume is not None and volume.labels:
-            raise Conflict(f"{image.label} is in use by {', '.join(sorted(volume.labels))}: end those sessions first")
+            raise Conflict(
+                f"{image.label} is in use by {', '.join(sorted(volume.labels))}: end those sessions"
+                " first"
+            )
 
     def _check_deletable(self, image: Image) -> None:
         self._check_unused(image)
@@ -279,13 +316,17 @@ class Lifecycle:
     @staticmethod
     def _claim(image: Image, what: str) -> None:
         if image.busy is not None:
-            raise Conflict(f"vdisk {image.name} is busy ({image.busy}): try again when that is done")
+            raise Conflict(
+                f"vdisk {image.name} is busy ({image.busy}): try again when that is done"
+            )
         image.busy = what
 
-    # --- Snapshots and clones ----------------------------------------------------------------------------------------
+    # --- Snapshots and clones ---------------------------------------------------------------------
 
     async def snapshot(self, pairs: list[tuple[str, str]]) -> list[Image]:
-        """Snapshots (vdisk, name) of one moment. All or none are made. Raises NotFound, Conflict, RequestError, PoolFull."""
+        """Snapshots (vdisk, name) of one moment. All or none are made. Raises NotFound, Conflict,
+        RequestError, PoolFull.
+        """
         if len(set(pairs)) != len(pairs) or not pairs:
             raise RequestError("name at least one snapshot, and each only once")
         for _, name in pairs:
@@ -296,7 +337,10 @@ class Lifecycle:
             images = [self._snapshot_origin(vdisk, name) for vdisk, name in pairs]
             self._state.share_map.check_room(Conflict)
             self._state.allocator.check_room(2 * len(images))  # the vdisks' own entries change, too
-            made.extend(self._snapshot_now(image, name) for image, (_, name) in zip(images, pairs, strict=True))
+            made.extend(
+                self._snapshot_now(image, name)
+                for image, (_, name) in zip(images, pairs, strict=True)
+            )
 
         await self._points.request_with_room(at_freeze)
         return made
@@ -310,7 +354,9 @@ class Lifecycle:
         return image
 
     def _snapshot_now(self, image: Image, name: str) -> Image:
-        """One more reference to the root, whatever the size. From this epoch on, nothing the vdisk has may be changed in place."""
+        """One more reference to the root, whatever the size. From this epoch on, nothing the vdisk
+        has may be changed in place.
+        """
         epoch = self._state.epoch
         tree = image.tree
         image.touch()
@@ -328,7 +374,8 @@ class Lifecycle:
         return self._catalogue.add(record)
 
     async def delete_snapshot(self, vdisk: str, name: str, after_split: bool = False) -> bool:
-        """Delete a snapshot; with ``after_split``, as soon as the last clone lets go of it. Returns whether it is gone now.
+        """Delete a snapshot; with ``after_split``, as soon as the last clone lets go of it. Returns
+        whether it is gone now.
 
         Raises NotFound, Conflict (clones stand on it).
         """
@@ -339,7 +386,10 @@ class Lifecycle:
             image = self._catalogue.snapshot(vdisk, name)
             clones = self._catalogue.names_of_clones(image)
             if clones and not after_split:
-                raise Conflict(f"snapshot {vdisk}@{name} is the backing store of {', '.join(clones)}: split or delete those first")
+                raise Conflict(
+                    f"snapshot {vdisk}@{name} is the backing store of {', '.join(clones)}: split or"
+                    " delete those first"
+                )
             self._check_unused(image)
             image.touch()
             image.flags |= IMAGE_FLAG_DELETE_AFTER_SPLIT
@@ -349,22 +399,30 @@ class Lifecycle:
         return gone[0]
 
     def delete_marked(self) -> None:
-        """Delete in the background the snapshots that are marked for it and were still in use when their last clone let go."""
+        """Delete in the background the snapshots that are marked for it and were still in use when
+        their last clone let go.
+        """
         for number in self._catalogue.marked_snapshots():
             self._unused(self._catalogue.image(number))
 
     def _unused(self, image: Image) -> None:
         if image.flags & IMAGE_FLAG_DELETE_AFTER_SPLIT:
             # Nobody waits for it: if it fails, the next open tries again.
-            self._points.request(partial(self._delete_if_marked, image)).add_done_callback(asyncio.Future.exception)
+            self._points.request(partial(self._delete_if_marked, image)).add_done_callback(
+                asyncio.Future.exception
+            )
 
     def _delete_if_marked(self, image: Image) -> None:
         if image.kind == KIND_SNAPSHOT:
             self.delete_if_released(image)
 
     def delete_if_released(self, image: Image) -> bool:
-        """Within a freeze: delete a snapshot that is marked for it, and the marked ones behind it, if nothing stands on them any more."""
-        if not image.flags & IMAGE_FLAG_DELETE_AFTER_SPLIT or self._catalogue.clones.get(image.number):
+        """Within a freeze: delete a snapshot that is marked for it, and the marked ones behind it,
+        if nothing stands on them any more.
+        """
+        if not image.flags & IMAGE_FLAG_DELETE_AFTER_SPLIT or self._catalogue.clones.get(
+            image.number
+        ):
             return False
         volume = self._volume_of(image)
         if volume is not None:
@@ -373,7 +431,9 @@ class Lifecycle:
             volume.close()
         backing = image.backing
         self._forget(image)
-        self._state.epoch.when_durable.append(partial(self._state.on_event, "snapshot.deleted", number=image.number))
+        self._state.epoch.when_durable.append(
+            partial(self._state.on_event, "snapshot.deleted", number=image.number)
+        )
         if backing is not None:
             self.delete_if_released(backing)
         return True

@@ -38,13 +38,20 @@ class Listing:
             "split": SPLIT_STATES[record.split.state],
         }
         if record.kind == KIND_SNAPSHOT:
-            shown["clones"] = [self._catalogue.full_name_of(clone) for clone in sorted(self._catalogue.clones.get(number, ()))]
+            shown["clones"] = [
+                self._catalogue.full_name_of(clone)
+                for clone in sorted(self._catalogue.clones.get(number, ()))
+            ]
         return shown
 
     async def all(self, kind: int, origin: int | None = None) -> list[dict[str, Any]]:
         """All images of a kind, or all snapshots of one vdisk, by name."""
         slicer = Slicer()
-        numbers = self._catalogue.numbers(kind) if origin is None else self._catalogue.snapshots.get(origin, {}).values()
+        numbers = (
+            self._catalogue.numbers(kind)
+            if origin is None
+            else self._catalogue.snapshots.get(origin, {}).values()
+        )
         shown = []
         for number in list(numbers):
             record = self._catalogue.find_record(number)
@@ -55,7 +62,9 @@ class Listing:
         return shown
 
     async def full(self, image: Image) -> dict[str, Any]:
-        """One image, with how much is its own; exact as of a consistency point that this takes. Raises BlockDamaged, DeviceFailed."""
+        """One image, with how much is its own; exact as of a consistency point that this takes.
+        Raises BlockDamaged, DeviceFailed.
+        """
         if image.tree.shared_cp and self._state.read_only_reason is None:
             await self._points.request()
         exclusive = min(await exclusive_blocks(image), image.used_blocks)
@@ -65,5 +74,7 @@ class Listing:
         shown["exclusive_bytes"] = exclusive * BLOCK_BYTES
         shown["shared_bytes"] = shown["used_bytes"] - shown["exclusive_bytes"]
         shown["snapshots"] = sorted(self._catalogue.snapshots.get(image.number, {}))
-        shown["backed_bytes"] = image.backing_blocks * BLOCK_BYTES if image.backing is not None else 0
+        shown["backed_bytes"] = (
+            image.backing_blocks * BLOCK_BYTES if image.backing is not None else 0
+        )
         return shown

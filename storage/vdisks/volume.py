@@ -1,10 +1,13 @@
-"""A volume: one vdisk or snapshot as clients reach it. It satisfies the wire's BlockVolume without knowing of it.
+"""A volume: one vdisk or snapshot as clients reach it. It satisfies the wire's BlockVolume without
+knowing of it.
 
-The hot path is synchronous: ``try_read``, and ``write`` + ``settle``, finish at once when the pointer blocks are in memory and the
-page cache answers. What has to wait becomes one Task a batch (design section 3).
+The hot path is synchronous: ``try_read``, and ``write`` + ``settle``, finish at once when the
+pointer blocks are in memory and the page cache answers. What has to wait becomes one Task a batch
+(design section 3).
 
-Ordering: commands that are under way at the same time have no order. A partial block is read, merged and written in one step, or
-under the block's lock when it has to wait; whole blocks need no lock, because they replace a pointer in one step.
+Ordering: commands that are under way at the same time have no order. A partial block is read,
+merged and written in one step, or under the block's lock when it has to wait; whole blocks need no
+lock, because they replace a pointer in one step.
 """
 
 import asyncio
@@ -20,7 +23,16 @@ from storage.data.block_locks import BlockLocks
 from storage.data.copy_by_reference import copy_blocks
 from storage.data.long_write import LONG_BYTES_MIN, PIECE_BYTES, write_long
 from storage.data.trim import trim_blocks
-from storage.errors import BlockDamaged, DeviceFailed, DeviceFull, NotByReference, OutOfRange, PoolReadOnly, VolumeClosed, as_storage_error
+from storage.errors import (
+    BlockDamaged,
+    DeviceFailed,
+    DeviceFull,
+    NotByReference,
+    OutOfRange,
+    PoolReadOnly,
+    VolumeClosed,
+    as_storage_error,
+)
 from storage.images.image import Image
 from storage.layout import (
     BLOCK_BYTES,
@@ -42,10 +54,12 @@ AllocationCompletion = Callable[[list[tuple[int, bool]] | None, Exception | None
 Write = tuple[int, Buffer, bool, Completion]
 
 BLOCK_MASK = BLOCK_BYTES - 1
-# A batch above this goes by the I/O threads anyway, and one write at a time, so that no copy of a large batch is made.
+# A batch above this goes by the I/O threads anyway, and one write at a time, so that no copy of a
+# large batch is made.
 BATCH_BYTES_MAX = 1 << 20
-# Where a full pool lends blocks, what is borrowed must come back before more is, and a write is done in pieces of this many bytes. What is
-# not longer is there entirely or not at all (protocol.volume, ATOMIC_WRITE_BYTES_MAX).
+# Where a full pool lends blocks, what is borrowed must come back before more is, and a write is
+# done in pieces of this many bytes. What is not longer is there entirely or not at all
+# (protocol.volume, ATOMIC_WRITE_BYTES_MAX).
 SHORT_WRITE_BYTES = 128 << 10
 
 
@@ -57,7 +71,9 @@ class VolumeUsage(NamedTuple):
 
 
 class SplitState(NamedTuple):
-    """Blocks still read from the backing store (None: not counted), the same when the split began, whether it is running."""
+    """Blocks still read from the backing store (None: not counted), the same when the split began,
+    whether it is running.
+    """
 
     holes_remaining_blocks: int | None
     holes_total_blocks: int | None
@@ -65,11 +81,13 @@ class SplitState(NamedTuple):
 
 
 class Volume:
-    """One image, as clients read and write it. ``counters`` are the image's, and stay when the volume goes."""
+    """One image, as clients read and write it. ``counters`` are the image's, and stay when the
+    volume goes.
+    """
 
     __slots__ = (
-        "__weakref__", "_batch", "_batch_bytes", "_closed", "_locks", "_log", "_tasks", "counters", "image", "labels", "name", "on_unused",
-        "state",
+        "__weakref__", "_batch", "_batch_bytes", "_closed", "_locks", "_log", "_tasks", "counters",
+        "image", "labels", "name", "on_unused", "state",
     )  # fmt: skip
 
     def __init__(self, image: Image, name: str, log: IntentLog, counters: Counters) -> None:
@@ -103,9 +121,14 @@ class Volume:
         return self.image.kind != KIND_VDISK or self.state.read_only_reason is not None
 
     def usage(self) -> "VolumeUsage":
-        """What the volume takes up in the pool, and what is left for data there, or on its host if that has less."""
+        """What the volume takes up in the pool, and what is left for data there, or on its host if
+        that has less.
+        """
         state = self.state
-        return VolumeUsage(self.image.used_blocks * BLOCK_BYTES, state.room.available_bytes(state.allocator.available_bytes))
+        return VolumeUsage(
+            self.image.used_blocks * BLOCK_BYTES,
+            state.room.available_bytes(state.allocator.available_bytes),
+        )
 
     def split_state(self) -> "SplitState | None":
         """How far a clone is from standing on its own; None where there is no backing store."""
@@ -141,10 +164,12 @@ class Volume:
         while self._tasks:
             await asyncio.wait(self._tasks)
 
-    # --- Reading -----------------------------------------------------------------------------------------------
+    # --- Reading ----------------------------------------------------------------------------------
 
     def try_read(self, offset_bytes: int, length_bytes: int) -> Buffer | None:
-        """The bytes at once, or None when they have to be waited for, or cannot be read. Raises OutOfRange, VolumeClosed."""
+        """The bytes at once, or None when they have to be waited for, or cannot be read. Raises
+        OutOfRange, VolumeClosed.
+        """
         try:
             image = self.image
             if offset_bytes + length_bytes > image.limit_bytes or self._closed:
@@ -192,7 +217,9 @@ class Volume:
         return memoryview(blocks)[start : start + length_bytes]
 
     def check_range(self, offset_bytes: int, length_bytes: int) -> None:
-        """Raise OutOfRange for a range that is not within the volume, VolumeClosed when the volume is gone."""
+        """Raise OutOfRange for a range that is not within the volume, VolumeClosed when the volume
+        is gone.
+        """
         if offset_bytes + length_bytes > self.image.limit_bytes or self._closed:
             self._refuse(offset_bytes, length_bytes)
 
@@ -200,11 +227,14 @@ class Volume:
         if self._closed:
             raise VolumeClosed(f"{self.name} is no longer there")
         raise OutOfRange(
-            f"{self.name}: bytes {offset_bytes} to {offset_bytes + length_bytes} do not lie within its {self.image.limit_bytes} bytes"
+            f"{self.name}: bytes {offset_bytes} to {offset_bytes + length_bytes} do not lie within"
+            f" its {self.image.limit_bytes} bytes"
         )
 
     def _check_still_there(self, offset_bytes: int, length_bytes: int) -> None:
-        """After a wait: of an image that was deleted meanwhile, what was found may be what reclaim has left of it. Raises VolumeClosed."""
+        """After a wait: of an image that was deleted meanwhile, what was found may be what reclaim
+        has left of it. Raises VolumeClosed.
+        """
         if self._closed and self.image.kind not in {KIND_VDISK, KIND_SNAPSHOT}:
             self._refuse(offset_bytes, length_bytes)
 
@@ -228,21 +258,29 @@ class Volume:
         self._count_read(length_bytes)
         done(self._cut(blocks, offset_bytes, length_bytes), None)
 
-    # --- Writing -----------------------------------------------------------------------------------------------
+    # --- Writing ----------------------------------------------------------------------------------
 
     def write(self, offset_bytes: int, data: Buffer, fua: bool, done: Completion) -> None:
-        """Take a write into the batch; ``data`` must stay valid until the next ``settle`` returns."""
+        """Take a write into the batch; ``data`` must stay valid until the next
+        ``settle`` returns.
+        """
         self._batch.append((offset_bytes, data, fua, done))
         self._batch_bytes += len(data)
 
     def settle(self) -> None:
-        """Carry out the batch: at once where nothing has to be waited for, else by one Task with its own copy of the data."""
+        """Carry out the batch: at once where nothing has to be waited for, else by one Task with
+        its own copy of the data.
+        """
         batch, total = self._batch, self._batch_bytes
         if not batch:
             return
         self._batch, self._batch_bytes = [], 0
         if total > BATCH_BYTES_MAX or self._locks.held:
-            self._spawn(self._write_later([(offset, bytes(data), fua, done) for offset, data, fua, done in batch]))
+            self._spawn(
+                self._write_later(
+                    [(offset, bytes(data), fua, done) for offset, data, fua, done in batch]
+                )
+            )
             return
         whole: list[Write] = []
         whole_bytes = 0
@@ -279,7 +317,9 @@ class Volume:
             self._written([write])
             return
         self.counters.written_bytes += written
-        self._spawn(self._write_later([(offset + written, bytes(memoryview(data)[written:]), fua, done)]))
+        self._spawn(
+            self._write_later([(offset + written, bytes(memoryview(data)[written:]), fua, done)])
+        )
 
     def _write_whole(self, batch: list[Write]) -> None:
         """Writes of whole blocks, as one allocation and one call to the device."""
@@ -302,10 +342,16 @@ class Volume:
         if finished:
             self._written(batch)
         else:
-            self._spawn(self._write_later([(offset, bytes(data), fua, done) for offset, data, fua, done in batch]))
+            self._spawn(
+                self._write_later(
+                    [(offset, bytes(data), fua, done) for offset, data, fua, done in batch]
+                )
+            )
 
     def _write_partial(self, write: Write) -> None:
-        """A write that covers parts of blocks: read, merge and write in one step, or later under the blocks' locks."""
+        """A write that covers parts of blocks: read, merge and write in one step, or later under
+        the blocks' locks.
+        """
         offset, data, fua, done = write
         try:
             self._check([write])
@@ -320,7 +366,9 @@ class Volume:
 
     def _merge_now(self, offset: int, data: Buffer) -> bool:
         first = offset >> 12
-        old = read_path.try_read_blocks(self.image, first, (offset + len(data) + BLOCK_MASK >> 12) - first)
+        old = read_path.try_read_blocks(
+            self.image, first, (offset + len(data) + BLOCK_MASK >> 12) - first
+        )
         if old is None:
             return False
         old[offset & BLOCK_MASK : (offset & BLOCK_MASK) + len(data)] = data
@@ -335,14 +383,18 @@ class Volume:
         if self._closed:
             self._refuse(0, 0)
         if image.kind != KIND_VDISK:
-            raise PoolReadOnly(f"{self.name} is a snapshot, which never changes: clone it, and write to the clone")
+            raise PoolReadOnly(
+                f"{self.name} is a snapshot, which never changes: clone it, and write to the clone"
+            )
         self.state.check_writable()
         for offset, data, _, _ in batch:
             if offset + len(data) > image.limit_bytes:
                 self._refuse(offset, len(data))
 
     def _written(self, batch: list[Write]) -> None:
-        """Installed: note it in the log, and acknowledge, after a sync where durability was asked for."""
+        """Installed: note it in the log, and acknowledge, after a sync where durability was asked
+        for.
+        """
         noted = self._log.note()
         counters = self.counters
         counters.writes += len(batch)
@@ -357,7 +409,9 @@ class Volume:
                 self._log.when_noted(done)
 
     def _failure(self, error: Exception) -> Exception:
-        """What a write that failed is answered with. A host without room is noted in the state of the pool."""
+        """What a write that failed is answered with. A host without room is noted in the state of
+        the pool.
+        """
         if isinstance(error, DeviceFull):
             self.state.room.met(error)
         return as_storage_error(error)
@@ -378,7 +432,8 @@ class Volume:
         first = offset >> 12
         count = (offset + len(data) + BLOCK_MASK >> 12) - first
         partial = (offset | len(data)) & BLOCK_MASK
-        # The lock covers whole blocks too when it is held by somebody who merges: his block must not go over a newer one.
+        # The lock covers whole blocks too when it is held by somebody who merges: his block must
+        # not go over a newer one.
         async with self._locks.holding(first, count):
             if partial:
                 old = await read_path.read_blocks(self.image, first, count)
@@ -398,13 +453,17 @@ class Volume:
                 write_path.split_blocks(first + (at >> 12), view[at : at + step], targets, buffers)
                 await write_path.write_blocks(self.image, targets, buffers)
 
-    # --- Trimming and flushing -----------------------------------------------------------------------------------
+    # --- Trimming and flushing --------------------------------------------------------------------
 
     def unmap(self, offset_bytes: int, length_bytes: int, done: Completion) -> None:
-        """Deallocate whole blocks and zero the partial ones at the ends: the range reads as zeros, and hides the backing store."""
+        """Deallocate whole blocks and zero the partial ones at the ends: the range reads as zeros,
+        and hides the backing store.
+        """
         self.write_zeros(offset_bytes, length_bytes, False, done)
 
-    def write_zeros(self, offset_bytes: int, length_bytes: int, fua: bool, done: Completion) -> None:
+    def write_zeros(
+        self, offset_bytes: int, length_bytes: int, fua: bool, done: Completion
+    ) -> None:
         """Make the range zeros, stored as zero pointers."""
         self._spawn(self._write_zeros(offset_bytes, length_bytes, fua, done))
 
@@ -442,15 +501,23 @@ class Volume:
         if end_whole < end:
             await self._write_one(end_whole, bytes(end - end_whole))
 
-    def allocation(self, offset_bytes: int, length_bytes: int, runs_max: int, done: AllocationCompletion) -> None:
-        """Which runs from the offset on are allocated, in order; it may end early. What shows through holes counts as allocated."""
+    def allocation(
+        self, offset_bytes: int, length_bytes: int, runs_max: int, done: AllocationCompletion
+    ) -> None:
+        """Which runs from the offset on are allocated, in order; it may end early. What shows
+        through holes counts as allocated.
+        """
         self._spawn(self._allocation(offset_bytes, length_bytes, runs_max, done))
 
-    async def _allocation(self, offset: int, length: int, runs_max: int, done: AllocationCompletion) -> None:
+    async def _allocation(
+        self, offset: int, length: int, runs_max: int, done: AllocationCompletion
+    ) -> None:
         try:
             self.check_range(offset, length)
             first = offset >> 12
-            blocks = await allocated_runs(self.image, first, (offset + length + BLOCK_MASK >> 12) - first, runs_max)
+            blocks = await allocated_runs(
+                self.image, first, (offset + length + BLOCK_MASK >> 12) - first, runs_max
+            )
             self._check_still_there(offset, length)
         except Exception as error:  # noqa: BLE001
             done(None, as_storage_error(error))
@@ -462,14 +529,32 @@ class Volume:
             at = following
         done(runs, None)
 
-    def copy_from(self, source: object, source_offset_bytes: int, offset_bytes: int, length_bytes: int, done: Completion) -> None:
-        """Make whole blocks read as those of another volume, by reference. An error with EOPNOTSUPP: not a volume of this pool."""
+    def copy_from(
+        self,
+        source: object,
+        source_offset_bytes: int,
+        offset_bytes: int,
+        length_bytes: int,
+        done: Completion,
+    ) -> None:
+        """Make whole blocks read as those of another volume, by reference. An error with
+        EOPNOTSUPP: not a volume of this pool.
+        """
         if isinstance(source, Volume) and source.state is self.state:
-            self._spawn(self._copy_from(source, source_offset_bytes, offset_bytes, length_bytes, done))
+            self._spawn(
+                self._copy_from(source, source_offset_bytes, offset_bytes, length_bytes, done)
+            )
         else:
-            done(NotByReference(f"{self.name} can take references only from a volume of its own pool: copy the data"))
+            done(
+                NotByReference(
+                    f"{self.name} can take references only from a volume of its own pool: copy the"
+                    " data"
+                )
+            )
 
-    async def _copy_from(self, source: "Volume", source_offset: int, offset: int, length: int, done: Completion) -> None:
+    async def _copy_from(
+        self, source: "Volume", source_offset: int, offset: int, length: int, done: Completion
+    ) -> None:
         try:
             self._check([(offset, b"", False, done)])
             if (source_offset | offset | length) & BLOCK_MASK:
@@ -477,8 +562,11 @@ class Volume:
             source.check_range(source_offset, length)
             self.check_range(offset, length)
             async with self._locks.holding(offset >> 12, length >> 12):
-                await copy_blocks(source.image, source_offset >> 12, self.image, offset >> 12, length >> 12)
-            # The log cannot say it: so that not even a crash of the process loses it, it is durable before it is answered.
+                await copy_blocks(
+                    source.image, source_offset >> 12, self.image, offset >> 12, length >> 12
+                )
+            # The log cannot say it: so that not even a crash of the process loses it, it is durable
+            # before it is answered.
             await asyncio.shield(self._log.durable_by_cp())
         except Exception as error:  # noqa: BLE001
             done(as_storage_error(error))

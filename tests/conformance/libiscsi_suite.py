@@ -1,10 +1,13 @@
-"""Runs libiscsi's iscsi-test-cu against the daemon, one test at a time with a timeout, and counts what passed with reasons for the rest.
+"""Runs libiscsi's iscsi-test-cu against the daemon, one test at a time with a timeout, and counts
+what passed with reasons for the rest.
 
-    python -m tests.conformance.libiscsi_suite [--only REGEX] [--runs N] [--url iscsi://HOST:PORT/TARGET/LUN [--url SECOND]]
+    python -m tests.conformance.libiscsi_suite [--only REGEX] [--runs N]
+        [--url iscsi://HOST:PORT/TARGET/LUN [--url SECOND]]
 
-Without ``--url`` it starts daemons of its own with two portals, each on a pool in a temporary directory. A part is a test that passed
-but says that it left something out. Exit status 1: a test failed or ran into its time that is not listed, with its reason, in
-CONTRADICTORY, or two runs differ.
+Without ``--url`` it starts daemons of its own with two portals, each on a pool in a temporary
+directory. A part is a test that passed but says that it left something out. Exit status 1: a test
+failed or ran into its time that is not listed, with its reason, in CONTRADICTORY, or two runs
+differ.
 """
 
 import argparse
@@ -23,16 +26,19 @@ from daemon.iscsi.initiator import LUN, Initiator
 from tests.daemon.programs import Daemon
 
 PROGRAM = "iscsi-test-cu"
-# Nothing but Sanitize.Reset takes half a minute; that looks once a minute until the disk is overwritten, however slow the machine is.
+# Nothing but Sanitize.Reset takes half a minute; that looks once a minute until the disk is
+# overwritten, however slow the machine is.
 TEST_SECONDS_MAX, WIDE_TEST_SECONDS_MAX = 180, 900
 VDISK, WIDE_VDISK = "conformance", "wide"
 VDISK_BYTES, POOL_SIZE = 256 << 20, "2GiB"
-# This wants a disk that takes seconds to overwrite: it looks after three, resets, and looks again. Zeros take no space in the pool.
+# This wants a disk that takes seconds to overwrite: it looks after three, resets, and looks again.
+# Zeros take no space in the pool.
 ON_WIDE_VDISK = "ALL.Sanitize.Reset"
 OVERWRITE_SECONDS = 20.0
 OVERWRITE_WITH_ZEROS = bytes((0x48, 0x01, 0, 0, 0, 0, 0, 0, 5, 0))
 ZERO_PATTERN = bytes((1, 0, 0, 1, 0))
-# This asks for LBA n+1 and wants a descriptor that begins one physical block after n: it is right about physical blocks of 512 bytes only.
+# This asks for LBA n+1 and wants a descriptor that begins one physical block after n: it is right
+# about physical blocks of 512 bytes only.
 ON_SMALL_BLOCKS = "ALL.GetLBAStatus.UnmapSingle"
 SMALL_BLOCKS = "iscsi.physical_block_bytes = 512\n"
 # This wants a write-protected disk: another session sets software write protect (SWP) meanwhile.
@@ -42,7 +48,10 @@ SWP_OFF = bytes((0, 0, 0, 0, 0x0A, 0x0A, 0, 0x10, 0x00, 0, 0, 0, 0, 0, 0, 0))
 MODE_SELECT_6 = bytes((0x15, 0x10, 0, 0, len(SWP_ON), 0))
 # Tests that no target can pass; docs/conformance.md has the evidence.
 CONTRADICTORY = {
-    "ALL.iSCSITMF.LUNResetSimpleAsync": "asserts what its callback will set before anything could be received (fixed in libiscsi 5553d6b)",
+    "ALL.iSCSITMF.LUNResetSimpleAsync": (
+        "asserts what its callback will set before anything could be received (fixed in libiscsi"
+        " 5553d6b)"
+    ),
 }
 _SKIP = re.compile(r"\[SKIPPED\]\s*(.*)")
 _FAIL = re.compile(r"\d\. (test_\w+\.c:.*)|(?:FAILED\] (.*))")
@@ -61,7 +70,9 @@ class _Client(Initiator):
 
 @dataclass(frozen=True)
 class Outcome:
-    """One test: ``pass``, ``part``, ``skip``, ``fail``, ``timeout`` or ``contradictory``, and the client's words where it did not pass."""
+    """One test: ``pass``, ``part``, ``skip``, ``fail``, ``timeout`` or ``contradictory``, and the
+    client's words where it did not pass.
+    """
 
     name: str
     verdict: str
@@ -70,7 +81,9 @@ class Outcome:
 
 async def _output_of(*command: str, seconds_max: int = TEST_SECONDS_MAX) -> tuple[int, str] | None:
     """Exit status and all output; None where it took too long."""
-    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT)
+    process = await asyncio.create_subprocess_exec(
+        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
     try:
         output, _ = await asyncio.wait_for(process.communicate(), seconds_max)
     except TimeoutError:
@@ -106,7 +119,16 @@ def judge(name: str, status: int, output: str) -> Outcome:
 async def run_test(name: str, urls: list[str]) -> Outcome:
     """Run one test; the second URL is the second path."""
     seconds_max = WIDE_TEST_SECONDS_MAX if name == ON_WIDE_VDISK else TEST_SECONDS_MAX
-    done = await _output_of(PROGRAM, "--dataloss", "--allow-sanitize", "--fail", "--test", name, *urls, seconds_max=seconds_max)
+    done = await _output_of(
+        PROGRAM,
+        "--dataloss",
+        "--allow-sanitize",
+        "--fail",
+        "--test",
+        name,
+        *urls,
+        seconds_max=seconds_max,
+    )
     outcome = Outcome(name, "timeout") if done is None else judge(name, *done)
     if outcome.verdict in {"fail", "timeout"} and name in CONTRADICTORY:
         return Outcome(name, "contradictory", CONTRADICTORY[name])
@@ -130,9 +152,13 @@ async def run_write_protected(name: str, urls: list[str]) -> Outcome:
 
 
 class Disks:
-    """The disks under test: those that the command line names, or vdisks of a daemon of our own, and of one that tells of small blocks."""
+    """The disks under test: those that the command line names, or vdisks of a daemon of our own,
+    and of one that tells of small blocks.
+    """
 
-    def __init__(self, urls: list[str], daemon: Daemon | None = None, small_blocks: list[str] | None = None) -> None:
+    def __init__(
+        self, urls: list[str], daemon: Daemon | None = None, small_blocks: list[str] | None = None
+    ) -> None:
         self.urls = urls
         self._daemon = daemon
         self._small_blocks = small_blocks or urls
@@ -176,12 +202,23 @@ async def run_all(disks: Disks, only: str) -> list[Outcome]:
 
 async def _own_daemon(stack: AsyncExitStack, configuration: str = "") -> tuple[Daemon, list[str]]:
     """A daemon with one vdisk, and the URLs of both paths to it."""
-    directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cleaved-conformance-")))
+    directory = Path(
+        stack.enter_context(tempfile.TemporaryDirectory(prefix="cleaved-conformance-"))
+    )
     (directory / "config").write_text(configuration)
-    daemon = Daemon(directory, POOL_SIZE, ("--config", str(directory / "config"), "--iscsi", "127.0.0.1:0"))
+    daemon = Daemon(
+        directory, POOL_SIZE, ("--config", str(directory / "config"), "--iscsi", "127.0.0.1:0")
+    )
     await stack.enter_async_context(daemon)
     await daemon.ctl("vdisk", "create", VDISK, "--size", f"{VDISK_BYTES >> 20}MiB")
-    portals = re.findall(r"iscsi ([^,]+)", str(next(event["listeners"] for event in daemon.events() if event["event"] == "daemon.ready")))
+    portals = re.findall(
+        r"iscsi ([^,]+)",
+        str(
+            next(
+                event["listeners"] for event in daemon.events() if event["event"] == "daemon.ready"
+            )
+        ),
+    )
     assert len(portals) == 2
     return daemon, [daemon.url(VDISK).replace(daemon.portal, portal) for portal in portals]
 
@@ -195,7 +232,13 @@ async def _own_disks(stack: AsyncExitStack) -> Disks:
 def report(outcomes: list[Outcome]) -> bool:
     """Print the counts; whether nothing went wrong."""
     counts = Counter(outcome.verdict for outcome in outcomes)
-    print(", ".join(f"{counts[verdict]} {verdict}" for verdict in ("pass", "part", "skip", "contradictory", "fail", "timeout")), flush=True)
+    print(
+        ", ".join(
+            f"{counts[verdict]} {verdict}"
+            for verdict in ("pass", "part", "skip", "contradictory", "fail", "timeout")
+        ),
+        flush=True,
+    )
     return not (counts["fail"] or counts["timeout"])
 
 
@@ -218,7 +261,9 @@ async def run(options: argparse.Namespace) -> int:
 
 def main() -> int:
     """Parse the command line and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default="")
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--url", action="append", default=[])

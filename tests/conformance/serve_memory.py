@@ -1,6 +1,8 @@
-"""Serves volumes in memory over iSCSI on loopback, so that real clients can be run against protocol/iscsi alone.
+"""Serves volumes in memory over iSCSI on loopback, so that real clients can be run against
+protocol/iscsi alone.
 
-python -m tests.conformance.serve_memory --port 3260 --size-mib 256 --luns 1 [--file PATH] [--chap user:secret]
+python -m tests.conformance.serve_memory --port 3260 --size-mib 256 --luns 1 [--file PATH] [--chap
+user:secret]
 """
 
 import argparse
@@ -23,7 +25,9 @@ from tests.protocol.memory_volume import MemoryVolume
 
 
 class FileVolume(MemoryVolume):
-    """A file instead of memory, for comparison with a target that serves one: page-cache reads, one pwrite a write."""
+    """A file instead of memory, for comparison with a target that serves one: page-cache reads, one
+    pwrite a write.
+    """
 
     def __init__(self, path: str, uuid: UUID) -> None:
         super().__init__(0, uuid=uuid)
@@ -37,7 +41,9 @@ class FileVolume(MemoryVolume):
     def try_read(self, offset_bytes: int, length_bytes: int) -> Buffer:
         return os.pread(self._fd, length_bytes, offset_bytes)
 
-    def allocation(self, offset_bytes: int, length_bytes: int, runs_max: int, done: AllocationCompletion) -> None:
+    def allocation(
+        self, offset_bytes: int, length_bytes: int, runs_max: int, done: AllocationCompletion
+    ) -> None:
         done([(length_bytes, True)], None)
 
     def _change(self, offset: int, data: Buffer, done: Completion) -> None:
@@ -52,7 +58,9 @@ class Endpoint(asyncio.BufferedProtocol):
         self._node = node
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        transport = self._transport = cast("asyncio.Transport", transport)  # uvloop has classes of its own
+        transport = self._transport = cast(
+            "asyncio.Transport", transport
+        )  # uvloop has classes of its own
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         host, port = transport.get_extra_info("sockname")[:2]
         peer = transport.get_extra_info("peername")
@@ -95,14 +103,21 @@ class Endpoint(asyncio.BufferedProtocol):
 
 async def serve(options: argparse.Namespace) -> None:
     """Listen until the process is ended."""
-    uuids = [UUID(int=0x1234_5678_9ABC_4DEF_8123_4567_89AB_0000 + lun) for lun in range(options.luns)]
+    uuids = [
+        UUID(int=0x1234_5678_9ABC_4DEF_8123_4567_89AB_0000 + lun) for lun in range(options.luns)
+    ]
     size = options.size_mib << 20
-    volumes = {lun: FileVolume(options.file, u) if options.file else MemoryVolume(size, uuid=u) for lun, u in enumerate(uuids)}
+    volumes = {
+        lun: FileVolume(options.file, u) if options.file else MemoryVolume(size, uuid=u)
+        for lun, u in enumerate(uuids)
+    }
     user, _, secret = options.chap.partition(":")
     chap = ChapSecrets(user, secret.encode()) if user else None
     node = TargetNode(MemoryDirectory(dict(volumes), chap, chap))
     node.turns.call_soon = asyncio.get_running_loop().call_soon
-    server = await asyncio.get_running_loop().create_server(lambda: Endpoint(node), "127.0.0.1", options.port)
+    server = await asyncio.get_running_loop().create_server(
+        lambda: Endpoint(node), "127.0.0.1", options.port
+    )
     gc.freeze()
     print("ready", server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()

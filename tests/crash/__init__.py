@@ -1,1 +1,3 @@
-"""Proof that nothing is lost: power losses enumerated, faults planted, bits rotted; docs/reliability.md says what each shows."""
+"""Proof that nothing is lost: power losses enumerated, faults planted, bits rotted;
+docs/reliability.md says what each shows.
+"""

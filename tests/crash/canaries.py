@@ -1,4 +1,6 @@
-"""Planted bugs: each is a patch of the store, switched on by a test only, that the suite must find (issue point 9)."""
+"""Planted bugs: each is a patch of the store, switched on by a test only, that the suite must find
+(issue point 9).
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -49,30 +51,45 @@ def superblock_before_data_sync(stack: ExitStack) -> None:
 
 
 def early_reuse_of_freed_block(stack: ExitStack) -> None:
-    """A block that a write lets go of is handed to the next write, before any consistency point without it is durable."""
+    """A block that a write lets go of is handed to the next write, before any consistency point
+    without it is durable.
+    """
     pockets: dict[int, list[int]] = {}
     reused: set[int] = set()
-    original_install, original_take, original_init = write_path.install, WriteAllocator.take, WriteAllocator.__init__
+    original_install, original_take, original_init = (
+        write_path.install,
+        WriteAllocator.take,
+        WriteAllocator.__init__,
+    )
 
     def init(self: WriteAllocator, *arguments: Any) -> None:
         original_init(self, *arguments)
         pockets[id(self)] = []
         reused.clear()
 
-    def take(self: WriteAllocator, count: int, borrowed: bool = False) -> list[tuple[int, int]] | None:
+    def take(
+        self: WriteAllocator, count: int, borrowed: bool = False
+    ) -> list[tuple[int, int]] | None:
         if count == 1 and pockets[id(self)]:
             vbn = pockets[id(self)].pop()
             reused.add(vbn)
             return [(vbn, 1)]
         return original_take(self, count, borrowed)
 
-    def install(image: Any, epoch: Any, nodes: Any, targets: Any, extents: list[tuple[int, int]]) -> None:
+    def install(
+        image: Any, epoch: Any, nodes: Any, targets: Any, extents: list[tuple[int, int]]
+    ) -> None:
         original_install(image, epoch, nodes, targets, extents)
         for extent in [extent for extent in extents if extent[0] in reused]:
             # Its bit is set in the map already.
             reused.discard(extent[0])
             epoch.allocated.remove(extent)
-        if epoch.freed and len(targets) == 1 and targets[0][1] != write_path.ZERO_CRC and (epoch.freed[-1], 1) not in epoch.allocated:
+        if (
+            epoch.freed
+            and len(targets) == 1
+            and targets[0][1] != write_path.ZERO_CRC
+            and (epoch.freed[-1], 1) not in epoch.allocated
+        ):
             pockets[id(image.state.allocator)].append(epoch.freed.pop())
 
     stack.enter_context(mock.patch.object(WriteAllocator, "__init__", init))

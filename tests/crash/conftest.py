@@ -1,4 +1,6 @@
-"""The order of writes is held here too (tests/storage/ordering.py), but where bugs are planted that break it."""
+"""The order of writes is held here too (tests/storage/ordering.py), but where bugs are planted that
+break it.
+"""
 
 from collections.abc import Iterator
 from contextlib import nullcontext

@@ -1,7 +1,9 @@
-"""Makes a pool's life repeatable to the byte: time that moves only when somebody waits, identities from a counter, clocks that count.
+"""Makes a pool's life repeatable to the byte: time that moves only when somebody waits, identities
+from a counter, clocks that count.
 
-Two runs of one workload then leave the same bytes on the device. That is what lets crash states of different workloads be told apart by
-their hash, and a failure be replayed by its name alone. It also makes waiting free: a sleep of the pool costs a turn of the loop.
+Two runs of one workload then leave the same bytes on the device. That is what lets crash states of
+different workloads be told apart by their hash, and a failure be replayed by its name alone. It
+also makes waiting free: a sleep of the pool costs a turn of the loop.
 """
 
 import asyncio
@@ -15,12 +17,13 @@ from uuid import UUID
 
 T = TypeVar("T")
 
-# What one look at the clock costs, in virtual seconds: small against every limit of the pool (the smallest is 1 ms), and not zero, so
-# that work in slices has its breaks.
+# What one look at the clock costs, in virtual seconds: small against every limit of the pool (the
+# smallest is 1 ms), and not zero, so that work in slices has its breaks.
 TICK_SECONDS = 20e-6
 # Real time to wait for a thread before a loop with nothing left to do is called hanging.
 THREAD_SECONDS = 5.0
-# Virtual seconds after which something hangs: the pool's own timers go on for ever, so that nothing else would tell.
+# Virtual seconds after which something hangs: the pool's own timers go on for ever, so that nothing
+# else would tell.
 PATIENCE_SECONDS = 120.0
 # Modules of the pool that measure durations.
 CLOCKED = (
@@ -67,7 +70,9 @@ class _VirtualSelector(selectors.BaseSelector):
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """An event loop whose time moves only when nothing is left to do now. Raises Hang where a real one would wait for ever."""
+    """An event loop whose time moves only when nothing is left to do now. Raises Hang where a real
+    one would wait for ever.
+    """
 
     def __init__(self) -> None:
         self._virtual = _VirtualSelector()
@@ -79,8 +84,14 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 @contextmanager
 def repeatable(first: int = 1) -> Iterator[None]:
-    """Identities, timestamps and durations come from counters within, beginning with ``first``: no two parts of a pool's life share one."""
-    identities, nanoseconds, ticks = itertools.count(first), itertools.count(first), itertools.count(1)
+    """Identities, timestamps and durations come from counters within, beginning with ``first``: no
+    two parts of a pool's life share one.
+    """
+    identities, nanoseconds, ticks = (
+        itertools.count(first),
+        itertools.count(first),
+        itertools.count(1),
+    )
 
     def identity() -> UUID:
         return UUID(int=next(identities))
@@ -100,7 +111,9 @@ def repeatable(first: int = 1) -> Iterator[None]:
 
 
 def run_to_the_end(loop: VirtualLoop, work: Coroutine[Any, Any, T]) -> T:
-    """The outcome of ``work``. Raises Hang when it does not come; tasks that it left behind are ended."""
+    """The outcome of ``work``. Raises Hang when it does not come; tasks that it left behind are
+    ended.
+    """
     task = loop.create_task(work)
     alarm = loop.call_later(PATIENCE_SECONDS, task.cancel)
     try:
@@ -113,7 +126,9 @@ def run_to_the_end(loop: VirtualLoop, work: Coroutine[Any, Any, T]) -> T:
 
 
 async def end_all_tasks() -> None:
-    """The process is gone: cancel what runs. More than once, since asyncio.wait_for may miss a cancellation (python/cpython#86296)."""
+    """The process is gone: cancel what runs. More than once, since asyncio.wait_for may miss a
+    cancellation (python/cpython#86296).
+    """
     while tasks := [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]:
         for task in tasks:
             task.cancel()
@@ -121,7 +136,9 @@ async def end_all_tasks() -> None:
 
 
 class SteadyPace:
-    """Stands in for storage.backdoor.pace.Pace: the background takes one small step at a time, and never rests."""
+    """Stands in for storage.backdoor.pace.Pace: the background takes one small step at a time, and
+    never rests.
+    """
 
     idle = False
 

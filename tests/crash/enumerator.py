@@ -1,7 +1,9 @@
-"""Runs workloads, enumerates the crash states of their epochs, and has each examined: the heart of ``make crash``.
+"""Runs workloads, enumerates the crash states of their epochs, and has each examined: the heart of
+``make crash``.
 
-States are told apart by a hash that is the exclusive or of one hash a page: an overlay of a few pages costs a few look-ups. A state is
-examined once for each expectation; one seen before, in this workload or an earlier one, is not examined again.
+States are told apart by a hash that is the exclusive or of one hash a page: an overlay of a few
+pages costs a few look-ups. A state is examined once for each expectation; one seen before, in this
+workload or an earlier one, is not examined again.
 """
 
 import traceback
@@ -22,7 +24,8 @@ from tests.crash.workloads import OPERATIONS, POOL_BYTES, Sequence, make_base
 
 T = TypeVar("T")
 
-# One state in so many loses power again during its recovery, in every way that the recovery's own epochs allow.
+# One state in so many loses power again during its recovery, in every way that the recovery's own
+# epochs allow.
 RECOVERY_EVERY = 50
 
 
@@ -31,7 +34,9 @@ WORKLOAD_IDENTITIES = 1000
 
 
 class CrashPoint(NamedTuple):
-    """The end of an epoch: what is durable, what a power loss may take, and what must hold afterwards."""
+    """The end of an epoch: what is durable, what a power loss may take, and what must hold
+    afterwards.
+    """
 
     operation: int
     base: Pages
@@ -53,8 +58,9 @@ class Tally:
 
 
 class Enumerator:
-    """Holds the loop, the base pool and the tally. ``use_every``: of how many states one is not only examined but used and
-    emptied; ``failures_max``: after how many failures it is enough."""
+    """Holds the loop, the base pool and the tally. ``use_every``: of how many states one is not
+    only examined but used and emptied; ``failures_max``: after how many failures it is enough.
+    """
 
     def __init__(self, seed: int, use_every: int = 1, failures_max: int = 1 << 30) -> None:
         self.seed = seed
@@ -72,10 +78,12 @@ class Enumerator:
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return run_to_the_end(self._loop, work)
 
-    # --- Workloads -----------------------------------------------------------------------------------------------
+    # --- Workloads --------------------------------------------------------------------------------
 
     def sequence(self, names: Sequence, mode: str = "copy", only: str | None = None) -> None:
-        """Run one sequence, and examine the states of those epochs that its last operation ends, or that nothing ends."""
+        """Run one sequence, and examine the states of those epochs that its last operation ends, or
+        that nothing ends.
+        """
         label = ",".join(names) + (f":{mode}" if mode != "copy" else "")
         try:
             with repeatable(WORKLOAD_IDENTITIES):
@@ -126,14 +134,20 @@ class Enumerator:
         at_sync(device.base, device.requests())
         await abandon(session.pool)
 
-    # --- States ----------------------------------------------------------------------------------------------------
+    # --- States -----------------------------------------------------------------------------------
 
-    def points(self, label: str, points: Iterable[CrashPoint], only: str | None = None, sample: int = 0) -> None:
-        """Examine every state of these crash points, or a seeded ``sample`` of each; with ``only``, the one state of that name."""
+    def points(
+        self, label: str, points: Iterable[CrashPoint], only: str | None = None, sample: int = 0
+    ) -> None:
+        """Examine every state of these crash points, or a seeded ``sample`` of each; with ``only``,
+        the one state of that name.
+        """
         for number, point in enumerate(points):
             self.tally.epochs += 1
             base_hash = self._hash_of(point.base)
-            for name, overlay in sampled(crash_states(point.base, point.requests, self.seed), sample, number):
+            for name, overlay in sampled(
+                crash_states(point.base, point.requests, self.seed), sample, number
+            ):
                 state = f"{label} / epoch {number} / {name}"
                 if only is not None and state != only:
                     continue
@@ -141,7 +155,9 @@ class Enumerator:
                     return
                 key = base_hash
                 for page, content in overlay.items():
-                    key ^= self._page_hash(page, content) ^ self._page_hash(page, point.base.get(page, ZERO_PAGE))
+                    key ^= self._page_hash(page, content) ^ self._page_hash(
+                        page, point.base.get(page, ZERO_PAGE)
+                    )
                 self._examine(state, key, point, overlay)
 
     def _hash_of(self, pages: Pages) -> int:
@@ -176,7 +192,7 @@ class Enumerator:
     def _failed(self, state: str, why: str) -> None:
         self.tally.failures.append(f"{state}\n{why}")
 
-    # --- Power lost again during recovery ------------------------------------------------------------------------------
+    # --- Power lost again during recovery ---------------------------------------------------------
 
     def _recovery(self, state: str, point: CrashPoint, overlay: Pages) -> None:
         points: list[tuple[Pages, list[Request]]] = []
@@ -184,7 +200,9 @@ class Enumerator:
         pages = point.base | overlay
 
         async def recover() -> None:
-            device = RecordingDevice(POOL_BYTES, pages, lambda base, requests: points.append((dict(base), requests)))
+            device = RecordingDevice(
+                POOL_BYTES, pages, lambda base, requests: points.append((dict(base), requests))
+            )
             pool = await open_steady(device)
             points.append((dict(device.base), device.requests()))
             await abandon(pool)
@@ -197,7 +215,9 @@ class Enumerator:
         for number, (base, requests) in enumerate(points):
             for name, torn in crash_states(base, requests, self.seed):
                 key = self._hash_of(base | torn)
-                self._examine_plain(f"{state} / recovery epoch {number} / {name}", key, point, base | torn)
+                self._examine_plain(
+                    f"{state} / recovery epoch {number} / {name}", key, point, base | torn
+                )
 
     def _examine_plain(self, state: str, key: int, point: CrashPoint, pages: Pages) -> None:
         examined = (key, point.expectation.key)
@@ -211,7 +231,9 @@ class Enumerator:
             self._failed(state, traceback.format_exc(limit=-3))
 
 
-def sampled(states: Iterator[tuple[str, Pages]], count: int, seed: int) -> Iterable[tuple[str, Pages]]:
+def sampled(
+    states: Iterator[tuple[str, Pages]], count: int, seed: int
+) -> Iterable[tuple[str, Pages]]:
     """``count`` of the states, or all if it is 0."""
     if not count:
         return states

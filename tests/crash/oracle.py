@@ -1,7 +1,9 @@
-"""What a pool must hold after a power loss, said without any of the store's code: images are dicts of sectors, a snapshot is a copy.
+"""What a pool must hold after a power loss, said without any of the store's code: images are dicts
+of sectors, a snapshot is a copy.
 
-For each sector the model keeps the last durable value and every one written since: after a power loss any of them may be there, and nothing
-else. A change of the table that is not acknowledged yet gives two *worlds*, before it and after it; the pool must be one of them, whole.
+For each sector the model keeps the last durable value and every one written since: after a power
+loss any of them may be there, and nothing else. A change of the table that is not acknowledged yet
+gives two *worlds*, before it and after it; the pool must be one of them, whole.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,8 +21,14 @@ Allowed = tuple[bytes, ...]
 
 
 def sector(vdisk: str, lba: int, version: int) -> bytes:
-    """Data that names the vdisk, its address and the write it comes from, so that no sector can stand in for another."""
-    return b"%s %s lba %d version %d " % (TAG, vdisk.encode(), lba, version) + bytes([65 + version % 26]) * 400 + ZEROS
+    """Data that names the vdisk, its address and the write it comes from, so that no sector can
+    stand in for another.
+    """
+    return (
+        b"%s %s lba %d version %d " % (TAG, vdisk.encode(), lba, version)
+        + bytes([65 + version % 26]) * 400
+        + ZEROS
+    )
 
 
 def data(vdisk: str, lba: int, count: int, version: int) -> bytes:
@@ -33,7 +41,8 @@ class Disk:
 
     size_blocks: int
     sectors: dict[int, Allowed] = field(default_factory=dict)
-    # Writes that are there entirely or not at all, and not known to be durable yet: first sector, content.
+    # Writes that are there entirely or not at all, and not known to be durable yet: first sector,
+    # content.
     atomic: list[tuple[int, bytes]] = field(default_factory=list)
 
     def write(self, lba: int, content: bytes) -> None:
@@ -59,12 +68,16 @@ class Disk:
 
     def resized(self, size_blocks: int) -> "Disk":
         end = size_blocks * SECTORS_PER_BLOCK
-        return Disk(size_blocks, {lba: allowed for lba, allowed in self.sectors.items() if lba < end})
+        return Disk(
+            size_blocks, {lba: allowed for lba, allowed in self.sectors.items() if lba < end}
+        )
 
     def read(self, fbn: int) -> bytes:
         """The block as clients read it now."""
         first = fbn * SECTORS_PER_BLOCK
-        return b"".join(self.sectors.get(lba, ZEROS_ONLY)[-1] for lba in range(first, first + SECTORS_PER_BLOCK))
+        return b"".join(
+            self.sectors.get(lba, ZEROS_ONLY)[-1] for lba in range(first, first + SECTORS_PER_BLOCK)
+        )
 
 
 Disks = dict[str, Disk]
@@ -72,7 +85,9 @@ Disks = dict[str, Disk]
 
 @dataclass
 class Model:
-    """All images by name (``VDISK``, ``VDISK@SNAPSHOT``). ``after`` is the world of the change of the table that is under way."""
+    """All images by name (``VDISK``, ``VDISK@SNAPSHOT``). ``after`` is the world of the change of
+    the table that is under way.
+    """
 
     disks: Disks = field(default_factory=dict)
     after: Disks | None = None
@@ -83,7 +98,9 @@ class Model:
             disk.durable()
 
     def begin(self) -> Disks:
-        """Begin a change of the table: returns the world after it, to be changed. It is a consistency point, so all in it is durable."""
+        """Begin a change of the table: returns the world after it, to be changed. It is a
+        consistency point, so all in it is durable.
+        """
         assert self.after is None
         self.after = {name: disk.copy() for name, disk in self.disks.items()}
         for disk in self.after.values():
@@ -111,27 +128,50 @@ Block = bytes | tuple[Allowed, ...]
 
 
 class World:
-    """One way in which the pool may be found. ``blocks[name][fbn]`` is what the block holds, or for each sector what it may hold."""
+    """One way in which the pool may be found. ``blocks[name][fbn]`` is what the block holds, or for
+    each sector what it may hold.
+    """
 
     def __init__(self, disks: Mapping[str, Disk]) -> None:
         self.sizes = {name: disk.size_blocks for name, disk in disks.items()}
-        # Every address that any image ever used is looked at in every image: that is how one image's data would show in another.
+        # Every address that any image ever used is looked at in every image: that is how one
+        # image's data would show in another.
         addresses = {lba // SECTORS_PER_BLOCK for disk in disks.values() for lba in disk.sectors}
         self.blocks = {name: expected_blocks(disk, addresses) for name, disk in disks.items()}
-        self.atomic = {name: [Atomic(disk, lba, content) for lba, content in disk.atomic] for name, disk in disks.items() if disk.atomic}
+        self.atomic = {
+            name: [Atomic(disk, lba, content) for lba, content in disk.atomic]
+            for name, disk in disks.items()
+            if disk.atomic
+        }
 
     def key(self) -> int:
         """Two worlds of the same key expect the same."""
-        blocks = sorted((name, size, tuple(sorted(self.blocks[name].items(), key=first))) for name, size in self.sizes.items())
-        return hash((tuple(blocks), tuple((name, *(one.new for one in writes)) for name, writes in sorted(self.atomic.items()))))
+        blocks = sorted(
+            (name, size, tuple(sorted(self.blocks[name].items(), key=first)))
+            for name, size in self.sizes.items()
+        )
+        return hash(
+            (
+                tuple(blocks),
+                tuple(
+                    (name, *(one.new for one in writes))
+                    for name, writes in sorted(self.atomic.items())
+                ),
+            )
+        )
 
 
 class Atomic:
-    """A write of which no part may be found beside what it replaced. ``new`` and ``older`` are by sector, as (sector, content)."""
+    """A write of which no part may be found beside what it replaced. ``new`` and ``older`` are by
+    sector, as (sector, content).
+    """
 
     def __init__(self, disk: Disk, lba: int, content: bytes) -> None:
         sectors = range(lba, lba + len(content) // SECTOR_BYTES)
-        self.new = tuple((at, content[(at - lba) * SECTOR_BYTES : (at - lba + 1) * SECTOR_BYTES]) for at in sectors)
+        self.new = tuple(
+            (at, content[(at - lba) * SECTOR_BYTES : (at - lba + 1) * SECTOR_BYTES])
+            for at in sectors
+        )
         # What a later write put there says nothing of this one, and zeros may be both.
         self._older = {at: only_before(disk.sectors[at], new) for at, new in self.new}
 
@@ -139,12 +179,22 @@ class Atomic:
         return sorted({at // SECTORS_PER_BLOCK for at, _ in self.new})
 
     def torn(self, found: Mapping[int, bytes]) -> str | None:
-        """``found`` are the blocks that it covers. None if it is there as a whole, or not at all."""
-        shown = {at: found[at // SECTORS_PER_BLOCK][at % SECTORS_PER_BLOCK * SECTOR_BYTES :][:SECTOR_BYTES] for at, _ in self.new}
+        """``found`` are the blocks that it covers. None if it is there as a whole, or
+        not at all.
+        """
+        shown = {
+            at: found[at // SECTORS_PER_BLOCK][at % SECTORS_PER_BLOCK * SECTOR_BYTES :][
+                :SECTOR_BYTES
+            ]
+            for at, _ in self.new
+        }
         there = [at for at, new in self.new if shown[at] == new]
         missing = [at for at, older in self._older.items() if shown[at] in older]
         if there and missing:
-            return f"of an atomic write sector {there[0]} is there, and sector {missing[0]} holds {brief(shown[missing[0]])}"
+            return (
+                f"of an atomic write sector {there[0]} is there, and sector {missing[0]} holds"
+                f" {brief(shown[missing[0]])}"
+            )
         return None
 
 
@@ -165,8 +215,14 @@ def expected_blocks(disk: Disk, addresses: Iterable[int]) -> dict[int, Block]:
         if fbn >= disk.size_blocks:
             continue
         lba = fbn * SECTORS_PER_BLOCK
-        allowed = tuple(disk.sectors.get(at, ZEROS_ONLY) for at in range(lba, lba + SECTORS_PER_BLOCK))
-        blocks[fbn] = b"".join(one[0] for one in allowed) if all(len(one) == 1 for one in allowed) else allowed
+        allowed = tuple(
+            disk.sectors.get(at, ZEROS_ONLY) for at in range(lba, lba + SECTORS_PER_BLOCK)
+        )
+        blocks[fbn] = (
+            b"".join(one[0] for one in allowed)
+            if all(len(one) == 1 for one in allowed)
+            else allowed
+        )
     return blocks
 
 
@@ -183,7 +239,9 @@ def differs(expected: Block, found: bytes) -> str | None:
     if expected == found:
         return None
     if isinstance(expected, bytes):
-        expected = tuple((expected[at : at + SECTOR_BYTES],) for at in range(0, BLOCK_BYTES, SECTOR_BYTES))
+        expected = tuple(
+            (expected[at : at + SECTOR_BYTES],) for at in range(0, BLOCK_BYTES, SECTOR_BYTES)
+        )
     for at, allowed in enumerate(expected):
         there = found[at * SECTOR_BYTES : (at + 1) * SECTOR_BYTES]
         if there not in allowed:
@@ -195,13 +253,18 @@ def brief(content: bytes) -> str:
     return (
         "zeros"
         if content == ZEROS
-        else content[:64].split(b"  ")[0].rstrip(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ\0").decode(errors="replace").strip()
+        else content[:64]
+        .split(b"  ")[0]
+        .rstrip(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ\0")
+        .decode(errors="replace")
+        .strip()
     )
 
 
 def after_kill(disk: Disk, fbn: int, found: bytes) -> str:
-    """What a block holds after the death of the process, which loses nothing: ``newest``; ``older``, which only what was not flushed may
-    be, and only where something rotted; or ``wrong``.
+    """What a block holds after the death of the process, which loses nothing: ``newest``;
+    ``older``, which only what was not flushed may be, and only where something rotted; or
+    ``wrong``.
     """
     if found == disk.read(fbn):
         return "newest"
@@ -213,7 +276,10 @@ def after_kill(disk: Disk, fbn: int, found: bytes) -> str:
 def flushed(disk: Disk, fbn: int) -> bool:
     """Whether all that was written to the block was acknowledged as durable."""
     first = fbn * SECTORS_PER_BLOCK
-    return all(len(disk.sectors.get(lba, ZEROS_ONLY)) == 1 for lba in range(first, first + SECTORS_PER_BLOCK))
+    return all(
+        len(disk.sectors.get(lba, ZEROS_ONLY)) == 1
+        for lba in range(first, first + SECTORS_PER_BLOCK)
+    )
 
 
 def places_named(content: bytes) -> set[tuple[str, int, int]]:

@@ -1,7 +1,9 @@
-"""A device in memory that notes every write and sync, and hands over, at the end of each epoch, what a power loss could leave.
+"""A device in memory that notes every write and sync, and hands over, at the end of each epoch,
+what a power loss could leave.
 
-An *epoch* lies between two completed syncs. What is durable at its end is ``base``; ``requests`` are the writes that no completed sync
-covers, in the order of their submission. A power loss leaves ``base`` plus any part of ``requests``.
+An *epoch* lies between two completed syncs. What is durable at its end is ``base``; ``requests``
+are the writes that no completed sync covers, in the order of their submission. A power loss leaves
+``base`` plus any part of ``requests``.
 
 Pages are immutable ``bytes``, so that a copy of the device is a copy of a dict.
 """
@@ -84,7 +86,9 @@ class PageDevice:
     def reserve(self, offset_bytes: int, length_bytes: int) -> Future[None]:
         return done()
 
-    def backed(self, offset_bytes: int, length_bytes: int, found: list[tuple[int, int]]) -> Future[None]:
+    def backed(
+        self, offset_bytes: int, length_bytes: int, found: list[tuple[int, int]]
+    ) -> Future[None]:
         found.append((offset_bytes, offset_bytes + length_bytes))
         return done()
 
@@ -99,7 +103,10 @@ class PageDevice:
         self.closed = True
 
     def _write(self, request: Request) -> None:
-        assert request.first >= 0 and (request.first + len(request.pages)) * PAGE_BYTES <= self.size_bytes
+        assert (
+            request.first >= 0
+            and (request.first + len(request.pages)) * PAGE_BYTES <= self.size_bytes
+        )
         self.pages.update(enumerate(request.pages, request.first))
 
     def _raise_when_closed(self) -> None:
@@ -108,13 +115,17 @@ class PageDevice:
 
 
 class RecordingDevice(PageDevice):
-    """Calls ``at_sync`` at the end of each epoch, just before its sync completes. ``pages`` is copied: the caller's stay as they are.
+    """Calls ``at_sync`` at the end of each epoch, just before its sync completes. ``pages`` is
+    copied: the caller's stay as they are.
 
-    With ``seed`` the asynchronous jobs are carried out some turns of the loop later, in an order drawn from it, and some ``try_writev``
-    answer False, so that writes are in flight when a sync is called: those it does not cover.
+    With ``seed`` the asynchronous jobs are carried out some turns of the loop later, in an order
+    drawn from it, and some ``try_writev`` answer False, so that writes are in flight when a sync is
+    called: those it does not cover.
     """
 
-    def __init__(self, size_bytes: int, pages: Pages, at_sync: AtSync, seed: int | None = None) -> None:
+    def __init__(
+        self, size_bytes: int, pages: Pages, at_sync: AtSync, seed: int | None = None
+    ) -> None:
         super().__init__(size_bytes, dict(pages))
         self.base: Pages = dict(pages)
         self._at_sync = at_sync
@@ -182,7 +193,8 @@ class RecordingDevice(PageDevice):
         return future
 
 
-# Of the inline writes of a device with a seed, how many have to take the asynchronous way; and for how many turns a job may take.
+# Of the inline writes of a device with a seed, how many have to take the asynchronous way; and for
+# how many turns a job may take.
 MISS_RATE = 0.3
 TURNS_MAX = 4
 
@@ -200,4 +212,7 @@ def as_request(buffers: Sequence[Buffer], offset_bytes: int) -> Request:
         return Request(offset_bytes // PAGE_BYTES, (bytes(buffers[0]),))
     data = b"".join(buffers)
     assert data and not len(data) % PAGE_BYTES, "the pool writes whole blocks"
-    return Request(offset_bytes // PAGE_BYTES, tuple(data[at : at + PAGE_BYTES] for at in range(0, len(data), PAGE_BYTES)))
+    return Request(
+        offset_bytes // PAGE_BYTES,
+        tuple(data[at : at + PAGE_BYTES] for at in range(0, len(data), PAGE_BYTES)),
+    )

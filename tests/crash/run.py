@@ -1,8 +1,10 @@
-"""``make crash``: the whole enumeration, or a part of it, on several processes, with its figures; and the replay of one failure.
+"""``make crash``: the whole enumeration, or a part of it, on several processes, with its figures;
+and the replay of one failure.
 
     python -m tests.crash.run [--seed N] [--workers N] [--use-every N] [--part N] [--replay STATE]
 
-The seed is printed first. ``--part 10`` runs every tenth workload, beginning with one that the seed chooses.
+The seed is printed first. ``--part 10`` runs every tenth workload, beginning with one that the seed
+chooses.
 """
 
 import argparse
@@ -17,7 +19,8 @@ from tests.crash.enumerator import Enumerator, Tally
 from tests.crash.long_workloads import WORKLOADS
 from tests.crash.workloads import sequences
 
-# Of how many states one is used, split and emptied as well; the others are mounted, compared and checked. Measured: 22 against 1 ms.
+# Of how many states one is used, split and emptied as well; the others are mounted, compared and
+# checked. Measured: 22 against 1 ms.
 USE_EVERY = 20
 FAILURES_SHOWN = 10
 
@@ -31,7 +34,9 @@ class Job(NamedTuple):
 
 
 def jobs() -> list[Job]:
-    """The long ones first, so that no process is left alone with one at the end; share mode where there is a split to share."""
+    """The long ones first, so that no process is left alone with one at the end; share mode where
+    there is a split to share.
+    """
     short = [Job(names) for names in sequences()]
     shared = [Job(names, "share") for names in sequences() if "split_step" in names]
     return [*(Job(long_seed=seed) for seed in range(WORKLOADS)), *short, *shared]
@@ -91,17 +96,22 @@ def replay(state: str, seed: int) -> Tally:
 
 def report(tally: Tally, seconds: float, seed: int) -> None:
     print(
-        f"{tally.sequences} workloads, {tally.epochs} epochs, {len(tally.states)} distinct states ({tally.used} of them used and emptied,"
-        f" {tally.recoveries} crashed again in recovery), {seconds:.0f} s, {len(tally.failures)} failures",
+        f"{tally.sequences} workloads, {tally.epochs} epochs, {len(tally.states)} distinct states"
+        f" ({tally.used} of them used and emptied, {tally.recoveries} crashed again in recovery),"
+        f" {seconds:.0f} s, {len(tally.failures)} failures",
         flush=True,
     )
     for failure in tally.failures[:FAILURES_SHOWN]:
         name, _, why = failure.partition("\n")
-        print(f"\nFAILED {name}\n{why}\nreplay: make crash ARGS=\"--seed {seed} --replay '{name}'\"")
+        print(
+            f"\nFAILED {name}\n{why}\nreplay: make crash ARGS=\"--seed {seed} --replay '{name}'\""
+        )
 
 
 def main(arguments: Many[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Enumerate what a power loss can leave, and examine it.")
+    parser = argparse.ArgumentParser(
+        description="Enumerate what a power loss can leave, and examine it."
+    )
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
     parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
     parser.add_argument("--use-every", type=int, default=USE_EVERY)
@@ -113,7 +123,12 @@ def main(arguments: Many[str] | None = None) -> int:
     if options.replay:
         tally = replay(options.replay, options.seed)
     else:
-        tally = enumerate_all(part_of(jobs(), options.part, options.seed), options.seed, options.workers, options.use_every)
+        tally = enumerate_all(
+            part_of(jobs(), options.part, options.seed),
+            options.seed,
+            options.workers,
+            options.use_every,
+        )
     report(tally, time.monotonic() - started, options.seed)
     return 1 if tally.failures or not tally.states else 0
 

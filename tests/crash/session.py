@@ -1,4 +1,6 @@
-"""A pool under a workload on a recording device, with its model beside it, driven one operation at a time."""
+"""A pool under a workload on a recording device, with its model beside it, driven one operation at
+a time.
+"""
 
 import asyncio
 from typing import Any
@@ -110,7 +112,9 @@ async def step(pool: Pool) -> bool:
 
 
 class Session:
-    """Operations on pool and model together: each tells the model what may be found from when on, and what must."""
+    """Operations on pool and model together: each tells the model what may be found from when on,
+    and what must.
+    """
 
     def __init__(self, pool: Pool, model: Model, split_mode: str = "copy") -> None:
         self.pool = pool
@@ -128,7 +132,9 @@ class Session:
             self.model.disks[name].durable_range(lba, count)
 
     async def write_atomic(self, name: str, fbn: int, blocks: int, fua: bool = False) -> None:
-        """Whole blocks, at most ATOMIC_WRITE_BYTES_MAX of them: after any crash all of it is there, or nothing."""
+        """Whole blocks, at most ATOMIC_WRITE_BYTES_MAX of them: after any crash all of it is there,
+        or nothing.
+        """
         lba, count = fbn * SECTORS_PER_BLOCK, blocks * SECTORS_PER_BLOCK
         content = self.model.next_data(name, lba, count)
         self.model.disks[name].write_atomic(lba, content)

@@ -1,7 +1,9 @@
-"""Bit rot, misdirected and lost writes: whatever is damaged is found, or harmless by proof, is never served as data, and hangs nobody.
+"""Bit rot, misdirected and lost writes: whatever is damaged is found, or harmless by proof, is
+never served as data, and hangs nobody.
 
-Harmless by proof is only what nothing reads: blocks that the superblock does not reach, and one of two copies of the superblock. Every byte
-of a reachable block is under the CRC32C of the field that names it.
+Harmless by proof is only what nothing reads: blocks that the superblock does not reach, and one of
+two copies of the superblock. Every byte of a reachable block is under the CRC32C of the field that
+names it.
 """
 
 from random import Random
@@ -59,7 +61,9 @@ def with_page(pages: Pages, vbn: int, content: bytes) -> Pages:
 
 
 def test_every_flipped_byte_changes_the_sum_of_its_block(base: tuple[Pages, Model]) -> None:
-    """Every byte of every reachable block, in each of eight ways: the CRC32C in the field above is another's."""
+    """Every byte of every reachable block, in each of eight ways: the CRC32C in the field above is
+    another's.
+    """
     looked_at = 0
     for content in reachable(base[0]).values():
         expected = crc32c(content)
@@ -73,7 +77,9 @@ def test_every_flipped_byte_changes_the_sum_of_its_block(base: tuple[Pages, Mode
 
 
 def test_the_check_looks_at_every_sum(base: tuple[Pages, Model]) -> None:
-    """With the test above: no byte of a reachable block can rot unseen. Positions differ from block to block."""
+    """With the test above: no byte of a reachable block can rot unseen. Positions differ from block
+    to block.
+    """
     pages, random = base[0], Random(1)
     for vbn in reachable(pages):
         for at in random.sample(range(BLOCK_BYTES), CHECKED_BYTES):
@@ -86,10 +92,16 @@ def test_the_check_looks_at_every_sum(base: tuple[Pages, Model]) -> None:
 
 
 async def use_damaged(pages: Pages, model: Model, vbn: int) -> str:
-    """What becomes of a pool in use: ``refused``, ``detected`` or ``harmless``. Raises AssertionError for wrong data."""
+    """What becomes of a pool in use: ``refused``, ``detected`` or ``harmless``. Raises
+    AssertionError for wrong data.
+    """
     events: list[str] = []
     try:
-        pool = await Pool.open_on(PageDevice(POOL_BYTES, dict(pages)), CACHE_BYTES, lambda name, **fields: events.append(name))
+        pool = await Pool.open_on(
+            PageDevice(POOL_BYTES, dict(pages)),
+            CACHE_BYTES,
+            lambda name, **fields: events.append(name),
+        )
     except StorageError:
         return "refused"
     errors = 0
@@ -154,13 +166,18 @@ def test_misdirected_writes_are_detected(base: tuple[Pages, Model]) -> None:
     vbns = sorted(blocks)
     for vbn, other in zip(vbns, [*vbns[1:], vbns[0]], strict=True):
         if blocks[vbn] != blocks[other]:
-            assert in_virtual_time(use_damaged(with_page(pages, vbn, blocks[other]), model, vbn)) in {"refused", "detected"}
+            assert in_virtual_time(
+                use_damaged(with_page(pages, vbn, blocks[other]), model, vbn)
+            ) in {"refused", "detected"}
 
 
 def test_lost_writes_are_detected(base: tuple[Pages, Model]) -> None:
     pages, model = base
     for vbn in reachable(pages):
-        assert in_virtual_time(use_damaged(with_page(pages, vbn, ZERO_PAGE), model, vbn)) in {"refused", "detected"}
+        assert in_virtual_time(use_damaged(with_page(pages, vbn, ZERO_PAGE), model, vbn)) in {
+            "refused",
+            "detected",
+        }
 
 
 class Misdirecting(PageDevice):
@@ -199,18 +216,30 @@ def test_misdirected_reads_are_detected(base: tuple[Pages, Model]) -> None:
 
     for wanted, given in zip(vbns, reversed(vbns), strict=True):
         if pages[wanted] != pages[given]:
-            assert in_virtual_time(reads_wrong(wanted, given)), f"VBN {given} was read for {wanted}, and nobody noticed"
+            assert in_virtual_time(reads_wrong(wanted, given)), (
+                f"VBN {given} was read for {wanted}, and nobody noticed"
+            )
 
 
 @pytest.mark.parametrize("vbn", SUPERBLOCK_VBNS)
 @pytest.mark.parametrize("damage", ["zeros", "garbage", "one bit"])
-def test_either_superblock_may_be_destroyed(base: tuple[Pages, Model], vbn: int, damage: str) -> None:
-    """The pool opens from the other one, and is as new as the last acknowledged consistency point."""
+def test_either_superblock_may_be_destroyed(
+    base: tuple[Pages, Model], vbn: int, damage: str
+) -> None:
+    """The pool opens from the other one, and is as new as the last acknowledged
+    consistency point.
+    """
     pages, model = base
-    content = {"zeros": ZERO_PAGE, "garbage": Random(7).randbytes(BLOCK_BYTES), "one bit": flipped(pages[vbn], 40, 1)}[damage]
+    content = {
+        "zeros": ZERO_PAGE,
+        "garbage": Random(7).randbytes(BLOCK_BYTES),
+        "one bit": flipped(pages[vbn], 40, 1),
+    }[damage]
 
     async def opens() -> int:
-        pool = await Pool.open_on(PageDevice(POOL_BYTES, with_page(pages, vbn, content)), CACHE_BYTES)
+        pool = await Pool.open_on(
+            PageDevice(POOL_BYTES, with_page(pages, vbn, content)), CACHE_BYTES
+        )
         for name in model.disks:
             assert not await wrong_reads(pool, name, model)
         number = int(pool.show()["cp_number"])

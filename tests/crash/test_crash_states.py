@@ -1,4 +1,6 @@
-"""A slice of the crash enumeration, another one each time, and the proof that it finds what is planted. All of it: ``make crash``."""
+"""A slice of the crash enumeration, another one each time, and the proof that it finds what is
+planted. All of it: ``make crash``.
+"""
 
 import os
 import random
@@ -26,12 +28,14 @@ def test_slice(capsys: pytest.CaptureFixture[str]) -> None:
         print(f"\n[CLEAVED_SEED={seed}] ", end="", flush=True)
     tally = enumerate_all(part_of(jobs(), SLICE, seed), seed, 1, use_every=10)
     assert not tally.failures, (
-        f"replay: make crash ARGS=\"--seed {seed} --replay '{tally.failures[0].splitlines()[0]}'\"\n{tally.failures[0]}"
+        f'replay: make crash ARGS="--seed {seed} --replay'
+        f" '{tally.failures[0].splitlines()[0]}'\"\n{tally.failures[0]}"
     )
     assert len(tally.states) > SLICE_STATES_MIN
 
 
-# Which workloads must find each: short sequences where one operation after another shows it, a long one where it takes a race.
+# Which workloads must find each: short sequences where one operation after another shows it, a long
+# one where it takes a race.
 SHORT = {
     "superblock_before_data_sync": ("snapshot_create",),
     "trimmed_block_becomes_a_hole": ("unmap", "consistency_point"),

@@ -1,4 +1,6 @@
-"""Power losses while a pool is made, and while a copy of its superblock is repaired: every state is a pool, or plainly none yet."""
+"""Power losses while a pool is made, and while a copy of its superblock is repaired: every state is
+a pool, or plainly none yet.
+"""
 
 from collections.abc import Iterator
 from random import Random
@@ -44,7 +46,9 @@ def states(epochs: Epochs) -> Iterator[tuple[str, Pages]]:
 
 async def formatted(pages: Pages, *, erase: bool) -> Epochs:
     epochs: Epochs = []
-    device = RecordingDevice(POOL_BYTES, pages, lambda durable, requests: epochs.append((dict(durable), requests)))
+    device = RecordingDevice(
+        POOL_BYTES, pages, lambda durable, requests: epochs.append((dict(durable), requests))
+    )
     await Pool.format(device, erase=erase)
     epochs.append((dict(device.base), device.requests()))
     return epochs
@@ -57,11 +61,17 @@ def holds(pages: Pages) -> str | None:
         return b"".join(pages.get(page, ZERO_PAGE) for page in range(first, end))
 
     blocks = POOL_BYTES // BLOCK_BYTES
-    return identify(content(0, HEAD_BYTES // BLOCK_BYTES), content(blocks - TAIL_BYTES // BLOCK_BYTES, blocks), POOL_BYTES)
+    return identify(
+        content(0, HEAD_BYTES // BLOCK_BYTES),
+        content(blocks - TAIL_BYTES // BLOCK_BYTES, blocks),
+        POOL_BYTES,
+    )
 
 
 async def outcome(pages: Pages) -> str:
-    """What a start makes of it: the UUID of the pool that opens and is whole, or "none" where a creation goes ahead."""
+    """What a start makes of it: the UUID of the pool that opens and is whole, or "none" where a
+    creation goes ahead.
+    """
     device = PageDevice(POOL_BYTES, dict(pages))
     try:
         pool = await Pool.open_on(device, CACHE_BYTES)
@@ -91,7 +101,9 @@ def test_a_creation_that_loses_power_is_a_pool_or_made_again(loop: VirtualLoop) 
     assert len(found) == 2 and found["none"] > 100
 
 
-def test_a_creation_over_an_old_pool_leaves_the_old_one_or_none_or_the_new_one(loop: VirtualLoop, base: tuple[Pages, Model]) -> None:
+def test_a_creation_over_an_old_pool_leaves_the_old_one_or_none_or_the_new_one(
+    loop: VirtualLoop, base: tuple[Pages, Model]
+) -> None:
     """Never a new superblock beside an old one with a higher number."""
     with repeatable():
         old = run_to_the_end(loop, outcome(base[0]))
@@ -110,14 +122,26 @@ def test_a_creation_over_an_old_pool_leaves_the_old_one_or_none_or_the_new_one(l
 
 @pytest.mark.parametrize("vbn", SUPERBLOCK_VBNS)
 @pytest.mark.parametrize("damage", ["zeros", "garbage", "stale"])
-def test_a_repair_may_be_interrupted(loop: VirtualLoop, base: tuple[Pages, Model], vbn: int, damage: str) -> None:
-    """And what the pool takes on at once afterwards is as safe as ever: no consistency point is at risk with its predecessor."""
+def test_a_repair_may_be_interrupted(
+    loop: VirtualLoop, base: tuple[Pages, Model], vbn: int, damage: str
+) -> None:
+    """And what the pool takes on at once afterwards is as safe as ever: no consistency point is at
+    risk with its predecessor.
+    """
     pages, model = base
-    content = {"zeros": ZERO_PAGE, "garbage": Random(7).randbytes(BLOCK_BYTES), "stale": stale_of(loop, pages, vbn)}[damage]
+    content = {
+        "zeros": ZERO_PAGE,
+        "garbage": Random(7).randbytes(BLOCK_BYTES),
+        "stale": stale_of(loop, pages, vbn),
+    }[damage]
     epochs: Epochs = []
 
     async def repair() -> int:
-        device = RecordingDevice(POOL_BYTES, {**pages, vbn: content}, lambda durable, requests: epochs.append((dict(durable), requests)))
+        device = RecordingDevice(
+            POOL_BYTES,
+            {**pages, vbn: content},
+            lambda durable, requests: epochs.append((dict(durable), requests)),
+        )
         pool = await open_steady(device)
         number = int(pool.show()["cp_number"])
         epochs.append((dict(device.base), device.requests()))

@@ -1,7 +1,9 @@
-"""For each public operation the n-th device call fails, for n = 1 until it passes untouched: once, and from then on for ever.
+"""For each public operation the n-th device call fails, for n = 1 until it passes untouched: once,
+and from then on for ever.
 
-And the same with a cancellation at the n-th suspension. What must hold: no false acknowledgement, no hang, a readable pool afterwards;
-after a failed sync the pool is read-only and says so; after a cancellation no lock, task, read pin or claim on a block is left behind.
+And the same with a cancellation at the n-th suspension. What must hold: no false acknowledgement,
+no hang, a readable pool afterwards; after a failed sync the pool is read-only and says so; after a
+cancellation no lock, task, read pin or claim on a block is left behind.
 """
 
 import asyncio
@@ -95,7 +97,9 @@ async def snapshot_group(session: Session) -> None:
 async def read_everything(session: Session) -> None:
     for name in sorted(image_names(session.pool)):
         for fbn in (0, 2, 255, 256, 299):
-            assert await read_block(session.pool.volume(name), fbn) == session.model.disks[name].read(fbn)
+            assert await read_block(session.pool.volume(name), fbn) == session.model.disks[
+                name
+            ].read(fbn)
 
 
 async def copy_from(session: Session) -> None:
@@ -103,7 +107,9 @@ async def copy_from(session: Session) -> None:
     source, target = session.model.disks["a"], session.model.disks["c"]
     target.write(40 * BLOCK, source.read(2) + source.read(3))
     future, done = waiter()
-    session.pool.volume("c").copy_from(session.pool.volume("a"), 2 * 4096, 40 * 4096, 2 * 4096, done)
+    session.pool.volume("c").copy_from(
+        session.pool.volume("a"), 2 * 4096, 40 * 4096, 2 * 4096, done
+    )
     await future
     target.durable_range(40 * BLOCK, 2 * BLOCK)
 
@@ -136,7 +142,9 @@ OPERATIONS: dict[str, Operation] = {
     "unmap": lambda session: session.unmap("c", 0, 4 * BLOCK + 3),
     "write_long": lambda session: session.write("a", 60 * BLOCK, 70 * BLOCK),
     "write_atomic": lambda session: session.write_atomic("a", 240, 32, fua=True),
-    "write_zeros": lambda session: session.client.write_zeros("a", 30 * BLOCK, 4 * BLOCK + 3, fua=True),
+    "write_zeros": lambda session: session.client.write_zeros(
+        "a", 30 * BLOCK, 4 * BLOCK + 3, fua=True
+    ),
     "copy_from": copy_from,
     "read": read_everything,
     "allocation": allocation,
@@ -211,7 +219,9 @@ async def fail_once(base: tuple[Pages, Model], operation: Operation, fault: Faul
     await shows_what_is(session)
     shown = session.pool.show()
     if fault.operation == SYNC and met:
-        assert shown["read_only"] and shown["read_only_reason"], "a sync failed, and the pool goes on as if nothing were"
+        assert shown["read_only"] and shown["read_only_reason"], (
+            "a sync failed, and the pool goes on as if nothing were"
+        )
         assert "pool.read_only" in events and session.pool.volume("a").read_only
     if fault.errno == errno.ENOSPC:
         await goes_on(session)
@@ -221,14 +231,21 @@ async def fail_once(base: tuple[Pages, Model], operation: Operation, fault: Faul
         await split_is_durable(recording.base)
     if failed and session.model.after is None:
         session.model.begin()
-    # Power is lost on top of it: nothing that was acknowledged may be missing, nothing that failed may be half there.
+    # Power is lost on top of it: nothing that was acknowledged may be missing, nothing that failed
+    # may be half there.
     await Verification(recording.base, POOL_BYTES, session.model.expectation()).run(use=False)
-    await Verification(dict(recording.pages), POOL_BYTES, session.model.expectation()).run(use=False)
+    await Verification(dict(recording.pages), POOL_BYTES, session.model.expectation()).run(
+        use=False
+    )
     return met
 
 
-async def carried_out(session: Session, operation: Operation, device: FaultyDevice | FullHostDevice) -> bool:
-    """Whether it succeeded. A host that is full has room again after a while: nothing waits any longer, and nothing is lost by the wait."""
+async def carried_out(
+    session: Session, operation: Operation, device: FaultyDevice | FullHostDevice
+) -> bool:
+    """Whether it succeeded. A host that is full has room again after a while: nothing waits any
+    longer, and nothing is lost by the wait.
+    """
     task = asyncio.create_task(as_coroutine(operation(session)))
     await asyncio.wait([task], timeout=FULL_SECONDS)
     make_room(device)
@@ -257,7 +274,9 @@ async def goes_on(session: Session) -> None:
 async def split_is_durable(pages: Pages) -> None:
     """A split that was said to be done is done after a power loss, too."""
     pool = await Pool.open_on(PageDevice(POOL_BYTES, dict(pages)), CACHE_BYTES)
-    assert (await pool.vdisk_show("c"))["backing"] is None, "a split was said to be done, and is not"
+    assert (await pool.vdisk_show("c"))["backing"] is None, (
+        "a split was said to be done, and is not"
+    )
     await abandon(pool)
 
 
@@ -265,11 +284,17 @@ async def still_reads(session: Session) -> None:
     for name in image_names(session.pool):
         disk = session.model.disks[name]
         for fbn in (0, 1, 2, 3, 255, 256):
-            found = await read_block(session.pool.volume(name), fbn) if fbn * 4096 < session.pool.volume(name).size_bytes else b""
+            found = (
+                await read_block(session.pool.volume(name), fbn)
+                if fbn * 4096 < session.pool.volume(name).size_bytes
+                else b""
+            )
             lba = fbn * BLOCK
             for step in range(len(found) // 512):
                 allowed = disk.sectors.get(lba + step, (bytes(512),))
-                assert found[step * 512 : (step + 1) * 512] in allowed, f"{name}: sector {lba + step}"
+                assert found[step * 512 : (step + 1) * 512] in allowed, (
+                    f"{name}: sector {lba + step}"
+                )
 
 
 async def shows_what_is(session: Session) -> None:
@@ -277,15 +302,20 @@ async def shows_what_is(session: Session) -> None:
     pool, disks = session.pool, session.model.disks
     assert image_names(pool) == disks.keys()
     rows = {row["name"]: row for row in [*await pool.vdisk_list(), *await pool.snapshot_list()]}
-    assert {name: row["size_bytes"] for name, row in rows.items()} == {name: disk.size_blocks * 4096 for name, disk in disks.items()}
+    assert {name: row["size_bytes"] for name, row in rows.items()} == {
+        name: disk.size_blocks * 4096 for name, disk in disks.items()
+    }
     assert all(pool.volume(name).name == name for name in disks)
     if pool.show()["read_only"]:
-        assert not [row for row in pool.split_list() if row["state"] == "running"], "nothing runs on a pool that takes no changes"
+        assert not [row for row in pool.split_list() if row["state"] == "running"], (
+            "nothing runs on a pool that takes no changes"
+        )
 
 
 FAULTS = [
-    Fault(READ), Fault(READ, forever=True), Fault(WRITE), Fault(WRITE, forever=True), Fault(WRITE, errno=errno.ENOSPC),
-    Fault(WRITE, errno=errno.ENOSPC, forever=True), Fault(WRITE, partial_bytes=4096), Fault(SYNC), Fault(SYNC, forever=True),
+    Fault(READ), Fault(READ, forever=True), Fault(WRITE), Fault(WRITE, forever=True),
+    Fault(WRITE, errno=errno.ENOSPC), Fault(WRITE, errno=errno.ENOSPC, forever=True),
+    Fault(WRITE, partial_bytes=4096), Fault(SYNC), Fault(SYNC, forever=True),
     Fault(DISCARD, forever=True),
 ]  # fmt: skip
 
@@ -298,10 +328,12 @@ def fault_name(fault: Fault) -> str:
 @pytest.mark.parametrize("fault", FAULTS, ids=fault_name)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_every_device_call_may_fail(base: tuple[Pages, Model], name: str, fault: Fault) -> None:
-    until_untouched(fault, lambda numbered: bool(in_virtual_time(fail_once(base, OPERATIONS[name], numbered))))
+    until_untouched(
+        fault, lambda numbered: bool(in_virtual_time(fail_once(base, OPERATIONS[name], numbered)))
+    )
 
 
-# --- Opening and closing -------------------------------------------------------------------------------------------
+# --- Opening and closing --------------------------------------------------------------------------
 
 
 async def left_by_a_crash(base: tuple[Pages, Model]) -> tuple[Pages, Model]:
@@ -318,7 +350,9 @@ async def left_by_a_crash(base: tuple[Pages, Model]) -> tuple[Pages, Model]:
 
 
 async def open_once(left: tuple[Pages, Model], fault: Fault) -> bool:
-    """Whether the fault was met. A pool opens or is refused; either way everything is there when the device is sound again."""
+    """Whether the fault was met. A pool opens or is refused; either way everything is there when
+    the device is sound again.
+    """
     recording = RecordingDevice(POOL_BYTES, left[0], nothing)
     device = FaultyDevice(recording, fault)
     try:
@@ -368,11 +402,13 @@ def test_every_device_call_of_a_close_may_fail(base: tuple[Pages, Model], fault:
     until_untouched(fault, lambda numbered: bool(in_virtual_time(close_once(base, numbered))))
 
 
-# --- Cancellation ------------------------------------------------------------------------------------------------
+# --- Cancellation ---------------------------------------------------------------------------------
 
 
 class Stepper:
-    """Drives a coroutine for its Task, and cancels that Task at the n-th suspension: what is waited for there is cancelled first."""
+    """Drives a coroutine for its Task, and cancels that Task at the n-th suspension: what is waited
+    for there is cancelled first.
+    """
 
     def __init__(self, work: Coroutine[Any, Any, Any], nth: int) -> None:
         self._work = work
@@ -438,7 +474,11 @@ def nothing_is_left(pool: Pool) -> None:
         assert not volume._locks.held and not volume._tasks and volume.image.busy is None, name
     expected = {pool._points._task, asyncio.current_task()}
     # The consistency point's timer runs as a task of its own (asyncio.wait_for).
-    others = [task for task in asyncio.all_tasks() if task not in expected and "Event.wait" not in repr(task.get_coro())]
+    others = [
+        task
+        for task in asyncio.all_tasks()
+        if task not in expected and "Event.wait" not in repr(task.get_coro())
+    ]
     assert not others
 
 

@@ -1,6 +1,8 @@
-"""A host without room is a state: it comes and goes at any call, and the pool loses nothing, stops for nothing, and goes on by itself.
+"""A host without room is a state: it comes and goes at any call, and the pool loses nothing, stops
+for nothing, and goes on by itself.
 
-The device is a sparse file (FullHostDevice). While its host is full, only what was written or set aside before can be written.
+The device is a sparse file (FullHostDevice). While its host is full, only what was written or set
+aside before can be written.
 """
 
 import asyncio
@@ -38,10 +40,11 @@ from tests.storage.ordering import OrderingChecker
 
 __all__ = ["base"]
 
-# What makes room, what only makes durable, and what only reads, works on a full host; and so do a few small changes.
+# What makes room, what only makes durable, and what only reads, works on a full host; and so do a
+# few small changes.
 ALWAYS = (
-    "read", "allocation", "flush", "consistency_point", "rename", "snapshot", "snapshot_delete", "delete", "unmap", "resize_down",
-    "configure", "show", "list", "check", "scrub", "create",
+    "read", "allocation", "flush", "consistency_point", "rename", "snapshot", "snapshot_delete",
+    "delete", "unmap", "resize_down", "configure", "show", "list", "check", "scrub", "create",
 )  # fmt: skip
 # An orderly stop has ten seconds in all.
 STOP_SECONDS = 10.0
@@ -56,10 +59,15 @@ class Rig:
         self.events: list[tuple[str, dict[str, Any]]] = []
 
     async def open(self, model: Model) -> Session:
-        session = await opened(self.device, model, lambda name, **fields: self.events.append((name, fields)))
+        session = await opened(
+            self.device, model, lambda name, **fields: self.events.append((name, fields))
+        )
         await session.pool._state.allocator.stock.top_up()
-        # Nothing but what is in use, or was set aside: what else was written once would make it easy.
-        self.device.allocated &= used_pages(self.recording.base, self.recording.pages) | self.device.reserved
+        # Nothing but what is in use, or was set aside: what else was written once would make it
+        # easy.
+        self.device.allocated &= (
+            used_pages(self.recording.base, self.recording.pages) | self.device.reserved
+        )
         self.device.calls = 0
         return session
 
@@ -73,7 +81,9 @@ class Rig:
 
 
 async def comes_and_goes(base: tuple[Pages, Model], name: str, nth: int) -> bool:
-    """The host is full from the n-th call on that needs room, and has some again after a while. Returns whether that was met."""
+    """The host is full from the n-th call on that needs room, and has some again after a while.
+    Returns whether that was met.
+    """
     rig = Rig(base)
     session = await rig.open(base[1])
     rig.device.full_from = nth
@@ -111,7 +121,10 @@ async def on_a_full_host(base: tuple[Pages, Model], name: str) -> None:
     assert not session.pool.show()["read_only"]
     await session.pool.close()
     # All that was acknowledged is in the last consistency point: nothing is left to the log.
-    assert rig.events[-1] == ("pool.closed", {"cp_number": session.pool._superblock.cp_number, "log_records": 0})
+    assert rig.events[-1] == (
+        "pool.closed",
+        {"cp_number": session.pool._superblock.cp_number, "log_records": 0},
+    )
     session.model.all_durable()
     await rig.verify(session.model)
 
@@ -134,20 +147,34 @@ async def writes_refused_and_taken_again(base: tuple[Pages, Model]) -> None:
             await within(0.01, future)
         assert refused.value.errno == errno.ENOSPC
     shown = session.pool.show()
-    assert (shown["host_full"], shown["available_bytes"], shown["available_limited_by"]) == (True, 0, "host")
-    assert shown["host_available_bytes"] == 0 and shown["host_full_since_ns"] and shown["host_reserve_bytes"]
+    assert (shown["host_full"], shown["available_bytes"], shown["available_limited_by"]) == (
+        True,
+        0,
+        "host",
+    )
+    assert (
+        shown["host_available_bytes"] == 0
+        and shown["host_full_since_ns"]
+        and shown["host_reserve_bytes"]
+    )
     assert rig.count("pool.host_full") == 1
     rig.device.full = False
     await within(0.01, session.write("a", 100 * BLOCK, BLOCK, fua=True))
     await asyncio.sleep(1)
     shown = session.pool.show()
-    assert (shown["host_full"], shown["available_limited_by"], shown["host_full_since_ns"]) == (False, "pool", None)
+    assert (shown["host_full"], shown["available_limited_by"], shown["host_full_since_ns"]) == (
+        False,
+        "pool",
+        None,
+    )
     assert rig.count("pool.host_room") == 1
     await abandon(session.pool)
     await rig.verify(session.model)
 
 
-def test_writes_are_refused_at_once_and_taken_as_soon_as_there_is_room(base: tuple[Pages, Model]) -> None:
+def test_writes_are_refused_at_once_and_taken_as_soon_as_there_is_room(
+    base: tuple[Pages, Model],
+) -> None:
     in_virtual_time(writes_refused_and_taken_again(base))
 
 
@@ -177,13 +204,19 @@ def test_a_start_on_a_full_host_finds_what_was_set_aside(base: tuple[Pages, Mode
     in_virtual_time(reopened_on_a_full_host(base))
 
 
-# --- Nothing set aside -----------------------------------------------------------------------------------------------
+# --- Nothing set aside ----------------------------------------------------------------------------
 
 
 def used_pages(base: Pages, pages: Pages) -> set[int]:
-    """What a pool cannot do without: in use by its consistency point, or other than in ``base``, an earlier state of the device."""
+    """What a pool cannot do without: in use by its consistency point, or other than in ``base``, an
+    earlier state of the device.
+    """
     checker = OrderingChecker(PageDevice(POOL_BYTES, pages))
-    return {vbn for vbn in pages if checker._durable.uses(vbn) or vbn < checker._first_free or pages[vbn] != base.get(vbn)}
+    return {
+        vbn
+        for vbn in pages
+        if checker._durable.uses(vbn) or vbn < checker._first_free or pages[vbn] != base.get(vbn)
+    }
 
 
 async def nothing_set_aside(base: tuple[Pages, Model], close: bool) -> None:
@@ -195,14 +228,19 @@ async def nothing_set_aside(base: tuple[Pages, Model], close: bool) -> None:
     pool = await Pool.open_on(device, CACHE_BYTES, lambda name, **fields: events.append(name))
     session = Session(pool, model)
     await still_reads(session)
-    waiting = asyncio.gather(*(outcome(pool.consistency_point()) for _ in range(2)), outcome(pool.vdisk_create("new", 4096)))
+    waiting = asyncio.gather(
+        *(outcome(pool.consistency_point()) for _ in range(2)),
+        outcome(pool.vdisk_create("new", 4096)),
+    )
     await asyncio.sleep(FULL_SECONDS)
     assert not waiting.done() and not pool.show()["read_only"] and pool.show()["host_full"]
     await still_reads(session)
     assert events.count("pool.host_full") == 1
     if close:
         await within(STOP_SECONDS, pool.close())
-        assert all(isinstance(error, HostStaysFull | StorageError) for error in await waiting), "what waits is answered"
+        assert all(isinstance(error, HostStaysFull | StorageError) for error in await waiting), (
+            "what waits is answered"
+        )
         assert "pool.closed_on_full_host" in events and recording.closed
     else:
         device.full = False
@@ -236,11 +274,17 @@ def test_a_consistency_point_waits_for_room(base: tuple[Pages, Model], close: bo
 
 
 async def acknowledged_while_it_waits(base: tuple[Pages, Model]) -> None:
-    """A stop in that state: what was acknowledged and flushed while the consistency point waits is durable in the log."""
+    """A stop in that state: what was acknowledged and flushed while the consistency point waits is
+    durable in the log.
+    """
     rig = Rig(base)
     session = await rig.open(base[1])
     stock = session.pool._state.allocator.stock
-    stock._runs, stock.blocks, rig.device.allocated = [], 0, used_pages(rig.recording.base, rig.recording.pages)
+    stock._runs, stock.blocks, rig.device.allocated = (
+        [],
+        0,
+        used_pages(rig.recording.base, rig.recording.pages),
+    )
     rig.device.full = True
     point = asyncio.ensure_future(outcome(session.pool.consistency_point()))
     await asyncio.sleep(FULL_SECONDS)
@@ -261,7 +305,11 @@ async def room_after_it_was_given_up(base: tuple[Pages, Model]) -> None:
     rig = Rig(base)
     session = await rig.open(base[1])
     stock = session.pool._state.allocator.stock
-    stock._runs, stock.blocks, rig.device.allocated = [], 0, used_pages(rig.recording.base, rig.recording.pages)
+    stock._runs, stock.blocks, rig.device.allocated = (
+        [],
+        0,
+        used_pages(rig.recording.base, rig.recording.pages),
+    )
     await session.write("c", 22 * BLOCK, BLOCK, fua=True)
     rig.device.full = True
     point = asyncio.ensure_future(outcome(session.pool.consistency_point()))
@@ -269,7 +317,11 @@ async def room_after_it_was_given_up(base: tuple[Pages, Model]) -> None:
     await asyncio.sleep(FULL_SECONDS)
     await session.unmap("a", 20 * BLOCK, BLOCK)
     await session.pool.close()
-    assert not rig.device.full and isinstance(await point, HostStaysFull) and not rig.count("pool.read_only")
+    assert (
+        not rig.device.full
+        and isinstance(await point, HostStaysFull)
+        and not rig.count("pool.read_only")
+    )
     await rig.verify(session.model)
 
 
@@ -304,6 +356,10 @@ async def written_before_the_log_is_found(base: tuple[Pages, Model]) -> None:
     await Verification(recording.base, POOL_BYTES, model.expectation()).run(use=False)
 
 
-def test_nothing_is_logged_before_a_superblock_says_where_the_log_goes_on(base: tuple[Pages, Model]) -> None:
-    """After a replay it may go on elsewhere than it did; what lay there would not be found after the next crash."""
+def test_nothing_is_logged_before_a_superblock_says_where_the_log_goes_on(
+    base: tuple[Pages, Model],
+) -> None:
+    """After a replay it may go on elsewhere than it did; what lay there would not be found after
+    the next crash.
+    """
     in_virtual_time(written_before_the_log_is_found(base))

@@ -1,7 +1,9 @@
-"""Rot after the process was killed: each block that was written since the last consistency point, of the log and of data, in turn.
+"""Rot after the process was killed: each block that was written since the last consistency point,
+of the log and of data, in turn.
 
-What a flush had acknowledged is there, or reads as an error and is named; nothing else is lost by the rot of one block of data. What was
-not flushed may be older, and only where the rot is: a write of several blocks goes as a whole.
+What a flush had acknowledged is there, or reads as an error and is named; nothing else is lost by
+the rot of one block of data. What was not flushed may be older, and only where the rot is: a write
+of several blocks goes as a whole.
 """
 
 from copy import deepcopy
@@ -25,7 +27,9 @@ Place = tuple[str, int]
 
 
 class Killed(NamedTuple):
-    """What was on the device, what it must hold, and which blocks were written since the last consistency point."""
+    """What was on the device, what it must hold, and which blocks were written since the last
+    consistency point.
+    """
 
     pages: Pages
     model: Model
@@ -36,7 +40,9 @@ class Killed(NamedTuple):
 
 
 async def killed_after_a_flush(base: Pages, model: Model, tail: bool) -> Killed:
-    """Writes of all kinds, an answered flush, with ``tail`` some more writes; then the process dies."""
+    """Writes of all kinds, an answered flush, with ``tail`` some more writes; then the process
+    dies.
+    """
     device = PageDevice(POOL_BYTES, dict(base))
     session = Session(await open_steady(device), deepcopy(model))
     await session.write("a", 10 * SECTORS_PER_BLOCK, SECTORS_PER_BLOCK)
@@ -54,7 +60,11 @@ async def killed_after_a_flush(base: Pages, model: Model, tail: bool) -> Killed:
         await session.write("c", 48 * SECTORS_PER_BLOCK, SECTORS_PER_BLOCK)
     pages = dict(device.pages)
     await abandon(session.pool)
-    return Killed(pages, session.model, sorted(vbn for vbn, content in pages.items() if content != base.get(vbn, ZERO_PAGE)))
+    return Killed(
+        pages,
+        session.model,
+        sorted(vbn for vbn, content in pages.items() if content != base.get(vbn, ZERO_PAGE)),
+    )
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["all flushed", "more since"])
@@ -90,7 +100,11 @@ class Found:
 
 async def look(killed: Killed, pages: Pages) -> Found:
     found = Found()
-    pool = await Pool.open_on(PageDevice(POOL_BYTES, pages), CACHE_BYTES, lambda name, **fields: found.events.append((name, fields)))
+    pool = await Pool.open_on(
+        PageDevice(POOL_BYTES, pages),
+        CACHE_BYTES,
+        lambda name, **fields: found.events.append((name, fields)),
+    )
     found.read_only = pool._state.read_only_reason
     said = list(found.events)  # before reads add to it
     for name, disk in killed.model.disks.items():
@@ -112,13 +126,18 @@ async def look(killed: Killed, pages: Pages) -> Found:
 
 def test_a_kill_alone_loses_nothing(killed: Killed) -> None:
     found = in_virtual_time(look(killed, dict(killed.pages)))
-    assert not found.errors and not found.older and not found.event_names() and found.read_only is None
+    assert (
+        not found.errors and not found.older and not found.event_names() and found.read_only is None
+    )
 
 
 def with_rot(killed: Killed, vbn: int, how: str) -> Pages:
     content, random = killed.pages[vbn], Random(vbn)
     if how == "one bit":
-        return {**killed.pages, vbn: flipped(content, random.randrange(BLOCK_BYTES), 1 << random.randrange(8))}
+        return {
+            **killed.pages,
+            vbn: flipped(content, random.randrange(BLOCK_BYTES), 1 << random.randrange(8)),
+        }
     return {**killed.pages, vbn: random.randbytes(BLOCK_BYTES) if how == "garbage" else ZERO_PAGE}
 
 
@@ -132,7 +151,8 @@ def test_rot_of_a_block_of_data_costs_what_it_held_and_no_more(killed: Killed, h
         ((name, fbn),) = {(name, fbn) for name, fbn, _ in held}
         disk = killed.model.disks[name]
         if disk.read(fbn) != killed.pages[vbn]:
-            # It was written over since. If that was flushed, the rot is no matter; and if not, the later write is there all the same.
+            # It was written over since. If that was flushed, the rot is no matter; and if not, the
+            # later write is there all the same.
             assert not found.errors and not found.older and not found.event_names()
             outcomes.add("written over")
         elif flushed(disk, fbn):
@@ -141,7 +161,11 @@ def test_rot_of_a_block_of_data_costs_what_it_held_and_no_more(killed: Killed, h
             outcomes.add("damaged")
         else:
             same_write = {(name, at) for at in range(40, 48)} if 40 <= fbn < 48 else {(name, fbn)}
-            assert found.older == same_write and not found.errors and found.event_names() == {"log.torn_tail"}
+            assert (
+                found.older == same_write
+                and not found.errors
+                and found.event_names() == {"log.torn_tail"}
+            )
             outcomes.add("older")
     expected = {"written over", "damaged"}
     assert outcomes >= expected and outcomes <= expected | {"older"}
@@ -149,14 +173,20 @@ def test_rot_of_a_block_of_data_costs_what_it_held_and_no_more(killed: Killed, h
 
 @pytest.mark.parametrize("how", ["one bit", "garbage", "zeros"])
 def test_rot_of_a_block_of_the_log_is_mended_or_told(killed: Killed, how: str) -> None:
-    """``look`` holds the rest: no block that was flushed reads as older, unless the pool says which record is lost, and takes no writes."""
+    """``look`` holds the rest: no block that was flushed reads as older, unless the pool says which
+    record is lost, and takes no writes.
+    """
     outcomes = set()
     for vbn in killed.vbns(of_log=True):
         try:
             found = in_virtual_time(look(killed, with_rot(killed, vbn, how)))
         except AssertionError:
             found = in_virtual_time(told(killed, with_rot(killed, vbn, how)))
-            assert how != "one bit" and found.read_only is not None and "log.record_damaged" in found.event_names()
+            assert (
+                how != "one bit"
+                and found.read_only is not None
+                and "log.record_damaged" in found.event_names()
+            )
             outcomes.add("read-only")
             continue
         if found.read_only is None:
@@ -171,7 +201,11 @@ def test_rot_of_a_block_of_the_log_is_mended_or_told(killed: Killed, how: str) -
 async def told(killed: Killed, pages: Pages) -> Found:
     """What the pool says when it is opened; nothing is read."""
     found = Found()
-    pool = await Pool.open_on(PageDevice(POOL_BYTES, pages), CACHE_BYTES, lambda name, **fields: found.events.append((name, fields)))
+    pool = await Pool.open_on(
+        PageDevice(POOL_BYTES, pages),
+        CACHE_BYTES,
+        lambda name, **fields: found.events.append((name, fields)),
+    )
     found.read_only = pool._state.read_only_reason
     await abandon(pool)
     return found

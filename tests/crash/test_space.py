@@ -1,4 +1,6 @@
-"""Space: a pool is filled to the last block, refuses properly, and comes back; and filling and freeing again and again leaks nothing."""
+"""Space: a pool is filled to the last block, refuses properly, and comes back; and filling and
+freeing again and again leaks nothing.
+"""
 
 import errno
 import os
@@ -27,7 +29,9 @@ async def filled(client: Client, name: str, version: int) -> int:
     for fbn in range(0, DISK_BLOCKS, CHUNK_BLOCKS):
         count = CHUNK_BLOCKS * SECTORS_PER_BLOCK
         try:
-            await client.write(name, fbn * SECTORS_PER_BLOCK, data(name, fbn * SECTORS_PER_BLOCK, count, version))
+            await client.write(
+                name, fbn * SECTORS_PER_BLOCK, data(name, fbn * SECTORS_PER_BLOCK, count, version)
+            )
         except PoolFull:
             return fbn + await filled_singly(client, name, version, fbn)
     raise AssertionError("the pool takes more than it can hold")
@@ -72,12 +76,18 @@ async def fill_and_go_on(sparse: bool) -> None:
         await client.write("a", (taken + 1) * SECTORS_PER_BLOCK, data("a", 0, SECTORS_PER_BLOCK, 3))
     assert refused.value.errno == errno.ENOSPC
     # Everything else works: reads, flushes, consistency points, deletion.
-    assert await read_block(pool.volume("a"), taken - 1) == data("a", (taken - 1) * SECTORS_PER_BLOCK, SECTORS_PER_BLOCK, 2)
+    assert await read_block(pool.volume("a"), taken - 1) == data(
+        "a", (taken - 1) * SECTORS_PER_BLOCK, SECTORS_PER_BLOCK, 2
+    )
     await client.flush("a")
     await pool.consistency_point()
     await pool.snapshot_delete("a", "old")
     await background(pool)
-    await client.write("a", (taken + 1) * SECTORS_PER_BLOCK, data("a", (taken + 1) * SECTORS_PER_BLOCK, 16 * SECTORS_PER_BLOCK, 3))
+    await client.write(
+        "a",
+        (taken + 1) * SECTORS_PER_BLOCK,
+        data("a", (taken + 1) * SECTORS_PER_BLOCK, 16 * SECTORS_PER_BLOCK, 3),
+    )
     await pool.consistency_point()
     checked(pages.pages, POOL_BYTES, "after a full pool went on")
     assert not pool.show()["read_only"]
@@ -86,7 +96,9 @@ async def fill_and_go_on(sparse: bool) -> None:
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["device", "file"])
 def test_a_full_pool_refuses_writes_and_goes_on_when_a_snapshot_is_deleted(sparse: bool) -> None:
-    """In a sparse file, nodes come from what the host has set aside: the last blocks go to whom they are for all the same."""
+    """In a sparse file, nodes come from what the host has set aside: the last blocks go to whom
+    they are for all the same.
+    """
     in_virtual_time(fill_and_go_on(sparse))
 
 

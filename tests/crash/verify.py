@@ -1,7 +1,8 @@
 """Takes a device as a power loss left it, and says what is wrong with the pool on it, or nothing.
 
-Mount; the check; every image against what may be found; then use: write, flush, snapshot, split to the end. What was acknowledged then must
-survive a second power loss. At last everything is deleted, and no block may be left in use but the fixed ones and the metafiles'.
+Mount; the check; every image against what may be found; then use: write, flush, snapshot, split to
+the end. What was acknowledged then must survive a second power loss. At last everything is deleted,
+and no block may be left in use but the fixed ones and the metafiles'.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,16 +18,27 @@ from tests.crash.oracle import SECTORS_PER_BLOCK, Expectation, World, data, diff
 from tests.crash.recording import PAGE_BYTES, ZERO_PAGE, PageDevice, Pages, RecordingDevice
 from tests.crash.session import Client, abandon, open_steady, read_block, step
 
-# A pool of all the workloads has no more metafile blocks than this when it is empty: table, maps, summary and their roots.
+# A pool of all the workloads has no more metafile blocks than this when it is empty: table, maps,
+# summary and their roots.
 EMPTY_METAFILE_BLOCKS_MAX = 16
-# Messages that splitting and reclaiming everything of a small pool may take; more means that it does not end.
+# Messages that splitting and reclaiming everything of a small pool may take; more means that it
+# does not end.
 STEPS_MAX = 2000
 USE_BLOCK = 7
 USE_VERSION = 1_000_000
-# What the pool may say of a device that lost power. Anything else that it says (damage, read-only, a failed reclaim) is a finding.
-# (A repaired copy is the one that was being written, or that no sync had covered.)
+# What the pool may say of a device that lost power. Anything else that it says (damage, read-only,
+# a failed reclaim) is a finding. (A repaired copy is the one that was being written, or that no
+# sync had covered.)
 EVENTS_EXPECTED = frozenset(
-    ("pool.opened", "pool.closed", "log.torn_tail", "split.started", "split.done", "image.reclaimed", "snapshot.deleted")
+    (
+        "pool.opened",
+        "pool.closed",
+        "log.torn_tail",
+        "split.started",
+        "split.done",
+        "image.reclaimed",
+        "snapshot.deleted",
+    )
 ) | {"superblock.repaired"}
 
 
@@ -48,8 +60,9 @@ class PagesReader:
         return [memoryview(content) for content in found.values()]
 
 
-# Pages that a check looked at, and what it found, by the superblocks. A check is a function of what it reads: where the same pages hold the
-# same, it finds the same, and most states of one epoch differ only in blocks that nothing reaches yet. (Measured: two checks of three.)
+# Pages that a check looked at, and what it found, by the superblocks. A check is a function of what
+# it reads: where the same pages hold the same, it finds the same, and most states of one epoch
+# differ only in blocks that nothing reaches yet. (Measured: two checks of three.)
 _checks: dict[tuple[bytes, bytes], list[tuple[dict[int, bytes], CheckReport]]] = {}
 CHECKS_KEPT_MAX = 20_000
 
@@ -126,14 +139,19 @@ class Verification:
         for name, blocks in world.blocks.items():
             volume = self.pool.volume(name)
             if volume.size_bytes != world.sizes[name] * PAGE_BYTES:
-                return f"{name} has {volume.size_bytes} bytes, should have {world.sizes[name] * PAGE_BYTES}"
+                return (
+                    f"{name} has {volume.size_bytes} bytes, should have"
+                    f" {world.sizes[name] * PAGE_BYTES}"
+                )
             for fbn, expected in blocks.items():
                 wrong = differs(expected, await read_block(volume, fbn))
                 if wrong is not None:
                     return f"{name} block {fbn}: {wrong}"
         for name, writes in world.atomic.items():
             for write in writes:
-                torn = write.torn({fbn: await read_block(self.pool.volume(name), fbn) for fbn in write.blocks()})
+                torn = write.torn(
+                    {fbn: await read_block(self.pool.volume(name), fbn) for fbn in write.blocks()}
+                )
                 if torn is not None:
                     return f"{name}: {torn}"
         return None
@@ -150,7 +168,9 @@ class Verification:
         await self._second_crash(before)
         await pool.snapshot_create([(name, "after")])
         for clone in pool.names():
-            if pool._catalogue.vdisk(clone).backing is not None and clone not in [one["name"] for one in pool.split_list()]:
+            if pool._catalogue.vdisk(clone).backing is not None and clone not in [
+                one["name"] for one in pool.split_list()
+            ]:
                 await pool.split_start(clone, "copy")
         await self._background_to_the_end()
         before[f"{name}@after"] = dict(before[name])
@@ -162,7 +182,10 @@ class Verification:
         return min(name for name in world.sizes if "@" not in name)
 
     async def _holdings(self, world: World) -> dict[str, dict[int, bytes]]:
-        return {name: {fbn: await read_block(self.pool.volume(name), fbn) for fbn in blocks} for name, blocks in world.blocks.items()}
+        return {
+            name: {fbn: await read_block(self.pool.volume(name), fbn) for fbn in blocks}
+            for name, blocks in world.blocks.items()
+        }
 
     async def _second_crash(self, holdings: dict[str, dict[int, bytes]]) -> None:
         device = PageDevice(self.size_bytes, copy(self.device.base))
@@ -174,7 +197,10 @@ class Verification:
             await self._same(pool, holdings, "after a second power loss")
             checked(device.pages, self.size_bytes, "after a second power loss")
             if pool._state.read_only_reason is not None:
-                raise Finding(f"after a second power loss the pool is read-only: {pool._state.read_only_reason}")
+                raise Finding(
+                    "after a second power loss the pool is read-only:"
+                    f" {pool._state.read_only_reason}"
+                )
         finally:
             pool._device.close()
             await abandon_quietly(pool)
@@ -209,7 +235,11 @@ class Verification:
 
 def image_names(pool: Pool) -> set[str]:
     catalogue = pool._catalogue
-    snapshots = {f"{name}@{snapshot}" for name, number in catalogue.vdisks.items() for snapshot in catalogue.snapshots.get(number, ())}
+    snapshots = {
+        f"{name}@{snapshot}"
+        for name, number in catalogue.vdisks.items()
+        for snapshot in catalogue.snapshots.get(number, ())
+    }
     return snapshots | catalogue.vdisks.keys()
 
 

@@ -1,6 +1,7 @@
 """The workloads: every short sequence of twelve operations, and seeded long ones.
 
-All begin with the same small pool: vdisk ``a`` of two level-1 blocks, its snapshots ``base`` and ``spare``, and a clone ``c`` of ``base``.
+All begin with the same small pool: vdisk ``a`` of two level-1 blocks, its snapshots ``base`` and
+``spare``, and a clone ``c`` of ``base``.
 """
 
 import itertools
@@ -45,7 +46,9 @@ async def write(session: Session, turn: int) -> None:
 
 
 async def write_part(session: Session, turn: int) -> None:
-    """Three sectors in the middle of a block that is there, and of one of the clone's that is behind it."""
+    """Three sectors in the middle of a block that is there, and of one of the clone's that is
+    behind it.
+    """
     await session.write(("a", "c")[turn & 1], 2 * SECTORS_PER_BLOCK + 1 + turn, 3)
 
 
@@ -60,7 +63,9 @@ async def unmap(session: Session, turn: int) -> None:
 
 
 async def write_fua(session: Session, turn: int) -> None:
-    await session.write("c", (3, 255, 20)[turn % 3] * SECTORS_PER_BLOCK, SECTORS_PER_BLOCK, fua=True)
+    await session.write(
+        "c", (3, 255, 20)[turn % 3] * SECTORS_PER_BLOCK, SECTORS_PER_BLOCK, fua=True
+    )
 
 
 async def flush(session: Session, turn: int) -> None:
@@ -77,9 +82,13 @@ async def snapshot_create(session: Session, turn: int) -> None:
 
 
 async def snapshot_delete(session: Session, turn: int) -> None:
-    """The spare one, then new ones, then the one that the clone stands on (which is refused until it was split)."""
+    """The spare one, then new ones, then the one that the clone stands on (which is refused until
+    it was split).
+    """
     snapshots = [name for name in session.model.disks if name.startswith("a@")]
-    name = next((name for name in ("a@spare", *sorted(snapshots, reverse=True)) if name in snapshots), None)
+    name = next(
+        (name for name in ("a@spare", *sorted(snapshots, reverse=True)) if name in snapshots), None
+    )
     if name is not None:
         await session.snapshot_delete(*name.split("@"))
         await session.step()
@@ -93,7 +102,9 @@ async def clone_create(session: Session, turn: int) -> None:
 
 
 async def split_step(session: Session, turn: int) -> None:
-    """Begin to split the clone, then go on with it: counting and a first level-1 block, the rest, the release."""
+    """Begin to split the clone, then go on with it: counting and a first level-1 block, the rest,
+    the release.
+    """
     if not session.splitting("c") and session.pool._catalogue.vdisk("c").backing is not None:
         await session.split_start("c")
     for _ in range(2):

@@ -33,7 +33,9 @@ class MemoryPool:
     """Volumes by name."""
 
     def __init__(self, **sizes: int) -> None:
-        self.volumes = {name: AttachableMemory(name, size_bytes) for name, size_bytes in sizes.items()}
+        self.volumes = {
+            name: AttachableMemory(name, size_bytes) for name, size_bytes in sizes.items()
+        }
         self.sections: dict[str, bytes] = {}
         self.error: Exception | None = None
         self.stores = 0
@@ -50,10 +52,17 @@ class MemoryPool:
         self.sections[section] = value
 
     async def vdisk_list(self) -> list[dict[str, Any]]:
-        return [{"name": name, "uuid": str(volume.uuid)} for name, volume in sorted(self.volumes.items())]
+        return [
+            {"name": name, "uuid": str(volume.uuid)}
+            for name, volume in sorted(self.volumes.items())
+        ]
 
     def names_of_uuids(self, wanted: Collection[bytes]) -> dict[bytes, str]:
-        return {volume.uuid.bytes: name for name, volume in self.volumes.items() if volume.uuid.bytes in wanted}
+        return {
+            volume.uuid.bytes: name
+            for name, volume in self.volumes.items()
+            if volume.uuid.bytes in wanted
+        }
 
     def names(self) -> list[str]:
         return sorted(self.volumes)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# No program of a test takes longer on any machine; a hang fails the test by this, never a slow machine.
+# No program of a test takes longer on any machine; a hang fails the test by this, never a slow
+# machine.
 PROGRAM_SECONDS_MAX = 180
 CLEAVED = "from daemon.cli import main; main()"
 CLEAVECTL = "from daemon.admin.cli import main; main()"
@@ -24,7 +25,11 @@ class Result(NamedTuple):
 async def run(*command: str) -> Result:
     """Run a program to its end."""
     process = await asyncio.create_subprocess_exec(
-        *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, cwd=ROOT
+        *command,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        cwd=ROOT,
     )
     try:
         output, messages = await asyncio.wait_for(process.communicate(), PROGRAM_SECONDS_MAX)
@@ -46,7 +51,11 @@ async def succeed(*command: str) -> str:
 
 def limited(open_files_max: int | None) -> tuple[str, ...]:
     """What to put before a command that may open so many files only."""
-    return () if open_files_max is None else ("sh", "-c", 'ulimit -n "$0" && exec "$@"', str(open_files_max))
+    return (
+        ()
+        if open_files_max is None
+        else ("sh", "-c", 'ulimit -n "$0" && exec "$@"', str(open_files_max))
+    )
 
 
 async def cleaved(*arguments: str, open_files_max: int | None = None) -> Result:
@@ -55,7 +64,9 @@ async def cleaved(*arguments: str, open_files_max: int | None = None) -> Result:
 
 
 class Daemon:
-    """A daemon of its own process on a pool in a directory. Use as an asynchronous context; leaving it stops the process in order."""
+    """A daemon of its own process on a pool in a directory. Use as an asynchronous context; leaving
+    it stops the process in order.
+    """
 
     def __init__(
         self,
@@ -84,14 +95,31 @@ class Daemon:
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._process.returncode is None:
             status = await self.stop()
-            assert status == 0 or kind is not None, f"the daemon exited with {status}:\n{self.log()}"
+            assert status == 0 or kind is not None, (
+                f"the daemon exited with {status}:\n{self.log()}"
+            )
 
     async def start(self, portal: str = "127.0.0.1:0") -> None:
-        """Start, and wait for the ready line. Initiators that shall find it again after a restart need the same portal."""
+        """Start, and wait for the ready line. Initiators that shall find it again after a restart
+        need the same portal.
+        """
         listeners = ("--iscsi", portal, "--control", str(self.control_path))
-        command = (*self._under, *self._limited, sys.executable, "-c", CLEAVED, "serve", *self._options, *listeners, "--log-format", "json")
+        command = (
+            *self._under,
+            *self._limited,
+            sys.executable,
+            "-c",
+            CLEAVED,
+            "serve",
+            *self._options,
+            *listeners,
+            "--log-format",
+            "json",
+        )
         with self._log_file() as log:
-            self._process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=log, cwd=ROOT)
+            self._process = await asyncio.create_subprocess_exec(
+                *command, stdout=asyncio.subprocess.PIPE, stderr=log, cwd=ROOT
+            )
         assert self._process.stdout is not None
         ready = (await self._process.stdout.readline()).decode()
         assert ready.startswith("cleaved ready: "), f"{ready!r}\n{self.log()}"
@@ -109,7 +137,9 @@ class Daemon:
         self._process.send_signal(number)
         status = await asyncio.wait_for(self._process.wait(), PROGRAM_SECONDS_MAX)
         assert self._process.stdout is not None
-        await self._process.stdout.read()  # to its end, so that the pipe's transport closes with the process
+        await (
+            self._process.stdout.read()
+        )  # to its end, so that the pipe's transport closes with the process
         return status
 
     async def ended(self) -> int:
@@ -133,7 +163,9 @@ class Daemon:
 
     async def try_ctl(self, *arguments: str) -> Result:
         """Run `cleavectl`."""
-        return await run(sys.executable, "-c", CLEAVECTL, "--control", str(self.control_path), *arguments)
+        return await run(
+            sys.executable, "-c", CLEAVECTL, "--control", str(self.control_path), *arguments
+        )
 
     async def ctl(self, *arguments: str) -> Any:
         """Run a `cleavectl` command that must succeed; its JSON."""

@@ -1,4 +1,6 @@
-"""Taking connections off the listening sockets: one a turn, at a pace, whatever happens to them meanwhile."""
+"""Taking connections off the listening sockets: one a turn, at a pace, whatever happens to them
+meanwhile.
+"""
 
 import asyncio
 import errno
@@ -69,7 +71,9 @@ def end(clients: list[socket.socket]) -> None:
         client.close()
 
 
-async def test_one_connection_is_taken_in_each_turn(acceptor: Acceptor, made: list[Endpoint], admission: Admission) -> None:
+async def test_one_connection_is_taken_in_each_turn(
+    acceptor: Acceptor, made: list[Endpoint], admission: Admission
+) -> None:
     (address,) = await acceptor.listen(Address("127.0.0.1", 0))
     clients = connected(address, 10)
     before, seen = admission._credit, []
@@ -80,8 +84,12 @@ async def test_one_connection_is_taken_in_each_turn(acceptor: Acceptor, made: li
     end(clients)
 
 
-async def test_a_flood_waits_in_the_backlog(acceptor: Acceptor, made: list[Endpoint], admission: Admission) -> None:
-    addresses = await acceptor.listen(Address("127.0.0.1", 0)) + await acceptor.listen(Address("127.0.0.1", 0))
+async def test_a_flood_waits_in_the_backlog(
+    acceptor: Acceptor, made: list[Endpoint], admission: Admission
+) -> None:
+    addresses = await acceptor.listen(Address("127.0.0.1", 0)) + await acceptor.listen(
+        Address("127.0.0.1", 0)
+    )
     admission._pace = 1e-3  # a connection in a quarter of an hour
     admission._credit = 3.0
     admission._seen_seconds = asyncio.get_running_loop().time()
@@ -100,7 +108,9 @@ async def test_a_flood_waits_in_the_backlog(acceptor: Acceptor, made: list[Endpo
     end(clients)
 
 
-async def test_the_pace_goes_on_by_itself(acceptor: Acceptor, made: list[Endpoint], admission: Admission) -> None:
+async def test_the_pace_goes_on_by_itself(
+    acceptor: Acceptor, made: list[Endpoint], admission: Admission
+) -> None:
     (address,) = await acceptor.listen(Address("127.0.0.1", 0))
     admission._credit, admission._seen_seconds = 0.0, asyncio.get_running_loop().time()
     clients = connected(address, 3)
@@ -109,7 +119,9 @@ async def test_the_pace_goes_on_by_itself(acceptor: Acceptor, made: list[Endpoin
 
 
 @pytest.mark.parametrize("how", ["closed", "reset"])
-async def test_who_went_away_in_the_backlog_costs_little(acceptor: Acceptor, made: list[Endpoint], admission: Admission, how: str) -> None:
+async def test_who_went_away_in_the_backlog_costs_little(
+    acceptor: Acceptor, made: list[Endpoint], admission: Admission, how: str
+) -> None:
     (address,) = await acceptor.listen(Address("127.0.0.1", 0))
     gone = connected(address, 20)
     for client in gone:
@@ -118,13 +130,19 @@ async def test_who_went_away_in_the_backlog_costs_little(acceptor: Acceptor, mad
         client.close()
     clients = connected(address, 1)
     clients[0].sendall(b"first bytes")
-    admission._pace, admission._credit, admission._seen_seconds = 1e-3, 3.5, asyncio.get_running_loop().time()
+    admission._pace, admission._credit, admission._seen_seconds = (
+        1e-3,
+        3.5,
+        asyncio.get_running_loop().time(),
+    )
     await until(lambda: len(made) == 1)
     assert admission._credit == pytest.approx(0.5, abs=0.01)
     end(clients)
 
 
-async def test_who_is_refused_is_closed(made: list[Endpoint], capsys: pytest.CaptureFixture[str]) -> None:
+async def test_who_is_refused_is_closed(
+    made: list[Endpoint], capsys: pytest.CaptureFixture[str]
+) -> None:
     acceptor = Acceptor(Admission(0), lambda: Endpoint(made))
     (address,) = await acceptor.listen(Address("127.0.0.1", 0))
     reader, writer = await asyncio.open_connection(*address)
@@ -135,11 +153,17 @@ async def test_who_is_refused_is_closed(made: list[Endpoint], capsys: pytest.Cap
 
 
 async def test_without_file_descriptors_it_tries_again_later(
-    acceptor: Acceptor, made: list[Endpoint], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    acceptor: Acceptor,
+    made: list[Endpoint],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(acceptor_module, "EXHAUSTED_SECONDS", 0.001)
     (address,) = await acceptor.listen(Address("127.0.0.1", 0))
-    accept, failures = socket.socket.accept, [OSError(errno.EMFILE, "Too many open files"), OSError(errno.ECONNABORTED, "gone")]
+    accept, failures = (
+        socket.socket.accept,
+        [OSError(errno.EMFILE, "Too many open files"), OSError(errno.ECONNABORTED, "gone")],
+    )
 
     def scarce(listening: socket.socket) -> object:
         if failures:
@@ -154,7 +178,9 @@ async def test_without_file_descriptors_it_tries_again_later(
 
 
 @pytest.mark.logs("connection_made")
-async def test_a_connection_whose_making_fails_is_waited_for_by_nobody(acceptor: Acceptor, made: list[Endpoint]) -> None:
+async def test_a_connection_whose_making_fails_is_waited_for_by_nobody(
+    acceptor: Acceptor, made: list[Endpoint]
+) -> None:
     def failing(self: Endpoint, transport: asyncio.BaseTransport) -> None:
         made.append(self)
         self.transport = transport
@@ -169,7 +195,9 @@ async def test_a_connection_whose_making_fails_is_waited_for_by_nobody(acceptor:
     end(clients)
 
 
-async def test_a_name_that_stands_for_a_taken_address_is_listened_on_nowhere(acceptor: Acceptor) -> None:
+async def test_a_name_that_stands_for_a_taken_address_is_listened_on_nowhere(
+    acceptor: Acceptor,
+) -> None:
     (address,) = await acceptor.listen(Address("127.0.0.1", 0))
     with pytest.raises(OSError, match="in use"):
         await acceptor.listen(address)
@@ -179,7 +207,11 @@ async def test_a_name_that_stands_for_a_taken_address_is_listened_on_nowhere(acc
 async def test_closing_while_it_waits(admission: Admission, made: list[Endpoint]) -> None:
     acceptor = Acceptor(admission, lambda: Endpoint(made))
     (address,) = await acceptor.listen(Address("127.0.0.1", 0))
-    admission._pace, admission._credit, admission._seen_seconds = 1e-3, 0.0, asyncio.get_running_loop().time()
+    admission._pace, admission._credit, admission._seen_seconds = (
+        1e-3,
+        0.0,
+        asyncio.get_running_loop().time(),
+    )
     clients = connected(address, 1)
     await until(lambda: acceptor._resume is not None)
     acceptor.close()

@@ -1,4 +1,6 @@
-"""Who may use which target: lists, created targets, discovery, sessions, and what survives a restart."""
+"""Who may use which target: lists, created targets, discovery, sessions, and what survives a
+restart.
+"""
 
 import asyncio
 from collections.abc import Callable
@@ -48,16 +50,20 @@ async def again(pool: MemoryPool, **settings: Any) -> Targets:
     return found
 
 
-# --- Lists ----------------------------------------------------------------------------------------------------------------
+# --- Lists ----------------------------------------------------------------------------------------
 
 
-async def test_a_target_without_a_list_is_as_open_as_the_configuration_says(pool: MemoryPool) -> None:
+async def test_a_target_without_a_list_is_as_open_as_the_configuration_says(
+    pool: MemoryPool,
+) -> None:
     assert may(Targets(pool, None, open_access=True), ANNA)
     assert not may(Targets(pool, None, open_access=False), ANNA)
 
 
 @pytest.mark.parametrize("open_access", [True, False])
-async def test_a_list_names_those_who_may_over_restarts_and_renames(pool: MemoryPool, open_access: bool) -> None:
+async def test_a_list_names_those_who_may_over_restarts_and_renames(
+    pool: MemoryPool, open_access: bool
+) -> None:
     targets = Targets(pool, None, open_access)
     await targets.allow("a", [ANNA.upper()])
     for found in (targets, await again(pool, open_access=open_access)):
@@ -95,10 +101,16 @@ async def test_changes_at_the_same_time_all_count(targets: Targets) -> None:
     assert all(may(targets, f"{ANNA}{number}") for number in range(20))
 
 
-async def test_what_the_pool_does_not_take_does_not_count(pool: MemoryPool, targets: Targets) -> None:
+async def test_what_the_pool_does_not_take_does_not_count(
+    pool: MemoryPool, targets: Targets
+) -> None:
     await targets.allow("a", [ANNA])
     pool.error = PoolReadOnly("the pool is read-only")
-    for change in (targets.allow("a", [BERTA]), targets.create("t"), targets.access.set_chap(ANNA, Credentials(user="u", secret="s" * 12))):
+    for change in (
+        targets.allow("a", [BERTA]),
+        targets.create("t"),
+        targets.access.set_chap(ANNA, Credentials(user="u", secret="s" * 12)),
+    ):
         with pytest.raises(PoolReadOnly):
             await change
     assert not may(targets, BERTA)
@@ -115,17 +127,29 @@ async def test_the_list_of_a_deleted_vdisk_goes(pool: MemoryPool, targets: Targe
     assert pool.stores == stores, "nothing changed, and yet the pool was asked to store it"
 
 
-# --- CHAP -----------------------------------------------------------------------------------------------------------------
+# --- CHAP -----------------------------------------------------------------------------------------
 
 
 async def test_credentials_are_the_initiators_own_else_those_of_the_file(pool: MemoryPool) -> None:
     targets = Targets(pool, Chap("all", "a" * 12, None, None))
-    await targets.access.set_chap(ANNA.upper(), Credentials(user="anna", secret="s" * 12, mutual_user="m", mutual_secret="t" * 12))
+    await targets.access.set_chap(
+        ANNA.upper(),
+        Credentials(user="anna", secret="s" * 12, mutual_user="m", mutual_secret="t" * 12),
+    )
     definition = targets.open_target(f"{PREFIX}a", ANNA)
     assert definition is not None
-    for found in (definition.chap, targets.discovery_chap(ANNA), Targets(pool, None).discovery_chap(ANNA)):
+    for found in (
+        definition.chap,
+        targets.discovery_chap(ANNA),
+        Targets(pool, None).discovery_chap(ANNA),
+    ):
         assert found is not None
-        assert (found.user, found.secret, found.target_user, found.target_secret) == ("anna", b"s" * 12, "m", b"t" * 12)
+        assert (found.user, found.secret, found.target_user, found.target_secret) == (
+            "anna",
+            b"s" * 12,
+            "m",
+            b"t" * 12,
+        )
     other = targets.discovery_chap(BERTA)
     assert other is not None
     assert other.user == "all"
@@ -136,25 +160,51 @@ async def test_credentials_are_the_initiators_own_else_those_of_the_file(pool: M
 
 
 async def test_secrets_do_not_show(pool: MemoryPool, targets: Targets) -> None:
-    await targets.access.set_chap(ANNA, Credentials(user="anna", secret="hunter2hunter2", mutual_user="m", mutual_secret="hunter3hunter3"))
-    shown = repr(targets.access.chap) + repr(targets.discovery_chap(ANNA)) + repr(targets.open_target(f"{PREFIX}a", ANNA))
+    await targets.access.set_chap(
+        ANNA,
+        Credentials(
+            user="anna", secret="hunter2hunter2", mutual_user="m", mutual_secret="hunter3hunter3"
+        ),
+    )
+    shown = (
+        repr(targets.access.chap)
+        + repr(targets.discovery_chap(ANNA))
+        + repr(targets.open_target(f"{PREFIX}a", ANNA))
+    )
     assert "anna" in shown
     assert "hunter" not in shown
-    pool.sections[access.SECTION] = pool.sections[access.SECTION].replace(b"\xa6secret\xae", b"\xa6sacred\xae")
+    pool.sections[access.SECTION] = pool.sections[access.SECTION].replace(
+        b"\xa6secret\xae", b"\xa6sacred\xae"
+    )
     with pytest.raises(SectionUnreadable) as caught:
         Targets(pool, None)
     assert "hunter" not in str(caught.value) + repr(caught.value.__cause__)
 
 
-async def test_connect_says_who_may_and_what_must_be_proved(pool: MemoryPool, targets: Targets) -> None:
+async def test_connect_says_who_may_and_what_must_be_proved(
+    pool: MemoryPool, targets: Targets
+) -> None:
     a, b = pool.volumes["a"], pool.volumes["b"]
-    everybody = {"initiators": None, "initiator": None, "allowed": True, "chap": False, "chap_user": None}
+    everybody = {
+        "initiators": None,
+        "initiator": None,
+        "allowed": True,
+        "chap": False,
+        "chap_user": None,
+    }
     assert targets.access_to(a, None) == everybody
     assert targets.access_to(a, ANNA) == {**everybody, "initiator": ANNA}
-    assert Targets(pool, None, open_access=False).access_to(a, None) == {**everybody, "allowed": False}
+    assert Targets(pool, None, open_access=False).access_to(a, None) == {
+        **everybody,
+        "allowed": False,
+    }
     assert not Targets(pool, None, open_access=False).access_to(a, ANNA)["allowed"]
     await targets.allow("a", [ANNA])
-    assert targets.access_to(a, None) == {**everybody, "initiators": [ANNA], "initiator": ANNA}  # the only one that may
+    assert targets.access_to(a, None) == {
+        **everybody,
+        "initiators": [ANNA],
+        "initiator": ANNA,
+    }  # the only one that may
     assert not targets.access_to(a, BERTA)["allowed"]
     await targets.allow("a", [BERTA])
     assert targets.access_to(a, None) == {**everybody, "initiators": [ANNA, BERTA]}
@@ -164,10 +214,18 @@ async def test_connect_says_who_may_and_what_must_be_proved(pool: MemoryPool, ta
     assert not targets.access_to(a, ANNA)["chap"]
     assert not targets.access_to(b, None)["chap"]
     for_all = Targets(pool, Chap("all", "s" * 12, None, None))
-    assert [for_all.access_to(b, who)["chap_user"] for who in (None, ANNA, BERTA)] == ["all", "all", "u"]
+    assert [for_all.access_to(b, who)["chap_user"] for who in (None, ANNA, BERTA)] == [
+        "all",
+        "all",
+        "u",
+    ]
     for initiator in (ANNA, BERTA):
         await targets.access.remove(a.uuid.hex, initiator)
-    assert targets.access_to(a, None) == {**everybody, "initiators": [], "allowed": False}  # an empty list lets nobody in
+    assert targets.access_to(a, None) == {
+        **everybody,
+        "initiators": [],
+        "allowed": False,
+    }  # an empty list lets nobody in
 
 
 async def test_connect_of_a_vdisk_in_targets_with_lists(pool: MemoryPool, targets: Targets) -> None:
@@ -179,7 +237,7 @@ async def test_connect_of_a_vdisk_in_targets_with_lists(pool: MemoryPool, target
     assert not targets.access_to(pool.volumes["a"], BERTA)["allowed"]
 
 
-# --- Created targets --------------------------------------------------------------------------------------------------------
+# --- Created targets ------------------------------------------------------------------------------
 
 
 async def test_luns_over_restarts_and_renames(pool: MemoryPool, targets: Targets) -> None:
@@ -193,26 +251,45 @@ async def test_luns_over_restarts_and_renames(pool: MemoryPool, targets: Targets
         definition = found.open_target(f"{PREFIX}T", ANNA)
         assert definition is not None
         assert definition.name == f"{PREFIX}t"
-        assert {lun: volume.name for lun, volume in definition.luns.items()} == {0: "b", 1: "c", 7: "z"}
-        assert [(row["lun"], row["vdisk"]) for row in found.describe(f"{PREFIX}t")["luns"]] == [(0, "b"), (1, "c"), (7, "z")]
+        assert {lun: volume.name for lun, volume in definition.luns.items()} == {
+            0: "b",
+            1: "c",
+            7: "z",
+        }
+        assert [(row["lun"], row["vdisk"]) for row in found.describe(f"{PREFIX}t")["luns"]] == [
+            (0, "b"),
+            (1, "c"),
+            (7, "z"),
+        ]
         assert pool.volumes["z"].labels == [f"target {PREFIX}t"]
         with pytest.raises(Conflict, match=rf"vdisk z is LUN 7 of target {PREFIX}t"):
             found.check_unmapped(pool.volumes["z"])
         assert f"{PREFIX}z" in found.names_for(ANNA, "p")
 
 
-async def test_each_target_has_a_target_port_of_its_own_for_life(pool: MemoryPool, targets: Targets) -> None:
+async def test_each_target_has_a_target_port_of_its_own_for_life(
+    pool: MemoryPool, targets: Targets
+) -> None:
     disk = pool.volumes["a"]
     for name in ("t", "s", "u"):
         await targets.create(name)
         await targets.map(name, disk, None)
-    assert list(targets.target_ports(disk.uuid)) == [1, 2, 3, 4] and list(targets.target_ports(pool.volumes["b"].uuid)) == [1]
+    assert list(targets.target_ports(disk.uuid)) == [1, 2, 3, 4] and list(
+        targets.target_ports(pool.volumes["b"].uuid)
+    ) == [1]
     await targets.remove("u")
     await targets.create("v")  # a registration may name the port of the target that went
     await targets.map("v", disk, None)
     for found in (targets, await again(pool)):
-        definitions = {name: found.open_target(PREFIX + name, ANNA) for name in ("a", "t", "s", "v")}
-        assert [definition and definition.port for definition in definitions.values()] == [1, 2, 3, 5]
+        definitions = {
+            name: found.open_target(PREFIX + name, ANNA) for name in ("a", "t", "s", "v")
+        }
+        assert [definition and definition.port for definition in definitions.values()] == [
+            1,
+            2,
+            3,
+            5,
+        ]
         assert sorted(found.target_ports(disk.uuid)) == [1, 2, 3, 5]
 
 
@@ -227,11 +304,16 @@ async def test_targets_of_an_earlier_version_get_ports_and_keep_them(pool: Memor
     await targets.create("b2")
     await targets.remove("s")
     targets = await again(pool)
-    assert {name: target.port for name, target in targets.table.targets.items()} == {f"{PREFIX}t": 3, f"{PREFIX}b2": 4}
+    assert {name: target.port for name, target in targets.table.targets.items()} == {
+        f"{PREFIX}t": 3,
+        f"{PREFIX}b2": 4,
+    }
 
 
 def test_ports_begin_anew_when_all_were_given() -> None:
-    stored = target_table.StoredTargets(targets={"t": target_table.StoredTarget(port=2)}, last_port=TARGET_PORT_MAX)
+    stored = target_table.StoredTargets(
+        targets={"t": target_table.StoredTarget(port=2)}, last_port=TARGET_PORT_MAX
+    )
     ports = target_table._free_ports(stored)
     assert [next(ports), next(ports)] == [3, 4]
 
@@ -275,7 +357,9 @@ async def test_unmapping_by_name_and_by_number(pool: MemoryPool, targets: Target
             await unmapping
 
 
-async def test_a_mapped_vdisk_that_is_missing_at_start_is_an_absent_lun(pool: MemoryPool, targets: Targets, capsys: Any) -> None:
+async def test_a_mapped_vdisk_that_is_missing_at_start_is_an_absent_lun(
+    pool: MemoryPool, targets: Targets, capsys: Any
+) -> None:
     await targets.create("t")
     for name in ("a", "b"):
         await targets.map("t", pool.volumes[name], None)
@@ -297,7 +381,11 @@ async def test_vdisks_and_created_targets_share_one_space_of_names(targets: Targ
         pytest.fail("a vdisk of the name of a target")
     with pytest.raises(Conflict, match="exists"):
         await targets.create("t")
-    with targets.claim(VDISK, "u"), targets.claim(VDISK, "u"), pytest.raises(Conflict, match="vdisk u"):
+    with (
+        targets.claim(VDISK, "u"),
+        targets.claim(VDISK, "u"),
+        pytest.raises(Conflict, match="vdisk u"),
+    ):
         await targets.create("u")
     with targets.claim(TARGET, "v"), pytest.raises(Conflict), targets.claim(VDISK, "v"):
         pytest.fail("both were made at the same time")
@@ -320,7 +408,9 @@ async def test_names_of_other_authorities(targets: Targets) -> None:
         assert not may(targets, BERTA, name.lower())
 
 
-async def test_a_vdisk_in_a_target_with_a_list_is_not_open_by_its_own_name(pool: MemoryPool, targets: Targets) -> None:
+async def test_a_vdisk_in_a_target_with_a_list_is_not_open_by_its_own_name(
+    pool: MemoryPool, targets: Targets
+) -> None:
     await targets.create("t")
     await targets.allow("t", [ANNA])
     await targets.map("t", pool.volumes["a"], None)
@@ -328,7 +418,9 @@ async def test_a_vdisk_in_a_target_with_a_list_is_not_open_by_its_own_name(pool:
     assert not may(targets, BERTA)
     assert not may(targets, BERTA, "t")
     assert may(targets, BERTA, "b")
-    await targets.create("other")  # mapped into an open target too: that one is open, the vdisk's own still is not
+    await targets.create(
+        "other"
+    )  # mapped into an open target too: that one is open, the vdisk's own still is not
     await targets.map("other", pool.volumes["a"], None)
     assert not may(targets, BERTA)
     await targets.allow("a", [BERTA])
@@ -355,7 +447,7 @@ async def test_removing_a_target(pool: MemoryPool, targets: Targets) -> None:
             await targets.remove(name)
 
 
-# --- Sessions -------------------------------------------------------------------------------------------------------------
+# --- Sessions -------------------------------------------------------------------------------------
 
 
 async def test_sessions_hold_the_luns_that_come_and_go(pool: MemoryPool, targets: Targets) -> None:
@@ -391,7 +483,9 @@ async def test_sessions_that_a_change_shuts_out(pool: MemoryPool, targets: Targe
     assert targets.no_longer_allowed() == [anna, berta]
 
 
-async def test_a_session_of_a_target_that_went_is_shut_out_whatever_is_open(targets: Targets) -> None:
+async def test_a_session_of_a_target_that_went_is_shut_out_whatever_is_open(
+    targets: Targets,
+) -> None:
     await targets.create("t")
     session = Session(f"{PREFIX}t", ANNA)
     targets.session_opened(session)
@@ -399,7 +493,7 @@ async def test_a_session_of_a_target_that_went_is_shut_out_whatever_is_open(targ
     assert targets.no_longer_allowed() == [session]
 
 
-# --- Sections ---------------------------------------------------------------------------------------------------------------
+# --- Sections -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [access.SECTION, target_table.SECTION])

@@ -22,21 +22,40 @@ SECRET, MUTUAL = "correct-horse-battery", "staple-horse-mutual"
 MIB = 1 << 20
 
 
-async def discovered(daemon: Daemon, initiator: str, *, user: str = "", portal: str | None = None) -> list[str]:
+async def discovered(
+    daemon: Daemon, initiator: str, *, user: str = "", portal: str | None = None
+) -> list[str]:
     """Names that iscsi-ls shows an initiator, without the prefix; ``user`` is USER%SECRET@."""
     output = await succeed("iscsi-ls", "-i", initiator, f"iscsi://{user}{portal or daemon.portal}")
-    return sorted(line.split()[0].removeprefix(f"Target:{TARGET_PREFIX}") for line in output.splitlines() if line.startswith("Target:"))
+    return sorted(
+        line.split()[0].removeprefix(f"Target:{TARGET_PREFIX}")
+        for line in output.splitlines()
+        if line.startswith("Target:")
+    )
 
 
-async def inquiry(daemon: Daemon, initiator: str, target: str, *, user: str = "", arguments: str = "") -> Result:
+async def inquiry(
+    daemon: Daemon, initiator: str, target: str, *, user: str = "", arguments: str = ""
+) -> Result:
     url = f"iscsi://{user}{daemon.portal}/{TARGET_PREFIX}{target}/0{arguments}"
     return await run("iscsi-inq", "-i", initiator, url)
 
 
-async def session(daemon: Daemon, initiator: str, target: str, isid: int | None = None, chap: ChapSecrets | None = None) -> Initiator:
+async def session(
+    daemon: Daemon,
+    initiator: str,
+    target: str,
+    isid: int | None = None,
+    chap: ChapSecrets | None = None,
+) -> Initiator:
     host, _, port = daemon.portal.rpartition(":")
     name = TARGET_PREFIX + target
-    return await Initiator.connect(host, int(port), name, InitiatorSettings(initiator, name, isid=isid or random_isid(), chap=chap))
+    return await Initiator.connect(
+        host,
+        int(port),
+        name,
+        InitiatorSettings(initiator, name, isid=isid or random_isid(), chap=chap),
+    )
 
 
 def secret_file(directory: Path, secret: str) -> str:
@@ -46,7 +65,7 @@ def secret_file(directory: Path, secret: str) -> str:
     return str(path)
 
 
-# --- Lists ------------------------------------------------------------------------------------------------------------------
+# --- Lists ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.client("iscsi-ls", "iscsi-inq")
@@ -86,7 +105,7 @@ async def test_a_session_that_is_shut_out_ends(tmp_path: Path) -> None:
         await anna.close()
 
 
-# --- CHAP -----------------------------------------------------------------------------------------------------------------
+# --- CHAP -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.client("iscsi-ls", "iscsi-inq")
@@ -95,8 +114,15 @@ async def test_chap_of_single_initiators_by_real_clients(tmp_path: Path) -> None
         for name in ("a", "b"):
             await daemon.ctl("vdisk", "create", name, "--size", "1MiB")
         await daemon.ctl("acl", "add", "a", ANNA)
-        files = ("--secret-file", secret_file(tmp_path, SECRET), "--mutual-secret-file", secret_file(tmp_path, MUTUAL))
-        shown = await daemon.ctl("chap", "set", ANNA, "--user", "anna", "--mutual-user", "storage", *files)
+        files = (
+            "--secret-file",
+            secret_file(tmp_path, SECRET),
+            "--mutual-secret-file",
+            secret_file(tmp_path, MUTUAL),
+        )
+        shown = await daemon.ctl(
+            "chap", "set", ANNA, "--user", "anna", "--mutual-user", "storage", *files
+        )
         assert shown == {"initiator": ANNA, "user": "anna", "mutual_user": "storage"}
         right, wrong = f"anna%{SECRET}@", f"anna%{SECRET}x@"
         assert await discovered(daemon, ANNA, user=right) == ["a", "b"]
@@ -104,7 +130,12 @@ async def test_chap_of_single_initiators_by_real_clients(tmp_path: Path) -> None
         assert (await inquiry(daemon, ANNA, "a", user=right)).status == 0
         mutual = f"?target_user=storage&target_password={MUTUAL}"
         assert (await inquiry(daemon, ANNA, "a", user=right, arguments=mutual)).status == 0
-        for user, arguments in (("", ""), (wrong, ""), (f"berta%{SECRET}@", ""), (right, mutual + "x")):
+        for user, arguments in (
+            ("", ""),
+            (wrong, ""),
+            (f"berta%{SECRET}@", ""),
+            (right, mutual + "x"),
+        ):
             assert (await inquiry(daemon, ANNA, "a", user=user, arguments=arguments)).status != 0
         assert (await run("iscsi-ls", "-i", ANNA, f"iscsi://{daemon.portal}")).status != 0
         await daemon.stop()
@@ -123,37 +154,76 @@ async def test_data_with_chap_by_qemu(tmp_path: Path) -> None:
     data = os.urandom(MIB)
     (tmp_path / "source").write_bytes(data)
     file = secret_file(tmp_path, SECRET)
-    (tmp_path / "secret").write_text(SECRET)  # QEMU takes the whole file, the end of the line included
+    (tmp_path / "secret").write_text(
+        SECRET
+    )  # QEMU takes the whole file, the end of the line included
     async with Daemon(tmp_path) as daemon:
         await daemon.ctl("vdisk", "create", "a", "--size", "1MiB")
         await daemon.ctl("acl", "add", "a", ANNA)
         await daemon.ctl("chap", "set", ANNA, "--secret-file", file)
-        options = f"driver=iscsi,transport=tcp,portal={daemon.portal},target={TARGET_PREFIX}a,lun=0,initiator-name={ANNA}"
+        where = f"portal={daemon.portal},target={TARGET_PREFIX}a,lun=0"
+        options = f"driver=iscsi,transport=tcp,{where},initiator-name={ANNA}"
         with_chap = f"{options},user={ANNA},password-secret=chap"
         secret = ("--object", f"secret,id=chap,file={tmp_path / 'secret'}")
         source = f"driver=raw,file.driver=file,file.filename={tmp_path / 'source'}"
-        await succeed("qemu-img", "convert", *secret, "-n", "--image-opts", "--target-image-opts", source, with_chap)
+        await succeed(
+            "qemu-img",
+            "convert",
+            *secret,
+            "-n",
+            "--image-opts",
+            "--target-image-opts",
+            source,
+            with_chap,
+        )
         await succeed("qemu-img", "compare", *secret, "--image-opts", source, with_chap)
         assert (await run("qemu-img", "info", "--image-opts", options)).status != 0
-        assert (await run("qemu-img", "info", *secret, "--image-opts", with_chap.replace(ANNA, BERTA))).status != 0
+        assert (
+            await run("qemu-img", "info", *secret, "--image-opts", with_chap.replace(ANNA, BERTA))
+        ).status != 0
 
 
 async def test_mutual_chap_with_our_own_initiator(tmp_path: Path) -> None:
     async with Daemon(tmp_path) as daemon:
         await daemon.ctl("vdisk", "create", "a", "--size", "1MiB")
-        files = ("--secret-file", secret_file(tmp_path, SECRET), "--mutual-secret-file", secret_file(tmp_path, MUTUAL))
+        files = (
+            "--secret-file",
+            secret_file(tmp_path, SECRET),
+            "--mutual-secret-file",
+            secret_file(tmp_path, MUTUAL),
+        )
         await daemon.ctl("chap", "set", ANNA, "--mutual-user", "storage", *files)
-        async with await session(daemon, ANNA, "a", chap=ChapSecrets(ANNA, SECRET.encode(), "storage", MUTUAL.encode())) as disk:
+        async with await session(
+            daemon, ANNA, "a", chap=ChapSecrets(ANNA, SECRET.encode(), "storage", MUTUAL.encode())
+        ) as disk:
             assert len(await disk.read(0, 512)) == 512
         with pytest.raises(IscsiError):
-            await session(daemon, ANNA, "a", chap=ChapSecrets(ANNA, SECRET.encode(), "storage", MUTUAL.encode() + b"x"))
+            await session(
+                daemon,
+                ANNA,
+                "a",
+                chap=ChapSecrets(ANNA, SECRET.encode(), "storage", MUTUAL.encode() + b"x"),
+            )
 
 
 async def ask(daemon: Daemon, *answers: str) -> tuple[int, str]:
-    """Run ``chap set`` on a terminal of its own; its exit code and everything that terminal showed."""
+    """Run ``chap set`` on a terminal of its own; its exit code and everything that
+    terminal showed.
+    """
     master, slave = pty.openpty()
-    command = (sys.executable, "-c", CLEAVECTL, "--control", str(daemon.control_path), "chap", "set", ANNA)
-    process = await asyncio.create_subprocess_exec(*command, stdin=slave, stdout=slave, stderr=slave, cwd=ROOT, start_new_session=True)
+    command = (
+        sys.executable,
+        "-c",
+        CLEAVECTL,
+        "--control",
+        str(daemon.control_path),
+        "chap",
+        "set",
+        ANNA,
+    )
+    process = await asyncio.create_subprocess_exec(
+        *command, stdin=slave, stdout=slave, stderr=slave, cwd=ROOT, start_new_session=True
+    )
     os.close(slave)
     shown = b""
     loop = asyncio.get_running_loop()
@@ -193,11 +263,17 @@ async def test_wrong_secrets_are_usage_and_not_repeated(tmp_path: Path) -> None:
             ("x" * 256, ("--secret-file", "FILE"), "256 characters"),
             ("", ("--secret-file", "/nonexistent"), "No such file"),
             (SECRET, ("--secret-file", "FILE", "--mutual-secret-file", "FILE"), "--mutual-user"),
-            (SECRET, ("--secret-file", "FILE", "--mutual-user", "m", "--mutual-secret-file", "FILE"), "different"),
+            (
+                SECRET,
+                ("--secret-file", "FILE", "--mutual-user", "m", "--mutual-secret-file", "FILE"),
+                "different",
+            ),
             ("", ("--secret", "x"), "No such option"),
         ):
             file.write_text(text)
-            result = await daemon.try_ctl("chap", "set", ANNA, *(option.replace("FILE", str(file)) for option in options))
+            result = await daemon.try_ctl(
+                "chap", "set", ANNA, *(option.replace("FILE", str(file)) for option in options)
+            )
             assert result.status == 2, result
             assert words in result.messages
             assert not text or text.strip() not in result.messages
@@ -206,14 +282,29 @@ async def test_wrong_secrets_are_usage_and_not_repeated(tmp_path: Path) -> None:
 
 async def test_a_secret_from_standard_input(tmp_path: Path) -> None:
     async with Daemon(tmp_path) as daemon:
-        command = (sys.executable, "-c", CLEAVECTL, "--control", str(daemon.control_path), "chap", "set", ANNA, "--secret-file", "-")
-        process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.DEVNULL, cwd=ROOT)
+        command = (
+            sys.executable,
+            "-c",
+            CLEAVECTL,
+            "--control",
+            str(daemon.control_path),
+            "chap",
+            "set",
+            ANNA,
+            "--secret-file",
+            "-",
+        )
+        process = await asyncio.create_subprocess_exec(
+            *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.DEVNULL, cwd=ROOT
+        )
         await process.communicate(f"{SECRET}\n".encode())
         assert process.returncode == 0
-        assert await daemon.ctl("chap", "ls") == [{"initiator": ANNA, "user": ANNA, "mutual_user": None}]
+        assert await daemon.ctl("chap", "ls") == [
+            {"initiator": ANNA, "user": ANNA, "mutual_user": None}
+        ]
 
 
-# --- Created targets --------------------------------------------------------------------------------------------------------
+# --- Created targets ------------------------------------------------------------------------------
 
 
 @pytest.mark.client("iscsi-ls", "iscsi-inq")
@@ -235,12 +326,17 @@ async def test_a_target_with_several_luns_by_real_clients(tmp_path: Path) -> Non
         await daemon.start()
         (row,) = await daemon.ctl("target", "ls")
         assert [(lun["lun"], lun["vdisk"]) for lun in row["luns"]] == [(0, "quorum"), (1, "data2")]
-        serial = {name: (await daemon.ctl("vdisk", "show", name))["uuid"].replace("-", "") for name in ("quorum", "data2")}
+        serial = {
+            name: (await daemon.ctl("vdisk", "show", name))["uuid"].replace("-", "")
+            for name in ("quorum", "data2")
+        }
         for lun, name in ((0, "quorum"), (1, "data2")):
             url = f"iscsi://{daemon.portal}/{TARGET_PREFIX}cluster1/{lun}"
             assert serial[name] in await succeed("iscsi-inq", "-e", "1", "-c", "128", url)
         await daemon.ctl("target", "unmap", "cluster1", "data2")
-        assert (await run("iscsi-inq", f"iscsi://{daemon.portal}/{TARGET_PREFIX}cluster1/1")).status != 0
+        assert (
+            await run("iscsi-inq", f"iscsi://{daemon.portal}/{TARGET_PREFIX}cluster1/1")
+        ).status != 0
         await daemon.ctl("vdisk", "rm", "data2")
         await daemon.ctl("target", "rm", "cluster1")
         assert await discovered(daemon, ANNA) == ["quorum"]
@@ -279,36 +375,64 @@ async def test_the_documented_keys_and_tables(tmp_path: Path) -> None:
     async with Daemon(tmp_path) as daemon:
         await daemon.ctl("vdisk", "create", "a", "--size", "1MiB")
         created = await daemon.ctl("target", "create", "t")
-        assert created == {"target": f"{TARGET_PREFIX}t", "luns": [], "initiators": None, "sessions": 0}
+        assert created == {
+            "target": f"{TARGET_PREFIX}t",
+            "luns": [],
+            "initiators": None,
+            "sessions": 0,
+        }
         mapped = await daemon.ctl("target", "map", "t", "a", "--lun", "9")
-        assert mapped["luns"] == [{"lun": 9, "vdisk": "a", "uuid": (await daemon.ctl("vdisk", "show", "a"))["uuid"].replace("-", "")}]
+        assert mapped["luns"] == [
+            {
+                "lun": 9,
+                "vdisk": "a",
+                "uuid": (await daemon.ctl("vdisk", "show", "a"))["uuid"].replace("-", ""),
+            }
+        ]
         assert "9=a" in (await daemon.try_ctl("target", "ls")).output
         assert "(no list)" in (await daemon.try_ctl("target", "ls")).output
         await daemon.ctl("acl", "add", "t", ANNA)
-        assert await daemon.ctl("acl", "rm", "t", ANNA) == {"target": f"{TARGET_PREFIX}t", "initiators": [], "sessions_ended": 0}
+        assert await daemon.ctl("acl", "rm", "t", ANNA) == {
+            "target": f"{TARGET_PREFIX}t",
+            "initiators": [],
+            "sessions_ended": 0,
+        }
         assert "(nobody)" in (await daemon.try_ctl("acl", "ls")).output
-        assert await daemon.ctl("acl", "clear", "t") == {"target": f"{TARGET_PREFIX}t", "initiators": None, "sessions_ended": 0}
+        assert await daemon.ctl("acl", "clear", "t") == {
+            "target": f"{TARGET_PREFIX}t",
+            "initiators": None,
+            "sessions_ended": 0,
+        }
         assert await daemon.ctl("acl", "ls") == []
         assert await daemon.ctl("target", "unmap", "t", "--lun", "9") == created
-        assert await daemon.ctl("target", "rm", "t") == {"target": f"{TARGET_PREFIX}t", "deleted": True}
+        assert await daemon.ctl("target", "rm", "t") == {
+            "target": f"{TARGET_PREFIX}t",
+            "deleted": True,
+        }
 
 
-# --- Exposure and portals ---------------------------------------------------------------------------------------------------
+# --- Exposure and portals -------------------------------------------------------------------------
 
 
 async def test_nothing_is_open_by_accident(tmp_path: Path) -> None:
-    result = await cleaved("serve", "--pool", str(tmp_path / "pool"), "--pool-size", "64MiB", "--iscsi", "0.0.0.0:0")
+    result = await cleaved(
+        "serve", "--pool", str(tmp_path / "pool"), "--pool-size", "64MiB", "--iscsi", "0.0.0.0:0"
+    )
     assert result.status == 2
     assert "--no-open-access" in result.messages
     assert not (tmp_path / "pool").exists()
-    (tmp_path / "config").write_text(f'pool.path = "{tmp_path / "pool"}"\niscsi.listen = ["[::]:3260"]\n')
+    (tmp_path / "config").write_text(
+        f'pool.path = "{tmp_path / "pool"}"\niscsi.listen = ["[::]:3260"]\n'
+    )
     result = await cleaved("check-config", str(tmp_path / "config"))
     assert result.status == 2
     assert "iscsi.open_access" in result.messages
 
 
 @pytest.mark.parametrize(("mode", "status"), [(0o600, 0), (0o640, 0), (0o644, 2), (0o602, 2)])
-async def test_a_file_with_secrets_is_not_for_everybody(tmp_path: Path, mode: int, status: int) -> None:
+async def test_a_file_with_secrets_is_not_for_everybody(
+    tmp_path: Path, mode: int, status: int
+) -> None:
     path = tmp_path / "config"
     path.write_text(f'pool.path = "/p"\niscsi.chap = {{user = "u", secret = "{SECRET}"}}\n')
     path.chmod(mode)
@@ -332,17 +456,28 @@ async def test_two_portals_one_of_them_ipv6(tmp_path: Path) -> None:
 
 @pytest.mark.client("iscsi-ls")
 async def test_discovery_by_a_real_client_tells_what_is_advertised(tmp_path: Path) -> None:
-    async with Daemon(tmp_path, options=("--advertise", "203.0.113.5:3260", "--advertise", "[2001:db8::5]:3261")) as daemon:
+    async with Daemon(
+        tmp_path, options=("--advertise", "203.0.113.5:3260", "--advertise", "[2001:db8::5]:3261")
+    ) as daemon:
         await daemon.ctl("vdisk", "create", "a", "--size", "1MiB")
         output = await succeed("iscsi-ls", f"iscsi://{daemon.portal}")
-        assert "Portal:203.0.113.5:3260,1" in output and "Portal:[2001:db8::5]:3261,1" in output and "127.0.0.1" not in output
-        assert (await daemon.ctl("connect", "a", "--client", "qemu"))["portals"] == ["203.0.113.5:3260", "[2001:db8::5]:3261"]
+        assert (
+            "Portal:203.0.113.5:3260,1" in output
+            and "Portal:[2001:db8::5]:3261,1" in output
+            and "127.0.0.1" not in output
+        )
+        assert (await daemon.ctl("connect", "a", "--client", "qemu"))["portals"] == [
+            "203.0.113.5:3260",
+            "[2001:db8::5]:3261",
+        ]
 
 
-# --- Reservations over a restart --------------------------------------------------------------------------------------------
+# --- Reservations over a restart ------------------------------------------------------------------
 
 
-async def reserve_out(disk: Initiator, action: int, key: int, new_key: int = 0, *, aptpl: bool = False) -> None:
+async def reserve_out(
+    disk: Initiator, action: int, key: int, new_key: int = 0, *, aptpl: bool = False
+) -> None:
     body = key.to_bytes(8, "big") + new_key.to_bytes(8, "big") + bytes(4) + bytes((aptpl, 0, 0, 0))
     cdb = bytes((0x5F, action, 1, 0, 0, 0, 0, 0, 24, 0))
     await disk._command(lambda done: disk._connection.submit(0, cdb, done, data=body))
@@ -364,7 +499,9 @@ async def test_a_reservation_outlives_kill_9(tmp_path: Path) -> None:
         await daemon.stop(signal.SIGKILL)
         await daemon.start()
         stranger = await session(daemon, BERTA, "kept")
-        assert bytes(await reserve_in(stranger, read_keys))[4:16] == (8).to_bytes(4, "big") + (0xABCD).to_bytes(8, "big")
+        assert bytes(await reserve_in(stranger, read_keys))[4:16] == (8).to_bytes(4, "big") + (
+            0xABCD
+        ).to_bytes(8, "big")
         assert bytes(await reserve_in(stranger, read_reservation))[21] == 1
         with pytest.raises(IscsiError):
             await stranger.write(0, bytes(512))

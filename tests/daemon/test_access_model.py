@@ -1,4 +1,6 @@
-"""Access against a plain model: whatever was done, over restarts, nobody sees or opens more or less than the rules say."""
+"""Access against a plain model: whatever was done, over restarts, nobody sees or opens more or less
+than the rules say.
+"""
 
 import asyncio
 from collections.abc import Coroutine
@@ -21,7 +23,9 @@ Result = TypeVar("Result")
 
 
 class Access(RuleBasedStateMachine):
-    """The model: who may, by vdisk and by created target (None: no list), and what is mapped where."""
+    """The model: who may, by vdisk and by created target (None: no list), and what is
+    mapped where.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,9 +67,13 @@ class Access(RuleBasedStateMachine):
 
     @rule(name=CREATED, vdisk=VDISKS)
     def map(self, name: str, vdisk: str) -> None:
-        possible = name in self.mapped and vdisk in self.pool.volumes and vdisk not in self.mapped[name]
+        possible = (
+            name in self.mapped and vdisk in self.pool.volumes and vdisk not in self.mapped[name]
+        )
         if vdisk in self.pool.volumes:
-            assert (self.run(self.targets.map(name, self.pool.volumes[vdisk], None)) is not None) == possible
+            assert (
+                self.run(self.targets.map(name, self.pool.volumes[vdisk], None)) is not None
+            ) == possible
         if possible:
             self.mapped[name].add(vdisk)
 
@@ -104,17 +112,25 @@ class Access(RuleBasedStateMachine):
 
     @rule()
     def end_those_shut_out(self) -> None:
-        shut_out = [session for session, name in self.sessions if not self.may(name, session.initiator_name)]
+        shut_out = [
+            session for session, name in self.sessions if not self.may(name, session.initiator_name)
+        ]
         assert self.targets.no_longer_allowed() == shut_out
         for session in shut_out:
             self.targets.session_closed(session)
-        self.sessions = [(session, name) for session, name in self.sessions if session not in shut_out]
+        self.sessions = [
+            (session, name) for session, name in self.sessions if session not in shut_out
+        ]
 
     @rule(vdisk=VDISKS)
     def delete_and_make_anew(self, vdisk: str) -> None:
-        """Deletion is refused to what is attached, and another vdisk of the same name has nothing of the first."""
+        """Deletion is refused to what is attached, and another vdisk of the same name has nothing
+        of the first.
+        """
         volume = self.pool.volumes[vdisk]
-        in_use = any(vdisk in mapped for mapped in self.mapped.values()) or any(name == vdisk for _, name in self.sessions)
+        in_use = any(vdisk in mapped for mapped in self.mapped.values()) or any(
+            name == vdisk for _, name in self.sessions
+        )
         assert bool(volume.labels) == in_use
         if not in_use:
             self.run(self.targets.forget(volume))
@@ -130,7 +146,10 @@ class Access(RuleBasedStateMachine):
         volumes[first], volumes[second] = volumes[second], volumes[first]
         volumes[first].name, volumes[second].name = first, second
         self.lists[first], self.lists[second] = self.lists[second], self.lists[first]
-        self.mapped = {target: {names.get(name, name) for name in mapped} for target, mapped in self.mapped.items()}
+        self.mapped = {
+            target: {names.get(name, name) for name in mapped}
+            for target, mapped in self.mapped.items()
+        }
 
     @rule()
     def restart(self) -> None:
@@ -152,7 +171,11 @@ class Access(RuleBasedStateMachine):
     @invariant()
     def nobody_sees_or_opens_more_or_less(self) -> None:
         for initiator in ("iqn.2026-01.test:x", "iqn.2026-01.TEST:Y", "iqn.2026-01.test:z"):
-            expected = [TARGET_PREFIX + name for name in sorted(self.lists) if self.may(name, initiator.lower())]
+            expected = [
+                TARGET_PREFIX + name
+                for name in sorted(self.lists)
+                if self.may(name, initiator.lower())
+            ]
             assert self.targets.names_for(initiator, "p") == expected
             for name in ("a", "b", "c", "t", "u"):
                 opened = self.targets.open_target(TARGET_PREFIX + name, initiator)

@@ -85,13 +85,17 @@ def taken_within(admission: Admission, seconds: float, taken: bool = True) -> in
 
 
 @pytest.mark.parametrize(("connections_max", "pace"), [(256, PACE_MIN), (50_000, 5000)])
-def test_a_burst_is_taken_at_once_and_then_no_more_than_the_pace(connections_max: int, pace: float) -> None:
+def test_a_burst_is_taken_at_once_and_then_no_more_than_the_pace(
+    connections_max: int, pace: float
+) -> None:
     assert taken_within(Admission(connections_max), 1e-6) == BURST
     assert taken_within(Admission(connections_max), 10.0) == pytest.approx(BURST + 10 * pace, abs=1)
 
 
 def test_refusals_cost_a_part_and_time_gives_the_burst_back() -> None:
     admission = Admission(256)
-    assert taken_within(admission, 10.0, taken=False) == pytest.approx((BURST + 10 * PACE_MIN) / REFUSAL_COST, abs=11)
+    assert taken_within(admission, 10.0, taken=False) == pytest.approx(
+        (BURST + 10 * PACE_MIN) / REFUSAL_COST, abs=11
+    )
     assert admission.wait_seconds(1e6) == 0
     assert admission._credit == BURST

@@ -1,4 +1,6 @@
-"""COMPARE AND WRITE on a clone while it is split: counters that several sessions raise lose no step, whatever the split does under them."""
+"""COMPARE AND WRITE on a clone while it is split: counters that several sessions raise lose no
+step, whatever the split does under them.
+"""
 
 import asyncio
 import os
@@ -47,25 +49,35 @@ async def raise_many(client: Copier, seed: int) -> list[int]:
 
 
 async def counted(client: Copier) -> list[int]:
-    return [int.from_bytes(bytes(await client.read(place(counter) * 512, 512))[:8], "big") for counter in range(COUNTERS)]
+    return [
+        int.from_bytes(bytes(await client.read(place(counter) * 512, 512))[:8], "big")
+        for counter in range(COUNTERS)
+    ]
 
 
 async def test_counters_lose_no_step_while_the_clone_is_split(tmp_path: Path) -> None:
     async with Daemon(tmp_path, pool_size="128MiB") as daemon:
         host, _, port = daemon.portal.rpartition(":")
         await daemon.ctl("vdisk", "create", "golden", "--size", f"{DISK_MIB}MiB")
-        async with await Copier.connect(host, int(port), daemon.url("golden").split("/")[3]) as golden:
+        async with await Copier.connect(
+            host, int(port), daemon.url("golden").split("/")[3]
+        ) as golden:
             for at in range(DISK_MIB):
                 await golden.write(at * MIB, os.urandom(MIB))
             for counter in range(COUNTERS):
                 await golden.write(place(counter) * 512, bytes(512))
         await daemon.ctl("snapshot", "create", "golden@v1")
         await daemon.ctl("clone", "create", "golden@v1", "clone")
-        clients = [await Copier.connect(host, int(port), daemon.url("clone").split("/")[3]) for _ in range(SESSIONS)]
+        clients = [
+            await Copier.connect(host, int(port), daemon.url("clone").split("/")[3])
+            for _ in range(SESSIONS)
+        ]
         await daemon.ctl("split", "start", "clone", "--max-rate", f"{DISK_MIB // 2}MiB/s")
         rounds: list[list[int]] = []
         while not rounds or (await daemon.ctl("split", "show", "clone"))["state"] != "done":
-            rounds += await asyncio.gather(*(raise_many(client, len(rounds) + number) for number, client in enumerate(clients)))
+            rounds += await asyncio.gather(
+                *(raise_many(client, len(rounds) + number) for number, client in enumerate(clients))
+            )
         expected = [sum(column) for column in zip(*rounds, strict=True)]
         assert await counted(clients[0]) == expected
         for client in clients:

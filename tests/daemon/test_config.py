@@ -25,7 +25,10 @@ def test_the_sample_configuration_is_right_and_names_every_option() -> None:
     text = (ROOT / "deploy" / "cleaved.toml").read_text()
     config = build(tomllib.loads(text))
     assert config.pool_path == "/var/lib/cleaved/pool"
-    uncommented = "\n".join(line.removeprefix("# ") if line.startswith("# ") and "=" in line else line for line in text.splitlines())
+    uncommented = "\n".join(
+        line.removeprefix("# ") if line.startswith("# ") and "=" in line else line
+        for line in text.splitlines()
+    )
     every_option = build(tomllib.loads(uncommented.replace("# [", "[")))
     assert every_option.chap is not None
     assert every_option.chap.mutual_user is not None
@@ -59,8 +62,16 @@ def test_every_option() -> None:
     assert config.pool_size_bytes == 1 << 30
     assert config.cache_bytes == 64 << 20
     assert config.soft_threshold_percent == 70
-    assert config.iscsi_listen == (Address("::1", 0), Address("host", 3261), Address("fe80::1%br-lan.7", 3260))
-    assert config.iscsi_advertise == (Address("203.0.113.5", 3260), Address("2001:db8::5", 3260), Address("san.example.com", 3261))
+    assert config.iscsi_listen == (
+        Address("::1", 0),
+        Address("host", 3261),
+        Address("fe80::1%br-lan.7", 3260),
+    )
+    assert config.iscsi_advertise == (
+        Address("203.0.113.5", 3260),
+        Address("2001:db8::5", 3260),
+        Address("san.example.com", 3261),
+    )
     assert str(config.iscsi_listen[0]) == "[::1]:0"
     assert config.connections_max == 3
     assert config.physical_block_bytes == 512
@@ -81,34 +92,71 @@ POOL = 'pool.path = "/p"\n'
         (POOL + 'pool.size = "10GB"', ["pool.size", "'10GB'", "10GiB"]),
         (POOL + 'pool.size = "4KiB"', ["pool.size", "'4KiB'", "8MiB"]),
         (POOL + 'pool.cache = "1KiB"', ["pool.cache", "'1KiB'", "8MiB"]),
-        (POOL + "pool.soft_threshold_percent = 101", ["pool.soft_threshold_percent", "101", "<= 100"]),
+        (
+            POOL + "pool.soft_threshold_percent = 101",
+            ["pool.soft_threshold_percent", "101", "<= 100"],
+        ),
         (POOL + "pool.color = 1", ["pool.color is not an option", "path, size, cache"]),
         (POOL + "nbd = {}", ["nbd is not an option"]),
         (POOL + 'iscsi.listen = "127.0.0.1:1"', ["iscsi.listen", "'127.0.0.1:1'", "array"]),
         (POOL + 'iscsi.listen = ["127.0.0.1"]', ["iscsi.listen", "'127.0.0.1'", "127.0.0.1:3260"]),
         (POOL + "iscsi.listen = []", ["iscsi.listen", "127.0.0.1:3260"]),
-        (POOL + 'iscsi.listen = ["127.0.0.1:1", "[::1]:1", "127.0.0.1:1"]', ["iscsi.listen", "127.0.0.1:1", "twice"]),
+        (
+            POOL + 'iscsi.listen = ["127.0.0.1:1", "[::1]:1", "127.0.0.1:1"]',
+            ["iscsi.listen", "127.0.0.1:1", "twice"],
+        ),
         (POOL + "iscsi.listen = [5]", ["iscsi.listen.0", "5", "`str`"]),
-        (POOL + "iscsi.physical_block_bytes = 1024", ["iscsi.physical_block_bytes", "1024", "invalid"]),
-        (POOL + 'iscsi.listen = ["[fe80::1]:3260"]', ["iscsi.listen", "needs its interface", "[fe80::1%eth0]:3260"]),
+        (
+            POOL + "iscsi.physical_block_bytes = 1024",
+            ["iscsi.physical_block_bytes", "1024", "invalid"],
+        ),
+        (
+            POOL + 'iscsi.listen = ["[fe80::1]:3260"]',
+            ["iscsi.listen", "needs its interface", "[fe80::1%eth0]:3260"],
+        ),
         (POOL + 'iscsi.listen = ["[fe80::x]:3260"]', ["iscsi.listen", "HOST:PORT"]),
-        (POOL + 'iscsi.advertise = ["0.0.0.0:3260"]', ["iscsi.advertise", "0.0.0.0:3260", "nothing to connect to"]),
-        (POOL + 'iscsi.advertise = ["host:0"]', ["iscsi.advertise", "host:0", "nothing to connect to"]),
-        (POOL + 'iscsi.advertise = ["[fe80::1%eth0]:3260"]', ["iscsi.advertise", "eth0", "nothing to connect to"]),
+        (
+            POOL + 'iscsi.advertise = ["0.0.0.0:3260"]',
+            ["iscsi.advertise", "0.0.0.0:3260", "nothing to connect to"],
+        ),
+        (
+            POOL + 'iscsi.advertise = ["host:0"]',
+            ["iscsi.advertise", "host:0", "nothing to connect to"],
+        ),
+        (
+            POOL + 'iscsi.advertise = ["[fe80::1%eth0]:3260"]',
+            ["iscsi.advertise", "eth0", "nothing to connect to"],
+        ),
         (POOL + 'iscsi.advertise = ["host:1", "host:1"]', ["iscsi.advertise", "host:1", "twice"]),
         (POOL + "iscsi.connections_max = 0", ["iscsi.connections_max", "0", ">= 1"]),
         (POOL + 'iscsi.chap = {user = "u"}', ["iscsi.chap.secret is missing"]),
         (POOL + 'iscsi.chap = {user = "", secret = "123456789012"}', ["iscsi.chap.user"]),
-        (POOL + 'iscsi.chap = {user = "u", secret = "short"}', ["iscsi.chap.secret", "5 characters", "12"]),
-        (POOL + 'iscsi.chap = {user = "u", secret = "123456789012", mutual_user = "m"}', ["mutual_secret", "both"]),
-        (POOL + 'iscsi.chap = {user = "u", secret = "123456789012", mutual_user = "m", mutual_secret = "123456789012"}', ["different"]),
+        (
+            POOL + 'iscsi.chap = {user = "u", secret = "short"}',
+            ["iscsi.chap.secret", "5 characters", "12"],
+        ),
+        (
+            POOL + 'iscsi.chap = {user = "u", secret = "123456789012", mutual_user = "m"}',
+            ["mutual_secret", "both"],
+        ),
+        (
+            POOL
+            + 'iscsi.chap = {user = "u", secret = "123456789012", mutual_user = "m", mutual_secret'
+            ' = "123456789012"}',
+            ["different"],
+        ),
         (POOL + 'iscsi.open_access = "yes"', ["iscsi.open_access", "'yes'", "`bool"]),
-        (POOL + 'iscsi.listen = ["127.0.0.1:1", "10.0.0.1:3260"]', ["10.0.0.1:3260", "open_access", "false", "acl add", "true"]),
+        (
+            POOL + 'iscsi.listen = ["127.0.0.1:1", "10.0.0.1:3260"]',
+            ["10.0.0.1:3260", "open_access", "false", "acl add", "true"],
+        ),
         (POOL + 'control.path = "' + "x" * 108 + '"', ["control.path", "107"]),
         (POOL + 'log.level = "loud"', ["log.level", "'loud'"]),
     ],
 )
-def test_every_mistake_names_the_option_the_value_and_what_would_be_right(text: str, words: list[str]) -> None:
+def test_every_mistake_names_the_option_the_value_and_what_would_be_right(
+    text: str, words: list[str]
+) -> None:
     with pytest.raises(ConfigError) as caught:
         build(tomllib.loads(text))
     for word in words:
@@ -121,14 +169,26 @@ def test_access_is_open_by_default_on_loopback(host: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "host", ["0.0.0.0", "[::]", "10.0.0.1", "[fe80::1%eth0]", "storage.example", "localhost.example", "127.0.0.1.example"]
+    "host",
+    [
+        "0.0.0.0",
+        "[::]",
+        "10.0.0.1",
+        "[fe80::1%eth0]",
+        "storage.example",
+        "localhost.example",
+        "127.0.0.1.example",
+    ],
 )
 def test_elsewhere_somebody_must_say_whether_it_is_open(host: str) -> None:
     iscsi = {"listen": ["127.0.0.1:0", f"{host}:0"]}
     with pytest.raises(ConfigError, match="open_access"):
         build({"pool": {"path": "/p"}, "iscsi": iscsi})
     for said in (True, False):
-        assert build({"pool": {"path": "/p"}, "iscsi": {**iscsi, "open_access": said}}).open_access is said
+        assert (
+            build({"pool": {"path": "/p"}, "iscsi": {**iscsi, "open_access": said}}).open_access
+            is said
+        )
 
 
 @pytest.mark.parametrize("secret", ["", "hunter2"])
@@ -141,7 +201,10 @@ def test_a_wrong_secret_is_not_repeated(secret: str) -> None:
     assert "555" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "host", ":1", "host:", "host:99999", "::1:3260", "[::1]", "a b:1", "host:1\n", "host:-1"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "host", ":1", "host:", "host:99999", "::1:3260", "[::1]", "a b:1", "host:1\n", "host:-1"],
+)
 def test_what_is_no_address(text: str) -> None:
     with pytest.raises(ValueError, match=r"127\.0\.0\.1:3260"):
         parse_address(text)

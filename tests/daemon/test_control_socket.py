@@ -18,7 +18,15 @@ from protocol.control.errors import CONFLICT, INTERNAL, NOT_FOUND, ControlError
 from protocol.control.frames import Notification, Response
 from protocol.control.limits import ITEMS_PER_PART
 
-SPLIT = {"name": "web1", "state": "running", "mode": "copy", "percent": 40.0, "holes_total": 1000, "holes_remaining": 600, "counted": True}
+SPLIT = {
+    "name": "web1",
+    "state": "running",
+    "mode": "copy",
+    "percent": 40.0,
+    "holes_total": 1000,
+    "holes_remaining": 600,
+    "counted": True,
+}
 SPLIT |= {"blocks_copied": 400, "blocks_shared": 0, "eta_seconds": 12.0}
 DONE = {**SPLIT, "state": "done", "percent": 100.0, "holes_remaining": 0, "eta_seconds": None}
 
@@ -90,8 +98,17 @@ class Client:
 
 
 async def cleavectl(server: ControlServer, *arguments: str) -> tuple[int, str, str]:
-    command = [sys.executable, "-c", "from daemon.admin.cli import main; main()", "--control", server.path, *arguments]
-    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE)
+    command = [
+        sys.executable,
+        "-c",
+        "from daemon.admin.cli import main; main()",
+        "--control",
+        server.path,
+        *arguments,
+    ]
+    process = await asyncio.create_subprocess_exec(
+        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
     output, messages = await process.communicate()
     assert process.returncode is not None
     return process.returncode, output.decode(), messages.decode()
@@ -119,14 +136,18 @@ async def test_a_socket_that_a_dead_daemon_left_is_replaced(tmp_path: Path, scri
     await found.stop(0.1)
 
 
-async def test_a_socket_that_another_daemon_serves_is_left_alone(server: ControlServer, script: Script) -> None:
+async def test_a_socket_that_another_daemon_serves_is_left_alone(
+    server: ControlServer, script: Script
+) -> None:
     with pytest.raises(ControlPathBusy, match="another daemon"):
         await ControlServer(server.path, script.call).start()
     async with Client(server.path):
         pass
 
 
-async def test_a_path_that_is_no_socket_or_has_no_directory_is_refused(tmp_path: Path, script: Script) -> None:
+async def test_a_path_that_is_no_socket_or_has_no_directory_is_refused(
+    tmp_path: Path, script: Script
+) -> None:
     (tmp_path / "file").write_text("precious")
     with pytest.raises(ControlPathBusy, match="is no socket"):
         await ControlServer(str(tmp_path / "file"), script.call).start()
@@ -156,7 +177,9 @@ async def test_a_long_list_comes_whole(server: ControlServer, script: Script) ->
         assert sorted(len(answer.result) for answer in answers) == [0, len(rows)]
 
 
-async def test_a_bug_in_a_call_is_answered_and_the_next_call_served(server: ControlServer, script: Script) -> None:
+async def test_a_bug_in_a_call_is_answered_and_the_next_call_served(
+    server: ControlServer, script: Script
+) -> None:
     script.answers |= {"pool.check": ZeroDivisionError("planted"), "pool.show": {}}
     async with Client(server.path) as client:
         answer = await client.call("pool.check")
@@ -165,7 +188,9 @@ async def test_a_bug_in_a_call_is_answered_and_the_next_call_served(server: Cont
         assert (await client.call("pool.show")).result == {}
 
 
-async def test_bytes_that_are_no_frames_close_that_connection_alone(server: ControlServer, script: Script) -> None:
+async def test_bytes_that_are_no_frames_close_that_connection_alone(
+    server: ControlServer, script: Script
+) -> None:
     script.answers["pool.show"] = {}
     async with Client(server.path) as good, Client(server.path) as bad:
         bad.send(b"GET / HTTP/1.1\r\n\r\n")
@@ -176,7 +201,9 @@ async def test_bytes_that_are_no_frames_close_that_connection_alone(server: Cont
         assert (await good.call("pool.show")).result == {}
 
 
-async def test_a_client_that_goes_does_not_stop_what_it_asked_for(server: ControlServer, script: Script) -> None:
+async def test_a_client_that_goes_does_not_stop_what_it_asked_for(
+    server: ControlServer, script: Script
+) -> None:
     slow = asyncio.get_running_loop().create_future()
     script.answers["vdisk.rm"] = slow
     async with Client(server.path) as client:
@@ -223,17 +250,32 @@ async def test_stopping_cancels_what_does_not_end(tmp_path: Path, script: Script
 
 
 async def test_cleavectl_prints_tables_and_json(server: ControlServer, script: Script) -> None:
-    script.answers["vdisk.ls"] = [{"name": "golden", "size_bytes": 10 << 30, "used_bytes": 4096, "backing": None, "split": "none"}]
+    script.answers["vdisk.ls"] = [
+        {
+            "name": "golden",
+            "size_bytes": 10 << 30,
+            "used_bytes": 4096,
+            "backing": None,
+            "split": "none",
+        }
+    ]
     status, output, _ = await cleavectl(server, "vdisk", "ls")
     assert status == 0
-    assert output.splitlines() == ["NAME    SIZE    USED   BACKING  SPLIT", "golden  10 GiB  4 KiB  -        none"]
+    assert output.splitlines() == [
+        "NAME    SIZE    USED   BACKING  SPLIT",
+        "golden  10 GiB  4 KiB  -        none",
+    ]
     for arguments in (("-o", "json", "vdisk", "ls"), ("vdisk", "ls", "-o", "json")):
         status, output, _ = await cleavectl(server, *arguments)
         assert '"size_bytes": 10737418240' in output
 
 
-@pytest.mark.parametrize(("code", "status"), [(NOT_FOUND, 3), (CONFLICT, 4), ("pool_full", 1), ("invalid_params", 2)])
-async def test_cleavectl_exits_by_the_error(server: ControlServer, script: Script, code: str, status: int) -> None:
+@pytest.mark.parametrize(
+    ("code", "status"), [(NOT_FOUND, 3), (CONFLICT, 4), ("pool_full", 1), ("invalid_params", 2)]
+)
+async def test_cleavectl_exits_by_the_error(
+    server: ControlServer, script: Script, code: str, status: int
+) -> None:
     script.answers["vdisk.show"] = ControlError(code, "the reason", "the next step")
     found, output, messages = await cleavectl(server, "vdisk", "show", "none")
     assert (found, output) == (status, "")
@@ -241,7 +283,9 @@ async def test_cleavectl_exits_by_the_error(server: ControlServer, script: Scrip
 
 
 async def test_cleavectl_without_a_daemon(tmp_path: Path, script: Script) -> None:
-    status, output, messages = await cleavectl(ControlServer(str(tmp_path / "none"), script.call), "vdisk", "ls")
+    status, output, messages = await cleavectl(
+        ControlServer(str(tmp_path / "none"), script.call), "vdisk", "ls"
+    )
     assert (status, output) == (5, "")
     assert "no daemon answers" in messages
     assert "--control" in messages
@@ -262,7 +306,9 @@ async def test_cleavectl_without_a_daemon(tmp_path: Path, script: Script) -> Non
         (("explode",), "explode"),
     ],
 )
-async def test_cleavectl_usage(server: ControlServer, script: Script, arguments: tuple[str, ...], words: str) -> None:
+async def test_cleavectl_usage(
+    server: ControlServer, script: Script, arguments: tuple[str, ...], words: str
+) -> None:
     status, output, messages = await cleavectl(server, *arguments)
     assert (status, output) == (2, "")
     assert words in messages
@@ -271,14 +317,23 @@ async def test_cleavectl_usage(server: ControlServer, script: Script, arguments:
 
 async def test_cleavectl_sends_what_the_options_say(server: ControlServer, script: Script) -> None:
     script.answers["split.start"] = SPLIT
-    status, output, _ = await cleavectl(server, "split", "start", "web1", "--mode", "share", "--max-rate", "1MiB/s")
+    status, output, _ = await cleavectl(
+        server, "split", "start", "web1", "--mode", "share", "--max-rate", "1MiB/s"
+    )
     assert status == 0
     assert "40.0 %" in output
     _, params = script.calls[-1]
-    assert (params.name, params.mode, params.rate_min_bytes, params.rate_max_bytes) == ("web1", "share", None, 1 << 20)
+    assert (params.name, params.mode, params.rate_min_bytes, params.rate_max_bytes) == (
+        "web1",
+        "share",
+        None,
+        1 << 20,
+    )
 
 
-async def split_and_wait(server: ControlServer, script: Script, end: dict[str, Any], *arguments: str) -> tuple[int, str, str]:
+async def split_and_wait(
+    server: ControlServer, script: Script, end: dict[str, Any], *arguments: str
+) -> tuple[int, str, str]:
     script.answers |= {"split.start": SPLIT, "split.show": SPLIT}
     running = asyncio.create_task(cleavectl(server, "split", "start", "web1", "--wait", *arguments))
     while not any(method == "split.show" for method, _ in script.calls):
@@ -290,7 +345,9 @@ async def split_and_wait(server: ControlServer, script: Script, end: dict[str, A
     return await running
 
 
-async def test_waiting_for_a_split_writes_lines_and_ends_with_it(server: ControlServer, script: Script) -> None:
+async def test_waiting_for_a_split_writes_lines_and_ends_with_it(
+    server: ControlServer, script: Script
+) -> None:
     status, output, messages = await split_and_wait(server, script, DONE, "-o", "json")
     assert status == 0
     assert '"state": "done"' in output
@@ -303,7 +360,9 @@ async def test_waiting_for_a_split_writes_lines_and_ends_with_it(server: Control
     assert "ETA 0:12" in lines[0]
 
 
-async def test_waiting_for_a_split_that_pauses_fails_with_the_reason(server: ControlServer, script: Script) -> None:
+async def test_waiting_for_a_split_that_pauses_fails_with_the_reason(
+    server: ControlServer, script: Script
+) -> None:
     paused = {**SPLIT, "state": "paused", "reason": "the pool is full"}
     status, _, messages = await split_and_wait(server, script, paused)
     assert status == 1
@@ -311,8 +370,12 @@ async def test_waiting_for_a_split_that_pauses_fails_with_the_reason(server: Con
     assert "cleavectl split show web1" in messages
 
 
-@pytest.mark.parametrize(("size", "words"), [("0", "above zero"), ("99999999TiB", "8192PiB"), ("10GB", "10GiB")])
-async def test_what_is_no_size_of_a_vdisk_is_a_usage_error(server: ControlServer, size: str, words: str) -> None:
+@pytest.mark.parametrize(
+    ("size", "words"), [("0", "above zero"), ("99999999TiB", "8192PiB"), ("10GB", "10GiB")]
+)
+async def test_what_is_no_size_of_a_vdisk_is_a_usage_error(
+    server: ControlServer, size: str, words: str
+) -> None:
     for command in (("create", "a", "--size"), ("resize", "a")):
         status, _, messages = await cleavectl(server, "vdisk", *command, size)
         assert status == 2
@@ -335,8 +398,16 @@ async def test_a_failed_check_is_exit_1(server: ControlServer, script: Script) -
         ("libvirt", "<host name='127.0.0.1' port='3260'/>"),
     ],
 )
-async def test_connect_prints_what_a_client_needs(server: ControlServer, script: Script, kind: str, words: str) -> None:
-    where = {"name": "a", "target": "iqn.2026-01.io.cleaved:a", "lun": 0, "portals": ["127.0.0.1:3260"], "chap": False}
+async def test_connect_prints_what_a_client_needs(
+    server: ControlServer, script: Script, kind: str, words: str
+) -> None:
+    where = {
+        "name": "a",
+        "target": "iqn.2026-01.io.cleaved:a",
+        "lun": 0,
+        "portals": ["127.0.0.1:3260"],
+        "chap": False,
+    }
     script.answers["connect"] = where
     status, output, _ = await cleavectl(server, "connect", "a", "--client", kind)
     assert status == 0

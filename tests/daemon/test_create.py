@@ -43,7 +43,14 @@ class DaemonOn(Daemon):
 
 async def serve(tmp_path: Path, pool: object, *options: str) -> tuple[int, str]:
     """A start that must fail."""
-    listeners = ("--iscsi", "127.0.0.1:0", "--control", str(tmp_path / "c.sock"), "--log-format", "json")
+    listeners = (
+        "--iscsi",
+        "127.0.0.1:0",
+        "--control",
+        str(tmp_path / "c.sock"),
+        "--log-format",
+        "json",
+    )
     result = await cleaved("serve", "--pool", str(pool), *options, *listeners)
     return result.status, result.messages
 
@@ -89,12 +96,16 @@ async def test_what_cannot_be_created_is_said_with_the_next_step(
 async def test_the_help_says_what_is_never_touched() -> None:
     result = await cleaved("create", "--help")
     assert result.status == 0
-    assert all(words in result.output for words in ("--overwrite", "--size", "mounted", "PATH|DEVICE"))
+    assert all(
+        words in result.output for words in ("--overwrite", "--size", "mounted", "PATH|DEVICE")
+    )
 
 
 @pytest.mark.parametrize("options", [(), ("--pool-size", "16MiB")], ids=["", "with a size"])
 @pytest.mark.parametrize("content", [b"", bytes(16 * MIB)], ids=["empty", "zeros"])
-async def test_serve_says_how_to_go_on_from_a_half_made_file(tmp_path: Path, content: bytes, options: tuple[str, ...]) -> None:
+async def test_serve_says_how_to_go_on_from_a_half_made_file(
+    tmp_path: Path, content: bytes, options: tuple[str, ...]
+) -> None:
     """As an interrupted creation of an older version left it."""
     path = tmp_path / "half"
     path.write_bytes(content)
@@ -107,9 +118,14 @@ async def test_serve_says_how_to_go_on_from_a_half_made_file(tmp_path: Path, con
 async def test_serve_takes_over_from_a_creation_that_was_killed(tmp_path: Path) -> None:
     (tmp_path / ".pool.creating").write_bytes(b"half")
     async with Daemon(tmp_path, "16MiB") as daemon:
-        assert [event["event"] for event in daemon.events()][:3] == ["python.log", "pool.created", "pool.opened"]
+        assert [event["event"] for event in daemon.events()][:3] == [
+            "python.log",
+            "pool.created",
+            "pool.opened",
+        ]
         assert not (tmp_path / ".pool.creating").exists()
-    # A kill between link and unlink, where there is no better rename: the second name goes at the next start.
+    # A kill between link and unlink, where there is no better rename: the second name goes at the
+    # next start.
     os.link(tmp_path / "pool", tmp_path / ".pool.creating")
     async with daemon:
         assert not (tmp_path / ".pool.creating").exists()
@@ -148,7 +164,10 @@ async def test_a_second_daemon_on_a_loop_device_over_the_pool_is_refused(tmp_pat
         with looped(str(daemon.pool_path)) as device:
             status, messages = await serve(tmp_path, device)
             assert status == 4
-            assert f"process {daemon.pid} has the pool" in messages and "open by another path" in messages
+            assert (
+                f"process {daemon.pid} has the pool" in messages
+                and "open by another path" in messages
+            )
             result = await cleaved("check", device)
             assert result.status == 4 and "--copy" in result.messages
         await daemon.ctl("vdisk", "create", "still-served", "--size", "1MiB")

@@ -41,7 +41,12 @@ async def test_the_demo_ends_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     result = await run(sys.executable, "-m", "daemon.demo", "--size", "16MiB")
     assert result.status == 0, result
     assert "All of it held." in result.output
-    for shown in ("snapshot golden@v1", "split, copy mode", "pool check after the split", "every byte after a restart"):
+    for shown in (
+        "snapshot golden@v1",
+        "split, copy mode",
+        "pool check after the split",
+        "every byte after a restart",
+    ):
         assert shown in result.output
     assert os.listdir(tmp_path) == []
 
@@ -52,7 +57,9 @@ async def test_a_wrong_size_is_usage() -> None:
     assert "1MiB" in result.messages
 
 
-async def test_a_machine_without_room_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_a_machine_without_room_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert demo.run(1 << 60) == 1
     assert "are needed; set TMPDIR, or --size" in capsys.readouterr().out
 
@@ -62,7 +69,9 @@ async def test_a_byte_that_differs_is_found(disk: Initiator, pool: MemoryPool) -
     await demo.write_all(disk, data)
     await demo.verify_all(disk, data, "the disk")
     pool.volumes["disk"].data[MIB + 5] ^= 1
-    with pytest.RaisesGroup(pytest.RaisesExc(demo.DemoFailed, match=f"the disk: bytes {MIB} to {2 * MIB}")):
+    with pytest.RaisesGroup(
+        pytest.RaisesExc(demo.DemoFailed, match=f"the disk: bytes {MIB} to {2 * MIB}")
+    ):
         await demo.verify_all(disk, data, "the disk")
 
 

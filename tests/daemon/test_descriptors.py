@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from daemon.iscsi.initiator import Initiator
-from daemon.process.descriptors import CONTROL_MAX, CONTROL_MIN, SPARE, Shares, TooFewDescriptors, share_out
+from daemon.process.descriptors import (
+    CONTROL_MAX,
+    CONTROL_MIN,
+    SPARE,
+    Shares,
+    TooFewDescriptors,
+    share_out,
+)
 from daemon.targets.names import TARGET_PREFIX
 from protocol.iscsi.initiator.task import ConnectionEnded
 from tests.daemon.programs import Daemon, cleaved
@@ -31,14 +38,20 @@ def test_plenty_is_not_shared_out() -> None:
 
 def test_too_few() -> None:
     needed = 20 + SPARE + 2 * CONTROL_MIN + 1
-    with pytest.raises(TooFewDescriptors, match=f"{needed - 1} open files are allowed, and at least {needed}"):
+    with pytest.raises(
+        TooFewDescriptors, match=f"{needed - 1} open files are allowed, and at least {needed}"
+    ):
         share_out(needed - 1, 20, 256)
     assert share_out(needed, 20, 256) == Shares(1, CONTROL_MIN)
 
 
-async def test_the_control_socket_answers_while_clients_take_all_connections(tmp_path: Path) -> None:
+async def test_the_control_socket_answers_while_clients_take_all_connections(
+    tmp_path: Path,
+) -> None:
     async with Daemon(tmp_path, open_files_max=OPEN_FILES_MAX) as daemon:
-        (limited,) = [event for event in daemon.events() if event["event"] == "iscsi.connections_limited"]
+        (limited,) = [
+            event for event in daemon.events() if event["event"] == "iscsi.connections_limited"
+        ]
         allowed = limited["allowed"]
         assert 8 <= allowed < OPEN_FILES_MAX and limited["open_files_max"] == OPEN_FILES_MAX
         await daemon.ctl("vdisk", "create", "a", "--size", "1MiB")
@@ -49,11 +62,15 @@ async def test_the_control_socket_answers_while_clients_take_all_connections(tmp
             await asyncio.sleep(0.01)
         for number in range(4):  # each command is a connection of its own
             await daemon.ctl("vdisk", "create", f"more-{number}", "--size", "1MiB")
-        together = await asyncio.gather(*(daemon.try_ctl("vdisk", "ls") for _ in range(CONTROL_MIN)))
+        together = await asyncio.gather(
+            *(daemon.try_ctl("vdisk", "ls") for _ in range(CONTROL_MIN))
+        )
         assert {result.status for result in together} == {0}
         await disk.write(0, b"\1" * 4096)
         assert len(os.listdir(f"/proc/{daemon.pid}/fd")) < OPEN_FILES_MAX
-        refused = [event["reason"] for event in daemon.events() if event["event"] == "iscsi.refused"]
+        refused = [
+            event["reason"] for event in daemon.events() if event["event"] == "iscsi.refused"
+        ]
         assert refused[0] == f"{allowed} connections, as many as the limit of open files allows"
         for client in clients:
             client.close()
@@ -61,7 +78,10 @@ async def test_the_control_socket_answers_while_clients_take_all_connections(tmp
             try:
                 again = await Initiator.connect(host, int(port), f"{TARGET_PREFIX}a")
                 break
-            except (OSError, ConnectionEnded):  # closed as one too many while the daemon has not seen the others leave
+            except (
+                OSError,
+                ConnectionEnded,
+            ):  # closed as one too many while the daemon has not seen the others leave
                 await asyncio.sleep(0.01)
         assert bytes(await again.read(0, 4096)) == b"\1" * 4096
         for initiator in (disk, again):
@@ -89,4 +109,8 @@ async def test_a_limit_that_is_too_low_is_named(tmp_path: Path) -> None:
         "127.0.0.1:0",
     )
     result = await cleaved(*options, open_files_max=30)
-    assert result.status == 1 and "at most 30 open files are allowed" in result.messages and "LimitNOFILE" in result.messages
+    assert (
+        result.status == 1
+        and "at most 30 open files are allowed" in result.messages
+        and "LimitNOFILE" in result.messages
+    )

@@ -1,4 +1,6 @@
-"""What clients, administrators and the log are told when the device fails: a whole daemon, real sockets, planted faults."""
+"""What clients, administrators and the log are told when the device fails: a whole daemon, real
+sockets, planted faults.
+"""
 
 import asyncio
 import errno
@@ -65,7 +67,13 @@ async def served(path: Path) -> AsyncIterator[Served]:
         devices.append(FaultyDevice(open_device(name)))
         return devices[0]
 
-    config = build({"pool": {"path": str(path / "pool")}, "iscsi": {"listen": ["127.0.0.1:0"]}, "control": {"path": str(path / "control")}})
+    config = build(
+        {
+            "pool": {"path": str(path / "pool")},
+            "iscsi": {"listen": ["127.0.0.1:0"]},
+            "control": {"path": str(path / "control")},
+        }
+    )
     daemon = Daemon(config)
     with capture_logs() as log, mock.patch("storage.pool.open_device", open_faulty):
         await daemon.start()
@@ -73,7 +81,9 @@ async def served(path: Path) -> AsyncIterator[Served]:
         try:
             await daemon._pool.vdisk_create("disk", DISK_BYTES)
             address = daemon._iscsi.addresses[0]
-            async with await Initiator.connect(address.host, address.port, f"{TARGET_PREFIX}disk") as client:
+            async with await Initiator.connect(
+                address.host, address.port, f"{TARGET_PREFIX}disk"
+            ) as client:
                 yield Served(path, client, devices[0], daemon._pool, log)
         finally:
             devices[0].faults = []
@@ -105,8 +115,14 @@ async def test_a_failed_sync_is_told_to_everybody(tmp_path: Path, command: str) 
         await client.write(BLOCK, DATA)
         daemon.fail_next(SYNC)
         # The one that met it: the data did not get to the medium.
-        assert await refused(client.flush() if command == "flush" else client.write(BLOCK, DATA, fua=True)) == WRITE_ERROR
-        # Nothing after it is acknowledged, though the device syncs again: what a failed sync left out is not known.
+        assert (
+            await refused(
+                client.flush() if command == "flush" else client.write(BLOCK, DATA, fua=True)
+            )
+            == WRITE_ERROR
+        )
+        # Nothing after it is acknowledged, though the device syncs again: what a failed sync left
+        # out is not known.
         for later in (
             client.write(0, DATA),
             client.write(0, DATA, fua=True),
@@ -118,7 +134,10 @@ async def test_a_failed_sync_is_told_to_everybody(tmp_path: Path, command: str) 
         assert bytes(await client.read(0, BLOCK)) == DATA
         assert await client.capacity_bytes() == DISK_BYTES
         shown = await daemon.ctl("pool.show")
-        assert shown["read_only"] and "the device failed to make data durable" in shown["read_only_reason"]
+        assert (
+            shown["read_only"]
+            and "the device failed to make data durable" in shown["read_only_reason"]
+        )
         (event,) = daemon.events("pool.read_only")
         assert event["log_level"] == "error" and event["reason"] == shown["read_only_reason"]
     # What was acknowledged is there after a restart, on a device that is sound again.
@@ -129,14 +148,22 @@ async def test_a_failed_sync_is_told_to_everybody(tmp_path: Path, command: str) 
 
 @asynccontextmanager
 async def reopened(path: Path) -> AsyncIterator[Initiator]:
-    config = build({"pool": {"path": str(path / "pool")}, "iscsi": {"listen": ["127.0.0.1:0"]}, "control": {"path": str(path / "control")}})
+    config = build(
+        {
+            "pool": {"path": str(path / "pool")},
+            "iscsi": {"listen": ["127.0.0.1:0"]},
+            "control": {"path": str(path / "control")},
+        }
+    )
     daemon = Daemon(config)
     with capture_logs():
         await daemon.start()
         try:
             assert daemon._iscsi is not None
             address = daemon._iscsi.addresses[0]
-            async with await Initiator.connect(address.host, address.port, f"{TARGET_PREFIX}disk") as client:
+            async with await Initiator.connect(
+                address.host, address.port, f"{TARGET_PREFIX}disk"
+            ) as client:
                 yield client
         finally:
             await asyncio.wait_for(daemon.stop(), PROGRAM_SECONDS_MAX)
@@ -188,8 +215,12 @@ async def test_a_read_that_fails_once_is_repeated(tmp_path: Path) -> None:
         assert bytes(await daemon.client.read(0, BLOCK)) == DATA
 
 
-@pytest.mark.parametrize(("first", "sectors", "lba"), [(0, 8, 0), (0, 64, 0), (3, 5, 3), (13, 20, 13)])
-async def test_a_device_that_reads_nothing(tmp_path: Path, first: int, sectors: int, lba: int) -> None:
+@pytest.mark.parametrize(
+    ("first", "sectors", "lba"), [(0, 8, 0), (0, 64, 0), (3, 5, 3), (13, 20, 13)]
+)
+async def test_a_device_that_reads_nothing(
+    tmp_path: Path, first: int, sectors: int, lba: int
+) -> None:
     """The first sector that the client asked for is the first that could not be read."""
     async with served(tmp_path) as daemon:
         await daemon.client.write(0, DATA * 8)
@@ -249,6 +280,8 @@ async def test_a_damaged_block_is_named_to_the_client_and_in_the_log(tmp_path: P
         assert await information_of(daemon.client.read(5 * BLOCK, BLOCK)) == 40
         assert bytes(await daemon.client.read(0, 5 * BLOCK)) == DATA * 5
         events = daemon.events("block.damaged")
-        assert len(events) == 2 and all(event["offset_bytes"] == 5 * BLOCK and event["log_level"] == "error" for event in events)
+        assert len(events) == 2 and all(
+            event["offset_bytes"] == 5 * BLOCK and event["log_level"] == "error" for event in events
+        )
         await daemon.client.write(5 * BLOCK, DATA)  # a new block takes its place
         assert bytes(await daemon.client.read(0, 8 * BLOCK)) == DATA * 8

@@ -1,4 +1,6 @@
-"""docs/operations.md is complete: every event, option, command and error code that the code has stands in it."""
+"""docs/operations.md is complete: every event, option, command and error code that the code has
+stands in it.
+"""
 
 import re
 
@@ -13,15 +15,24 @@ from storage.layout import SPLIT_STATES
 from tests.daemon.programs import ROOT
 
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
-EMITTERS = re.compile(r'(?:on_event|log_event|log(?:\(\))?\.(?:info|warning|error))\(\s*f?"([a-z_]+\.[a-z_{]+)')
+EMITTERS = re.compile(
+    r'(?:on_event|log_event|log(?:\(\))?\.(?:info|warning|error))\(\s*f?"([a-z_]+\.[a-z_{]+)'
+)
 
 
 def events() -> list[str]:
     found = {
-        name for layer in ("storage", "daemon") for path in (ROOT / layer).rglob("*.py") for name in EMITTERS.findall(path.read_text())
+        name
+        for layer in ("storage", "daemon")
+        for path in (ROOT / layer).rglob("*.py")
+        for name in EMITTERS.findall(path.read_text())
     }
     # Names made of a split's state.
-    return sorted((found - {"split.{"}) | {f"split.{state}" for state in SPLIT_STATES if state != "none"} | EVENT_LEVELS.keys())
+    return sorted(
+        (found - {"split.{"})
+        | {f"split.{state}" for state in SPLIT_STATES if state != "none"}
+        | EVENT_LEVELS.keys()
+    )
 
 
 def test_the_search_finds_events_of_both_layers() -> None:

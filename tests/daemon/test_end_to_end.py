@@ -1,4 +1,6 @@
-"""The daemon as a process, with real iSCSI clients and the admin client: data, restarts, crashes, and what goes wrong."""
+"""The daemon as a process, with real iSCSI clients and the admin client: data, restarts, crashes,
+and what goes wrong.
+"""
 
 import asyncio
 import os
@@ -26,7 +28,7 @@ async def checked(daemon: Daemon) -> None:
     assert (await daemon.ctl("pool", "check", "--verify-data"))["errors"] == []
 
 
-# --- Data by real clients ------------------------------------------------------------------------------------------
+# --- Data by real clients -------------------------------------------------------------------------
 
 
 @pytest.mark.client("iscsi-ls", "iscsi-inq")
@@ -44,10 +46,14 @@ async def test_iscsi_ls_and_inq_see_the_vdisks(tmp_path: Path) -> None:
 async def test_iscsi_perf_reads(tmp_path: Path) -> None:
     async with Daemon(tmp_path) as daemon:
         await daemon.ctl("vdisk", "create", "disk", "--size", "64MiB")
-        output = await succeed("iscsi-perf", "-t", "1", "-r", "-m", "32", "-b", "8", daemon.url("disk"))
+        output = await succeed(
+            "iscsi-perf", "-t", "1", "-r", "-m", "32", "-b", "8", daemon.url("disk")
+        )
         assert "iops" in output
         stats = await daemon.ctl("stats", "disk")
-        assert stats["read_bytes"] >= 4096 * stats["reads"] - 65536 > 0  # all but the first few are of 8 sectors
+        assert (
+            stats["read_bytes"] >= 4096 * stats["reads"] - 65536 > 0
+        )  # all but the first few are of 8 sectors
 
 
 @pytest.mark.client("qemu-img")
@@ -56,13 +62,41 @@ async def test_an_image_goes_in_and_out_unchanged_and_over_a_restart(tmp_path: P
     (tmp_path / "image").write_bytes(image)
     async with Daemon(tmp_path) as daemon:
         await daemon.ctl("vdisk", "create", "disk", "--size", str(len(image)))
-        await succeed("qemu-img", "convert", "-n", "-f", "raw", "-O", "raw", str(tmp_path / "image"), daemon.url("disk"))
+        await succeed(
+            "qemu-img",
+            "convert",
+            "-n",
+            "-f",
+            "raw",
+            "-O",
+            "raw",
+            str(tmp_path / "image"),
+            daemon.url("disk"),
+        )
         shown = await daemon.ctl("vdisk", "show", "disk")
         assert shown["used_bytes"] == 16 * MIB  # what was zeros takes no space
-        await succeed("qemu-img", "compare", "-f", "raw", "-F", "raw", str(tmp_path / "image"), daemon.url("disk"))
+        await succeed(
+            "qemu-img",
+            "compare",
+            "-f",
+            "raw",
+            "-F",
+            "raw",
+            str(tmp_path / "image"),
+            daemon.url("disk"),
+        )
         assert await daemon.stop() == 0
         await daemon.start()
-        await succeed("qemu-img", "convert", "-f", "raw", "-O", "raw", daemon.url("disk"), str(tmp_path / "copy"))
+        await succeed(
+            "qemu-img",
+            "convert",
+            "-f",
+            "raw",
+            "-O",
+            "raw",
+            daemon.url("disk"),
+            str(tmp_path / "copy"),
+        )
         assert (tmp_path / "copy").read_bytes() == image
         await checked(daemon)
 
@@ -71,19 +105,52 @@ async def test_an_image_goes_in_and_out_unchanged_and_over_a_restart(tmp_path: P
 async def test_patterns_of_qemu_io_survive_kill_9_when_flushed(tmp_path: Path) -> None:
     async with Daemon(tmp_path) as daemon:
         await daemon.ctl("vdisk", "create", "disk", "--size", "64MiB")
-        steps = ["write -P 17 0 1M", "write -P 34 1536 512", "write -P 51 8191k 3k", "discard 64k 64k", "write -z 256k 4k", "flush"]
-        await succeed("qemu-io", "-f", "raw", *(part for step in steps for part in ("-c", step)), daemon.url("disk"))
+        steps = [
+            "write -P 17 0 1M",
+            "write -P 34 1536 512",
+            "write -P 51 8191k 3k",
+            "discard 64k 64k",
+            "write -z 256k 4k",
+            "flush",
+        ]
+        await succeed(
+            "qemu-io",
+            "-f",
+            "raw",
+            *(part for step in steps for part in ("-c", step)),
+            daemon.url("disk"),
+        )
         await daemon.stop(signal.SIGKILL)
         await daemon.start()
-        steps = ["read -P 17 0 1536", "read -P 34 1536 512", "read -P 17 2048 62k", "read -P 0 64k 64k", "read -P 17 128k 128k"]
-        steps += ["read -P 0 256k 4k", "read -P 17 260k 764k", "read -P 51 8191k 3k", "read -P 0 8194k 1M"]
-        output = await succeed("qemu-io", "-f", "raw", *(part for step in steps for part in ("-c", step)), daemon.url("disk"))
+        steps = [
+            "read -P 17 0 1536",
+            "read -P 34 1536 512",
+            "read -P 17 2048 62k",
+            "read -P 0 64k 64k",
+            "read -P 17 128k 128k",
+        ]
+        steps += [
+            "read -P 0 256k 4k",
+            "read -P 17 260k 764k",
+            "read -P 51 8191k 3k",
+            "read -P 0 8194k 1M",
+        ]
+        output = await succeed(
+            "qemu-io",
+            "-f",
+            "raw",
+            *(part for step in steps for part in ("-c", step)),
+            daemon.url("disk"),
+        )
         assert "Pattern verification failed" not in output
-        assert any(event["event"] == "pool.opened" and event["records_replayed"] for event in daemon.events())
+        assert any(
+            event["event"] == "pool.opened" and event["records_replayed"]
+            for event in daemon.events()
+        )
         await checked(daemon)
 
 
-# --- The main job --------------------------------------------------------------------------------------------------
+# --- The main job ---------------------------------------------------------------------------------
 
 
 async def fill(daemon: Daemon, name: str, size_bytes: int) -> bytes:
@@ -113,14 +180,18 @@ async def test_snapshot_clone_split_release_delete(tmp_path: Path, mode: str) ->
             await disk.write(MIB, b"mine" * 1024)
             await disk.unmap(2 * MIB, MIB)
         assert (await daemon.try_ctl("snapshot", "rm", "golden@v1")).status == 4
-        assert (await daemon.ctl("split", "estimate", "web1"))["blocks_to_copy"] == (16 * MIB - 4096 - MIB) // 4096
+        assert (await daemon.ctl("split", "estimate", "web1"))["blocks_to_copy"] == (
+            16 * MIB - 4096 - MIB
+        ) // 4096
         split = await daemon.ctl("split", "start", "web1", "--mode", mode, "--wait")
         assert (split["state"], split["holes_remaining"], split["percent"]) == ("done", 0, 100.0)
         assert split["blocks_copied" if mode == "copy" else "blocks_shared"] > 0
         assert (await daemon.ctl("vdisk", "show", "web1"))["backing"] is None
         await daemon.ctl("snapshot", "rm", "golden@v1")
         await daemon.ctl("vdisk", "rm", "golden")
-        expected = data[:MIB] + b"mine" * 1024 + data[MIB + 4096 : 2 * MIB] + bytes(MIB) + data[3 * MIB :]
+        expected = (
+            data[:MIB] + b"mine" * 1024 + data[MIB + 4096 : 2 * MIB] + bytes(MIB) + data[3 * MIB :]
+        )
         assert await contents(daemon, "web1") == expected
         await checked(daemon)
     result = await cleaved("check", "--verify-data", "-o", "json", str(daemon.pool_path))
@@ -168,15 +239,28 @@ async def test_pause_resume_cancel(tmp_path: Path) -> None:
         await checked(daemon)
 
 
-# --- The admin client ----------------------------------------------------------------------------------------------
+# --- The admin client -----------------------------------------------------------------------------
 
 
 async def test_what_does_not_exist_is_3_and_what_exists_or_is_busy_is_4(tmp_path: Path) -> None:
     async with Daemon(tmp_path) as daemon:
         await daemon.ctl("vdisk", "create", "a", "--size", "1MiB")
         for command in (
-            *("vdisk show b", "vdisk rm b", "vdisk resize b 1MiB", "vdisk rename b c", "snapshot rm a@s", "snapshot create b@s"),
-            *("clone create a@s c", "split show a", "split start b", "stats b", "connect b --client qemu"),
+            *(
+                "vdisk show b",
+                "vdisk rm b",
+                "vdisk resize b 1MiB",
+                "vdisk rename b c",
+                "snapshot rm a@s",
+                "snapshot create b@s",
+            ),
+            *(
+                "clone create a@s c",
+                "split show a",
+                "split start b",
+                "stats b",
+                "connect b --client qemu",
+            ),
         ):
             assert (await daemon.try_ctl(*command.split())).status == 3, command
         exists = await daemon.try_ctl("vdisk", "create", "a", "--size", "1MiB")
@@ -185,9 +269,14 @@ async def test_what_does_not_exist_is_3_and_what_exists_or_is_busy_is_4(tmp_path
         async with await connect(daemon, "a"):
             busy = await daemon.try_ctl("vdisk", "rm", "a")
             assert busy.status == 4
-            assert "iqn.2026-01.io.cleaved:initiator" in busy.messages  # the message names what blocks
+            assert (
+                "iqn.2026-01.io.cleaved:initiator" in busy.messages
+            )  # the message names what blocks
             (session,) = await daemon.ctl("session", "ls")
-            assert (session["target"], session["initiator"]) == ("iqn.2026-01.io.cleaved:a", "iqn.2026-01.io.cleaved:initiator")
+            assert (session["target"], session["initiator"]) == (
+                "iqn.2026-01.io.cleaved:a",
+                "iqn.2026-01.io.cleaved:initiator",
+            )
         await daemon.ctl("vdisk", "rm", "a")
 
 
@@ -201,13 +290,32 @@ async def test_the_documented_keys(tmp_path: Path) -> None:
     async with Daemon(tmp_path) as daemon:
         await daemon.ctl("vdisk", "create", "a", "--size", "1MiB")
         shown = await daemon.ctl("vdisk", "show", "a")
-        assert {"name", "uuid", "size_bytes", "backing", "used_bytes", "shared_bytes", "exclusive_bytes"} <= shown.keys()
-        assert {"size_bytes", "used_bytes", "free_bytes", "cp_number", "read_only"} <= (await daemon.ctl("pool", "show")).keys()
+        assert {
+            "name",
+            "uuid",
+            "size_bytes",
+            "backing",
+            "used_bytes",
+            "shared_bytes",
+            "exclusive_bytes",
+        } <= shown.keys()
+        assert {"size_bytes", "used_bytes", "free_bytes", "cp_number", "read_only"} <= (
+            await daemon.ctl("pool", "show")
+        ).keys()
         assert {"ok", "errors"} <= (await daemon.ctl("pool", "check")).keys()
         await daemon.ctl("snapshot", "create", "a@s")
         await daemon.ctl("clone", "create", "a@s", "b", "--split")
         split = await daemon.ctl("split", "show", "b")
-        wanted = {"state", "mode", "holes_total", "holes_remaining", "blocks_copied", "blocks_shared", "percent", "eta_seconds"}
+        wanted = {
+            "state",
+            "mode",
+            "holes_total",
+            "holes_remaining",
+            "blocks_copied",
+            "blocks_shared",
+            "percent",
+            "eta_seconds",
+        }
         assert wanted <= split.keys()
 
 
@@ -233,7 +341,10 @@ async def test_a_resize_is_seen_by_open_sessions(tmp_path: Path) -> None:
             await daemon.ctl("vdisk", "resize", "a", "1MiB", "--shrink", "--yes")
             with pytest.raises(CommandFailed) as caught:
                 await disk.read(2 * MIB, 4096)
-            assert (caught.value.key, caught.value.asc) == (0x5, 0x21)  # LOGICAL BLOCK ADDRESS OUT OF RANGE
+            assert (caught.value.key, caught.value.asc) == (
+                0x5,
+                0x21,
+            )  # LOGICAL BLOCK ADDRESS OUT OF RANGE
 
 
 async def test_every_table_prints(tmp_path: Path) -> None:
@@ -255,7 +366,7 @@ async def test_every_table_prints(tmp_path: Path) -> None:
             assert result.output
 
 
-# --- Start and stop ------------------------------------------------------------------------------------------------
+# --- Start and stop -------------------------------------------------------------------------------
 
 
 async def test_sigterm_with_clients_at_work_is_orderly(tmp_path: Path) -> None:
@@ -281,7 +392,9 @@ async def test_sigterm_with_clients_at_work_is_orderly(tmp_path: Path) -> None:
         data = await contents(daemon, "a")
         for number in range(acknowledged):
             assert data[number * 4096 : number * 4096 + 8] == number.to_bytes(8, "big")
-        assert [event["event"] for event in daemon.events() if event["level"] in {"warning", "error"}] == []
+        assert [
+            event["event"] for event in daemon.events() if event["level"] in {"warning", "error"}
+        ] == []
 
 
 async def test_ready_is_told_to_systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,13 +411,24 @@ async def test_the_log_is_json_with_stable_events(tmp_path: Path) -> None:
     async with Daemon(tmp_path):
         pass
     names = [event["event"] for event in Daemon(tmp_path).events()]
-    assert names == ["pool.created", "pool.opened", "daemon.ready", "daemon.stopping", "pool.closed", "daemon.stopped"]
+    assert names == [
+        "pool.created",
+        "pool.opened",
+        "daemon.ready",
+        "daemon.stopping",
+        "pool.closed",
+        "daemon.stopped",
+    ]
 
 
 async def test_a_configuration_file_and_options_over_it(tmp_path: Path) -> None:
-    (tmp_path / "cleaved.toml").write_text(f'pool.path = "{tmp_path}/pool"\npool.size = "16MiB"\niscsi.listen = ["127.0.0.1:3"]\n')
+    (tmp_path / "cleaved.toml").write_text(
+        f'pool.path = "{tmp_path}/pool"\npool.size = "16MiB"\niscsi.listen = ["127.0.0.1:3"]\n'
+    )
     assert (await cleaved("check-config", str(tmp_path / "cleaved.toml"))).status == 0
-    daemon = Daemon(tmp_path, pool_size="32MiB", options=("--config", str(tmp_path / "cleaved.toml")))
+    daemon = Daemon(
+        tmp_path, pool_size="32MiB", options=("--config", str(tmp_path / "cleaved.toml"))
+    )
     async with daemon:
         assert (await daemon.ctl("pool", "show"))["size_bytes"] == 32 * MIB
 
@@ -335,7 +459,9 @@ async def test_check_config_names_what_is_wrong(tmp_path: Path) -> None:
 
 async def serve(path: Path, directory: Path, *options: str) -> tuple[int, str]:
     control = ("--control", str(directory / "other.sock"))
-    result = await cleaved("serve", "--pool", str(path), "--iscsi", "127.0.0.1:0", *control, *options)
+    result = await cleaved(
+        "serve", "--pool", str(path), "--iscsi", "127.0.0.1:0", *control, *options
+    )
     return result.status, result.messages
 
 
@@ -375,18 +501,24 @@ async def test_a_truncated_pool_is_refused_and_left_as_it_was(tmp_path: Path) ->
 async def test_listeners_that_cannot_be_are_named(tmp_path: Path) -> None:
     async with Daemon(tmp_path) as daemon:
         options = ("--pool", str(tmp_path / "second"), "--pool-size", "16MiB")
-        result = await cleaved("serve", *options, "--iscsi", daemon.portal, "--control", str(tmp_path / "other.sock"))
+        result = await cleaved(
+            "serve", *options, "--iscsi", daemon.portal, "--control", str(tmp_path / "other.sock")
+        )
         assert result.status == 1
         assert daemon.portal in result.messages
-        result = await cleaved("serve", *options, "--iscsi", "127.0.0.1:0", "--control", str(daemon.control_path))
+        result = await cleaved(
+            "serve", *options, "--iscsi", "127.0.0.1:0", "--control", str(daemon.control_path)
+        )
         assert result.status == 1
         assert "another daemon" in result.messages
 
 
-# --- A full pool ---------------------------------------------------------------------------------------------------
+# --- A full pool ----------------------------------------------------------------------------------
 
 
-async def test_a_full_pool_fails_writes_with_their_sense_and_serves_the_rest(tmp_path: Path) -> None:
+async def test_a_full_pool_fails_writes_with_their_sense_and_serves_the_rest(
+    tmp_path: Path,
+) -> None:
     async with Daemon(tmp_path, pool_size="32MiB") as daemon:
         data = await fill(daemon, "keep", MIB)
         await daemon.ctl("vdisk", "create", "big", "--size", "1GiB")

@@ -1,4 +1,6 @@
-"""A whole daemon on a file system that is full: what clients, administrators and the log are told, and that it ends by itself."""
+"""A whole daemon on a file system that is full: what clients, administrators and the log are told,
+and that it ends by itself.
+"""
 
 import asyncio
 from pathlib import Path
@@ -67,7 +69,11 @@ async def test_a_daemon_on_a_full_host(tmp_path: Path, kind: str) -> None:
                 under.fill()
                 assert await write_until_refused(disk) == SPACE_ALLOCATION_FAILED
                 shown = await daemon.ctl("pool", "show")
-                assert shown["host_full"] and shown["available_limited_by"] == "host" and shown["available_bytes"] < MIB
+                assert (
+                    shown["host_full"]
+                    and shown["available_limited_by"] == "host"
+                    and shown["available_bytes"] < MIB
+                )
                 assert not shown["full"] and shown["space_warning_percent"] is None
                 assert await sense(disk) == SOFT_THRESHOLD_REACHED
                 await disk.flush()
@@ -82,5 +88,10 @@ async def test_a_daemon_on_a_full_host(tmp_path: Path, kind: str) -> None:
             events = daemon.events()
         told = [event["event"] for event in events]
         assert told.count("pool.host_full") >= 1 and told.count("pool.read_only") == 0
-        assert next(event["level"] for event in events if event["event"] == "pool.host_full") == "error"
-        assert [event["log_records"] for event in daemon.events() if event["event"] == "pool.closed"] == [0, 0]
+        assert (
+            next(event["level"] for event in events if event["event"] == "pool.host_full")
+            == "error"
+        )
+        assert [
+            event["log_records"] for event in daemon.events() if event["event"] == "pool.closed"
+        ] == [0, 0]

@@ -1,4 +1,6 @@
-"""Clients that no library would be, over real sockets: gone before they are there, slow to drain, strangers that stay."""
+"""Clients that no library would be, over real sockets: gone before they are there, slow to drain,
+strangers that stay.
+"""
 
 import asyncio
 import contextlib
@@ -28,7 +30,12 @@ from tests.protocol.test_login import request
 
 DISK = f"{TARGET_PREFIX}disk"
 NAMES = [("InitiatorName", "iqn.2026-01.io.example:raw")]
-LARGE = [("MaxRecvDataSegmentLength", "262144"), ("FirstBurstLength", "262144"), ("InitialR2T", "No"), ("ImmediateData", "Yes")]
+LARGE = [
+    ("MaxRecvDataSegmentLength", "262144"),
+    ("FirstBurstLength", "262144"),
+    ("InitialR2T", "No"),
+    ("ImmediateData", "Yes"),
+]
 NORMAL = [*NAMES, ("TargetName", DISK), *LARGE]
 DISCOVERY = [*NAMES, ("SessionType", "Discovery")]
 LOGIN_CMD_SN = 5  # as `request` says
@@ -103,7 +110,9 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-async def test_clients_that_reset_at_once_leave_nothing_behind(listener: IscsiListener, caplog: pytest.LogCaptureFixture) -> None:
+async def test_clients_that_reset_at_once_leave_nothing_behind(
+    listener: IscsiListener, caplog: pytest.LogCaptureFixture
+) -> None:
     await serves(listener)
     before = descriptors()
     for _ in range(acceptor_module.BACKLOG // 16):
@@ -121,16 +130,31 @@ def mixed_commands(count: int) -> bytes:
         reading = number < count
         sectors, flags = (2048, READ) if reading else (512, WRITE)
         expected, data = sectors * 512, b"" if reading else bytes(sectors * 512)
-        cdb = struct.pack(">BBIBHB6x", opcodes.READ_10 if reading else opcodes.WRITE_10, 0, 0, 0, sectors, 0)
+        cdb = struct.pack(
+            ">BBIBHB6x", opcodes.READ_10 if reading else opcodes.WRITE_10, 0, 0, 0, sectors, 0
+        )
         words = (expected, LOGIN_CMD_SN + 1 + number, 0, *struct.unpack(">4I", cdb))
-        out.append(pack(pdu.SCSI_COMMAND, FINAL | SIMPLE | flags, 100 + number, length=len(data), words=words) + data)
+        out.append(
+            pack(
+                pdu.SCSI_COMMAND,
+                FINAL | SIMPLE | flags,
+                100 + number,
+                length=len(data),
+                words=words,
+            )
+            + data
+        )
     return b"".join(out)
 
 
-async def test_a_client_with_mixed_commands_that_drains_slowly_gets_all_its_answers(listener: IscsiListener) -> None:
+async def test_a_client_with_mixed_commands_that_drains_slowly_gets_all_its_answers(
+    listener: IscsiListener,
+) -> None:
     async with RawClient(listener, receive_bytes=1 << 16) as client:
         assert await client.login(NORMAL) == 0
-        await client.send(pack(pdu.SCSI_COMMAND, FINAL | SIMPLE, 1, words=(0, LOGIN_CMD_SN, 0, 0, 0, 0, 0)))
+        await client.send(
+            pack(pdu.SCSI_COMMAND, FINAL | SIMPLE, 1, words=(0, LOGIN_CMD_SN, 0, 0, 0, 0, 0))
+        )
         assert (await client.receive())[0] == pdu.SCSI_RESPONSE  # the power-on attention
         sending = asyncio.create_task(client.send(mixed_commands(40)))
         await asyncio.sleep(0.05)  # meanwhile it reads nothing
@@ -143,7 +167,9 @@ async def test_a_client_with_mixed_commands_that_drains_slowly_gets_all_its_answ
         await sending
 
 
-async def test_discovery_sessions_of_a_stranger_leave_room_for_others(listener: IscsiListener) -> None:
+async def test_discovery_sessions_of_a_stranger_leave_room_for_others(
+    listener: IscsiListener,
+) -> None:
     async with contextlib.AsyncExitStack() as strangers:
         for number in range(LOGINS_PER_ADDRESS_MAX):
             stranger = await strangers.enter_async_context(RawClient(listener))
@@ -175,7 +201,9 @@ async def test_a_login_that_fails_and_a_session_that_is_dropped_are_logged(
     assert "iscsi.failed" not in capsys.readouterr().out  # what ends in order
 
 
-def test_reasons_that_a_stranger_makes_up_do_not_fill_the_log(capsys: pytest.CaptureFixture[str]) -> None:
+def test_reasons_that_a_stranger_makes_up_do_not_fill_the_log(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     repeats = Repeats("iscsi.failed")
     for number in range(1000):
         repeats.log(f"CmdSN {number}", peer="10.0.0.1:1")

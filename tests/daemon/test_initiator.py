@@ -37,13 +37,17 @@ async def listener(pool: MemoryPool) -> AsyncIterator[IscsiListener]:
     await found.stop(1)
 
 
-async def connect(listener: IscsiListener, target: str = TARGET, settings: InitiatorSettings | None = None) -> Initiator:
+async def connect(
+    listener: IscsiListener, target: str = TARGET, settings: InitiatorSettings | None = None
+) -> Initiator:
     address = listener.addresses[0]
     return await Initiator.connect(address.host, address.port, target, settings)
 
 
 @pytest.mark.parametrize("length", [512, 4096, 65536, 65536 + 512, 3 << 20])
-async def test_what_is_written_is_read(listener: IscsiListener, pool: MemoryPool, length: int) -> None:
+async def test_what_is_written_is_read(
+    listener: IscsiListener, pool: MemoryPool, length: int
+) -> None:
     data = os.urandom(length)
     async with await connect(listener) as disk:
         assert await disk.capacity_bytes() == DISK_BYTES
@@ -65,8 +69,13 @@ async def test_zeros_without_data(listener: IscsiListener) -> None:
 async def test_more_commands_than_the_window(listener: IscsiListener, pool: MemoryPool) -> None:
     async with await connect(listener) as disk:
         pieces = [os.urandom(4096) for _ in range(1000)]
-        await asyncio.gather(*(disk.write(number * 4096, piece) for number, piece in enumerate(pieces)))
-        assert await asyncio.gather(*(disk.read(number * 4096, 4096) for number in range(1000))) == pieces
+        await asyncio.gather(
+            *(disk.write(number * 4096, piece) for number, piece in enumerate(pieces))
+        )
+        assert (
+            await asyncio.gather(*(disk.read(number * 4096, 4096) for number in range(1000)))
+            == pieces
+        )
 
 
 async def test_an_error_of_the_disk_is_its_sense(listener: IscsiListener, pool: MemoryPool) -> None:
@@ -94,7 +103,9 @@ async def test_two_sessions_of_one_initiator(listener: IscsiListener, pool: Memo
 
 
 async def test_chap_both_ways(pool: MemoryPool) -> None:
-    listener = IscsiListener(TargetNode(Targets(pool, Chap("u", "u" * 12, "t", "t" * 12))), connections_max=8)
+    listener = IscsiListener(
+        TargetNode(Targets(pool, Chap("u", "u" * 12, "t", "t" * 12))), connections_max=8
+    )
     await listener.listen(Address("127.0.0.1", 0))
     with pytest.raises(IscsiError, match="authentication failed"):
         await connect(listener)
@@ -102,12 +113,16 @@ async def test_chap_both_ways(pool: MemoryPool) -> None:
     with pytest.raises(IscsiError, match="authentication failed"):
         await connect(listener, settings=InitiatorSettings(INITIATOR_NAME, TARGET, wrong))
     right = ChapSecrets("u", b"u" * 12, "t", b"t" * 12)
-    async with await connect(listener, settings=InitiatorSettings(INITIATOR_NAME, TARGET, right, isid=random_isid())) as disk:
+    async with await connect(
+        listener, settings=InitiatorSettings(INITIATOR_NAME, TARGET, right, isid=random_isid())
+    ) as disk:
         assert await disk.capacity_bytes() == DISK_BYTES
     await listener.stop(1)
 
 
-async def test_a_target_that_goes_ends_what_is_in_flight(listener: IscsiListener, pool: MemoryPool) -> None:
+async def test_a_target_that_goes_ends_what_is_in_flight(
+    listener: IscsiListener, pool: MemoryPool
+) -> None:
     disk = await connect(listener)
     pool.volumes["disk"].hold_reads = True
     reading = asyncio.create_task(disk.read(0, 4096))
@@ -122,7 +137,9 @@ async def test_a_target_that_goes_ends_what_is_in_flight(listener: IscsiListener
     assert pool.volumes["disk"].labels == []
 
 
-async def test_stopping_lets_what_is_in_flight_end(listener: IscsiListener, pool: MemoryPool) -> None:
+async def test_stopping_lets_what_is_in_flight_end(
+    listener: IscsiListener, pool: MemoryPool
+) -> None:
     disk = await connect(listener)
     pool.volumes["disk"].hold_writes = True
     writing = asyncio.create_task(disk.write(0, b"x" * 4096))

@@ -63,7 +63,9 @@ async def test_ipv6(pool: MemoryPool) -> None:
 
 
 def link_local_addresses() -> list[str]:
-    """Those of this machine, with their interfaces (proc(5): address, index, prefix length, scope, flags, name)."""
+    """Those of this machine, with their interfaces (proc(5): address, index, prefix length, scope,
+    flags, name).
+    """
     rows = [line.split() for line in Path("/proc/net/if_inet6").read_text().splitlines()]
     return [f"{IPv6Address(bytes.fromhex(row[0]))}%{row[5]}" for row in rows if row[3] == "20"]
 
@@ -79,7 +81,12 @@ async def test_link_local_addresses_are_listened_on(pool: MemoryPool) -> None:
         await listener.listen(Address(host, 0))
         address = listener.addresses[-1]
         assert address.unscoped.host == host.partition("%")[0] and address.port
-        where = (address.unscoped.host, address.port, 0, socket.if_nametoindex(host.partition("%")[2]))
+        where = (
+            address.unscoped.host,
+            address.port,
+            0,
+            socket.if_nametoindex(host.partition("%")[2]),
+        )
         with socket.socket(socket.AF_INET6) as client:
             client.connect(where)  # the kernel answers
     with pytest.raises(ListenFailed, match="no network interface none7"):
@@ -138,7 +145,9 @@ async def test_stopping_closes_connections_that_never_logged_in(pool: MemoryPool
     writer.close()
 
 
-async def test_ended_connections_are_collected_when_nobody_is_served(pool: MemoryPool, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_ended_connections_are_collected_when_nobody_is_served(
+    pool: MemoryPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(iscsi_listener, "TICK_SECONDS", 0.001)
     collected = asyncio.Event()
     listener = IscsiListener(TargetNode(Targets(pool, None)), 3, collected.set)
@@ -158,10 +167,14 @@ async def test_ended_connections_are_collected_when_nobody_is_served(pool: Memor
     await listener.stop(1)
 
 
-async def test_many_ended_connections_are_collected_at_any_rate(pool: MemoryPool, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_many_ended_connections_are_collected_at_any_rate(
+    pool: MemoryPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(iscsi_listener, "TICK_SECONDS", 0.001)
     monkeypatch.setattr(iscsi_listener, "ENDED_MAX", 2)
-    monkeypatch.setattr(iscsi_listener.IscsiProtocol, "commands", property(lambda self: next(counter)))
+    monkeypatch.setattr(
+        iscsi_listener.IscsiProtocol, "commands", property(lambda self: next(counter))
+    )
     counter = itertools.count()
     collected = asyncio.Event()
     listener = IscsiListener(TargetNode(Targets(pool, None)), 3, collected.set)
@@ -184,11 +197,15 @@ async def test_discovery_by_a_real_client(listener: IscsiListener) -> None:
 
 
 @pytest.mark.client("qemu-img")
-async def test_data_by_a_real_client(listener: IscsiListener, pool: MemoryPool, tmp_path: Path) -> None:
+async def test_data_by_a_real_client(
+    listener: IscsiListener, pool: MemoryPool, tmp_path: Path
+) -> None:
     data = os.urandom(DISK_BYTES)
     (tmp_path / "source").write_bytes(data)
     url = f"iscsi://{listener.portals()[0]}/iqn.2026-01.io.cleaved:disk/0"
-    await succeed("qemu-img", "convert", "-n", "-f", "raw", "-O", "raw", str(tmp_path / "source"), url)
+    await succeed(
+        "qemu-img", "convert", "-n", "-f", "raw", "-O", "raw", str(tmp_path / "source"), url
+    )
     assert pool.volumes["disk"].data == data
     await succeed("qemu-img", "convert", "-f", "raw", "-O", "raw", url, str(tmp_path / "copy"))
     assert (tmp_path / "copy").read_bytes() == data

@@ -1,4 +1,6 @@
-"""For the person at the keyboard: what is asked before data go, what is said when something is in the way, and what to do about it."""
+"""For the person at the keyboard: what is asked before data go, what is said when something is in
+the way, and what to do about it.
+"""
 
 import asyncio
 import json
@@ -40,10 +42,14 @@ async def server(tmp_path: Path, script: Script) -> AsyncIterator[ControlServer]
 
 
 async def on_a_terminal(server: ControlServer, answer: str, *arguments: str) -> tuple[int, str]:
-    """Run `cleavectl` on a terminal of its own, and answer its question; its exit code and all that the terminal showed."""
+    """Run `cleavectl` on a terminal of its own, and answer its question; its exit code and all that
+    the terminal showed.
+    """
     master, slave = pty.openpty()
     command = (sys.executable, "-c", CLEAVECTL, "--control", server.path, *arguments)
-    process = await asyncio.create_subprocess_exec(*command, stdin=slave, stdout=slave, stderr=slave, cwd=ROOT, start_new_session=True)
+    process = await asyncio.create_subprocess_exec(
+        *command, stdin=slave, stdout=slave, stderr=slave, cwd=ROOT, start_new_session=True
+    )
     os.close(slave)
     shown = b""
     while b"[y/N]" not in shown:
@@ -54,7 +60,7 @@ async def on_a_terminal(server: ControlServer, answer: str, *arguments: str) -> 
     return status, shown.decode()
 
 
-# --- Shrinking --------------------------------------------------------------------------------------------------------------
+# --- Shrinking ------------------------------------------------------------------------------------
 
 
 async def test_a_vdisk_is_cut_only_when_that_is_said_twice_in_a_script(tmp_path: Path) -> None:
@@ -69,23 +75,35 @@ async def test_a_vdisk_is_cut_only_when_that_is_said_twice_in_a_script(tmp_path:
         assert "cuts 2 MiB (2,097,152 bytes)" in unasked.messages
         assert "--yes" in unasked.messages
         assert (await daemon.ctl("vdisk", "show", "a"))["size_bytes"] == 3 * MIB
-        assert (await daemon.ctl("vdisk", "resize", "a", "4MiB"))["size_bytes"] == 4 * MIB  # growing needs nothing of it
-        assert (await daemon.ctl("vdisk", "resize", "a", "4MiB", "--shrink"))["size_bytes"] == 4 * MIB
-        assert (await daemon.ctl("vdisk", "resize", "a", "1MiB", "--shrink", "--yes"))["size_bytes"] == MIB
+        assert (await daemon.ctl("vdisk", "resize", "a", "4MiB"))[
+            "size_bytes"
+        ] == 4 * MIB  # growing needs nothing of it
+        assert (await daemon.ctl("vdisk", "resize", "a", "4MiB", "--shrink"))[
+            "size_bytes"
+        ] == 4 * MIB
+        assert (await daemon.ctl("vdisk", "resize", "a", "1MiB", "--shrink", "--yes"))[
+            "size_bytes"
+        ] == MIB
 
 
-@pytest.mark.parametrize(("answer", "status", "methods"), [("y", 0, ["vdisk.show", "vdisk.resize"]), ("n", 1, ["vdisk.show"])])
+@pytest.mark.parametrize(
+    ("answer", "status", "methods"),
+    [("y", 0, ["vdisk.show", "vdisk.resize"]), ("n", 1, ["vdisk.show"])],
+)
 async def test_on_a_terminal_shrinking_is_asked_for(
     server: ControlServer, script: Script, answer: str, status: int, methods: list[str]
 ) -> None:
-    script.answers |= {"vdisk.show": {"size_bytes": 10 << 30}, "vdisk.resize": {"size_bytes": 1 << 30, "warnings": []}}
+    script.answers |= {
+        "vdisk.show": {"size_bytes": 10 << 30},
+        "vdisk.resize": {"size_bytes": 1 << 30, "warnings": []},
+    }
     found, shown = await on_a_terminal(server, answer, "vdisk", "resize", "a", "1GiB", "--shrink")
     assert found == status
     assert "cuts 9 GiB (9,663,676,416 bytes) off the end of vdisk a" in " ".join(shown.split())
     assert [method for method, _ in script.calls if method != "hello"] == methods
 
 
-# --- A pool without room ----------------------------------------------------------------------------------------------------
+# --- A pool without room --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -108,17 +126,24 @@ async def test_warnings_go_to_stderr_once(
         assert ("pool is full" in text) == (output == "json")
 
 
-# --- Sessions ---------------------------------------------------------------------------------------------------------------
+# --- Sessions -------------------------------------------------------------------------------------
 
 
-async def test_what_an_error_names_is_what_session_ls_shows_and_session_end_takes(tmp_path: Path) -> None:
-    """A vdisk was "in use by ... (session 4)", `session ls` showed another number, and no command ended one."""
+async def test_what_an_error_names_is_what_session_ls_shows_and_session_end_takes(
+    tmp_path: Path,
+) -> None:
+    """A vdisk was "in use by ... (session 4)", `session ls` showed another number, and no command
+    ended one.
+    """
     async with Daemon(tmp_path) as daemon:
         await daemon.ctl("vdisk", "create", "other", "--size", "1MiB")
         await daemon.ctl("vdisk", "create", "a", "--size", "1MiB")
         async with await connect(daemon, "other"):
             disk = await connect(daemon, "a")
-            numbers = {row["target"].rpartition(":")[2]: row["id"] for row in await daemon.ctl("session", "ls")}
+            numbers = {
+                row["target"].rpartition(":")[2]: row["id"]
+                for row in await daemon.ctl("session", "ls")
+            }
             busy = await daemon.try_ctl("vdisk", "rm", "a")
             assert busy.status == 4
             assert f"in use by {INITIATOR_NAME} (session {numbers['a']})" in busy.messages
@@ -135,7 +160,11 @@ async def test_what_an_error_names_is_what_session_ls_shows_and_session_end_take
             await daemon.ctl("vdisk", "rm", "a")
             assert [row["id"] for row in await daemon.ctl("session", "ls")] == [numbers["other"]]
             assert (await daemon.try_ctl("session", "end", str(numbers["a"]))).status == 3
-        events = [(event["event"], event.get("id")) for event in daemon.events() if event["event"].startswith("session.")]
+        events = [
+            (event["event"], event.get("id"))
+            for event in daemon.events()
+            if event["event"].startswith("session.")
+        ]
         assert ("session.ending", numbers["a"]) in events
         assert ("session.closed", numbers["a"]) in events
 
@@ -152,9 +181,11 @@ async def test_an_initiator_that_does_not_log_out_is_cut_off(tmp_path: Path) -> 
         await disk.close()
 
 
-# --- Waiting for a split ----------------------------------------------------------------------------------------------------
+# --- Waiting for a split --------------------------------------------------------------------------
 
-RUNNING = ControlError(CONFLICT, "the split of web1 is running and cannot start: possible now: cancel, pause")
+RUNNING = ControlError(
+    CONFLICT, "the split of web1 is running and cannot start: possible now: cancel, pause"
+)
 
 
 async def called(script: Script, method: str, times: int = 1) -> None:
@@ -162,9 +193,16 @@ async def called(script: Script, method: str, times: int = 1) -> None:
         await asyncio.sleep(0.01)
 
 
-async def test_waiting_for_a_split_that_runs_joins_it(server: ControlServer, script: Script) -> None:
-    script.answers |= {"split.start": RUNNING, "split.show": {**SPLIT, "rate_max_bytes": MIB, "rate_min_bytes": None}}
-    joining = asyncio.create_task(cleavectl(server, "-o", "json", "split", "start", "web1", "--wait", "--max-rate", "1MiB/s"))
+async def test_waiting_for_a_split_that_runs_joins_it(
+    server: ControlServer, script: Script
+) -> None:
+    script.answers |= {
+        "split.start": RUNNING,
+        "split.show": {**SPLIT, "rate_max_bytes": MIB, "rate_min_bytes": None},
+    }
+    joining = asyncio.create_task(
+        cleavectl(server, "-o", "json", "split", "start", "web1", "--wait", "--max-rate", "1MiB/s")
+    )
     await called(script, "split.show", 2)
     server.notify("split.progress", DONE)
     status, output, messages = await joining
@@ -173,7 +211,10 @@ async def test_waiting_for_a_split_that_runs_joins_it(server: ControlServer, scr
     assert "cleavectl: the split of web1 runs already (mode copy): joining it" in messages
 
 
-@pytest.mark.parametrize(("options", "words"), [(("--mode", "share"), "--mode (copy)"), (("--max-rate", "2MiB/s"), "--max-rate (1 MiB/s)")])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [(("--mode", "share"), "--mode (copy)"), (("--max-rate", "2MiB/s"), "--max-rate (1 MiB/s)")],
+)
 async def test_a_split_that_runs_with_other_options_is_not_joined(
     server: ControlServer, script: Script, options: tuple[str, ...], words: str
 ) -> None:
@@ -184,8 +225,12 @@ async def test_a_split_that_runs_with_other_options_is_not_joined(
     assert "cleavectl split cancel web1" in messages
 
 
-@pytest.mark.parametrize("shown", [{**SPLIT, "state": "paused"}, ControlError(NOT_FOUND, "web1 has no split")])
-async def test_what_does_not_run_is_not_joined(server: ControlServer, script: Script, shown: Any) -> None:
+@pytest.mark.parametrize(
+    "shown", [{**SPLIT, "state": "paused"}, ControlError(NOT_FOUND, "web1 has no split")]
+)
+async def test_what_does_not_run_is_not_joined(
+    server: ControlServer, script: Script, shown: Any
+) -> None:
     script.answers |= {"split.start": RUNNING, "split.show": shown}
     status, _, messages = await cleavectl(server, "split", "start", "web1", "--wait")
     assert status == 4
@@ -193,10 +238,24 @@ async def test_what_does_not_run_is_not_joined(server: ControlServer, script: Sc
 
 
 @pytest.mark.parametrize("command", ["start", "resume"])
-async def test_ctrl_c_says_that_the_split_goes_on(server: ControlServer, script: Script, command: str) -> None:
+async def test_ctrl_c_says_that_the_split_goes_on(
+    server: ControlServer, script: Script, command: str
+) -> None:
     script.answers |= {"split.start": SPLIT, "split.resume": SPLIT, "split.show": SPLIT}
-    arguments = (sys.executable, "-c", CLEAVECTL, "--control", server.path, "split", command, "web1", "--wait")
-    process = await asyncio.create_subprocess_exec(*arguments, stderr=asyncio.subprocess.PIPE, cwd=ROOT)
+    arguments = (
+        sys.executable,
+        "-c",
+        CLEAVECTL,
+        "--control",
+        server.path,
+        "split",
+        command,
+        "web1",
+        "--wait",
+    )
+    process = await asyncio.create_subprocess_exec(
+        *arguments, stderr=asyncio.subprocess.PIPE, cwd=ROOT
+    )
     assert process.stderr is not None
     shown = await process.stderr.readline()  # its first line of progress: it waits
     process.send_signal(signal.SIGINT)
@@ -210,7 +269,9 @@ async def test_ctrl_c_says_that_the_split_goes_on(server: ControlServer, script:
 
 async def test_resume_can_wait(server: ControlServer, script: Script) -> None:
     script.answers |= {"split.resume": SPLIT, "split.show": SPLIT}
-    waiting = asyncio.create_task(cleavectl(server, "-o", "json", "split", "resume", "web1", "--wait"))
+    waiting = asyncio.create_task(
+        cleavectl(server, "-o", "json", "split", "resume", "web1", "--wait")
+    )
     await called(script, "split.show")
     server.notify("split.progress", DONE)
     status, output, _ = await waiting
@@ -218,9 +279,14 @@ async def test_resume_can_wait(server: ControlServer, script: Script) -> None:
     assert json.loads(output)["state"] == "done"
 
 
-# --- Connecting -------------------------------------------------------------------------------------------------------------
+# --- Connecting -----------------------------------------------------------------------------------
 
-WHERE = {"name": "a", "target": "iqn.2026-01.io.cleaved:a", "lun": 0, "portals": ["127.0.0.1:3260", "10.0.0.1:3260"]}
+WHERE = {
+    "name": "a",
+    "target": "iqn.2026-01.io.cleaved:a",
+    "lun": 0,
+    "portals": ["127.0.0.1:3260", "10.0.0.1:3260"],
+}
 OPEN = {"initiators": None, "initiator": None, "allowed": True, "chap": False, "chap_user": None}
 
 
@@ -229,14 +295,20 @@ OPEN = {"initiators": None, "initiator": None, "allowed": True, "chap": False, "
     [
         ({"allowed": False}, "access is not open (iscsi.open_access)"),
         ({"allowed": False, "initiators": []}, "the access list of a is empty"),
-        ({"allowed": False, "initiators": [ANNA], "initiator": BERTA}, f"{BERTA} is not on the access list of a"),
+        (
+            {"allowed": False, "initiators": [ANNA], "initiator": BERTA},
+            f"{BERTA} is not on the access list of a",
+        ),
     ],
 )
 def test_a_line_that_could_not_work_is_not_printed(access: dict[str, Any], words: str) -> None:
     with pytest.raises(ControlError) as caught:
         check_reachable({**WHERE, **OPEN, **access})
     assert words in caught.value.message
-    assert caught.value.next_step == f"to let a client in: cleavectl acl add a {access.get('initiator') or 'INITIATOR'}"
+    assert (
+        caught.value.next_step
+        == f"to let a client in: cleavectl acl add a {access.get('initiator') or 'INITIATOR'}"
+    )
     assert caught.value.exit_code == 4
 
 
@@ -252,10 +324,19 @@ def test_a_line_that_could_not_work_is_not_printed(access: dict[str, Any], words
     ],
 )
 def test_the_lines_hold_the_names_that_the_login_needs(kind: str, words: str) -> None:
-    where = {**WHERE, **OPEN, "initiators": [ANNA], "initiator": ANNA, "chap": True, "chap_user": "anna"}
+    where = {
+        **WHERE,
+        **OPEN,
+        "initiators": [ANNA],
+        "initiator": ANNA,
+        "chap": True,
+        "chap_user": "anna",
+    }
     lines = "\n".join(CLIENTS[kind](where)) + "\n"
     assert words in lines
-    assert "10.0.0.1" in lines  # another machine does not reach the loopback address, which comes first
+    assert (
+        "10.0.0.1" in lines
+    )  # another machine does not reach the loopback address, which comes first
     assert "USER" not in lines
 
 
@@ -292,7 +373,9 @@ async def test_what_connect_prints_works_where_it_is_printed(tmp_path: Path) -> 
         assert (shown["initiator"], shown["chap"], shown["allowed"]) == (ANNA, False, True)
         assert (await run("sh", "-c", shown["lines"][-1])).status == 0
         assert (await run("sh", "-c", shown["lines"][-1].replace(f"-i {ANNA}", ""))).status != 0
-        await daemon.ctl("chap", "set", ANNA, "--user", "anna", "--secret-file", str(tmp_path / "secret"))
+        await daemon.ctl(
+            "chap", "set", ANNA, "--user", "anna", "--secret-file", str(tmp_path / "secret")
+        )
         shown = await daemon.ctl("connect", "a", "--client", "libiscsi")
         assert (await run("sh", "-c", shown["lines"][-1].replace("SECRET", SECRET))).status == 0
         assert (await run("sh", "-c", shown["lines"][-1])).status != 0
@@ -307,10 +390,16 @@ async def test_what_connect_prints_for_qemu_works(tmp_path: Path) -> None:
     async with Daemon(tmp_path) as daemon:
         await daemon.ctl("vdisk", "create", "a", "--size", "1MiB")
         await daemon.ctl("acl", "add", "a", ANNA)
-        await daemon.ctl("chap", "set", ANNA, "--user", "anna", "--secret-file", str(tmp_path / "secret"))
+        await daemon.ctl(
+            "chap", "set", ANNA, "--user", "anna", "--secret-file", str(tmp_path / "secret")
+        )
         shown = await daemon.ctl("connect", "a", "--client", "qemu")
         lines = " ".join(shown["lines"]).replace("SECRETFILE", str(tmp_path / "secret"))
-        machine = "qemu-system-x86_64 -machine q35 -accel tcg -nodefaults -display none -S -monitor stdio"
+        machine = (
+            "qemu-system-x86_64 -machine q35 -accel tcg -nodefaults -display none -S -monitor stdio"
+        )
         result = await run("sh", "-c", f"echo quit | {machine} {lines}")
         assert result.status == 0, result
-        assert [event["initiator"] for event in daemon.events() if event["event"] == "session.opened"] == [ANNA], result
+        assert [
+            event["initiator"] for event in daemon.events() if event["event"] == "session.opened"
+        ] == [ANNA], result

@@ -1,8 +1,10 @@
-"""kill -9 of a real daemon, again and again, under a client that keeps its own record of what was acknowledged with FUA.
+"""kill -9 of a real daemon, again and again, under a client that keeps its own record of what was
+acknowledged with FUA.
 
-Meanwhile snapshots and clones are made, split and deleted. After each restart every recorded block holds what was acknowledged last, or the
-write that was under way; every acknowledged snapshot is there and reads as it did; at the end the check finds nothing. This says nothing of
-power loss (the page cache survives a kill): that is what tests/crash is for.
+Meanwhile snapshots and clones are made, split and deleted. After each restart every recorded block
+holds what was acknowledged last, or the write that was under way; every acknowledged snapshot is
+there and reads as it did; at the end the check finds nothing. This says nothing of power loss (the
+page cache survives a kill): that is what tests/crash is for.
 """
 
 import asyncio
@@ -81,7 +83,9 @@ class Client:
 
 
 def administer(path: str, cycle: int, made: dict[str, bool]) -> None:
-    """Snapshot, clone, split in both modes, delete, until the daemon dies. ``made`` says which snapshots were acknowledged."""
+    """Snapshot, clone, split in both modes, delete, until the daemon dies. ``made`` says which
+    snapshots were acknowledged.
+    """
     try:
         with ControlClient(path) as control:
             turn = 0
@@ -100,8 +104,13 @@ def administer(path: str, cycle: int, made: dict[str, bool]) -> None:
 
 
 def forget(control: ControlClient, snapshot: str) -> None:
-    """Delete a snapshot and its clone; a split under way or an earlier crash may have been faster."""
-    for method, params in (("vdisk.rm", {"name": snapshot.replace("disk@s", "clone")}), ("snapshot.rm", {"snapshot": snapshot})):
+    """Delete a snapshot and its clone; a split under way or an earlier crash may have
+    been faster.
+    """
+    for method, params in (
+        ("vdisk.rm", {"name": snapshot.replace("disk@s", "clone")}),
+        ("snapshot.rm", {"snapshot": snapshot}),
+    ):
         try:
             control.call(method, **params)
         except ControlError as refusal:
@@ -115,9 +124,13 @@ async def one_cycle(daemon: Daemon, client: Client, cycle: int, made: dict[str, 
     await client.verify(initiator)
     shown: list[dict[str, Any]] = await daemon.ctl("snapshot", "ls", "disk")
     names = {row["name"] for row in shown}
-    assert {name for name, acknowledged in made.items() if acknowledged} <= {name if "@" in name else f"disk@{name}" for name in names}
+    assert {name for name, acknowledged in made.items() if acknowledged} <= {
+        name if "@" in name else f"disk@{name}" for name in names
+    }
     writers = [asyncio.create_task(client.write_on(initiator, part)) for part in range(WRITERS)]
-    admin = asyncio.create_task(asyncio.to_thread(administer, str(daemon.control_path), cycle, made))
+    admin = asyncio.create_task(
+        asyncio.to_thread(administer, str(daemon.control_path), cycle, made)
+    )
     await asyncio.sleep(Random(cycle).uniform(0.02, 0.4))
     await daemon.stop(signal.SIGKILL)
     await asyncio.gather(*writers, admin)
@@ -145,8 +158,12 @@ async def test_kill_again_and_again(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert report["ok"], report["errors"]
     assert len(client._record.acknowledged) > BLOCKS // 4, "the client hardly wrote anything"
     with capsys.disabled():
-        print(f"\n[{CYCLES} kills, {client.version & 0xFFFFFFFF} FUA writes, restart to serving {sorted(seconds)[len(seconds) // 2]:.2f} s"
-              f" median, {max(seconds):.2f} s longest] ", end="", file=sys.stdout)  # fmt: skip
+        print(
+            f"\n[{CYCLES} kills, {client.version & 0xFFFFFFFF} FUA writes, restart to serving"
+            f" {sorted(seconds)[len(seconds) // 2]:.2f} s median, {max(seconds):.2f} s longest] ",
+            end="",
+            file=sys.stdout,
+        )
 
 
 class daemon_running:  # noqa: N801 -- used like a function

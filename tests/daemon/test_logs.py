@@ -31,11 +31,18 @@ async def test_json_lines() -> None:
     info, python, error = map(json.loads, result.messages.splitlines())
     assert (info["event"], info["level"], info["size_bytes"]) == ("test.info", "info", 5)
     assert info["timestamp"].endswith("Z")
-    assert (python["event"], python["level"], python["logger"], python["message"]) == ("python.log", "warning", "asyncio", "slow callback")
+    assert (python["event"], python["level"], python["logger"], python["message"]) == (
+        "python.log",
+        "warning",
+        "asyncio",
+        "slow callback",
+    )
     assert "ZeroDivisionError" in error["exception"]
 
 
-@pytest.mark.parametrize(("level", "lines"), [("debug", 4), ("info", 3), ("warning", 2), ("error", 1)])
+@pytest.mark.parametrize(
+    ("level", "lines"), [("debug", 4), ("info", 3), ("warning", 2), ("error", 1)]
+)
 async def test_levels(level: str, lines: int) -> None:
     result = await run(sys.executable, "-c", PROGRAM, level, "json")
     assert len(result.messages.splitlines()) == lines

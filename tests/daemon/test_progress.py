@@ -20,7 +20,14 @@ class Clock:
 
 def row(percent: float, state: str = "running", counted: bool = True) -> dict[str, Any]:
     total = 25600  # 100 MiB
-    found = {"name": "a", "state": state, "percent": percent, "counted": counted, "holes_total": total, "eta_seconds": 61.0}
+    found = {
+        "name": "a",
+        "state": state,
+        "percent": percent,
+        "counted": counted,
+        "holes_total": total,
+        "eta_seconds": 61.0,
+    }
     return {**found, "holes_remaining": round(total * (100 - percent) / 100)}
 
 
@@ -69,9 +76,24 @@ def test_the_bar_shows_rate_remaining_and_eta(capsys: pytest.CaptureFixture[str]
 
 
 def test_counters_become_rates() -> None:
-    before = {"reads": 100, "writes": 0, "read_bytes": 0, "written_bytes": 0, "trims": 0, "flushes": 5, "sessions": 1}
+    before = {
+        "reads": 100,
+        "writes": 0,
+        "read_bytes": 0,
+        "written_bytes": 0,
+        "trims": 0,
+        "flushes": 5,
+        "sessions": 1,
+    }
     now = {**before, "reads": 300, "read_bytes": 8192}
-    assert rates_between(before, now, 2.0) == {"reads": 100, "writes": 0, "read_bytes": 4096, "written_bytes": 0, "trims": 0, "flushes": 0}
+    assert rates_between(before, now, 2.0) == {
+        "reads": 100,
+        "writes": 0,
+        "read_bytes": 4096,
+        "written_bytes": 0,
+        "trims": 0,
+        "flushes": 0,
+    }
 
 
 @pytest.mark.parametrize(

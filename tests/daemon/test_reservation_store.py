@@ -1,4 +1,6 @@
-"""Persistent reservations in the pool: what is kept, when it is answered, and what a failure does."""
+"""Persistent reservations in the pool: what is kept, when it is answered, and what a
+failure does.
+"""
 
 from collections.abc import AsyncIterator
 from typing import Any
@@ -15,7 +17,12 @@ A, B = UUID(int=1), UUID(int=2)
 
 
 def state(key: int = 0xFFFFFFFFFFFFFFFF) -> dict[str, Any]:
-    return {"registrations": {"iqn.test,i,0x1": key}, "holder": "iqn.test,i,0x1", "kind": 5, "generation": 3}
+    return {
+        "registrations": {"iqn.test,i,0x1": key},
+        "holder": "iqn.test,i,0x1",
+        "kind": 5,
+        "generation": 3,
+    }
 
 
 @pytest.fixture
@@ -30,7 +37,9 @@ async def store(pool: MemoryPool) -> AsyncIterator[ReservationStore]:
     await found.drain()
 
 
-async def test_what_was_kept_is_there_at_the_next_start(pool: MemoryPool, store: ReservationStore) -> None:
+async def test_what_was_kept_is_there_at_the_next_start(
+    pool: MemoryPool, store: ReservationStore
+) -> None:
     done: list[Exception | None] = []
     store.keep(A, state(), done.append)
     assert done == []
@@ -40,7 +49,9 @@ async def test_what_was_kept_is_there_at_the_next_start(pool: MemoryPool, store:
     assert ReservationStore(pool).kept(B) is None
 
 
-async def test_a_saved_write_cache_is_there_at_the_next_start(pool: MemoryPool, store: ReservationStore) -> None:
+async def test_a_saved_write_cache_is_there_at_the_next_start(
+    pool: MemoryPool, store: ReservationStore
+) -> None:
     for write_cache in (False, True):
         store.keep(A, {**state(), "write_cache": write_cache}, lambda _: None)
         await store.drain()
@@ -60,7 +71,9 @@ async def test_an_unfinished_sanitize_operation_is_there_at_the_next_start(
     assert ReservationStore(pool).kept(A) == state()
 
 
-async def test_what_is_stored_already_is_answered_at_once(pool: MemoryPool, store: ReservationStore) -> None:
+async def test_what_is_stored_already_is_answered_at_once(
+    pool: MemoryPool, store: ReservationStore
+) -> None:
     done: list[Exception | None] = []
     store.keep(A, None, done.append)
     assert done == [None]
@@ -71,7 +84,9 @@ async def test_what_is_stored_already_is_answered_at_once(pool: MemoryPool, stor
     assert pool.stores == 1
 
 
-async def test_changes_that_come_together_are_written_together_and_in_order(pool: MemoryPool, store: ReservationStore) -> None:
+async def test_changes_that_come_together_are_written_together_and_in_order(
+    pool: MemoryPool, store: ReservationStore
+) -> None:
     done: list[int] = []
     for key in range(1, 101):
         store.keep(A, state(key), lambda _, key=key: done.append(key))  # type: ignore[misc]
@@ -83,7 +98,9 @@ async def test_changes_that_come_together_are_written_together_and_in_order(pool
     assert (found.kept(A), found.kept(B)) == (state(100), None)
 
 
-async def test_a_change_back_while_another_is_written_waits_for_its_turn(pool: MemoryPool, store: ReservationStore) -> None:
+async def test_a_change_back_while_another_is_written_waits_for_its_turn(
+    pool: MemoryPool, store: ReservationStore
+) -> None:
     done: list[Exception | None] = []
     store.keep(A, state(), done.append)
     store.keep(A, None, done.append)  # what is stored now, but not what is being written
@@ -93,7 +110,9 @@ async def test_a_change_back_while_another_is_written_waits_for_its_turn(pool: M
     assert ReservationStore(pool).kept(A) is None
 
 
-async def test_a_failure_is_told_and_the_next_change_writes_both(pool: MemoryPool, store: ReservationStore) -> None:
+async def test_a_failure_is_told_and_the_next_change_writes_both(
+    pool: MemoryPool, store: ReservationStore
+) -> None:
     done: list[Exception | None] = []
     pool.error = PoolReadOnly("a failed sync")
     store.keep(A, state(), done.append)

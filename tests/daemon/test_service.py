@@ -1,4 +1,6 @@
-"""The control service: nothing of the protocol is left unanswered, and every error of the pool has a code."""
+"""The control service: nothing of the protocol is left unanswered, and every error of the pool has
+a code.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
@@ -55,7 +57,9 @@ def targets(pool: Pool) -> Targets:
 
 @pytest.fixture
 def service(pool: Pool, targets: Targets, wire: RecordedWire) -> ControlService:
-    return ControlService(pool, "/pool", targets, ReservationStore(pool), wire, SpaceWatch(80, lambda: None))
+    return ControlService(
+        pool, "/pool", targets, ReservationStore(pool), wire, SpaceWatch(80, lambda: None)
+    )
 
 
 async def call(service: ControlService, method: str, **params: object) -> object:
@@ -74,7 +78,9 @@ def subclasses(kind: type[StorageError]) -> Iterator[type[StorageError]]:
 
 
 @pytest.mark.parametrize("kind", list(subclasses(StorageError)))
-def test_every_error_of_the_pool_has_a_known_code_and_keeps_its_words(kind: type[StorageError]) -> None:
+def test_every_error_of_the_pool_has_a_known_code_and_keeps_its_words(
+    kind: type[StorageError],
+) -> None:
     try:
         raise kind("the cause; the next step")
     except StorageError as error:
@@ -108,7 +114,9 @@ async def test_a_resize_is_told_to_the_wire(service: ControlService, wire: Recor
     assert [(volume.name, volume.size_bytes) for volume in wire.resized] == [("a", 2 * MIB)]
 
 
-async def test_a_deletion_is_told_to_the_wire(service: ControlService, wire: RecordedWire, pool: Pool) -> None:
+async def test_a_deletion_is_told_to_the_wire(
+    service: ControlService, wire: RecordedWire, pool: Pool
+) -> None:
     await call(service, "vdisk.create", name="a", size_bytes=MIB)
     uuid = pool.volume("a").uuid
     await call(service, "vdisk.rm", name="a")
@@ -132,7 +140,10 @@ async def test_a_snapshot_marked_goes_with_its_last_split(service: ControlServic
         await call(service, "snapshot.rm", snapshot="a@s")
     assert caught.value.code == errors.CONFLICT
     assert "b" in caught.value.message
-    assert await call(service, "snapshot.rm", snapshot="a@s", after_split=True) == {"name": "a@s", "deleted": False}
+    assert await call(service, "snapshot.rm", snapshot="a@s", after_split=True) == {
+        "name": "a@s",
+        "deleted": False,
+    }
 
 
 async def test_what_clients_need_to_connect(service: ControlService, tmp_path: Path) -> None:
@@ -150,10 +161,12 @@ async def test_what_clients_need_to_connect(service: ControlService, tmp_path: P
     }
 
 
-# --- Shrinking ------------------------------------------------------------------------------------------------------------
+# --- Shrinking ------------------------------------------------------------------------------------
 
 
-async def test_a_smaller_size_is_refused_unless_it_is_meant(service: ControlService, pool: Pool, wire: RecordedWire) -> None:
+async def test_a_smaller_size_is_refused_unless_it_is_meant(
+    service: ControlService, pool: Pool, wire: RecordedWire
+) -> None:
     """`vdisk resize NAME smaller` cut data off without a question."""
     await call(service, "vdisk.create", name="a", size_bytes=3 * MIB)
     with pytest.raises(ControlError) as caught:
@@ -164,8 +177,15 @@ async def test_a_smaller_size_is_refused_unless_it_is_meant(service: ControlServ
     assert caught.value.next_step is not None
     assert "cleavectl vdisk resize a 1048576 --shrink" in caught.value.next_step
     assert (pool.volume("a").size_bytes, wire.resized) == (3 * MIB, [])
-    for size_bytes, shrink in ((3 * MIB, False), (4 * MIB, False), (2 * MIB, True), (5 * MIB, True)):
-        resized = await call(service, "vdisk.resize", name="a", size_bytes=size_bytes, shrink=shrink)
+    for size_bytes, shrink in (
+        (3 * MIB, False),
+        (4 * MIB, False),
+        (2 * MIB, True),
+        (5 * MIB, True),
+    ):
+        resized = await call(
+            service, "vdisk.resize", name="a", size_bytes=size_bytes, shrink=shrink
+        )
         assert isinstance(resized, dict)
         assert resized["size_bytes"] == size_bytes
 
@@ -184,7 +204,7 @@ async def test_a_vdisk_that_grows_meanwhile_is_not_cut(service: ControlService) 
     assert refused.code == errors.CONFLICT
 
 
-# --- A pool without room ----------------------------------------------------------------------------------------------------
+# --- A pool without room --------------------------------------------------------------------------
 
 
 async def fill(pool: Pool, left_bytes: int) -> None:
@@ -223,7 +243,9 @@ async def test_who_creates_on_a_full_pool_is_told(service: ControlService, pool:
         assert "delete snapshots or vdisks" in warning
 
 
-async def test_who_creates_on_a_pool_that_is_nearly_full_is_told(service: ControlService, pool: Pool) -> None:
+async def test_who_creates_on_a_pool_that_is_nearly_full_is_told(
+    service: ControlService, pool: Pool
+) -> None:
     await fill(pool, 4 * MIB)
     for (warning,) in await warnings_of_creating(service):
         assert "% full: writes will be refused when the last" in warning
@@ -236,10 +258,12 @@ def test_what_is_being_freed_need_not_be_deleted_again() -> None:
     assert "still being freed" in warning
     assert "delete " not in warning
     assert space_warnings({**shown, "used_bytes": 79 * MIB, "available_bytes": 21 * MIB}, 80) == []
-    assert len(space_warnings({**shown, "used_bytes": 80 * MIB, "available_bytes": 20 * MIB}, 80)) == 1
+    assert (
+        len(space_warnings({**shown, "used_bytes": 80 * MIB, "available_bytes": 20 * MIB}, 80)) == 1
+    )
 
 
-# --- Sessions ---------------------------------------------------------------------------------------------------------------
+# --- Sessions -------------------------------------------------------------------------------------
 
 
 async def test_no_such_session(service: ControlService) -> None:

@@ -1,4 +1,6 @@
-"""Sessions over sockets: who is shut out, who is dead, who has to log out, LUNs and portals. Time comes by calls of ``tick``."""
+"""Sessions over sockets: who is shut out, who is dead, who has to log out, LUNs and portals. Time
+comes by calls of ``tick``.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -51,9 +53,13 @@ async def call(service: TargetService, method: str, **params: object) -> object:
     return await service.handlers[method](methods.validate(method, params))
 
 
-async def connect(listener: IscsiListener, name: str = INITIATOR_NAME, target: str = DISK) -> Initiator:
+async def connect(
+    listener: IscsiListener, name: str = INITIATOR_NAME, target: str = DISK
+) -> Initiator:
     host, port = listener.addresses[0]
-    return await Initiator.connect(host, port, target, InitiatorSettings(name, target, isid=random_isid()))
+    return await Initiator.connect(
+        host, port, target, InitiatorSettings(name, target, isid=random_isid())
+    )
 
 
 async def until_connections(listener: IscsiListener, count: int) -> None:
@@ -65,7 +71,9 @@ def now(seconds: float) -> float:
     return asyncio.get_running_loop().time() + seconds
 
 
-async def test_who_is_shut_out_is_asked_to_log_out_and_closed_if_it_does_not(listener: IscsiListener, service: TargetService) -> None:
+async def test_who_is_shut_out_is_asked_to_log_out_and_closed_if_it_does_not(
+    listener: IscsiListener, service: TargetService
+) -> None:
     allowed, shut_out = await connect(listener), await connect(listener, OTHER)
     answer = await call(service, "acl.add", target="disk", initiators=[INITIATOR_NAME])
     assert answer == {"target": DISK, "initiators": [INITIATOR_NAME], "sessions_ended": 1}
@@ -84,8 +92,12 @@ async def test_who_is_shut_out_is_asked_to_log_out_and_closed_if_it_does_not(lis
     await shut_out.close()
 
 
-async def test_a_dead_peer_is_dropped_though_its_socket_takes_nothing_any_more(listener: IscsiListener, pool: MemoryPool) -> None:
-    """It stops to read: what is sent at the end never goes out, and must not hold the connection and its vdisk."""
+async def test_a_dead_peer_is_dropped_though_its_socket_takes_nothing_any_more(
+    listener: IscsiListener, pool: MemoryPool
+) -> None:
+    """It stops to read: what is sent at the end never goes out, and must not hold the connection
+    and its vdisk.
+    """
     dead = await connect(listener)
     await dead.read(0, 512)
     dead._socket.connection.pause_writing()
@@ -124,7 +136,9 @@ async def test_a_flood_of_half_open_logins_leaves_room_for_those_who_log_in(
 ) -> None:
     monkeypatch.setattr(admission_module, "LOGINS_PER_ADDRESS_MAX", 4)
     host, port = listener.addresses[0]
-    sessions = [await connect(listener) for _ in range(8)]  # those have logged in, and count no more
+    sessions = [
+        await connect(listener) for _ in range(8)
+    ]  # those have logged in, and count no more
     flood = [await asyncio.open_connection(host, port) for _ in range(20)]
     await until_connections(listener, 12)
     for reader, _ in flood[4:]:
@@ -150,7 +164,9 @@ async def test_stopping_asks_for_a_logout_and_waits_for_it(listener: IscsiListen
     await stopping
 
 
-async def test_a_lun_that_comes_and_goes_under_an_open_session(listener: IscsiListener, service: TargetService, pool: MemoryPool) -> None:
+async def test_a_lun_that_comes_and_goes_under_an_open_session(
+    listener: IscsiListener, service: TargetService, pool: MemoryPool
+) -> None:
     await call(service, "target.create", target="t")
     await call(service, "target.map", target="t", vdisk="disk")
     session = await connect(listener, target=f"{TARGET_PREFIX}t")
@@ -167,14 +183,37 @@ async def test_a_lun_that_comes_and_goes_under_an_open_session(listener: IscsiLi
     await session.close()
 
 
-async def test_discovery_tells_the_portals_that_an_initiator_can_reach(listener: IscsiListener) -> None:
-    listener.addresses = [Address("127.0.0.1", 1), Address("10.0.0.1", 2), Address("fd00::1", 3), Address("0.0.0.0", 4), Address("::", 5)]
+async def test_discovery_tells_the_portals_that_an_initiator_can_reach(
+    listener: IscsiListener,
+) -> None:
+    listener.addresses = [
+        Address("127.0.0.1", 1),
+        Address("10.0.0.1", 2),
+        Address("fd00::1", 3),
+        Address("0.0.0.0", 4),
+        Address("::", 5),
+    ]
     assert listener.portals_beside("127.0.0.1:1") == ["127.0.0.1:1", "10.0.0.1:2", "[fd00::1]:3"]
-    assert listener.portals_beside("[::1]:5") == ["[::1]:5", "127.0.0.1:1", "10.0.0.1:2", "[fd00::1]:3"]
+    assert listener.portals_beside("[::1]:5") == [
+        "[::1]:5",
+        "127.0.0.1:1",
+        "10.0.0.1:2",
+        "[fd00::1]:3",
+    ]
     assert listener.portals_beside("[fd00::1]:3") == ["[fd00::1]:3", "10.0.0.1:2"]
-    assert listener.portals_beside("192.168.0.7:4") == ["192.168.0.7:4", "10.0.0.1:2", "[fd00::1]:3"]
-    listener.addresses = [Address("10.0.0.1", 2), Address("fe80::1%eth0", 3), Address("fe80::2%eth1", 4)]
-    assert listener.portals_beside("10.0.0.1:2") == ["10.0.0.1:2"]  # what is link-local may be of another link
+    assert listener.portals_beside("192.168.0.7:4") == [
+        "192.168.0.7:4",
+        "10.0.0.1:2",
+        "[fd00::1]:3",
+    ]
+    listener.addresses = [
+        Address("10.0.0.1", 2),
+        Address("fe80::1%eth0", 3),
+        Address("fe80::2%eth1", 4),
+    ]
+    assert listener.portals_beside("10.0.0.1:2") == [
+        "10.0.0.1:2"
+    ]  # what is link-local may be of another link
     assert listener.portals_beside("[fe80::1]:3") == ["[fe80::1]:3", "10.0.0.1:2", "[fe80::2]:4"]
 
 
@@ -183,7 +222,9 @@ async def test_two_portals_are_two_paths_to_one_disk(pool: MemoryPool) -> None:
     for host in ("127.0.0.1", "::1"):
         await listener.listen(Address(host, 0))
     paths = [
-        await Initiator.connect(host, port, DISK, InitiatorSettings(INITIATOR_NAME, DISK, isid=isid))
+        await Initiator.connect(
+            host, port, DISK, InitiatorSettings(INITIATOR_NAME, DISK, isid=isid)
+        )
         for isid, (host, port) in enumerate(listener.addresses, 1)
     ]
     await paths[0].write(0, b"\x22" * 512)
@@ -195,7 +236,9 @@ async def test_two_portals_are_two_paths_to_one_disk(pool: MemoryPool) -> None:
     await listener.stop(1.0)
 
 
-async def test_hosts_that_end_each_others_sessions_are_named_once(pool: MemoryPool, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_hosts_that_end_each_others_sessions_are_named_once(
+    pool: MemoryPool, capsys: pytest.CaptureFixture[str]
+) -> None:
     listener = IscsiListener(TargetNode(Targets(pool, None)), connections_max=200)
     for host in ("127.0.0.1", "::1"):
         await listener.listen(Address(host, 0))
@@ -204,7 +247,9 @@ async def test_hosts_that_end_each_others_sessions_are_named_once(pool: MemoryPo
     for _ in range(5):
         for host, port in listener.addresses:
             opened.append(await Initiator.connect(host, port, DISK, settings))
-            opened.append(await Initiator.connect(host, port, DISK, settings))  # a host that comes back is no news
+            opened.append(
+                await Initiator.connect(host, port, DISK, settings)
+            )  # a host that comes back is no news
     logged = capsys.readouterr().out
     (line,) = [line for line in logged.splitlines() if "session.taken_over" in line]
     for words in (

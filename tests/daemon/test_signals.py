@@ -1,4 +1,6 @@
-"""Which signals stop the daemon, and that none that a person, an init or a terminal sends ends it without a consistency point."""
+"""Which signals stop the daemon, and that none that a person, an init or a terminal sends ends it
+without a consistency point.
+"""
 
 import asyncio
 import os
@@ -15,10 +17,12 @@ from daemon.process import signals
 from tests.daemon.programs import CLEAVED, ROOT, Daemon
 from tests.daemon.test_end_to_end import connect
 
-# signal(7), Linux: those whose default is to end the process, without faults of the process itself, and without those that Python ignores.
+# signal(7), Linux: those whose default is to end the process, without faults of the process itself,
+# and without those that Python ignores.
 ENDING = {
-    signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGTERM, signal.SIGSTKFLT,
-    signal.SIGXCPU, signal.SIGVTALRM, signal.SIGPROF, signal.SIGIO, signal.SIGPWR, *range(signal.SIGRTMIN, signal.SIGRTMAX + 1),
+    signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM,
+    signal.SIGTERM, signal.SIGSTKFLT, signal.SIGXCPU, signal.SIGVTALRM, signal.SIGPROF,
+    signal.SIGIO, signal.SIGPWR, *range(signal.SIGRTMIN, signal.SIGRTMAX + 1),
 }  # fmt: skip
 
 
@@ -67,9 +71,17 @@ async def stopped_in_order(daemon: Daemon) -> bool:
     return bool(opened[-1]["records_replayed"] == 0)
 
 
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT, signal.SIGPWR, signal.SIGALRM, signal.SIGRTMAX], ids=signals.name_of)
-async def test_a_signal_that_would_end_the_process_stops_it_in_order(tmp_path: Path, number: int) -> None:
-    """SIGHUP (a terminal that is closed) and others ended the daemon at once, without a consistency point."""
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGHUP, signal.SIGQUIT, signal.SIGPWR, signal.SIGALRM, signal.SIGRTMAX],
+    ids=signals.name_of,
+)
+async def test_a_signal_that_would_end_the_process_stops_it_in_order(
+    tmp_path: Path, number: int
+) -> None:
+    """SIGHUP (a terminal that is closed) and others ended the daemon at once, without a consistency
+    point.
+    """
     async with Daemon(tmp_path) as daemon:
         await write(daemon)
         assert await daemon.stop(number) == 0
@@ -91,7 +103,9 @@ async def test_signals_that_mean_something_else_to_others_do_not_stop_disks(tmp_
         for number in (*signals.IGNORED, signal.SIGPIPE, signal.SIGXFSZ, signal.SIGWINCH):
             os.kill(daemon.pid, number)
         await write(daemon)
-        ignored = {event["signal"] for event in daemon.events() if event["event"] == "signal.ignored"}
+        ignored = {
+            event["signal"] for event in daemon.events() if event["event"] == "signal.ignored"
+        }
         assert ignored == {"SIGUSR1", "SIGUSR2"}
 
 
@@ -102,13 +116,34 @@ async def test_nohup_is_respected(tmp_path: Path) -> None:
 
 
 async def test_a_closed_terminal_stops_the_daemon_in_order(tmp_path: Path) -> None:
-    """The terminal takes no more of its log, either: that must not keep it from its consistency point."""
+    """The terminal takes no more of its log, either: that must not keep it from its consistency
+    point.
+    """
     daemon = Daemon(tmp_path)
     master, slave = pty.openpty()
-    program = f"import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); {CLEAVED}"  # its own terminal, as a shell gives it
-    command = (sys.executable, "-c", program, "serve", "--pool", str(daemon.pool_path), "--pool-size", "64MiB", "--iscsi", "127.0.0.1:0")
+    # Its own terminal, as a shell gives it.
+    program = f"import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); {CLEAVED}"
+    command = (
+        sys.executable,
+        "-c",
+        program,
+        "serve",
+        "--pool",
+        str(daemon.pool_path),
+        "--pool-size",
+        "64MiB",
+        "--iscsi",
+        "127.0.0.1:0",
+    )
     process = await asyncio.create_subprocess_exec(
-        *command, "--control", str(daemon.control_path), stdin=slave, stdout=slave, stderr=slave, cwd=ROOT, start_new_session=True
+        *command,
+        "--control",
+        str(daemon.control_path),
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        cwd=ROOT,
+        start_new_session=True,
     )
     os.close(slave)
     shown = b""
@@ -126,7 +161,9 @@ async def test_a_closed_terminal_stops_the_daemon_in_order(tmp_path: Path) -> No
 
 
 async def test_a_log_that_nobody_takes_stops_no_disk(tmp_path: Path) -> None:
-    """`cleaved serve 2>&1 | head`: the reader has gone, and each line that is logged would be an error somewhere."""
+    """`cleaved serve 2>&1 | head`: the reader has gone, and each line that is logged would be an
+    error somewhere.
+    """
     async with Daemon(tmp_path, log_to_nobody=True) as daemon:
         await write(daemon)
         async with await connect(daemon, "a") as disk:  # session.opened is logged within the login
@@ -137,7 +174,9 @@ async def test_standard_descriptors_that_are_closed_are_no_pool(tmp_path: Path) 
     """Started with ``2>&-`` the pool would be descriptor 2, and the log go into it."""
     options = f"--pool {tmp_path}/pool --pool-size 16MiB --iscsi 127.0.0.1:0 --control {tmp_path}/c"
     shell = f'exec "{sys.executable}" -c "{CLEAVED}" serve {options} 0>&- 2>&-'
-    process = await asyncio.create_subprocess_exec("sh", "-c", shell, stdout=asyncio.subprocess.PIPE, cwd=ROOT)
+    process = await asyncio.create_subprocess_exec(
+        "sh", "-c", shell, stdout=asyncio.subprocess.PIPE, cwd=ROOT
+    )
     assert process.stdout is not None
     assert (await process.stdout.readline()).startswith(b"cleaved ready")
     descriptors = [os.readlink(f"/proc/{process.pid}/fd/{number}") for number in (0, 2)]

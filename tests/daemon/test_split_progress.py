@@ -20,7 +20,14 @@ class Told:
 
 
 def row(state: str = "running", percent: float = 0.0, name: str = "a") -> Row:
-    return {"name": name, "state": state, "percent": percent, "holes_remaining": 7, "counted": True, "secret": 1}
+    return {
+        "name": name,
+        "state": state,
+        "percent": percent,
+        "holes_remaining": 7,
+        "counted": True,
+        "secret": 1,
+    }
 
 
 def test_a_running_split_is_notified_at_every_look_and_logged_every_few_seconds() -> None:

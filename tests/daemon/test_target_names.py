@@ -1,4 +1,6 @@
-"""ISCSI names have no case: what is announced, what is reached, what is refused, and what becomes of pools that hold such names."""
+"""ISCSI names have no case: what is announced, what is reached, what is refused, and what becomes
+of pools that hold such names.
+"""
 
 import asyncio
 from pathlib import Path
@@ -26,7 +28,9 @@ ANNA = "iqn.2026-01.test:anna"
 def reached(targets: Targets, spelled: str) -> tuple[str, list[str]] | None:
     """The name of the session's target and its disks."""
     opened = targets.open_target(spelled, ANNA)
-    return None if opened is None else (opened.name, [volume.name for volume in opened.luns.values()])
+    return (
+        None if opened is None else (opened.name, [volume.name for volume in opened.luns.values()])
+    )
 
 
 def with_names(pool: MemoryPool, *names: str) -> MemoryPool:
@@ -62,7 +66,9 @@ async def test_a_vdisk_and_a_target_cannot_differ_in_case_alone() -> None:
 
 
 @pytest.mark.logs("names_collide")
-async def test_old_names_that_collide_are_reached_as_they_are_spelled_and_no_other_way(capsys: Any) -> None:
+async def test_old_names_that_collide_are_reached_as_they_are_spelled_and_no_other_way(
+    capsys: Any,
+) -> None:
     pool = with_names(MemoryPool(), "Web1", "web1", "WEB2", "Web2", "alone")
     targets = Targets(pool, None)
     await targets.load()
@@ -71,7 +77,9 @@ async def test_old_names_that_collide_are_reached_as_they_are_spelled_and_no_oth
     assert targets.names_for(ANNA, "p") == announced
     for name in announced:
         assert reached(targets, name) == (name, [name.removeprefix(TARGET_PREFIX)])
-        assert reached(targets, name.replace(TARGET_PREFIX, TARGET_PREFIX.upper())) == reached(targets, name)
+        assert reached(targets, name.replace(TARGET_PREFIX, TARGET_PREFIX.upper())) == reached(
+            targets, name
+        )
     for name in ("WEB1", "web2"):
         assert reached(targets, TARGET_PREFIX + name) is None
         with pytest.raises(Conflict, match="rename one"):
@@ -102,7 +110,10 @@ async def test_a_rename_does_not_send_hosts_to_the_other_disk() -> None:
     targets = Targets(pool, None)
     session = Session(f"{TARGET_PREFIX}Web1")
     targets.session_opened(session)
-    with pytest.raises(Conflict, match=f"find {TARGET_PREFIX}web1 instead of Web1"), targets.claim(VDISK, "new", pool.volumes["Web1"]):
+    with (
+        pytest.raises(Conflict, match=f"find {TARGET_PREFIX}web1 instead of Web1"),
+        targets.claim(VDISK, "new", pool.volumes["Web1"]),
+    ):
         pytest.fail("the host would find the other disk when it connects again")
     with targets.claim(VDISK, "new", pool.volumes["web1"]):
         pass
@@ -116,12 +127,16 @@ async def test_a_chap_user_that_is_the_initiators_name_has_no_case(user: str | N
     pool = MemoryPool(disk=1 << 20)
     targets = Targets(pool, None)
     await targets.allow("DISK", [ANNA.upper()])
-    await targets.access.set_chap(ANNA.title(), Credentials(user=user or ANNA.title(), secret="s" * 12))
+    await targets.access.set_chap(
+        ANNA.title(), Credentials(user=user or ANNA.title(), secret="s" * 12)
+    )
     listener = IscsiListener(TargetNode(targets), connections_max=3)
     await listener.listen(Address("127.0.0.1", 0))
     host, port = listener.addresses[0]
     for name in (ANNA, ANNA.upper()):
-        settings = InitiatorSettings(name, f"{TARGET_PREFIX}Disk", chap=ChapSecrets(user or name, b"s" * 12))
+        settings = InitiatorSettings(
+            name, f"{TARGET_PREFIX}Disk", chap=ChapSecrets(user or name, b"s" * 12)
+        )
         session = await Initiator.connect(host, port, f"{TARGET_PREFIX}Disk", settings)
         assert [row["initiator"] for row in targets.sessions()] == [ANNA]
         await session.close()
@@ -131,10 +146,15 @@ async def test_a_chap_user_that_is_the_initiators_name_has_no_case(user: str | N
 async def test_names_without_case_end_to_end(tmp_path: Path) -> None:
     async with Daemon(tmp_path) as daemon:
         await daemon.ctl("vdisk", "create", "Web1", "--size", "1MiB")
-        for command in (("vdisk", "create", "web1", "--size", "1MiB"), ("target", "create", "WEB1")):
+        for command in (
+            ("vdisk", "create", "web1", "--size", "1MiB"),
+            ("target", "create", "WEB1"),
+        ):
             refused = await daemon.try_ctl(*command)
             assert refused.status == 4 and "Web1" in refused.messages
-        assert (await daemon.ctl("connect", "Web1", "--client", "qemu"))["target"] == f"{TARGET_PREFIX}web1"
+        assert (await daemon.ctl("connect", "Web1", "--client", "qemu"))[
+            "target"
+        ] == f"{TARGET_PREFIX}web1"
         host, _, port = daemon.portal.rpartition(":")
         for name in ("web1", "WEB1"):
             session = await Initiator.connect(host, int(port), TARGET_PREFIX + name)

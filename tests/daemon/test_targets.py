@@ -30,7 +30,9 @@ def test_every_vdisk_is_a_target_with_itself_as_lun_0() -> None:
     assert definition.chap is None
 
 
-@pytest.mark.parametrize("name", ["", "a", PREFIX, f"{PREFIX}none", f"{PREFIX}a@s", "iqn.2026-01.io.other:a"])
+@pytest.mark.parametrize(
+    "name", ["", "a", PREFIX, f"{PREFIX}none", f"{PREFIX}a@s", "iqn.2026-01.io.other:a"]
+)
 def test_what_is_no_target(name: str) -> None:
     pool = MemoryPool(a=4096)
     pool.volumes["a@s"] = pool.volumes["a"]
@@ -43,17 +45,30 @@ def test_chap_is_asked_of_sessions_and_of_discovery() -> None:
     assert definition is not None
     for secrets in (definition.chap, targets.discovery_chap("i")):
         assert secrets is not None
-        assert (secrets.user, secrets.secret, secrets.target_user, secrets.target_secret) == ("u", b"s" * 12, "m", b"t" * 12)
+        assert (secrets.user, secrets.secret, secrets.target_user, secrets.target_secret) == (
+            "u",
+            b"s" * 12,
+            "m",
+            b"t" * 12,
+        )
 
 
 def test_sessions_attach_their_volume_until_they_close() -> None:
     pool = MemoryPool(a=4096)
     targets = Targets(pool, None)
-    first, second, discovery = Session(f"{PREFIX}a"), Session(f"{PREFIX}a", "iqn.2026-01.test:j"), Session("")
+    first, second, discovery = (
+        Session(f"{PREFIX}a"),
+        Session(f"{PREFIX}a", "iqn.2026-01.test:j"),
+        Session(""),
+    )
     for session in (first, second, discovery):
         targets.session_opened(session)
     assert len(set(pool.volumes["a"].labels)) == 2
-    assert [row["initiator"] for row in targets.sessions()] == ["iqn.2026-01.test:i", "iqn.2026-01.test:i", "iqn.2026-01.test:j"]
+    assert [row["initiator"] for row in targets.sessions()] == [
+        "iqn.2026-01.test:i",
+        "iqn.2026-01.test:i",
+        "iqn.2026-01.test:j",
+    ]
     assert targets.stats("a")["sessions"] == 2
     for session in (first, second, discovery):
         targets.session_closed(session)
@@ -70,7 +85,10 @@ def test_a_name_that_open_sessions_came_by_is_not_given_to_another_disk(kind: st
     renamed = pool.volumes["old"] = pool.volumes.pop("Prod")
     renamed.name = "old"
     for taken in ("Prod", "prod"):  # iSCSI names are compared in lower case
-        with pytest.raises(Conflict, match=r"test:i \(session 1\) came by the name"), targets.claim(kind, taken):
+        with (
+            pytest.raises(Conflict, match=r"test:i \(session 1\) came by the name"),
+            targets.claim(kind, taken),
+        ):
             pass
     with pytest.raises(Conflict), targets.claim(kind, "Prod", pool.volumes["other"]):
         pass

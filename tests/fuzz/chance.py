@@ -1,4 +1,6 @@
-"""A source of chance that is made of given bytes, so that whoever chooses the bytes (a coverage-guided fuzzer) chooses every decision."""
+"""A source of chance that is made of given bytes, so that whoever chooses the bytes (a
+coverage-guided fuzzer) chooses every decision.
+"""
 
 from random import Random
 
@@ -12,7 +14,9 @@ class GivenChance(Random):
         super().__init__(0)
 
     def getrandbits(self, k: int) -> int:
-        """What the next bytes say. The rest of the last byte is not used again, so that decisions stay where they are in the data."""
+        """What the next bytes say. The rest of the last byte is not used again, so that decisions
+        stay where they are in the data.
+        """
         size = (k + 7) // 8
         taken = self._data[self._at : self._at + size]
         self._at += len(taken)

@@ -1,10 +1,12 @@
-"""The fuzzer's surfaces under a coverage-guided driver (libFuzzer, through atheris): inputs that reach new code are kept and mutated.
+"""The fuzzer's surfaces under a coverage-guided driver (libFuzzer, through atheris): inputs that
+reach new code are kept and mutated.
 
     python -m tests.fuzz.guided [--seed N] [--seconds S | --count N] [--surface NAME]
     python -m tests.fuzz.guided --surface NAME --replay FILE
 
-Each surface runs in a process of its own. What was reached is kept in build/fuzz/SURFACE and is where the next run begins. An input that
-fails is written to build/fuzz, and the command that replays it is printed. Without atheris (an optional dependency) only --replay works.
+Each surface runs in a process of its own. What was reached is kept in build/fuzz/SURFACE and is
+where the next run begins. An input that fails is written to build/fuzz, and the command that
+replays it is printed. Without atheris (an optional dependency) only --replay works.
 """
 
 import argparse
@@ -21,7 +23,10 @@ DIRECTORY = ROOT / "build" / "fuzz"
 NAMES = ("cdbs", "parameters", "login_text", "login_chap", "framing")
 # Decisions of the longest execution take about as much.
 INPUT_BYTES_MAX = 4096
-MISSING = "atheris is missing, no coverage-guided fuzzing; install it: pip install -c constraints.txt '.[fuzz]'"
+MISSING = (
+    "atheris is missing, no coverage-guided fuzzing; install it: pip install -c constraints.txt"
+    " '.[fuzz]'"
+)
 _EXECUTIONS = re.compile(r"stat::number_of_executed_units:\s*(\d+)")
 _REACHED = re.compile(r"cov: (\d+) ft: (\d+) corp: (\d+)")
 _FINDING = re.compile(r"Test unit written to (\S+)")
@@ -54,21 +59,44 @@ def fuzz(name: str, seed: int, limit: str) -> bool:
     """One surface until its limit; prints what it did. False: a finding."""
     corpus = DIRECTORY / name
     corpus.mkdir(parents=True, exist_ok=True)
-    options = [f"-seed={seed}", limit, f"-max_len={INPUT_BYTES_MAX}", f"-artifact_prefix={DIRECTORY}/{name}-", "-print_final_stats=1"]
+    options = [
+        f"-seed={seed}",
+        limit,
+        f"-max_len={INPUT_BYTES_MAX}",
+        f"-artifact_prefix={DIRECTORY}/{name}-",
+        "-print_final_stats=1",
+    ]
     began = time.monotonic()
-    command = [sys.executable, "-m", "tests.fuzz.guided", "--drive", name, "--", *options, str(corpus)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.fuzz.guided",
+        "--drive",
+        name,
+        "--",
+        *options,
+        str(corpus),
+    ]
     done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
     elapsed, output = time.monotonic() - began, done.stdout + done.stderr
-    executions, reached, finding = _EXECUTIONS.search(output), _REACHED.findall(output), _FINDING.search(output)
+    executions, reached, finding = (
+        _EXECUTIONS.search(output),
+        _REACHED.findall(output),
+        _FINDING.search(output),
+    )
     if done.returncode or executions is None:
         print(output)
         if finding is not None:
-            print(f"{name}: a finding; replay: python -m tests.fuzz.guided --surface {name} --replay {finding[1]}", flush=True)
+            print(
+                f"{name}: a finding; replay: python -m tests.fuzz.guided --surface {name} --replay"
+                f" {finding[1]}",
+                flush=True,
+            )
         return False
     edges, features, inputs = reached[-1] if reached else ("?", "?", "?")
     print(
-        f"{name:12}{executions[1]:>10} executions in {elapsed:.0f} s, {edges} edges and {features} features reached by {inputs} inputs,"
-        " nothing found",
+        f"{name:12}{executions[1]:>10} executions in {elapsed:.0f} s, {edges} edges and {features}"
+        f" features reached by {inputs} inputs, nothing found",
         flush=True,
     )
     return True
@@ -76,7 +104,9 @@ def fuzz(name: str, seed: int, limit: str) -> bool:
 
 def main() -> int:
     """Parse the command line and fuzz; 1 where something was found."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seed", type=int, default=secrets.randbits(31))
     parser.add_argument("--seconds", type=int, default=60, help="for each surface")
     parser.add_argument("--count", type=int, help="executions of each surface, instead of a time")
@@ -94,7 +124,9 @@ def main() -> int:
         print(MISSING)
         return 0
     print(f"seed {options.seed}", flush=True)
-    limit = f"-max_total_time={options.seconds}" if options.count is None else f"-runs={options.count}"
+    limit = (
+        f"-max_total_time={options.seconds}" if options.count is None else f"-runs={options.count}"
+    )
     good = [fuzz(name, options.seed, limit) for name in names]
     return 0 if all(good) else 1
 

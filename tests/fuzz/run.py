@@ -2,8 +2,8 @@
 
     python -m tests.fuzz.run [--seed N] [--seconds S | --count N] [--surface NAME] [--first I]
 
-The seed is printed first. Each execution has a source of chance of its own, made of seed, surface and number: what fails is replayed by
-the one command that is printed with it.
+The seed is printed first. Each execution has a source of chance of its own, made of seed, surface
+and number: what fails is replayed by the one command that is printed with it.
 """
 
 import argparse
@@ -29,7 +29,9 @@ class Finding:
 
 
 def chance_of(seed: int, name: str, number: int) -> Random:
-    """The source of chance of one execution. A string is hashed by `random` itself, in the same way in every process."""
+    """The source of chance of one execution. A string is hashed by `random` itself, in the same way
+    in every process.
+    """
     return Random(f"{seed}/{name}/{number}")
 
 
@@ -56,7 +58,11 @@ def fuzz(seed: int, name: str, first: int, count: int | None, seconds: float) ->
         finding = search(seed, name, SURFACES[name], first + done, batch)
         if finding is not None:
             traceback.print_exception(finding.error)
-            print(f"{name}: execution {finding.number} failed; replay: {replay_command(seed, name, finding.number)}", flush=True)
+            print(
+                f"{name}: execution {finding.number} failed; replay:"
+                f" {replay_command(seed, name, finding.number)}",
+                flush=True,
+            )
             return False
         done += batch
     elapsed = time.monotonic() - began
@@ -66,7 +72,9 @@ def fuzz(seed: int, name: str, first: int, count: int | None, seconds: float) ->
 
 def main() -> int:
     """Parse the command line and fuzz; 1 where something was found."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seed", type=int, default=secrets.randbits(32))
     parser.add_argument("--seconds", type=float, default=60.0, help="for each surface")
     parser.add_argument("--count", type=int, help="executions of each surface, instead of a time")
@@ -75,7 +83,9 @@ def main() -> int:
     options = parser.parse_args()
     print(f"seed {options.seed}", flush=True)
     names = options.surface or list(SURFACES)
-    good = [fuzz(options.seed, name, options.first, options.count, options.seconds) for name in names]
+    good = [
+        fuzz(options.seed, name, options.first, options.count, options.seconds) for name in names
+    ]
     return 0 if all(good) else 1
 
 

@@ -1,7 +1,9 @@
-"""What is fuzzed. Each surface takes a source of chance and makes one execution; an exception that it lets out is a finding.
+"""What is fuzzed. Each surface takes a source of chance and makes one execution; an exception that
+it lets out is a finding.
 
-Declared are only: `ScsiError` of `dispatch.prepare`, `IscsiError` inside the login's own parsers, and errors given to a completion
-that sense data can be made of. A connection lets out none at all, whole or in any pieces.
+Declared are only: `ScsiError` of `dispatch.prepare`, `IscsiError` inside the login's own parsers,
+and errors given to a completion that sense data can be made of. A connection lets out none at all,
+whole or in any pieces.
 """
 
 from collections.abc import Callable
@@ -44,7 +46,8 @@ INTERESTING: Final = (
     1 << 63,
     (1 << 64) - 1,
 )
-# A command whose transfer a client would have to send in many PDUs shows nothing that a short one does not.
+# A command whose transfer a client would have to send in many PDUs shows nothing that a short one
+# does not.
 PARAMETER_BYTES_MAX: Final = 600
 SECRETS: Final = ChapSecrets("user", b"secret-of-12+", "target", b"another-secret")
 
@@ -59,7 +62,9 @@ def mutated(chance: Random, data: bytes) -> bytes:
             case 0:
                 found[at : at + 1] = chance.randbytes(1)
             case 1:
-                found[at : at + size] = (chance.choice(INTERESTING) % (1 << 8 * size)).to_bytes(size, "big")
+                found[at : at + size] = (chance.choice(INTERESTING) % (1 << 8 * size)).to_bytes(
+                    size, "big"
+                )
             case 2:
                 del found[at : at + chance.choice((1, 2, 8, 64))]
             case 3:
@@ -71,7 +76,7 @@ def mutated(chance: Random, data: bytes) -> bytes:
     return bytes(found)
 
 
-# --- CDBs and parameter data ----------------------------------------------------------------------------------------
+# --- CDBs and parameter data ----------------------------------------------------------------------
 
 
 class _PromptVolume(MemoryVolume):
@@ -94,7 +99,9 @@ def _cdb(chance: Random, command: Command) -> bytes:
     field = bytearray(command.cdb_bytes)
     field[0] = command.opcode
     for at in range(1, command.cdb_bytes):
-        field[at] = chance.choice((0, 0, 0, 1, 8, 24, 64, chance.randrange(256))) & command.usage[at]
+        field[at] = (
+            chance.choice((0, 0, 0, 1, 8, 24, 64, chance.randrange(256))) & command.usage[at]
+        )
     if command.service_action is not None:
         field[1] = field[1] & 0xE0 | command.service_action
     if chance.random() < 0.1:
@@ -103,7 +110,9 @@ def _cdb(chance: Random, command: Command) -> bytes:
 
 
 def _carry_out(chance: Random, nexus: Nexus, cdb: bytes, data: bytes) -> None:
-    """Prepare and start one command; exactly one completion of each operation, with an error that has sense data."""
+    """Prepare and start one command; exactly one completion of each operation, with an error that
+    has sense data.
+    """
     try:
         plan = dispatch.prepare(nexus, 0, cdb)
     except ScsiError:
@@ -111,16 +120,22 @@ def _carry_out(chance: Random, nexus: Nexus, cdb: bytes, data: bytes) -> None:
     ended: list[Exception | None] = []
     if isinstance(plan, Operation):
         if plan.exact:
-            data = (data * (plan.data_bytes // max(1, len(data)) + 1))[: plan.data_bytes] or bytes(plan.data_bytes)
+            data = (data * (plan.data_bytes // max(1, len(data)) + 1))[: plan.data_bytes] or bytes(
+                plan.data_bytes
+            )
         plan.start(bytearray(data[: plan.data_bytes]), ended.append)
     elif isinstance(plan, Query):
         plan.start(lambda _, error: ended.append(error))
     else:
-        assert not isinstance(plan, ReadExtent) or plan.offset_bytes + plan.length_bytes <= DISK_BYTES
+        assert (
+            not isinstance(plan, ReadExtent) or plan.offset_bytes + plan.length_bytes <= DISK_BYTES
+        )
         return
     assert len(ended) == 1, f"{len(ended)} completions"
     if ended[0] is not None and not isinstance(ended[0], ScsiError):
-        raise AssertionError(f"an error without sense data: {sense_of(ended[0], True)}") from ended[0]
+        raise AssertionError(f"an error without sense data: {sense_of(ended[0], True)}") from ended[
+            0
+        ]
 
 
 def cdbs(chance: Random) -> None:
@@ -134,16 +149,30 @@ def cdbs(chance: Random) -> None:
 
 
 def _shapes(naa: bytes) -> dict[int, tuple[bytes, ...]]:
-    """Parameter lists that are right, by operation code: mutations of them get further than noise."""
+    """Parameter lists that are right, by operation code: mutations of them get further
+    than noise.
+    """
     mode_pages = bytes((0x08, 0x12, 4)) + bytes(17) + bytes((0x0A, 0x0A, 4, 0x10, 8)) + bytes(7)
     target = bytes((0xE4, 0, 0, 0, 1, 3, 0, 8)) + naa + bytes(13) + (512).to_bytes(3, "big")
     segment = bytes((2, 0, 0, 24)) + bytes(6) + bytes((0, 8)) + bytes(8) + bytes(7) + b"\x10"
-    copy = bytes((1, 0, 0, 32)) + bytes(4) + (56).to_bytes(4, "big") + bytes(4) + target + segment * 2
-    unmap = bytes((0, 38, 0, 32)) + bytes(4) + (bytes(7) + b"\x08" + bytes(3) + b"\x08" + bytes(4)) * 2
+    copy = (
+        bytes((1, 0, 0, 32)) + bytes(4) + (56).to_bytes(4, "big") + bytes(4) + target + segment * 2
+    )
+    unmap = (
+        bytes((0, 38, 0, 32)) + bytes(4) + (bytes(7) + b"\x08" + bytes(3) + b"\x08" + bytes(4)) * 2
+    )
     reserve = bytes(8) + bytes(7) + b"\x01" + bytes(4) + b"\x01" + bytes(3)
-    ids = transport_id.encode(f"{INITIATOR},i,0x000000000002") + transport_id.encode(f"{INITIATOR},i,0x000000000001")
+    ids = transport_id.encode(f"{INITIATOR},i,0x000000000002") + transport_id.encode(
+        f"{INITIATOR},i,0x000000000001"
+    )
     with_ports = reserve[:20] + b"\x09" + reserve[21:] + len(ids).to_bytes(4, "big") + ids
-    move = reserve[8:16] + reserve[8:16] + bytes((0, 1, 0, 1)) + (len(ids) // 2).to_bytes(4, "big") + ids[: len(ids) // 2]
+    move = (
+        reserve[8:16]
+        + reserve[8:16]
+        + bytes((0, 1, 0, 1))
+        + (len(ids) // 2).to_bytes(4, "big")
+        + ids[: len(ids) // 2]
+    )
     return {
         0x15: (bytes(4) + mode_pages, bytes((0, 0, 0, 8)) + bytes(8) + mode_pages),
         0x55: (bytes(8) + mode_pages,),
@@ -154,8 +183,17 @@ def _shapes(naa: bytes) -> dict[int, tuple[bytes, ...]]:
     }
 
 
-_LENGTH_AT: Final = {0x15: (4, 5), 0x55: (7, 9), 0x42: (7, 9), 0x48: (7, 9), 0x5F: (5, 9), 0x83: (10, 14)}
-_WITH_PARAMETERS: Final = tuple(command for command in dispatch.COMMANDS if command.opcode in _LENGTH_AT)
+_LENGTH_AT: Final = {
+    0x15: (4, 5),
+    0x55: (7, 9),
+    0x42: (7, 9),
+    0x48: (7, 9),
+    0x5F: (5, 9),
+    0x83: (10, 14),
+}
+_WITH_PARAMETERS: Final = tuple(
+    command for command in dispatch.COMMANDS if command.opcode in _LENGTH_AT
+)
 
 
 def parameters(chance: Random) -> None:
@@ -175,7 +213,7 @@ def parameters(chance: Random) -> None:
         _carry_out(chance, nexus, bytes(cdb), data)
 
 
-# --- Login ----------------------------------------------------------------------------------------------------------
+# --- Login ----------------------------------------------------------------------------------------
 
 _NAMES: Final = (
     "InitiatorName",
@@ -229,13 +267,20 @@ _VALUES: Final = (
 def _text(chance: Random) -> bytes:
     pairs = [(chance.choice(_NAMES), chance.choice(_VALUES)) for _ in range(chance.randrange(6))]
     if chance.random() < 0.7:
-        pairs = [("InitiatorName", INITIATOR), ("TargetName", TARGET), ("SessionType", "Normal"), *pairs]
+        pairs = [
+            ("InitiatorName", INITIATOR),
+            ("TargetName", TARGET),
+            ("SessionType", "Normal"),
+            *pairs,
+        ]
     body = "".join(f"{name}={value}\0" for name, value in pairs).encode()
     return mutated(chance, body) if chance.random() < 0.4 else body
 
 
 def _login_request(chance: Random, body: bytes) -> bytes:
-    return _login_pdu(body, chance.choice((0x81, 0x87, 0x87, 0x83, 0x04, 0x40, 0x00, chance.randrange(256))))
+    return _login_pdu(
+        body, chance.choice((0x81, 0x87, 0x87, 0x83, 0x04, 0x40, 0x00, chance.randrange(256)))
+    )
 
 
 def _connected(stream: bytes, piece: int) -> tuple[bytes, bool]:
@@ -249,7 +294,9 @@ def _connected(stream: bytes, piece: int) -> tuple[bytes, bool]:
 def login_text(chance: Random) -> None:
     """Login requests with any text: the same answer in any pieces."""
     stream = b"".join(_login_request(chance, _text(chance)) for _ in range(chance.randrange(1, 4)))
-    assert _connected(stream, 1 << 30) == _connected(stream, chance.choice((48, 7, 3, 1))), "the pieces made a difference"
+    assert _connected(stream, 1 << 30) == _connected(stream, chance.choice((48, 7, 3, 1))), (
+        "the pieces made a difference"
+    )
 
 
 _NAMED: Final = f"InitiatorName={INITIATOR}\0TargetName={TARGET}\0AuthMethod=CHAP\0".encode()
@@ -257,29 +304,49 @@ _NAMED: Final = f"InitiatorName={INITIATOR}\0TargetName={TARGET}\0AuthMethod=CHA
 
 def _login_pdu(body: bytes, flags: int) -> bytes:
     words = (0, 1, 0, 0, 0, 0, 0)
-    head = pack(pdu.LOGIN_REQUEST | pdu.IMMEDIATE, flags, 7, length=len(body), lun=1 << 16, words=words)
+    head = pack(
+        pdu.LOGIN_REQUEST | pdu.IMMEDIATE, flags, 7, length=len(body), lun=1 << 16, words=words
+    )
     return head + body + bytes(-len(body) % 4)
 
 
 def login_chap(chance: Random) -> None:
-    """CHAP exchanges with any values; nobody gets in without the secret. The parsers of its values on their own, too."""
-    answer = "".join(f"{name}={chance.choice(_VALUES)}\0" for name in ("CHAP_R", "CHAP_I", "CHAP_C"))
+    """CHAP exchanges with any values; nobody gets in without the secret. The parsers of its values
+    on their own, too.
+    """
+    answer = "".join(
+        f"{name}={chance.choice(_VALUES)}\0" for name in ("CHAP_R", "CHAP_I", "CHAP_C")
+    )
     third = f"CHAP_N=user\0{answer}".encode() if chance.random() < 0.5 else _text(chance)
     bodies = (_NAMED, f"CHAP_A={chance.choice(_VALUES)}\0".encode(), third, _text(chance))
-    stream = b"".join(_login_pdu(body, flags) for body, flags in zip(bodies, (0x00, 0x00, 0x81, 0x87), strict=True))
+    stream = b"".join(
+        _login_pdu(body, flags)
+        for body, flags in zip(bodies, (0x00, 0x00, 0x81, 0x87), strict=True)
+    )
     peer = Peer(recorded({0: MemoryVolume(DISK_BYTES)}, SECRETS, SECRETS))
     feed(peer.connection, stream, chance.choice((1 << 30, 3)))
     assert not peer.connection.logged_in, "let in without the secret"
-    for parser in (chap.decode_binary, chap.parse_identifier, lambda value: text.parse(value.encode())):
+    for parser in (
+        chap.decode_binary,
+        chap.parse_identifier,
+        lambda value: text.parse(value.encode()),
+    ):
         try:
             parser(mutated(chance, chance.choice(_VALUES).encode()).decode("latin-1"))
         except IscsiError:
             continue
 
 
-# --- PDUs -----------------------------------------------------------------------------------------------------------
+# --- PDUs -----------------------------------------------------------------------------------------
 
-_LOGIN_BODY: Final = text.encode([("InitiatorName", INITIATOR), ("TargetName", TARGET), ("SessionType", "Normal"), ("InitialR2T", "No")])
+_LOGIN_BODY: Final = text.encode(
+    [
+        ("InitiatorName", INITIATOR),
+        ("TargetName", TARGET),
+        ("SessionType", "Normal"),
+        ("InitialR2T", "No"),
+    ]
+)
 _LOGIN: Final = _login_pdu(_LOGIN_BODY, pdu.TRANSIT | login.OPERATIONAL << 2 | login.FULL_FEATURE)
 _OPCODES: Final = (0, 1, 1, 1, 1, 2, 4, 5, 5, 6, 0x10)
 

@@ -1,4 +1,6 @@
-"""A slice of the fuzzer, and the canaries: bugs planted in each layer that the fuzzer must find in few executions."""
+"""A slice of the fuzzer, and the canaries: bugs planted in each layer that the fuzzer must find in
+few executions.
+"""
 
 import importlib.util
 import re
@@ -37,7 +39,10 @@ def test_a_slice_finds_nothing(name: str) -> None:
 
 
 def _no_range_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("protocol.scsi.commands.block.check_range", lambda _, lba, sectors: (lba << SECTOR_SHIFT, sectors << SECTOR_SHIFT))
+    monkeypatch.setattr(
+        "protocol.scsi.commands.block.check_range",
+        lambda _, lba, sectors: (lba << SECTOR_SHIFT, sectors << SECTOR_SHIFT),
+    )
 
 
 def _no_list_length_check(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,8 +89,13 @@ def test_a_planted_bug_is_found_and_replays(name: str, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("name", SURFACES)
-def test_given_bytes_decide_and_find_a_planted_bug(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = [Random(f"{SEED}/{name}/{number}").randbytes(INPUT_BYTES_MAX) for number in range(GIVEN_EXECUTIONS)]
+def test_given_bytes_decide_and_find_a_planted_bug(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = [
+        Random(f"{SEED}/{name}/{number}").randbytes(INPUT_BYTES_MAX)
+        for number in range(GIVEN_EXECUTIONS)
+    ]
     for data in (b"", b"\xff" * INPUT_BYTES_MAX, *inputs[:20]):
         SURFACES[name](GivenChance(data))
     CANARIES[name](monkeypatch)
@@ -102,22 +112,40 @@ def outcome(name: str, data: bytes) -> Exception | None:
     return None
 
 
-def test_without_the_driver_a_guided_run_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_the_driver_a_guided_run_says_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     monkeypatch.setattr(sys, "argv", ["guided", "--count", "1"])
     assert guided.main() == 0 and capsys.readouterr().out.strip() == guided.MISSING
 
 
-def test_an_input_replays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_input_replays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert set(guided.NAMES) == SURFACES.keys()
     (tmp_path / "input").write_bytes(bytes(100))
-    monkeypatch.setattr(sys, "argv", ["guided", "--surface", "cdbs", "--replay", str(tmp_path / "input")])
+    monkeypatch.setattr(
+        sys, "argv", ["guided", "--surface", "cdbs", "--replay", str(tmp_path / "input")]
+    )
     assert guided.main() == 0 and "fails no more" in capsys.readouterr().out
 
 
 def test_the_seed_comes_first_and_decides() -> None:
-    command = [sys.executable, "-m", "tests.fuzz.run", "--seed", "5", "--count", "20", "--surface", "cdbs"]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.fuzz.run",
+        "--seed",
+        "5",
+        "--count",
+        "20",
+        "--surface",
+        "cdbs",
+    ]
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
     assert done.returncode == 0, done
-    assert done.stdout.splitlines()[0] == "seed 5" and re.search(r"cdbs +20 executions", done.stdout)
+    assert done.stdout.splitlines()[0] == "seed 5" and re.search(
+        r"cdbs +20 executions", done.stdout
+    )

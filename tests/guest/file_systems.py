@@ -4,7 +4,9 @@ from typing import NamedTuple
 
 
 class FileSystem(NamedTuple):
-    """Commands with {device} and {mount} to be filled in. Programs have their full paths, since busybox has an mke2fs too."""
+    """Commands with {device} and {mount} to be filled in. Programs have their full paths, since
+    busybox has an mke2fs too.
+    """
 
     make: str
     mount_options: str
@@ -13,9 +15,19 @@ class FileSystem(NamedTuple):
 
 
 FILE_SYSTEMS = {
-    "ext4": FileSystem("/sbin/mke2fs -q -t ext4 {device}", "defaults", "/sbin/resize2fs {device}", "/sbin/e2fsck -f -n {device}"),
+    "ext4": FileSystem(
+        "/sbin/mke2fs -q -t ext4 {device}",
+        "defaults",
+        "/sbin/resize2fs {device}",
+        "/sbin/e2fsck -f -n {device}",
+    ),
     # A clone has its original's UUID, and without nouuid xfs refuses to mount both.
-    "xfs": FileSystem("/sbin/mkfs.xfs -q {device}", "nouuid", "/sbin/xfs_growfs {mount}", "/sbin/xfs_repair -n {device}"),
+    "xfs": FileSystem(
+        "/sbin/mkfs.xfs -q {device}",
+        "nouuid",
+        "/sbin/xfs_growfs {mount}",
+        "/sbin/xfs_repair -n {device}",
+    ),
 }
 
 
@@ -34,7 +46,9 @@ class Mounted:
     @property
     def mount(self) -> str:
         options = self._words.mount_options
-        return "mkdir -p {mount} && mount -t {kind} -o {options} {device} {mount}".format(kind=self._kind, options=options, **self._texts)
+        return "mkdir -p {mount} && mount -t {kind} -o {options} {device} {mount}".format(
+            kind=self._kind, options=options, **self._texts
+        )
 
     @property
     def unmount(self) -> str:

@@ -1,4 +1,5 @@
-"""The guest's kernel and initramfs: busybox, the programs with the libraries they name, and a dozen kernel modules.
+"""The guest's kernel and initramfs: busybox, the programs with the libraries they name, and a dozen
+kernel modules.
 
     python -m tests.guest.image
 
@@ -34,9 +35,11 @@ PROGRAMS = {
 }
 PROGRAM_FOLDERS = ("sbin", "usr/sbin", "bin", "usr/bin")
 LIBRARY_FOLDERS = ("lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu")
-# The programs ask for it by this very path; it also lists, for a program, the libraries that it would load.
+# The programs ask for it by this very path; it also lists, for a program, the libraries that it
+# would load.
 LOADER = "/lib64/ld-linux-x86-64.so.2"
-# With what these depend on. crc32c-intel is what makes digests, ext4 and xfs fast; every processor that QEMU shows has it.
+# With what these depend on. crc32c-intel is what makes digests, ext4 and xfs fast; every processor
+# that QEMU shows has it.
 MODULES = ("virtio_pci", "virtio_net", "crc32c_intel", "sd_mod", "iscsi_tcp", "xfs")
 ROOTFS = Path(__file__).resolve().parent / "rootfs"
 HEADER_END = "TRAILER!!!"
@@ -58,8 +61,15 @@ def find(name: str) -> Path:
 
 def libraries(program: Path) -> dict[str, Path]:
     """Every library that a program loads, by the name it asks for. Raises PackagesMissing."""
-    search = ":".join(str(root / folder) for root in (unpacked(), Path("/")) for folder in LIBRARY_FOLDERS)
-    listed = subprocess.run([LOADER, "--library-path", search, "--list", str(program)], capture_output=True, text=True, check=False)
+    search = ":".join(
+        str(root / folder) for root in (unpacked(), Path("/")) for folder in LIBRARY_FOLDERS
+    )
+    listed = subprocess.run(
+        [LOADER, "--library-path", search, "--list", str(program)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if listed.returncode:
         raise PackagesMissing(f"{program} lacks a library: {listed.stderr.strip()}")
     return {name: Path(path) for name, path in re.findall(r"(\S+) => (/\S+)", listed.stdout)}
@@ -71,7 +81,9 @@ def module_name(path: Path) -> str:
 
 
 def modules() -> list[Path]:
-    """The files of MODULES and of what they depend on, in the order in which they load. What is built in has no file."""
+    """The files of MODULES and of what they depend on, in the order in which they load. What is
+    built in has no file.
+    """
     files = {module_name(path): path for path in (unpacked() / "lib" / "modules").rglob("*.ko")}
     ordered: dict[str, Path] = {}
 
@@ -98,7 +110,10 @@ def contents() -> dict[str, bytes]:
     for name in PROGRAMS:
         program = find(name)
         files[f"sbin/{name}"] = program.read_bytes()
-        files |= {f"lib/x86_64-linux-gnu/{library}": path.read_bytes() for library, path in libraries(program).items()}
+        files |= {
+            f"lib/x86_64-linux-gnu/{library}": path.read_bytes()
+            for library, path in libraries(program).items()
+        }
     files[LOADER.removeprefix("/")] = Path(LOADER).read_bytes()
     files["etc/iscsi/iscsid.conf"] = (unpacked() / "etc/iscsi/iscsid.conf").read_bytes()
     order = modules()
@@ -108,14 +123,17 @@ def contents() -> dict[str, bytes]:
 
 
 def folders_of(files: dict[str, bytes]) -> list[str]:
-    """Every folder that the files stand in, outermost first, and those that the init script mounts on."""
+    """Every folder that the files stand in, outermost first, and those that the init script mounts
+    on.
+    """
     found = {str(folder) for path in files for folder in Path(path).parents} - {"."}
     return sorted(found | {"proc", "sys", "dev", "run", "tmp", "mnt", "var"})
 
 
 def entry(number: int, path: str, mode: int, data: bytes) -> Iterator[bytes]:
-    """One entry of a cpio archive in the format "newc" (kernel: driver-api/early-userspace/buffer-format): thirteen numbers of
-    eight hexadecimal digits, the name, the data, each padded to four bytes.
+    """One entry of a cpio archive in the format "newc" (kernel:
+    driver-api/early-userspace/buffer-format): thirteen numbers of eight hexadecimal digits, the
+    name, the data, each padded to four bytes.
     """
     name = path.encode() + b"\0"
     fields = (number, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(name), 0)
@@ -126,7 +144,9 @@ def entry(number: int, path: str, mode: int, data: bytes) -> Iterator[bytes]:
 
 
 def archive() -> Iterator[bytes]:
-    """The initramfs. It is not compressed: unpacking would cost the emulated processor seconds, and nobody transports it."""
+    """The initramfs. It is not compressed: unpacking would cost the emulated processor seconds, and
+    nobody transports it.
+    """
     files = contents()
     entries = [(folder, stat.S_IFDIR | 0o755, b"") for folder in folders_of(files)]
     entries += [(path, stat.S_IFREG | 0o755, data) for path, data in files.items()]

@@ -21,10 +21,12 @@ class OpenIscsi:
         return f"iscsiadm -m node -T {TARGET_PREFIX}{vdisk} -p {self.portal}"
 
     async def discover(self) -> list[str]:
-        """The vdisks that SendTargets shows. The addresses it shows are the daemon's own, which the guest cannot reach by them:
-        the records of the nodes are written by `login`.
+        """The vdisks that SendTargets shows. The addresses it shows are the daemon's own, which the
+        guest cannot reach by them: the records of the nodes are written by `login`.
         """
-        listed = await self._machine.succeed(f"iscsiadm -m discovery -t sendtargets -o nonpersistent -p {self.portal}")
+        listed = await self._machine.succeed(
+            f"iscsiadm -m discovery -t sendtargets -o nonpersistent -p {self.portal}"
+        )
         return [line.rpartition(TARGET_PREFIX)[2] for line in listed.splitlines()]
 
     async def try_login(self, vdisk: str, **settings: str) -> Reply:

@@ -1,4 +1,6 @@
-"""A Linux kernel's iSCSI initiator with file systems on cleaved's disks: data verified by fio, trim, growth, and a split below it."""
+"""A Linux kernel's iSCSI initiator with file systems on cleaved's disks: data verified by fio,
+trim, growth, and a split below it.
+"""
 
 import asyncio
 import re
@@ -19,10 +21,11 @@ MIB = 1 << 20
 # mkfs.xfs makes nothing smaller than 300 MiB.
 DISK_MIB = 384
 FILE_MIB = 16
-# fio writes at random, reads all back, and compares. Past the page cache: what is compared came from the daemon.
+# fio writes at random, reads all back, and compares. Past the page cache: what is compared came
+# from the daemon.
 FIO = (
-    "fio --name=verify --directory={directory} --size=16m --rw=randwrite --bsrange=4k-128k --ioengine=libaio --iodepth=16 --direct=1 "
-    "--verify=crc32c --verify_fatal=1 --end_fsync=1 2>&1"
+    "fio --name=verify --directory={directory} --size=16m --rw=randwrite --bsrange=4k-128k"
+    " --ioengine=libaio --iodepth=16 --direct=1 --verify=crc32c --verify_fatal=1 --end_fsync=1 2>&1"
 )
 # Without a pause that a test could miss: the state behind it is polled.
 POLLS_MAX = 400
@@ -49,9 +52,11 @@ async def checked(daemon: Daemon) -> None:
 
 
 @asynccontextmanager
-async def guest(directory: Path, *options: str, expected: str = "(?!)") -> AsyncIterator[tuple[Daemon, Machine, OpenIscsi]]:
-    """A daemon, a guest beside it, and in the end no session, no complaint of the guest's kernel (but what a test expects), and
-    a pool without findings.
+async def guest(
+    directory: Path, *options: str, expected: str = "(?!)"
+) -> AsyncIterator[tuple[Daemon, Machine, OpenIscsi]]:
+    """A daemon, a guest beside it, and in the end no session, no complaint of the guest's kernel
+    (but what a test expects), and a pool without findings.
     """
     async with Daemon(directory, pool_size="4GiB", options=options) as daemon:
         async with Machine(directory, expected) as machine:
@@ -60,7 +65,9 @@ async def guest(directory: Path, *options: str, expected: str = "(?!)") -> Async
         await checked(daemon)
 
 
-async def grow(daemon: Daemon, machine: Machine, initiator: OpenIscsi, disk: Mounted, device: str) -> None:
+async def grow(
+    daemon: Daemon, machine: Machine, initiator: OpenIscsi, disk: Mounted, device: str
+) -> None:
     """Resize the vdisk below a mounted file system, and let both grow into it."""
     size_bytes = 2 * DISK_MIB * MIB
     await daemon.ctl("vdisk", "resize", "disk", str(size_bytes))
@@ -76,7 +83,9 @@ async def test_file_system_fio_trim_and_growth(tmp_path: Path, kind: str) -> Non
         await daemon.ctl("vdisk", "create", "disk", "--size", f"{DISK_MIB}MiB")
         assert await initiator.discover() == ["disk"]
         device = await initiator.login("disk")
-        assert [row["initiator"] for row in await sessions(daemon)] == ["iqn.2026-01.io.cleaved.test:guest"]
+        assert [row["initiator"] for row in await sessions(daemon)] == [
+            "iqn.2026-01.io.cleaved.test:guest"
+        ]
         assert await machine.succeed(f"blockdev --getsize64 {device}") == str(DISK_MIB * MIB)
         disk = Mounted(kind, device, "/mnt")
         await machine.succeed(f"{disk.make} 2>&1 && {disk.mount}")
@@ -96,9 +105,13 @@ async def test_file_system_fio_trim_and_growth(tmp_path: Path, kind: str) -> Non
 
 
 async def golden_and_clone(daemon: Daemon, machine: Machine, golden: Mounted) -> None:
-    """A file with a known sum, a snapshot and a clone taken from outside of the frozen file system, and then another file there."""
+    """A file with a known sum, a snapshot and a clone taken from outside of the frozen file system,
+    and then another file there.
+    """
     await machine.succeed(f"{golden.make} 2>&1 && {golden.mount}")
-    await machine.succeed(f"head -c {FILE_MIB}m /dev/urandom >/golden/data && sha256sum </golden/data >/tmp/sum")
+    await machine.succeed(
+        f"head -c {FILE_MIB}m /dev/urandom >/golden/data && sha256sum </golden/data >/tmp/sum"
+    )
     await machine.succeed("sync && fsfreeze --freeze /golden")
     await daemon.ctl("snapshot", "create", "golden@v1")
     await machine.succeed("fsfreeze --unfreeze /golden")
@@ -129,7 +142,9 @@ async def stop_fio(machine: Machine) -> None:
     ("kind", "mode", "digest"),
     [("ext4", "share", "None"), ("xfs", "copy", "CRC32C")],
 )
-async def test_split_of_a_mounted_clone_while_fio_verifies(tmp_path: Path, kind: str, mode: str, digest: str) -> None:
+async def test_split_of_a_mounted_clone_while_fio_verifies(
+    tmp_path: Path, kind: str, mode: str, digest: str
+) -> None:
     digests = {"node.conn[0].iscsi.HeaderDigest": digest, "node.conn[0].iscsi.DataDigest": digest}
     async with guest(tmp_path) as (daemon, machine, initiator):
         await daemon.ctl("vdisk", "create", "golden", "--size", f"{DISK_MIB}MiB")
@@ -139,7 +154,8 @@ async def test_split_of_a_mounted_clone_while_fio_verifies(tmp_path: Path, kind:
         assert (await initiator.negotiated()).count(f"DataDigest: {digest}") == 2
         await machine.succeed(f"{clone.mount} && {SAME_DATA}")
 
-        # Slow enough that several rounds of fio fall into the split; sharing moves no data, and has no pace.
+        # Slow enough that several rounds of fio fall into the split; sharing moves no data, and has
+        # no pace.
         await start_fio(daemon, machine, "web")
         pace = ["--max-rate", "3MiB/s"] if mode == "copy" else []
         before = await daemon.ctl("stats", "web")
@@ -152,15 +168,19 @@ async def test_split_of_a_mounted_clone_while_fio_verifies(tmp_path: Path, kind:
         assert (await daemon.ctl("vdisk", "show", "web"))["backing"] is None
         await daemon.ctl("snapshot", "rm", "golden@v1")
 
-        await machine.succeed(f"{clone.unmount} && {clone.check} 2>&1 && {clone.mount} && {SAME_DATA} && {clone.unmount}")
+        await machine.succeed(
+            f"{clone.unmount} && {clone.check} 2>&1 && {clone.mount} && {SAME_DATA} &&"
+            f" {clone.unmount}"
+        )
         await machine.succeed(f"{golden.unmount} && {golden.check} 2>&1")
         await initiator.logout("web")
         await initiator.logout("golden")
 
 
 async def test_initiator_comes_back_after_kill_9_while_fio_verifies(tmp_path: Path) -> None:
-    """The daemon dies with commands in flight, which the kernel sends again to the next one. With the disk's write cache switched off,
-    all that was acknowledged is there. (With it on, only what was flushed would have to be, which is less than fio asks for.)
+    """The daemon dies with commands in flight, which the kernel sends again to the next one. With
+    the disk's write cache switched off, all that was acknowledged is there. (With it on, only what
+    was flushed would have to be, which is less than fio asks for.)
     """
     async with guest(tmp_path, expected="detected conn error") as (daemon, machine, initiator):
         await daemon.ctl("vdisk", "create", "disk", "--size", f"{DISK_MIB}MiB")
@@ -197,16 +217,31 @@ async def test_mutual_chap(tmp_path: Path) -> None:
     (tmp_path / "chap.toml").write_text(CHAP)
     one_way = {"node.session.auth.authmethod": "CHAP", "node.session.auth.username": "guest"}
     right = {"node.session.auth.password": "a secret of its own"}
-    mutual = {"node.session.auth.username_in": "cleaved", "node.session.auth.password_in": "what the target says"}
-    async with guest(tmp_path, "--config", str(tmp_path / "chap.toml"), expected="detected conn error") as (daemon, machine, initiator):
+    mutual = {
+        "node.session.auth.username_in": "cleaved",
+        "node.session.auth.password_in": "what the target says",
+    }
+    async with guest(
+        tmp_path, "--config", str(tmp_path / "chap.toml"), expected="detected conn error"
+    ) as (daemon, machine, initiator):
         await daemon.ctl("vdisk", "create", "disk", "--size", "8MiB")
         for wrong in ({}, {**one_way, "node.session.auth.password": "another one here"}):
             reply = await initiator.try_login("disk", **wrong)
             assert reply.status != 0 and "authorization failure" in reply.output
             assert await sessions(daemon) == []
-        reply = await initiator.try_login("disk", **one_way, **right, **{**mutual, "node.session.auth.password_in": "no such secret"})
+        reply = await initiator.try_login(
+            "disk",
+            **one_way,
+            **right,
+            **{**mutual, "node.session.auth.password_in": "no such secret"},
+        )
         assert reply.status != 0
         device = await initiator.login("disk", **one_way, **right, **mutual)
-        await machine.succeed(f"head -c 1m /dev/urandom >/tmp/data && dd if=/tmp/data of={device} bs=1M conv=fsync 2>&1")
-        await machine.succeed(f"echo 3 >/proc/sys/vm/drop_caches && head -c 1m {device} | cmp - /tmp/data")
+        await machine.succeed(
+            f"head -c 1m /dev/urandom >/tmp/data && dd if=/tmp/data of={device} bs=1M conv=fsync"
+            " 2>&1"
+        )
+        await machine.succeed(
+            f"echo 3 >/proc/sys/vm/drop_caches && head -c 1m {device} | cmp - /tmp/data"
+        )
         await initiator.logout("disk")

@@ -1,4 +1,5 @@
-"""EXTENDED COPY through iSCSI between two vdisks of one pool: how long whole blocks take that are copied by reference, and what space.
+"""EXTENDED COPY through iSCSI between two vdisks of one pool: how long whole blocks take that are
+copied by reference, and what space.
 
 python -m tests.load.bench_copy [--disk-mib 1024] [--rounds 3]
 """
@@ -37,7 +38,12 @@ async def measure(options: argparse.Namespace) -> list[list[str]]:
                 took.append((time.perf_counter() - begun) * 1e3)
             rows.append([f"EXTENDED COPY of {options.disk_mib} MiB, first", f"{took[0]:.0f} ms"])
             rows.append(["again over it, median", f"{median(took[1:] or took):.0f} ms"])
-            rows.append(["space that the copy takes", f"{(await used_bytes(daemon) - before) / MIB:.1f} MiB"])
+            rows.append(
+                [
+                    "space that the copy takes",
+                    f"{(await used_bytes(daemon) - before) / MIB:.1f} MiB",
+                ]
+            )
         errors = (await daemon.ctl("pool", "check", "--verify-data"))["errors"]
         assert not errors, errors
         await daemon.stop()
@@ -46,7 +52,9 @@ async def measure(options: argparse.Namespace) -> list[list[str]]:
 
 def main() -> int:
     """Parse the command line and measure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--disk-mib", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)
     rows = uvloop.run(measure(parser.parse_args()))

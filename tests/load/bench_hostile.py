@@ -1,10 +1,12 @@
 """What hostile peers cost: the daemon's memory, and the latency of an honest session beside them.
 
-    python -m tests.load.bench_hostile [--seconds 4] [--rounds 3] [--workers 64] [--addresses 32] [--only REGEX]
+    python -m tests.load.bench_hostile [--seconds 4] [--rounds 3] [--workers 64]
+        [--addresses 32] [--only REGEX]
 
-Daemon, flooder (tests/load/flooder.py) and the honest reader (this process) are three processes. The reader reads 4 KiB at random, one
-after the other with a short rest, before and during each kind of flood. Memory is the daemon's resident set: before the
-first flood, the highest during one, and after it.
+Daemon, flooder (tests/load/flooder.py) and the honest reader (this process) are three processes.
+The reader reads 4 KiB at random, one after the other with a short rest, before and during each kind
+of flood. Memory is the daemon's resident set: before the first flood, the highest during one, and
+after it.
 """
 
 import argparse
@@ -63,10 +65,20 @@ class Figures:
         ]
 
 
-HEADS = ["flood", "attempts/s", "let in", "p50 / p99 before, ms", "during, ms", "ratio", "MiB before / peak / after"]
+HEADS = [
+    "flood",
+    "attempts/s",
+    "let in",
+    "p50 / p99 before, ms",
+    "during, ms",
+    "ratio",
+    "MiB before / peak / after",
+]
 
 
-async def read_for(reader: Initiator, daemon: Daemon, seconds: float) -> tuple[tuple[float, float], float]:
+async def read_for(
+    reader: Initiator, daemon: Daemon, seconds: float
+) -> tuple[tuple[float, float], float]:
     """p50 and p99 of random reads in milliseconds, and the daemon's highest memory in MiB."""
     took, peak, ends = [], 0.0, time.perf_counter() + seconds
     while (begun := time.perf_counter()) < ends:
@@ -78,13 +90,25 @@ async def read_for(reader: Initiator, daemon: Daemon, seconds: float) -> tuple[t
     return (percentile(took, 50), percentile(took, 99)), peak
 
 
-async def one_round(reader: Initiator, daemon: Daemon, kind: str, options: argparse.Namespace, figures: Figures) -> None:
+async def one_round(
+    reader: Initiator, daemon: Daemon, kind: str, options: argparse.Namespace, figures: Figures
+) -> None:
     """Measure, flood and measure, wait."""
     figures.before.append((await read_for(reader, daemon, options.seconds))[0])
     figures.memory_before = figures.memory_before or daemon.memory_bytes() / (1 << 20)
     arguments = ["--workers", str(options.workers), "--addresses", str(options.addresses)]
-    command = [sys.executable, "-m", "tests.load.flooder", kind, daemon.portal, daemon.url(VDISK).split("/")[3], *arguments]
-    flooder = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, cwd=ROOT)
+    command = [
+        sys.executable,
+        "-m",
+        "tests.load.flooder",
+        kind,
+        daemon.portal,
+        daemon.url(VDISK).split("/")[3],
+        *arguments,
+    ]
+    flooder = await asyncio.create_subprocess_exec(
+        *command, stdout=asyncio.subprocess.PIPE, cwd=ROOT
+    )
     await asyncio.sleep(SETTLE_SECONDS)
     begun = time.perf_counter()
     latencies, peak = await read_for(reader, daemon, options.seconds)
@@ -105,7 +129,15 @@ async def prepared(directory: Path) -> Daemon:
     await daemon.start()
     await daemon.ctl("vdisk", "create", VDISK, "--size", str(VDISK_BYTES))
     (directory / "secret").write_text(SECRET)
-    await daemon.ctl("chap", "set", CHAP_INITIATOR, "--user", CHAP_USER, "--secret-file", str(directory / "secret"))
+    await daemon.ctl(
+        "chap",
+        "set",
+        CHAP_INITIATOR,
+        "--user",
+        CHAP_USER,
+        "--secret-file",
+        str(directory / "secret"),
+    )
     return daemon
 
 
@@ -116,7 +148,9 @@ async def run(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="cleaved-hostile-") as directory:
         daemon = await prepared(Path(directory))
         host, _, port = daemon.portal.rpartition(":")
-        async with await Initiator.connect(host, int(port), daemon.url(VDISK).split("/")[3]) as reader:
+        async with await Initiator.connect(
+            host, int(port), daemon.url(VDISK).split("/")[3]
+        ) as reader:
             for at in range(0, VDISK_BYTES, 1 << 20):
                 await reader.write(at, random.randbytes(1 << 20))
             for _ in range(options.rounds):
@@ -129,7 +163,9 @@ async def run(options: argparse.Namespace) -> None:
 
 def main() -> int:
     """Parse the command line and measure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=64)

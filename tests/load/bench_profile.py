@@ -1,9 +1,11 @@
-"""Where the daemon's time goes, per I/O: py-spy samples the event loop thread while a real client runs one workload.
+"""Where the daemon's time goes, per I/O: py-spy samples the event loop thread while a real client
+runs one workload.
 
     python -m tests.load.bench_profile [--only PATTERN] [--rows 12]
 
-Needs py-spy (pip install py-spy) and root, or the right to trace processes. A function's own time includes the system calls it makes:
-``try_readv`` is preadv, ``try_writev`` is pwritev, ``_send`` is sendmsg; what uvloop does itself (epoll, recv) counts as "event loop".
+Needs py-spy (pip install py-spy) and root, or the right to trace processes. A function's own time
+includes the system calls it makes: ``try_readv`` is preadv, ``try_writev`` is pwritev, ``_send`` is
+sendmsg; what uvloop does itself (epoll, recv) counts as "event loop".
 """
 
 import argparse
@@ -26,8 +28,9 @@ SETTLE_SECONDS = 0.5
 PY_SPY = shutil.which("py-spy") or shutil.which("py-spy", path=str(Path(sys.executable).parent))
 FRAME = re.compile(r"(?P<function>.+) \((?P<file>[^:]+)(:\d+)?\)$")
 SYSTEM_CALLS = {
-    "DescriptorDevice.try_readv": "preadv (page cache hit)", "DescriptorDevice.try_writev": "pwritev (page cache)",
-    "IscsiProtocol._send": "sendmsg", "Runner.run": "event loop: epoll, recv, idle",
+    "DescriptorDevice.try_readv": "preadv (page cache hit)",
+    "DescriptorDevice.try_writev": "pwritev (page cache)", "IscsiProtocol._send": "sendmsg",
+    "Runner.run": "event loop: epoll, recv, idle",
 }  # fmt: skip
 
 
@@ -41,7 +44,9 @@ def where(frame: str) -> str:
 
 
 def own_times(samples: str) -> collections.Counter[str]:
-    """Samples by innermost frame, of the event loop thread only (the I/O threads' stacks begin in threading.py)."""
+    """Samples by innermost frame, of the event loop thread only (the I/O threads' stacks begin in
+    threading.py).
+    """
     own: collections.Counter[str] = collections.Counter()
     for line in samples.splitlines():
         stack, _, count = line.rpartition(" ")
@@ -53,7 +58,9 @@ def own_times(samples: str) -> collections.Counter[str]:
 async def profile(
     server: CleavedServer, workload: Workload, seconds: float, directory: Path
 ) -> tuple[float, float, collections.Counter[str]]:
-    """Operations a second and processor time an I/O without the profiler, then the profile of a second run."""
+    """Operations a second and processor time an I/O without the profiler, then the profile of a
+    second run.
+    """
     cpu = cpu_seconds(server.pid)
     operations, passed = await workload.run(server.url, seconds)
     used = (cpu_seconds(server.pid) - cpu) / operations * 1e6
@@ -62,8 +69,8 @@ async def profile(
     raw = directory / "samples"
     assert PY_SPY is not None
     sampled = await run(
-        PY_SPY, "record", "--pid", str(server.pid), "--duration", str(max(1, int(seconds / 2))), "--rate", str(SAMPLES_PER_SECOND),
-        "--format", "raw", "--output", str(raw),
+        PY_SPY, "record", "--pid", str(server.pid), "--duration", str(max(1, int(seconds / 2))),
+        "--rate", str(SAMPLES_PER_SECOND), "--format", "raw", "--output", str(raw),
     )  # fmt: skip
     await client
     if sampled.status != 0:
@@ -71,7 +78,9 @@ async def profile(
     return operations / passed, used, own_times(raw.read_text())
 
 
-async def profile_all(directory: Path, only: str, rows: int, disk_bytes: int, seconds: float) -> None:
+async def profile_all(
+    directory: Path, only: str, rows: int, disk_bytes: int, seconds: float
+) -> None:
     source = make_source(directory, disk_bytes)
     warm_memory(directory, 4 * disk_bytes)
     print(f"{machine()}\n")
@@ -81,8 +90,14 @@ async def profile_all(directory: Path, only: str, rows: int, disk_bytes: int, se
             if re.search(only, workload.name):
                 rate, used, own = await profile(server, workload, seconds, directory)
                 whole, each = sum(own.values()) or 1, 1e6 / rate
-                print(f"### {workload.name}: {rate:,.0f} a second, {each:.1f} us each; {used:.1f} us of processor time\n")
-                shares = [(name, f"{100 * count / whole:.1f} %", f"{each * count / whole:.2f}") for name, count in own.most_common(rows)]
+                print(
+                    f"### {workload.name}: {rate:,.0f} a second, {each:.1f} us each; {used:.1f} us"
+                    " of processor time\n"
+                )
+                shares = [
+                    (name, f"{100 * count / whole:.1f} %", f"{each * count / whole:.2f}")
+                    for name, count in own.most_common(rows)
+                ]
                 print(table(("own time in", "share", "us an I/O"), shares) + "\n")
 
 
@@ -95,10 +110,16 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, default=None)
     options = parser.parse_args()
     if PY_SPY is None:
-        print("left out: this bench wants py-spy (pip install py-spy)")  # no reason to end `make bench`
+        print(
+            "left out: this bench wants py-spy (pip install py-spy)"
+        )  # no reason to end `make bench`
         return
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
-        asyncio.run(profile_all(Path(directory), options.only, options.rows, options.disk_mib << 20, options.seconds))
+        asyncio.run(
+            profile_all(
+                Path(directory), options.only, options.rows, options.disk_mib << 20, options.seconds
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""What one READ(10) or WRITE(10) of 4 KiB costs in the protocol layer: bursts of 32 PDUs against a volume that does nothing.
+"""What one READ(10) or WRITE(10) of 4 KiB costs in the protocol layer: bursts of 32 PDUs against a
+volume that does nothing.
 
 python -m tests.load.bench_protocol [--commands 200000]
 """
@@ -6,6 +7,7 @@ python -m tests.load.bench_protocol [--commands 200000]
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from struct import Struct
 
 from protocol.iscsi.connection import TargetConnection
@@ -24,7 +26,9 @@ _WRITE_FLAGS = 0xA1
 
 
 class NoVolume(MemoryVolume):
-    """Reads give one constant block; writes complete at settle. What remains is the protocol's own time."""
+    """Reads give one constant block; writes complete at settle. What remains is the protocol's own
+    time.
+    """
 
     block = bytes(BLOCK_BYTES)
 
@@ -47,12 +51,29 @@ def burst(first_cmd_sn: int, opcode: int, flags: int, data: bytes) -> bytes:
     """DEPTH commands, with immediate data if any."""
     pdus = bytearray()
     for index in range(DEPTH):
-        head = HEADER.pack(SCSI_COMMAND, flags, 0, 0, len(data), 0, 1 + index, BLOCK_BYTES, first_cmd_sn + index, 1, 0, 0, 0, 0)
+        head = HEADER.pack(
+            SCSI_COMMAND,
+            flags,
+            0,
+            0,
+            len(data),
+            0,
+            1 + index,
+            BLOCK_BYTES,
+            first_cmd_sn + index,
+            1,
+            0,
+            0,
+            0,
+            0,
+        )
         pdus += head[:32] + _CDB_10.pack(opcode, 0, index * 8, 0, BLOCK_BYTES // 512, 0) + data
     return bytes(pdus)
 
 
-def measure(target: TargetConnection, make: Callable[[int], bytes], first_cmd_sn: int, commands: int) -> float:
+def measure(
+    target: TargetConnection, make: Callable[[int], bytes], first_cmd_sn: int, commands: int
+) -> float:
     """Seconds for ``commands`` commands, without the making and copying of the PDUs."""
     spent = 0.0
     for _ in range(commands // DEPTH):
@@ -81,7 +102,9 @@ def main() -> None:
         ("read", opcodes.READ_10, _READ_FLAGS, b""),
         ("write", opcodes.WRITE_10, _WRITE_FLAGS, bytes(BLOCK_BYTES)),
     ):
-        seconds = measure(target, lambda sn, o=opcode, f=flags, d=data: burst(sn, o, f, d), cmd_sn, commands)  # type: ignore[misc]
+        seconds = measure(
+            target, partial(burst, opcode=opcode, flags=flags, data=data), cmd_sn, commands
+        )
         cmd_sn += commands // DEPTH * DEPTH
         print(f"{name}: {seconds / (commands // DEPTH * DEPTH) * 1e6:.2f} us a command")
 

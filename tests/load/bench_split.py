@@ -1,4 +1,5 @@
-"""Splits: how fast on an idle daemon, beside QEMU's block-stream; what clients feel of one; and that ``kill -9`` costs nothing.
+"""Splits: how fast on an idle daemon, beside QEMU's block-stream; what clients feel of one; and
+that ``kill -9`` costs nothing.
 
     python -m tests.load.bench_split [--disk-mib 2048] [--rounds 3] [--parts idle,load,crash]
 
@@ -26,7 +27,8 @@ POLL_SECONDS = 0.02
 PHASE_SECONDS = 10.0
 # Killed when so much of the split is done.
 KILL_PERCENT = 40.0
-# How long the split would take in all: several consistency points, so that one lies well before the kill.
+# How long the split would take in all: several consistency points, so that one lies well before the
+# kill.
 KILLED_SPLIT_SECONDS = 30
 
 
@@ -36,13 +38,17 @@ def wait_for_split(control: ControlClient, name: str, percent: float = 100.0) ->
         shown: dict[str, Any] = control.call("split.show", name=name)
         if shown["state"] in ("failed", "cancelled", "paused"):
             raise RuntimeError(f"the split of {name} is {shown['state']}: {shown['reason']}")
-        if shown["state"] == "done" or (percent < 100.0 and shown["counted"] and shown["percent"] >= percent):
+        if shown["state"] == "done" or (
+            percent < 100.0 and shown["counted"] and shown["percent"] >= percent
+        ):
             return shown
         time.sleep(POLL_SECONDS)
 
 
 def timed_split(control: ControlClient, name: str, mode: str) -> float:
-    """Seconds from the command to the released association; durable, since the release is a consistency point."""
+    """Seconds from the command to the released association; durable, since the release is a
+    consistency point.
+    """
     started = time.perf_counter()
     control.call("split.start", name=name, mode=mode)
     wait_for_split(control, name)
@@ -61,14 +67,22 @@ async def filled_daemon(directory: Path, disk_mib: int) -> Daemon:
 
 def load_arguments(daemon: Daemon, vdisk: str, disk_mib: int) -> tuple[str, ...]:
     target = f"iqn.2026-01.io.cleaved:{vdisk}"
-    return (sys.executable, "-m", "tests.load.random_load", daemon.portal, target, "--disk-mib", str(disk_mib))
+    return (
+        sys.executable,
+        "-m",
+        "tests.load.random_load",
+        daemon.portal,
+        target,
+        "--disk-mib",
+        str(disk_mib),
+    )
 
 
 async def load_program(daemon: Daemon, vdisk: str, disk_mib: int, *options: str) -> str:
     return await succeed(*load_arguments(daemon, vdisk, disk_mib), *options)
 
 
-# --- Idle ---------------------------------------------------------------------------------------------------------
+# --- Idle -----------------------------------------------------------------------------------------
 
 
 async def idle(directory: Path, disk_mib: int, rounds: int) -> None:
@@ -79,7 +93,9 @@ async def idle(directory: Path, disk_mib: int, rounds: int) -> None:
     seconds: dict[str, list[float]] = {}
     try:
         if has_qemu:
-            await succeed("qemu-img", "convert", "-f", "raw", "-O", "raw", daemon.url("golden"), str(base))
+            await succeed(
+                "qemu-img", "convert", "-f", "raw", "-O", "raw", daemon.url("golden"), str(base)
+            )
         with ControlClient(str(daemon.control_path)) as control:
             for number in range(rounds):
                 for mode in ("copy", "share"):
@@ -97,10 +113,15 @@ async def idle(directory: Path, disk_mib: int, rounds: int) -> None:
         await daemon.stop()
         base.unlink(missing_ok=True)
     names = {
-        "copy": "cleaved, copy mode (durable when done)", "share": "cleaved, share mode (durable when done)",
-        "qemu": "QEMU block-stream, job done", "qemu synced": "QEMU block-stream, and synced",
-    }  # fmt: skip
-    rows = [(names[key], f"{median(all_):.3f} s", f"{disk_mib / 1024 / median(all_):.2f} GiB/s") for key, all_ in seconds.items()]
+        "copy": "cleaved, copy mode (durable when done)",
+        "share": "cleaved, share mode (durable when done)",
+        "qemu": "QEMU block-stream, job done",
+        "qemu synced": "QEMU block-stream, and synced",
+    }
+    rows = [
+        (names[key], f"{median(all_):.3f} s", f"{disk_mib / 1024 / median(all_):.2f} GiB/s")
+        for key, all_ in seconds.items()
+    ]
     print(f"### Split of a fully backed clone of {disk_mib} MiB, idle; median of {rounds}\n")
     print(table(("what", "time", "rate"), rows))
     print(f"\npool check afterwards: {'clean' if check['ok'] else check['errors']}\n")
@@ -109,24 +130,31 @@ async def idle(directory: Path, disk_mib: int, rounds: int) -> None:
 
 
 async def settle(control: ControlClient) -> None:
-    """Wait until deleted clones are reclaimed: their blocks are freed in the background, and would disturb what is measured next."""
+    """Wait until deleted clones are reclaimed: their blocks are freed in the background, and would
+    disturb what is measured next.
+    """
     before = -1
     while (used := control.call("pool.show")["used_bytes"]) != before:
         before = used
         await asyncio.sleep(1.0)
 
 
-# --- Under load ---------------------------------------------------------------------------------------------------
+# --- Under load -----------------------------------------------------------------------------------
 
 
 async def loaded(directory: Path, disk_mib: int) -> None:
-    """Latencies of 2,000 reads and 2,000 writes a second, without a split, during one, and after it; every byte compared."""
+    """Latencies of 2,000 reads and 2,000 writes a second, without a split, during one, and after
+    it; every byte compared.
+    """
     daemon = await filled_daemon(directory, disk_mib)
     try:
         with ControlClient(str(daemon.control_path)) as control:
             control.call("clone.create", snapshot="golden@v1", name="clone")
             process = await asyncio.create_subprocess_exec(
-                *load_arguments(daemon, "clone", disk_mib), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, cwd=ROOT
+                *load_arguments(daemon, "clone", disk_mib),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                cwd=ROOT,
             )
             assert process.stdin is not None
             await asyncio.sleep(1.0)
@@ -144,26 +172,39 @@ async def loaded(directory: Path, disk_mib: int) -> None:
     finally:
         await daemon.stop()
     report_load(found, disk_mib, seconds)
-    print(f"\nbacking store afterwards: {backing}; snapshot deleted: {deleted['deleted']}; pool check with data: "
-          f"{'clean' if check['ok'] else check['errors']}\n")  # fmt: skip
+    print(
+        f"\nbacking store afterwards: {backing}; snapshot deleted: {deleted['deleted']}; pool check"
+        f" with data: {'clean' if check['ok'] else check['errors']}\n"
+    )
 
 
 def report_load(found: dict[str, Any], disk_mib: int, seconds: float) -> None:
-    print(f"### Split of {disk_mib} MiB with 2,000 random reads and 2,000 random writes of 4 KiB a second: {seconds:.1f} s "
-          f"({disk_mib / seconds:.0f} MiB/s)\n")  # fmt: skip
+    print(
+        f"### Split of {disk_mib} MiB with 2,000 random reads and 2,000 random writes of 4 KiB a"
+        f" second: {seconds:.1f} s ({disk_mib / seconds:.0f} MiB/s)\n"
+    )
     rows = [
-        (name, kind, *(phase[kind][key] for key in ("count", "p50_ms", "p99_ms", "p99.9_ms", "max_ms")))
-        for name, phase in found["phases"].items() if name != "start" for kind in ("reads", "writes")
-    ]  # fmt: skip
+        (
+            name,
+            kind,
+            *(phase[kind][key] for key in ("count", "p50_ms", "p99_ms", "p99.9_ms", "max_ms")),
+        )
+        for name, phase in found["phases"].items()
+        if name != "start"
+        for kind in ("reads", "writes")
+    ]
     print(table(("split", "what", "count", "p50 ms", "p99 ms", "p99.9 ms", "max ms"), rows))
     for kind in ("reads", "writes"):
         before, during = (found["phases"][name][kind]["p99_ms"] for name in ("before", "during"))
         print(f"\np99 of {kind}: {during / before:.2f} times that without the split")
     wrong = found["wrong"]
-    print(f"\n{found['verified_blocks']} blocks compared afterwards, all reads checked: {wrong[:3] if wrong else 'every byte right'}")
+    print(
+        f"\n{found['verified_blocks']} blocks compared afterwards, all reads checked:"
+        f" {wrong[:3] if wrong else 'every byte right'}"
+    )
 
 
-# --- kill -9 ------------------------------------------------------------------------------------------------------
+# --- kill -9 --------------------------------------------------------------------------------------
 
 
 async def crash(directory: Path, disk_mib: int) -> None:
@@ -172,7 +213,12 @@ async def crash(directory: Path, disk_mib: int) -> None:
     try:
         with ControlClient(str(daemon.control_path)) as control:
             control.call("clone.create", snapshot="golden@v1", name="clone")
-            control.call("split.start", name="clone", mode="copy", rate_max_bytes=disk_mib * (1 << 20) // KILLED_SPLIT_SECONDS)
+            control.call(
+                "split.start",
+                name="clone",
+                mode="copy",
+                rate_max_bytes=disk_mib * (1 << 20) // KILLED_SPLIT_SECONDS,
+            )
             before = wait_for_split(control, "clone", KILL_PERCENT)
         await daemon.stop(signal.SIGKILL)
         started = time.perf_counter()
@@ -187,12 +233,22 @@ async def crash(directory: Path, disk_mib: int) -> None:
     finally:
         await daemon.stop()
     print("### kill -9 in the middle of a split\n")
-    moments = (("just before the kill", before), (f"restarted, {restart_seconds:.2f} s after it", after), ("at the end", total))
-    rows = [(when, shown["state"], shown["holes_remaining"], shown["percent"]) for when, shown in moments]
+    moments = (
+        ("just before the kill", before),
+        (f"restarted, {restart_seconds:.2f} s after it", after),
+        ("at the end", total),
+    )
+    rows = [
+        (when, shown["state"], shown["holes_remaining"], shown["percent"])
+        for when, shown in moments
+    ]
     print(table(("when", "state", "holes remaining", "percent"), rows))
     wrong = found["wrong"]
-    print(f"\n{found['verified_blocks']} blocks compared: {wrong[:3] if wrong else 'every byte right'}; "
-          f"pool check with data: {'clean' if check['ok'] else check['errors']}\n")  # fmt: skip
+    print(
+        f"\n{found['verified_blocks']} blocks compared:"
+        f" {wrong[:3] if wrong else 'every byte right'}; pool check with data:"
+        f" {'clean' if check['ok'] else check['errors']}\n"
+    )
 
 
 async def main_async(parts: list[str], directory: Path, disk_mib: int, rounds: int) -> None:
@@ -218,7 +274,9 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, default=None)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
-        asyncio.run(main_async(options.parts.split(","), Path(directory), options.disk_mib, options.rounds))
+        asyncio.run(
+            main_async(options.parts.split(","), Path(directory), options.disk_mib, options.rounds)
+        )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""How long one turn of the event loop takes while background work runs (design section 6, invariant 8: never above 5 ms).
+"""How long one turn of the event loop takes while background work runs (design section 6, invariant
+8: never above 5 ms).
 
     python -m tests.load.bench_stalls [--disk-mib 2048] [--vdisks 20000] [--late-ms 5]
 
-A callback that asks for itself again measures each turn, by the clock and by the processor time of the event loop's thread. A turn that is
-late by the clock alone was waited for (another process had the processor, or a system call blocked); one that is late by both is our
-own computing. A second thread looks at the event loop's stack whenever the beat is late, and says where it was.
+A callback that asks for itself again measures each turn, by the clock and by the processor time of
+the event loop's thread. A turn that is late by the clock alone was waited for (another process had
+the processor, or a system call blocked); one that is late by both is our own computing. A second
+thread looks at the event loop's stack whenever the beat is late, and says where it was.
 """
 
 import argparse
@@ -66,12 +68,19 @@ class Probe:
         self._watcher.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._running = False
         self._watcher.join()
 
     def _beat(self) -> None:
-        """Once a turn. Nothing is allocated that lasts, so that the probe has no garbage collections of its own."""
+        """Once a turn. Nothing is allocated that lasts, so that the probe has no garbage
+        collections of its own.
+        """
         now, processor, turns = time.perf_counter(), time.thread_time(), self._turns
         passed, computed = now - self._beat_at, processor - self._beat_processor
         self._beat_at, self._beat_processor = now, processor
@@ -119,7 +128,10 @@ class Scenario:
 
     def _random_offsets(self, count: int) -> Iterator[int]:
         """One by one: a list of them would be a turn of its own that is late."""
-        return (self._random.randrange(self._disk_bytes // BLOCK_BYTES) * BLOCK_BYTES for _ in range(count))
+        return (
+            self._random.randrange(self._disk_bytes // BLOCK_BYTES) * BLOCK_BYTES
+            for _ in range(count)
+        )
 
     async def _write(self, name: str, offsets: Iterable[int], length: int, at_once: int) -> None:
         """Write pieces, ``at_once`` to a wake-up, as a listener does."""
@@ -131,7 +143,12 @@ class Scenario:
                 future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
                 ended.append(future)
                 start = self._random.randrange(CHUNK_BYTES - length + 1)
-                volume.write(offset, memoryview(self._data)[start : start + length], False, partial(_settle, future))
+                volume.write(
+                    offset,
+                    memoryview(self._data)[start : start + length],
+                    False,
+                    partial(_settle, future),
+                )
             volume.settle()
             await asyncio.gather(*ended)
 
@@ -198,7 +215,9 @@ class Scenario:
 
     async def many_vdisks(self) -> None:
         for first in range(0, self._vdisks, 64):
-            await asyncio.gather(*(self._pool.vdisk_create(f"v{first + i}", 1 << 30) for i in range(64)))
+            await asyncio.gather(
+                *(self._pool.vdisk_create(f"v{first + i}", 1 << 30) for i in range(64))
+            )
 
     async def listing(self) -> None:
         for _ in range(3):
@@ -219,13 +238,21 @@ async def measure(directory: Path, disk_bytes: int, vdisks: int, late_seconds: f
     tune_memory()
     scenario = Scenario(pool, disk_bytes, vdisks)
     steps: list[tuple[str, Awaitable[Any]]] = [
-        ("idle", asyncio.sleep(1.0)), ("fill", scenario.fill()), ("random writes", scenario.random_writes()),
-        ("writes and consistency points", scenario.consistency_points()), ("writes and flushes", scenario.flushes()),
-        ("snapshots and clones", scenario.snapshots_and_clones()), ("random writes over snapshots", scenario.random_writes()),
-        ("split, copy", scenario.split_copy()), ("split, share", scenario.split_share()), ("check, with data", scenario.check()),
-        ("delete and reclaim", scenario.delete()), ("unmap of everything", scenario.unmap()),
-        (f"create of {vdisks} vdisks", scenario.many_vdisks()), (f"list of {vdisks} vdisks", scenario.listing()),
-    ]  # fmt: skip
+        ("idle", asyncio.sleep(1.0)),
+        ("fill", scenario.fill()),
+        ("random writes", scenario.random_writes()),
+        ("writes and consistency points", scenario.consistency_points()),
+        ("writes and flushes", scenario.flushes()),
+        ("snapshots and clones", scenario.snapshots_and_clones()),
+        ("random writes over snapshots", scenario.random_writes()),
+        ("split, copy", scenario.split_copy()),
+        ("split, share", scenario.split_share()),
+        ("check, with data", scenario.check()),
+        ("delete and reclaim", scenario.delete()),
+        ("unmap of everything", scenario.unmap()),
+        (f"create of {vdisks} vdisks", scenario.many_vdisks()),
+        (f"list of {vdisks} vdisks", scenario.listing()),
+    ]
     rows: list[tuple[str, ...]] = []
     late: dict[str, collections.Counter[str]] = {}
     with Probe(late_seconds) as probe:
@@ -233,13 +260,32 @@ async def measure(directory: Path, disk_bytes: int, vdisks: int, late_seconds: f
             started = time.perf_counter()
             turns = await probe.measure(step)
             seconds = time.perf_counter() - started
-            milliseconds = (f"{one * 1e3:.1f}" for one in (seconds / turns.count, turns.longest, turns.longest_processor))
-            rows.append((name, f"{seconds:.1f}", *milliseconds, str(turns.late), str(turns.late_processor)))
+            milliseconds = (
+                f"{one * 1e3:.1f}"
+                for one in (seconds / turns.count, turns.longest, turns.longest_processor)
+            )
+            rows.append(
+                (name, f"{seconds:.1f}", *milliseconds, str(turns.late), str(turns.late_processor))
+            )
             late[name] = turns.where
     await pool.close()
     limit = f"over {late_seconds * 1e3:g} ms"
     print(f"{machine()}\n\n### Turns of the event loop, milliseconds\n")
-    print(table(("during", "seconds", "mean", "longest", "longest, processor", limit, f"{limit}, processor"), rows) + "\n")
+    print(
+        table(
+            (
+                "during",
+                "seconds",
+                "mean",
+                "longest",
+                "longest, processor",
+                limit,
+                f"{limit}, processor",
+            ),
+            rows,
+        )
+        + "\n"
+    )
     for name, stacks in late.items():
         for stack, count in stacks.most_common(6):
             print(f"late during {name}: {count} x {stack}")
@@ -255,7 +301,9 @@ def main() -> None:
     tune_start()
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
         warm_memory(Path(directory), 3 * options.disk_mib << 20)
-        uvloop.run(measure(Path(directory), options.disk_mib << 20, options.vdisks, options.late_ms / 1e3))
+        uvloop.run(
+            measure(Path(directory), options.disk_mib << 20, options.vdisks, options.late_ms / 1e3)
+        )
 
 
 if __name__ == "__main__":

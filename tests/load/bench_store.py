@@ -1,9 +1,11 @@
-"""Times that must not grow with size: snapshot and clone of a 16 TiB vdisk, and opening a pool with 100 GiB allocated.
+"""Times that must not grow with size: snapshot and clone of a 16 TiB vdisk, and opening a pool with
+100 GiB allocated.
 
     python -m tests.load.bench_store [--scattered 8192] [--allocated-gib 100] [--parts create,open]
 
-For the open time, 100 GiB are written through the store's own write path (volume, allocation, pointer blocks, consistency points) onto
-a device that drops the payload of data blocks and keeps everything else: the metadata on disk is that of a pool with 100 GiB of data.
+For the open time, 100 GiB are written through the store's own write path (volume, allocation,
+pointer blocks, consistency points) onto a device that drops the payload of data blocks and keeps
+everything else: the metadata on disk is that of a pool with 100 GiB of data.
 """
 
 import argparse
@@ -35,7 +37,7 @@ MARK = b"payload that the bench's device drops" + bytes(27)
 IN_FLIGHT = 64
 
 
-# --- Create -------------------------------------------------------------------------------------------------------
+# --- Create ---------------------------------------------------------------------------------------
 
 
 class Timer:
@@ -52,16 +54,28 @@ class Timer:
 
 def snapshots_and_clones(timer: Timer, control: ControlClient, vdisk: str, what: str) -> None:
     for number in range(ROUNDS):
-        timer.call(f"snapshot of {what}", control, "snapshot.create", snapshots=[f"{vdisk}@s{number}"])
-        timer.call(f"clone of {what}", control, "clone.create", snapshot=f"{vdisk}@s{number}", name=f"{vdisk}.c{number}")
+        timer.call(
+            f"snapshot of {what}", control, "snapshot.create", snapshots=[f"{vdisk}@s{number}"]
+        )
+        timer.call(
+            f"clone of {what}",
+            control,
+            "clone.create",
+            snapshot=f"{vdisk}@s{number}",
+            name=f"{vdisk}.c{number}",
+        )
 
 
 async def write_scattered(daemon: Daemon, vdisk: str, count: int, seed: int) -> None:
-    """Random blocks all over the disk: nearly every one has a level-1 and a level-2 block of its own."""
+    """Random blocks all over the disk: nearly every one has a level-1 and a level-2 block of its
+    own.
+    """
     host, _, port = daemon.portal.rpartition(":")
     generator = random.Random(seed)
     block = os.urandom(4096)
-    async with await Initiator.connect(host, int(port), f"iqn.2026-01.io.cleaved:{vdisk}") as initiator:
+    async with await Initiator.connect(
+        host, int(port), f"iqn.2026-01.io.cleaved:{vdisk}"
+    ) as initiator:
         for _ in range(0, count, IN_FLIGHT):
             offsets = [generator.randrange(DISK_BYTES // 4096) * 4096 for _ in range(IN_FLIGHT)]
             await asyncio.gather(*(initiator.write(offset, block) for offset in offsets))
@@ -72,14 +86,27 @@ async def create(directory: Path, scattered: int) -> None:
     async with Daemon(directory, pool_size="16GiB") as daemon:
         with ControlClient(str(daemon.control_path)) as control:
             for name in ("empty", "written", "busy"):
-                timer.call("create of a 16 TiB vdisk", control, "vdisk.create", name=name, size_bytes=DISK_BYTES)
+                timer.call(
+                    "create of a 16 TiB vdisk",
+                    control,
+                    "vdisk.create",
+                    name=name,
+                    size_bytes=DISK_BYTES,
+                )
             snapshots_and_clones(timer, control, "empty", "an empty 16 TiB vdisk")
             await write_scattered(daemon, "written", scattered, 1)
             control.call("snapshot.create", snapshots=["written@settled"])
-            snapshots_and_clones(timer, control, "written", f"one with {scattered} scattered blocks")
+            snapshots_and_clones(
+                timer, control, "written", f"one with {scattered} scattered blocks"
+            )
             for number in range(ROUNDS // 2):
                 await write_scattered(daemon, "busy", 2048, number)
-                timer.call("snapshot right after 2048 scattered writes", control, "snapshot.create", snapshots=[f"busy@s{number}"])
+                timer.call(
+                    "snapshot right after 2048 scattered writes",
+                    control,
+                    "snapshot.create",
+                    snapshots=[f"busy@s{number}"],
+                )
     print("### Create, by way of the control socket\n")
     rows = [
         (what, len(all_), f"{median(all_):.1f}", f"{percentile(all_, 95):.1f}", f"{max(all_):.1f}")
@@ -88,7 +115,7 @@ async def create(directory: Path, scattered: int) -> None:
     print(table(("what", "count", "median ms", "p95 ms", "max ms"), rows) + "\n")
 
 
-# --- Open ---------------------------------------------------------------------------------------------------------
+# --- Open -----------------------------------------------------------------------------------------
 
 
 class PayloadDropped(FileDevice):
@@ -169,11 +196,19 @@ async def open_times(directory: Path, allocated_bytes: int) -> None:
         daemon = Daemon(directory)
         started = time.perf_counter()
         await daemon.start()
-        times.setdefault("daemon, from exec to its ready line, nothing cached", []).append(time.perf_counter() - started)
+        times.setdefault("daemon, from exec to its ready line, nothing cached", []).append(
+            time.perf_counter() - started
+        )
         await daemon.stop()
-    print(f"### Opening a pool with {used / GIB:.1f} GiB allocated ({path.stat().st_blocks * 512 / GIB:.2f} GiB of metadata on disk, "
-          f"written in {written_seconds:.0f} s)\n")  # fmt: skip
-    rows = [(what, f"{median(all_) * 1e3:.1f}", f"{max(all_) * 1e3:.1f}") for what, all_ in times.items()]
+    print(
+        f"### Opening a pool with {used / GIB:.1f} GiB allocated"
+        f" ({path.stat().st_blocks * 512 / GIB:.2f} GiB of metadata on disk, written in"
+        f" {written_seconds:.0f} s)\n"
+    )
+    rows = [
+        (what, f"{median(all_) * 1e3:.1f}", f"{max(all_) * 1e3:.1f}")
+        for what, all_ in times.items()
+    ]
     print(table(("what", "median ms", "max ms"), rows) + "\n")
 
 
@@ -181,18 +216,31 @@ async def run(parts: list[str], directory: Path, scattered: int, allocated_bytes
     print(f"{machine()}\n")
     for part in parts:
         with tempfile.TemporaryDirectory(dir=directory) as where:
-            await (create(Path(where), scattered) if part == "create" else open_times(Path(where), allocated_bytes))
+            await (
+                create(Path(where), scattered)
+                if part == "create"
+                else open_times(Path(where), allocated_bytes)
+            )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--scattered", type=int, default=8192, help="blocks written all over the 16 TiB")
+    parser.add_argument(
+        "--scattered", type=int, default=8192, help="blocks written all over the 16 TiB"
+    )
     parser.add_argument("--allocated-gib", type=int, default=100)
     parser.add_argument("--parts", default="create,open")
     parser.add_argument("--directory", type=Path, default=None)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
-        uvloop.run(run(options.parts.split(","), Path(directory), options.scattered, options.allocated_gib * GIB))
+        uvloop.run(
+            run(
+                options.parts.split(","),
+                Path(directory),
+                options.scattered,
+                options.allocated_gib * GIB,
+            )
+        )
 
 
 if __name__ == "__main__":

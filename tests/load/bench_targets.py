@@ -1,9 +1,11 @@
-"""cleaved against tgt: the same bytes in files of the same disk, real clients, alternating in one run.
+"""cleaved against tgt: the same bytes in files of the same disk, real clients, alternating in one
+run.
 
     python -m tests.load.bench_targets [--rounds 5] [--disk-mib 1024] [--seconds 3]
 
-Needs root (tgtd does), and libiscsi-bin, qemu-utils, qemu-block-extra, tgt. Figures of different rounds of a shared machine
-cannot be compared; the two servers within one round can, so the ratio is taken by round, and the median of those is the result.
+Needs root (tgtd does), and libiscsi-bin, qemu-utils, qemu-block-extra, tgt. Figures of different
+rounds of a shared machine cannot be compared; the two servers within one round can, so the ratio is
+taken by round, and the median of those is the result.
 """
 
 import argparse
@@ -26,7 +28,8 @@ Server = CleavedServer | TgtServer
 Run = Coroutine[Any, Any, tuple[float, float]]
 # What qemu-img bench writes: not zeros, which cleaved would store as zero pointers, without data.
 PATTERN = "165"
-# A step that is no divisor of the disk and leaps over four level-1 pointer blocks: neighbouring writes share nothing.
+# A step that is no divisor of the disk and leaps over four level-1 pointer blocks: neighbouring
+# writes share nothing.
 SCATTER_BYTES = (4 << 20) + 4096
 WARM_FACTOR = 6
 
@@ -46,40 +49,85 @@ class Workload(NamedTuple):
 async def iscsi_perf(url: str, seconds: float, depth: int, sectors: int) -> tuple[float, float]:
     """Random reads by libiscsi's own tool."""
     whole = max(1, round(seconds))
-    output = await succeed("iscsi-perf", "-r", "-m", str(depth), "-b", str(sectors), "-t", str(whole), url)
+    output = await succeed(
+        "iscsi-perf", "-r", "-m", str(depth), "-b", str(sectors), "-t", str(whole), url
+    )
     average = re.findall(r"iops average (\d+)", output)[-1]
     return float(average) * whole, float(whole)
 
 
 async def qemu_bench(url: str, count: int, *options: str) -> tuple[float, float]:
     """``count`` requests by qemu-img bench."""
-    output = await succeed("qemu-img", "bench", "-f", "raw", "-t", "none", "-c", str(count), *options, url)
+    output = await succeed(
+        "qemu-img", "bench", "-f", "raw", "-t", "none", "-c", str(count), *options, url
+    )
     found = re.search(r"Run completed in ([\d.]+) seconds", output)
     assert found is not None, output
     return float(count), float(found[1])
 
 
 def by_time(rate_guess: int, *options: str) -> Callable[[str, float], Run]:
-    """qemu-img bench takes a number of requests, not a time: as many as ``rate_guess`` a second would take."""
+    """qemu-img bench takes a number of requests, not a time: as many as ``rate_guess`` a second
+    would take.
+    """
     return lambda url, seconds: qemu_bench(url, round(rate_guess * seconds), *options)
 
 
 WRITE = ("-w", f"--pattern={PATTERN}")
 WORKLOADS = (
     # In this order: each round's sequential reads find what was just written in sequence.
-    Workload("sequential writes, 256 KiB, depth 8", "MiB/s", 1 << 18, by_time(3000, *WRITE, "-s", str(1 << 18), "-d", "8")),
-    Workload("sequential reads, 256 KiB, depth 8", "MiB/s", 1 << 18, by_time(4000, "-s", str(1 << 18), "-d", "8")),
-    Workload("random reads, 4 KiB, depth 32 (iscsi-perf -r -m 32 -b 8)", "IOPS", 4096, lambda u, s: iscsi_perf(u, s, 32, 8)),
-    Workload("random reads, 4 KiB, depth 1 (iscsi-perf -r -m 1 -b 8)", "IOPS", 4096, lambda u, s: iscsi_perf(u, s, 1, 8)),
-    Workload("writes, 4 KiB, depth 1", "IOPS", 4096, by_time(10000, *WRITE, "-s", "4096", "-d", "1")),
-    Workload("writes, 4 KiB, depth 32 (qemu-img bench -w -s 4096 -d 32)", "IOPS", 4096, by_time(40000, *WRITE, "-s", "4096", "-d", "32")),
-    Workload("writes of zeros, 4 KiB, depth 32", "IOPS", 4096, by_time(40000, "-w", "-s", "4096", "-d", "32")),
     Workload(
-        "scattered writes, 4 KiB, depth 32", "IOPS", 4096,
+        "sequential writes, 256 KiB, depth 8",
+        "MiB/s",
+        1 << 18,
+        by_time(3000, *WRITE, "-s", str(1 << 18), "-d", "8"),
+    ),
+    Workload(
+        "sequential reads, 256 KiB, depth 8",
+        "MiB/s",
+        1 << 18,
+        by_time(4000, "-s", str(1 << 18), "-d", "8"),
+    ),
+    Workload(
+        "random reads, 4 KiB, depth 32 (iscsi-perf -r -m 32 -b 8)",
+        "IOPS",
+        4096,
+        lambda u, s: iscsi_perf(u, s, 32, 8),
+    ),
+    Workload(
+        "random reads, 4 KiB, depth 1 (iscsi-perf -r -m 1 -b 8)",
+        "IOPS",
+        4096,
+        lambda u, s: iscsi_perf(u, s, 1, 8),
+    ),
+    Workload(
+        "writes, 4 KiB, depth 1", "IOPS", 4096, by_time(10000, *WRITE, "-s", "4096", "-d", "1")
+    ),
+    Workload(
+        "writes, 4 KiB, depth 32 (qemu-img bench -w -s 4096 -d 32)",
+        "IOPS",
+        4096,
+        by_time(40000, *WRITE, "-s", "4096", "-d", "32"),
+    ),
+    Workload(
+        "writes of zeros, 4 KiB, depth 32",
+        "IOPS",
+        4096,
+        by_time(40000, "-w", "-s", "4096", "-d", "32"),
+    ),
+    Workload(
+        "scattered writes, 4 KiB, depth 32",
+        "IOPS",
+        4096,
         by_time(40000, *WRITE, "-s", "4096", "-d", "32", "-S", str(SCATTER_BYTES)),
     ),
-    Workload("sequential reads of what was written scattered", "MiB/s", 1 << 18, by_time(2000, "-s", str(1 << 18), "-d", "8")),
-)  # fmt: skip
+    Workload(
+        "sequential reads of what was written scattered",
+        "MiB/s",
+        1 << 18,
+        by_time(2000, "-s", str(1 << 18), "-d", "8"),
+    ),
+)
 
 
 async def measure(server: Server, workload: Workload, seconds: float) -> Measured:
@@ -104,12 +152,17 @@ def make_source(directory: Path, disk_bytes: int) -> Path:
     return source
 
 
-async def compare(directory: Path, rounds: int, disk_bytes: int, seconds: float, names: str) -> None:
+async def compare(
+    directory: Path, rounds: int, disk_bytes: int, seconds: float, names: str
+) -> None:
     source = make_source(directory, disk_bytes)
     warm_memory(directory, disk_bytes * WARM_FACTOR)
     chosen = [workload for workload in WORKLOADS if re.search(names, workload.name)]
     results: dict[tuple[str, str], list[Measured]] = {}
-    async with CleavedServer(directory, disk_bytes) as cleaved, TgtServer(directory, disk_bytes) as tgt:
+    async with (
+        CleavedServer(directory, disk_bytes) as cleaved,
+        TgtServer(directory, disk_bytes) as tgt,
+    ):
         for server in (cleaved, tgt):
             await fill(server, source)
         for number in range(rounds):
@@ -125,13 +178,19 @@ def report(chosen: list[Workload], results: dict[tuple[str, str], list[Measured]
     rows = []
     for workload in chosen:
         ours, theirs = results[workload.name, "cleaved"], results[workload.name, "tgt"]
-        ratios = [mine.operations_per_second / other.operations_per_second for mine, other in zip(ours, theirs, strict=True)]
+        ratios = [
+            mine.operations_per_second / other.operations_per_second
+            for mine, other in zip(ours, theirs, strict=True)
+        ]
         scale = 1 if workload.unit == "IOPS" else workload.bytes_each / (1 << 20)
         rows.append(
             (
                 workload.name,
                 f"{median(one.operations_per_second for one in ours) * scale:,.0f} {workload.unit}",
-                f"{median(one.operations_per_second for one in theirs) * scale:,.0f} {workload.unit}",
+                (
+                    f"{median(one.operations_per_second for one in theirs) * scale:,.0f}"
+                    f" {workload.unit}"
+                ),
                 f"{median(ratios):.2f}",
                 f"{min(ratios):.2f} to {max(ratios):.2f}",
                 f"{median(one.processor_microseconds for one in ours):.1f} us",
@@ -139,7 +198,20 @@ def report(chosen: list[Workload], results: dict[tuple[str, str], list[Measured]
             )
         )
     print(f"{machine()}\n")
-    print(table(("workload", "cleaved", "tgt", "median ratio", "range", "processor time an I/O", "tgt's"), rows))
+    print(
+        table(
+            (
+                "workload",
+                "cleaved",
+                "tgt",
+                "median ratio",
+                "range",
+                "processor time an I/O",
+                "tgt's",
+            ),
+            rows,
+        )
+    )
 
 
 def main() -> None:
@@ -148,15 +220,33 @@ def main() -> None:
     parser.add_argument("--disk-mib", type=int, default=1024)
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement, about")
     parser.add_argument("--only", default="", help="a pattern that the workload's name must match")
-    parser.add_argument("--directory", type=Path, default=None, help="where the files go (default: a temporary directory)")
+    parser.add_argument(
+        "--directory",
+        type=Path,
+        default=None,
+        help="where the files go (default: a temporary directory)",
+    )
     options = parser.parse_args()
-    missing = sorted({package for program, package in PROGRAMS.items() if shutil.which(program) is None})
+    missing = sorted(
+        {package for program, package in PROGRAMS.items() if shutil.which(program) is None}
+    )
     if missing or os.geteuid() != 0:
         # No reason to end `make bench`.
-        print(f"left out: this bench wants root, real clients and tgt (apt-get install {' '.join(missing)})")
+        print(
+            "left out: this bench wants root, real clients and tgt (apt-get install"
+            f" {' '.join(missing)})"
+        )
         return
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
-        asyncio.run(compare(Path(directory), options.rounds, options.disk_mib << 20, options.seconds, options.only))
+        asyncio.run(
+            compare(
+                Path(directory),
+                options.rounds,
+                options.disk_mib << 20,
+                options.seconds,
+                options.only,
+            )
+        )
 
 
 if __name__ == "__main__":

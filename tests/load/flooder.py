@@ -1,9 +1,11 @@
-"""A hostile peer, as a process of its own: does one thing over and over, as fast as the daemon lets it, until SIGTERM, and counts.
+"""A hostile peer, as a process of its own: does one thing over and over, as fast as the daemon lets
+it, until SIGTERM, and counts.
 
     python -m tests.load.flooder KIND HOST:PORT TARGET [--workers 64] [--addresses 1]
 
-``--addresses``: how many source addresses it has (127.0.1.1 and on). Its last line is the number of attempts, those that were let in
-(a session that the daemon opened), and the connections held when it ended.
+``--addresses``: how many source addresses it has (127.0.1.1 and on). Its last line is the number of
+attempts, those that were let in (a session that the daemon opened), and the connections held when
+it ended.
 """
 
 import argparse
@@ -37,7 +39,14 @@ _isids = itertools.count(1)
 
 def request(body: bytes, flags: int, isid: int) -> bytes:
     """One login request."""
-    head = pack(pdu.LOGIN_REQUEST | pdu.IMMEDIATE, flags, 1, length=len(body), lun=isid << 16, words=(0, 1, 0, 0, 0, 0, 0))
+    head = pack(
+        pdu.LOGIN_REQUEST | pdu.IMMEDIATE,
+        flags,
+        1,
+        length=len(body),
+        lun=isid << 16,
+        words=(0, 1, 0, 0, 0, 0, 0),
+    )
     return head + body + bytes(-len(body) % 4)
 
 
@@ -65,14 +74,21 @@ class Peer:
         source = (f"127.0.1.{number + 1}", 0) if self.addresses > 1 else None
         return await asyncio.open_connection(self.host, self.port, local_addr=source)
 
-    async def exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, message: bytes) -> bytes:
+    async def exchange(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, message: bytes
+    ) -> bytes:
         """Send, and what comes back; empty where the connection is closed."""
         writer.write(message)
         return await asyncio.wait_for(reader.read(REPLY_BYTES_MAX), REPLY_SECONDS_MAX)
 
     def admitted(self, reply: bytes) -> bool:
         """Whether a login response opens the full feature phase; counts it."""
-        opened = len(reply) >= 48 and reply[0] == pdu.LOGIN_RESPONSE and reply[1] & 0x83 == 0x83 and reply[36] == 0
+        opened = (
+            len(reply) >= 48
+            and reply[0] == pdu.LOGIN_RESPONSE
+            and reply[1] & 0x83 == 0x83
+            and reply[36] == 0
+        )
         self.let_in += opened
         return opened
 
@@ -86,7 +102,9 @@ async def resets(peer: Peer) -> None:
 async def logins(peer: Peer) -> None:
     """A login that is right, and away."""
     reader, writer = await peer.connect()
-    message = request(text.encode(names(OPEN_INITIATOR, peer.target)), _TO_FULL_FEATURE, next(_isids))
+    message = request(
+        text.encode(names(OPEN_INITIATOR, peer.target)), _TO_FULL_FEATURE, next(_isids)
+    )
     peer.admitted(await peer.exchange(reader, writer, message))
     writer.transport.abort()
 
@@ -96,29 +114,57 @@ async def wrong_secrets(peer: Peer) -> None:
     reader, writer = await peer.connect()
     isid = next(_isids)
     await peer.exchange(
-        reader, writer, request(text.encode([*names(CHAP_INITIATOR, peer.target), ("AuthMethod", "CHAP")]), _SECURITY, isid)
+        reader,
+        writer,
+        request(
+            text.encode([*names(CHAP_INITIATOR, peer.target), ("AuthMethod", "CHAP")]),
+            _SECURITY,
+            isid,
+        ),
     )
     await peer.exchange(reader, writer, request(text.encode([("CHAP_A", "7,5")]), _SECURITY, isid))
     guess = [("CHAP_N", CHAP_USER), ("CHAP_R", "0x" + "5a" * 32)]
-    peer.admitted(await peer.exchange(reader, writer, request(text.encode(guess), 0x80 | login.FULL_FEATURE, isid)))
+    peer.admitted(
+        await peer.exchange(
+            reader, writer, request(text.encode(guess), 0x80 | login.FULL_FEATURE, isid)
+        )
+    )
     writer.transport.abort()
 
 
 async def reflections(peer: Peer) -> None:
-    """The daemon's challenge to one connection comes back as another's challenge to the daemon, and its answer as the first's."""
+    """The daemon's challenge to one connection comes back as another's challenge to the daemon, and
+    its answer as the first's.
+    """
     (first, to_first), (second, to_second) = await peer.connect(), await peer.connect()
     challenges = []
     for reader, writer in ((first, to_first), (second, to_second)):
         hello = [*names(CHAP_INITIATOR, peer.target), ("AuthMethod", "CHAP")]
         await peer.exchange(reader, writer, request(text.encode(hello), _SECURITY, 7))
-        reply = await peer.exchange(reader, writer, request(text.encode([("CHAP_A", "7,5")]), _SECURITY, 7))
+        reply = await peer.exchange(
+            reader, writer, request(text.encode([("CHAP_A", "7,5")]), _SECURITY, 7)
+        )
         found = _CHALLENGE.search(reply)
         challenges.append(found[1].decode() if found is not None else "0x00")
-    mirror = [("CHAP_N", CHAP_USER), ("CHAP_R", "0x" + "00" * 32), ("CHAP_I", "1"), ("CHAP_C", challenges[0])]
-    reply = await peer.exchange(second, to_second, request(text.encode(mirror), 0x80 | login.FULL_FEATURE, 7))
+    mirror = [
+        ("CHAP_N", CHAP_USER),
+        ("CHAP_R", "0x" + "00" * 32),
+        ("CHAP_I", "1"),
+        ("CHAP_C", challenges[0]),
+    ]
+    reply = await peer.exchange(
+        second, to_second, request(text.encode(mirror), 0x80 | login.FULL_FEATURE, 7)
+    )
     answer = re.search(rb"CHAP_R=(0x[0-9a-f]+)", reply)
-    replay = [("CHAP_N", CHAP_USER), ("CHAP_R", answer[1].decode() if answer is not None else challenges[1])]
-    peer.admitted(await peer.exchange(first, to_first, request(text.encode(replay), 0x80 | login.FULL_FEATURE, 7)))
+    replay = [
+        ("CHAP_N", CHAP_USER),
+        ("CHAP_R", answer[1].decode() if answer is not None else challenges[1]),
+    ]
+    peer.admitted(
+        await peer.exchange(
+            first, to_first, request(text.encode(replay), 0x80 | login.FULL_FEATURE, 7)
+        )
+    )
     to_first.transport.abort()
     to_second.transport.abort()
 
@@ -126,9 +172,16 @@ async def reflections(peer: Peer) -> None:
 async def unknown_keys(peer: Peer) -> None:
     """A login with 2,048 keys that nobody knows, over as many requests as they need."""
     reader, writer = await peer.connect()
-    body = text.encode([*names(OPEN_INITIATOR, peer.target), *((f"X-key-{number}", "1") for number in range(UNKNOWN_KEYS))])
+    body = text.encode(
+        [
+            *names(OPEN_INITIATOR, peer.target),
+            *((f"X-key-{number}", "1") for number in range(UNKNOWN_KEYS)),
+        ]
+    )
     pieces = [body[at : at + 8192] for at in range(0, len(body), 8192)]
-    message = b"".join(request(piece, pdu.CONTINUE | login.OPERATIONAL << 2, 9) for piece in pieces[:-1])
+    message = b"".join(
+        request(piece, pdu.CONTINUE | login.OPERATIONAL << 2, 9) for piece in pieces[:-1]
+    )
     message += request(pieces[-1], _TO_FULL_FEATURE, 9)
     reply = b"?"
     while reply and not peer.admitted(reply):
@@ -147,7 +200,9 @@ async def oversized(peer: Peer) -> None:
 async def strange_opcodes(peer: Peer) -> None:
     """PDUs that are none of a login's."""
     reader, writer = await peer.connect()
-    await peer.exchange(reader, writer, pack(peer.attempts % 64, 0x80, 1, words=(0, 1, 0, 0, 0, 0, 0)))
+    await peer.exchange(
+        reader, writer, pack(peer.attempts % 64, 0x80, 1, words=(0, 1, 0, 0, 0, 0, 0))
+    )
     writer.transport.abort()
 
 
@@ -166,7 +221,9 @@ async def slow(peer: Peer) -> None:
     """A login that is right, one byte at a time."""
     reader, writer = await peer.connect()
     peer.held += 1
-    for byte in request(text.encode(names(OPEN_INITIATOR, peer.target)), _TO_FULL_FEATURE, next(_isids)):
+    for byte in request(
+        text.encode(names(OPEN_INITIATOR, peer.target)), _TO_FULL_FEATURE, next(_isids)
+    ):
         writer.write(bytes((byte,)))
         await asyncio.sleep(SLOW_SECONDS)
     peer.held -= 1
@@ -202,13 +259,27 @@ async def flood(peer: Peer, kind: str, workers: int) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
     tasks = [asyncio.create_task(_work(peer, KINDS[kind])) for _ in range(workers)]
     await stopping.wait()
-    print(json.dumps({"attempts": peer.attempts, "let_in": peer.let_in, "held": peer.held, "workers": len(tasks)}), flush=True)
-    os._exit(0)  # nothing here needs an end in order, and Python 3.11's wait_for may lose a cancellation
+    print(
+        json.dumps(
+            {
+                "attempts": peer.attempts,
+                "let_in": peer.let_in,
+                "held": peer.held,
+                "workers": len(tasks),
+            }
+        ),
+        flush=True,
+    )
+    os._exit(
+        0
+    )  # nothing here needs an end in order, and Python 3.11's wait_for may lose a cancellation
 
 
 def main() -> None:
     """Parse the command line and flood."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("kind", choices=list(KINDS))
     parser.add_argument("portal")
     parser.add_argument("target")
@@ -216,7 +287,11 @@ def main() -> None:
     parser.add_argument("--addresses", type=int, default=1)
     options = parser.parse_args()
     host, _, port = options.portal.rpartition(":")
-    uvloop.run(flood(Peer(host, int(port), options.target, options.addresses), options.kind, options.workers))
+    uvloop.run(
+        flood(
+            Peer(host, int(port), options.target, options.addresses), options.kind, options.workers
+        )
+    )
 
 
 if __name__ == "__main__":

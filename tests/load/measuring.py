@@ -27,18 +27,35 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table, aligned for people too."""
     cells = [list(heads), *([str(cell) for cell in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(heads))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in cells
+    ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
 
 
 def machine() -> str:
     """One line: what the figures were taken on, and how busy it was."""
-    model = next((line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
-    memory = next((int(line.split()[1]) >> 20 for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), 0)
+    model = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in _lines("/proc/cpuinfo")
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
+    memory = next(
+        (
+            int(line.split()[1]) >> 20
+            for line in _lines("/proc/meminfo")
+            if line.startswith("MemTotal")
+        ),
+        0,
+    )
     return (
-        f"{os.cpu_count()} x {model}, {memory} GiB, Linux {platform.release()}, Python {platform.python_version()}, "
-        f"load {os.getloadavg()[0]:.1f}"
+        f"{os.cpu_count()} x {model}, {memory} GiB, Linux {platform.release()}, Python"
+        f" {platform.python_version()}, load {os.getloadavg()[0]:.1f}"
     )
 
 
@@ -60,8 +77,9 @@ def memory_bytes(pid: int) -> int:
 def warm_memory(directory: Path, size_bytes: int) -> None:
     """Have the machine touch that much of its memory, by a file that is written and removed.
 
-    A virtual machine gets its memory from the host page by page at first touch, which costs 10 us each (measured here), ten times
-    what a write to the page cache costs. Whoever came first would pay for all who come later.
+    A virtual machine gets its memory from the host page by page at first touch, which costs 10 us
+    each (measured here), ten times what a write to the page cache costs. Whoever came first would
+    pay for all who come later.
     """
     path = directory / "warm"
     piece = os.urandom(WARM_PIECE_BYTES)

@@ -1,4 +1,6 @@
-"""QEMU's block-stream, for comparison: an overlay takes in its whole backing file, in a qemu-storage-daemon of our own."""
+"""QEMU's block-stream, for comparison: an overlay takes in its whole backing file, in a
+qemu-storage-daemon of our own.
+"""
 
 import asyncio
 import json
@@ -14,13 +16,23 @@ START_SECONDS_MAX = 10.0
 
 
 async def stream(base: Path, overlay: Path) -> tuple[float, float]:
-    """Make a qcow2 overlay over the raw file ``base``, and stream it. Seconds until the job is done, and until it is synced too."""
-    await succeed("qemu-img", "create", "-q", "-f", "qcow2", "-b", str(base), "-F", "raw", str(overlay))
+    """Make a qcow2 overlay over the raw file ``base``, and stream it. Seconds until the job is
+    done, and until it is synced too.
+    """
+    await succeed(
+        "qemu-img", "create", "-q", "-f", "qcow2", "-b", str(base), "-F", "raw", str(overlay)
+    )
     socket_path = overlay.with_suffix(".qmp")
     process = await asyncio.create_subprocess_exec(
-        PROGRAM, "--blockdev", f"driver=qcow2,node-name=disk,file.driver=file,file.filename={overlay}",
-        "--chardev", f"socket,id=qmp,path={socket_path},server=on,wait=off", "--monitor", "chardev=qmp", cwd=ROOT,
-    )  # fmt: skip
+        PROGRAM,
+        "--blockdev",
+        f"driver=qcow2,node-name=disk,file.driver=file,file.filename={overlay}",
+        "--chardev",
+        f"socket,id=qmp,path={socket_path},server=on,wait=off",
+        "--monitor",
+        "chardev=qmp",
+        cwd=ROOT,
+    )
     try:
         return await _run_job(socket_path, overlay)
     finally:
@@ -60,7 +72,9 @@ async def _connect(path: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWrit
             await asyncio.sleep(0.05)
 
 
-async def _command(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, name: str, **arguments: Any) -> None:
+async def _command(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, name: str, **arguments: Any
+) -> None:
     writer.write(json.dumps({"execute": name, "arguments": arguments}).encode() + b"\n")
     while True:
         message = json.loads(await reader.readline())

@@ -1,11 +1,13 @@
-"""Random reads and writes at a fixed rate through our own initiator, each byte checked, as a process of its own.
+"""Random reads and writes at a fixed rate through our own initiator, each byte checked, as a
+process of its own.
 
     python -m tests.load.random_load HOST:PORT TARGET --disk-mib 2048 --reads 2000 --writes 2000
 
-Every block always holds (its number, a version) 256 times over; `fill` writes version 0. Commands come by standard input, one a line:
-``phase NAME`` begins a new set of latencies, ``stop`` ends the load. Then every block of the disk is read and compared, and what was
-found is printed as JSON. Rates are open-loop: what is slow is not asked for less often. A read may see any version from the last
-acknowledged to the last submitted one; anything else is a wrong block.
+Every block always holds (its number, a version) 256 times over; `fill` writes version 0. Commands
+come by standard input, one a line: ``phase NAME`` begins a new set of latencies, ``stop`` ends the
+load. Then every block of the disk is read and compared, and what was found is printed as JSON.
+Rates are open-loop: what is slow is not asked for less often. A read may see any version from the
+last acknowledged to the last submitted one; anything else is a wrong block.
 """
 
 import argparse
@@ -29,7 +31,8 @@ STAMPS_PER_BLOCK = BLOCK_BYTES // STAMP.size
 FILL_BYTES = 1 << 18
 # Requests are submitted at this grain; finer sleeps would only keep the processor from the daemon.
 TICK_SECONDS = 0.001
-# More than this outstanding means that the daemon does not keep up; the load then waits, and says so.
+# More than this outstanding means that the daemon does not keep up; the load then waits, and says
+# so.
 OUTSTANDING_MAX = 512
 
 
@@ -68,7 +71,10 @@ class Load:
     async def fill(self) -> None:
         """Version 0 on every block, made durable."""
         for first in range(0, self._blocks, FILL_BYTES // BLOCK_BYTES):
-            await self._initiator.write(first * BLOCK_BYTES, b"".join(stamped(first + i, 0) for i in range(FILL_BYTES // BLOCK_BYTES)))
+            await self._initiator.write(
+                first * BLOCK_BYTES,
+                b"".join(stamped(first + i, 0) for i in range(FILL_BYTES // BLOCK_BYTES)),
+            )
         await self._initiator.flush()
 
     async def run(self, reads_per_second: float, writes_per_second: float) -> None:
@@ -128,16 +134,27 @@ class Load:
         number, version = STAMP.unpack_from(data)
         whole = bytes(data) == STAMP.pack(number, version) * STAMPS_PER_BLOCK
         if not whole or number != block + 1 or not low <= version <= self._submitted.get(block, 0):
-            self.wrong.append(f"block {block}: holds block {number - 1} version {version}, whole: {whole}, expected {low} or later")
+            self.wrong.append(
+                f"block {block}: holds block {number - 1} version {version}, whole: {whole},"
+                f" expected {low} or later"
+            )
 
     async def verify(self) -> int:
-        """Read the whole disk; every block must be what was acknowledged last. Returns how many blocks were compared."""
+        """Read the whole disk; every block must be what was acknowledged last. Returns how many
+        blocks were compared.
+        """
         for first in range(0, self._blocks, FILL_BYTES // BLOCK_BYTES):
             data = memoryview(await self._initiator.read(first * BLOCK_BYTES, FILL_BYTES))
             for index in range(FILL_BYTES // BLOCK_BYTES):
                 block = first + index
-                if data[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES] != stamped(block, self._acknowledged.get(block, 0)):
-                    self._check(block, data[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES], self._acknowledged.get(block, 0))
+                if data[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES] != stamped(
+                    block, self._acknowledged.get(block, 0)
+                ):
+                    self._check(
+                        block,
+                        data[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES],
+                        self._acknowledged.get(block, 0),
+                    )
         return self._blocks
 
     def report(self, verified_blocks: int) -> dict[str, object]:
@@ -145,20 +162,30 @@ class Load:
             name: {
                 kind: {
                     "count": len(values),
-                    **{f"p{percent:g}_ms": round(percentile(values, percent) * 1e3, 3) for percent in (50, 99, 99.9)},
+                    **{
+                        f"p{percent:g}_ms": round(percentile(values, percent) * 1e3, 3)
+                        for percent in (50, 99, 99.9)
+                    },
                     "max_ms": round(max(values, default=0.0) * 1e3, 3),
                 }
                 for kind, values in (("reads", phase.reads), ("writes", phase.writes))
             }
             for name, phase in self.phases.items()
         }
-        return {"phases": phases, "wrong": self.wrong, "waits": self.waits, "verified_blocks": verified_blocks}
+        return {
+            "phases": phases,
+            "wrong": self.wrong,
+            "waits": self.waits,
+            "verified_blocks": verified_blocks,
+        }
 
 
 async def take_commands(load: Load) -> None:
     """Obey standard input until ``stop`` or its end."""
     reader = asyncio.StreamReader()
-    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), sys.stdin
+    )
     while line := (await reader.readline()).decode().split():
         if line[0] == "phase":
             load.begin(line[1])
@@ -167,7 +194,9 @@ async def take_commands(load: Load) -> None:
     load.stopped.set()
 
 
-async def drive(portal: str, target: str, disk_mib: int, reads: float, writes: float, seed: int) -> dict[str, object]:
+async def drive(
+    portal: str, target: str, disk_mib: int, reads: float, writes: float, seed: int
+) -> dict[str, object]:
     host, _, port = portal.rpartition(":")
     async with await Initiator.connect(host, int(port), target) as initiator:
         load = Load(initiator, disk_mib * (1 << 20) // BLOCK_BYTES, seed)
@@ -201,7 +230,9 @@ def main() -> None:
     parser.add_argument("--writes", type=float, default=2000.0, help="a second")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--fill", action="store_true", help="only write version 0 everywhere")
-    parser.add_argument("--verify", action="store_true", help="only compare a disk that was not written since")
+    parser.add_argument(
+        "--verify", action="store_true", help="only compare a disk that was not written since"
+    )
     options = parser.parse_args()
     if options.verify:
         print(json.dumps(uvloop.run(verify(options.portal, options.target, options.disk_mib))))
@@ -209,9 +240,20 @@ def main() -> None:
     if options.fill:
         uvloop.run(fill(options.portal, options.target, options.disk_mib))
         return
-    print(json.dumps(uvloop.run(drive(
-        options.portal, options.target, options.disk_mib, options.reads, options.writes, options.seed,
-    ))))  # fmt: skip
+    print(
+        json.dumps(
+            uvloop.run(
+                drive(
+                    options.portal,
+                    options.target,
+                    options.disk_mib,
+                    options.reads,
+                    options.writes,
+                    options.seed,
+                )
+            )
+        )
+    )
 
 
 if __name__ == "__main__":

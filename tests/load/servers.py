@@ -1,4 +1,6 @@
-"""The servers that are compared, each a process of its own on the loopback interface, serving one disk of the same bytes."""
+"""The servers that are compared, each a process of its own on the loopback interface, serving one
+disk of the same bytes.
+"""
 
 import asyncio
 import os
@@ -40,7 +42,9 @@ class CleavedServer:
 
 
 class TgtServer:
-    """Linux SCSI target framework (tgtd) on an ordinary file; needs root. Use as an asynchronous context."""
+    """Linux SCSI target framework (tgtd) on an ordinary file; needs root. Use as an asynchronous
+    context.
+    """
 
     name = "tgt"
     target = "iqn.2026-01.io.cleaved.bench:tgt"
@@ -50,7 +54,8 @@ class TgtServer:
         self._log = directory / "tgt.log"
         self._disk_bytes = disk_bytes
         self._port = free_port()
-        # tgtd's control port is a number within a socket's name: one of our own, so that no other tgtd is touched.
+        # tgtd's control port is a number within a socket's name: one of our own, so that no other
+        # tgtd is touched.
         self._control_port = str(os.getpid() % CONTROL_PORT_MAX)
         self._process: asyncio.subprocess.Process
 
@@ -59,7 +64,15 @@ class TgtServer:
             file.truncate(self._disk_bytes)
         with self._log.open("wb") as log:
             self._process = await asyncio.create_subprocess_exec(
-                "tgtd", "-f", "-C", self._control_port, "--iscsi", f"portal=127.0.0.1:{self._port}", stdout=log, stderr=log, cwd=ROOT
+                "tgtd",
+                "-f",
+                "-C",
+                self._control_port,
+                "--iscsi",
+                f"portal=127.0.0.1:{self._port}",
+                stdout=log,
+                stderr=log,
+                cwd=ROOT,
             )
         await self._wait_ready()
         await self._admin("new", "target", "-T", self.target)
@@ -73,13 +86,28 @@ class TgtServer:
 
     async def _wait_ready(self) -> None:
         until = asyncio.get_running_loop().time() + START_SECONDS_MAX
-        while (await run("tgtadm", "-C", self._control_port, "--mode", "system", "--op", "show")).status != 0:
+        while (
+            await run("tgtadm", "-C", self._control_port, "--mode", "system", "--op", "show")
+        ).status != 0:
             if asyncio.get_running_loop().time() > until:
                 raise RuntimeError(f"tgtd does not start: {self._log.read_text()}")
             await asyncio.sleep(0.1)
 
     async def _admin(self, operation: str, mode: str, *options: str) -> None:
-        await succeed("tgtadm", "-C", self._control_port, "--lld", "iscsi", "--op", operation, "--mode", mode, "--tid", "1", *options)
+        await succeed(
+            "tgtadm",
+            "-C",
+            self._control_port,
+            "--lld",
+            "iscsi",
+            "--op",
+            operation,
+            "--mode",
+            mode,
+            "--tid",
+            "1",
+            *options,
+        )
 
     @property
     def pid(self) -> int:

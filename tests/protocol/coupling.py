@@ -1,4 +1,6 @@
-"""An initiator and a target coupled in memory: what one sends the other gets, in chunks of any size, without sockets or time."""
+"""An initiator and a target coupled in memory: what one sends the other gets, in chunks of any
+size, without sockets or time.
+"""
 
 from collections import deque
 
@@ -11,7 +13,9 @@ from tests.protocol.directory import INITIATOR, TARGET, RecordedNode, recorded
 from tests.protocol.memory_volume import MemoryVolume
 
 
-def feed(receiver: TargetConnection | InitiatorConnection, data: bytes, chunk: int = 1 << 30) -> None:
+def feed(
+    receiver: TargetConnection | InitiatorConnection, data: bytes, chunk: int = 1 << 30
+) -> None:
     """Give ``data`` to a connection as a socket would, at most ``chunk`` bytes at a time."""
     view = memoryview(data)
     while view:
@@ -31,7 +35,9 @@ class Peer:
         self.flushes = 0
         self.closed = False
         self.wakes = 0
-        self.connection = TargetConnection(node, self._send, self._wake, self._close, "127.0.0.1:3260", "127.0.0.1:50000")
+        self.connection = TargetConnection(
+            node, self._send, self._wake, self._close, "127.0.0.1:3260", "127.0.0.1:50000"
+        )
 
     def _send(self, buffers: list[Buffer]) -> None:
         assert not self.closed, "sent after close"
@@ -55,7 +61,9 @@ class Peer:
 class Coupling:
     """One initiator logged in to one target. ``chunk`` is how many bytes travel at a time."""
 
-    def __init__(self, node: RecordedNode, settings: InitiatorSettings, chunk: int = 1 << 30) -> None:
+    def __init__(
+        self, node: RecordedNode, settings: InitiatorSettings, chunk: int = 1 << 30
+    ) -> None:
         self.node = node
         self.chunk = chunk
         self.to_target: deque[bytes] = deque()
@@ -63,7 +71,9 @@ class Coupling:
         self.target = self.peer.connection
         self.login_result: list[IscsiError | None] = []
         self.initiator_closed = False
-        self.initiator = InitiatorConnection(settings, self._send, self._wake, self._close, self.login_result.append)
+        self.initiator = InitiatorConnection(
+            settings, self._send, self._wake, self._close, self.login_result.append
+        )
         self._needs_flush = False
 
     def _send(self, buffers: list[Buffer]) -> None:
@@ -98,10 +108,18 @@ class Coupling:
         assert self.login_result == [None], self.login_result
         return self
 
-    def command(self, cdb: bytes, *, lun: int = 0, read_bytes: int = 0, data: Buffer = b"") -> bytes:
+    def command(
+        self, cdb: bytes, *, lun: int = 0, read_bytes: int = 0, data: Buffer = b""
+    ) -> bytes:
         """One command to its end: the data read. Raises its error."""
         results: list[tuple[Buffer | None, IscsiError | None]] = []
-        self.initiator.submit(lun, cdb, lambda got, error: results.append((got, error)), read_bytes=read_bytes, data=data)
+        self.initiator.submit(
+            lun,
+            cdb,
+            lambda got, error: results.append((got, error)),
+            read_bytes=read_bytes,
+            data=data,
+        )
         self.run()
         assert len(results) == 1, f"{len(results)} results"
         got, error = results[0]
@@ -116,7 +134,9 @@ def settings(**changes: object) -> InitiatorSettings:
     return InitiatorSettings(**{"initiator_name": INITIATOR, "target_name": TARGET, **changes})  # type: ignore[arg-type]
 
 
-def coupled(volume: MemoryVolume, chunk: int = 1 << 30, clear_attention: bool = True, **changes: object) -> Coupling:
+def coupled(
+    volume: MemoryVolume, chunk: int = 1 << 30, clear_attention: bool = True, **changes: object
+) -> Coupling:
     """An initiator logged in to a target with ``volume`` as LUN 0, its power-on attention taken."""
     node = recorded({0: volume})
     pair = Coupling(node, settings(**changes), chunk).login()

@@ -1,4 +1,6 @@
-"""A target directory for tests: a dict of targets, and a record of the sessions; and a keeper of what outlives a restart."""
+"""A target directory for tests: a dict of targets, and a record of the sessions; and a keeper of
+what outlives a restart.
+"""
 
 from typing import Any
 from uuid import UUID
@@ -14,7 +16,12 @@ INITIATOR = "iqn.2026-01.io.example:host"
 class MemoryDirectory:
     """``targets`` by name; one CHAP for all of them, or none."""
 
-    def __init__(self, volumes: dict[int, BlockVolume], chap: ChapSecrets | None = None, discovery: ChapSecrets | None = None) -> None:
+    def __init__(
+        self,
+        volumes: dict[int, BlockVolume],
+        chap: ChapSecrets | None = None,
+        discovery: ChapSecrets | None = None,
+    ) -> None:
         self.targets = {TARGET: volumes}
         self.chap = chap
         self.discovery = discovery
@@ -27,10 +34,18 @@ class MemoryDirectory:
     def open_target(self, target_name: str, initiator_name: str) -> TargetDefinition | None:
         name = target_name.lower()
         volumes = self.targets.get(name)
-        return None if volumes is None else TargetDefinition(name, volumes, self.chap, list(self.targets).index(name) + 1)
+        return (
+            None
+            if volumes is None
+            else TargetDefinition(name, volumes, self.chap, list(self.targets).index(name) + 1)
+        )
 
     def target_ports(self, uuid: UUID) -> list[int]:
-        return [port for port, volumes in enumerate(self.targets.values(), 1) if uuid in {volume.uuid for volume in volumes.values()}]
+        return [
+            port
+            for port, volumes in enumerate(self.targets.values(), 1)
+            if uuid in {volume.uuid for volume in volumes.values()}
+        ]
 
     def discovery_chap(self, initiator_name: str) -> ChapSecrets | None:
         return self.discovery
@@ -48,7 +63,11 @@ class RecordedNode(TargetNode):
     directory: MemoryDirectory
 
 
-def recorded(volumes: dict[int, BlockVolume], chap: ChapSecrets | None = None, discovery: ChapSecrets | None = None) -> RecordedNode:
+def recorded(
+    volumes: dict[int, BlockVolume],
+    chap: ChapSecrets | None = None,
+    discovery: ChapSecrets | None = None,
+) -> RecordedNode:
     """A node over a `MemoryDirectory`."""
     return RecordedNode(MemoryDirectory(volumes, chap, discovery))
 

@@ -54,9 +54,13 @@ def manage(pair: Coupling, function: int, lun: int = 0, task: object = None) -> 
 FIRST = (RESERVED_TAG, 1, 0, 0, 0, 0, 0)
 
 
-def command_pdu(flags: int, itt: int, opcode: int, *, expected: int = 512, length: int = 0, cmd_sn: int = 1) -> bytes:
+def command_pdu(
+    flags: int, itt: int, opcode: int, *, expected: int = 512, length: int = 0, cmd_sn: int = 1
+) -> bytes:
     """READ(10) or WRITE(10) at LBA 0 of as many whole sectors as are expected."""
-    head = pack(pdu.SCSI_COMMAND, flags, itt, length=length, words=(expected, cmd_sn, 0, 0, 0, 0, 0))
+    head = pack(
+        pdu.SCSI_COMMAND, flags, itt, length=length, words=(expected, cmd_sn, 0, 0, 0, 0, 0)
+    )
     return head[:32] + bytes((opcode, 0, 0, 0, 0, 0, 0, 0, expected // 512)).ljust(16, b"\0")
 
 
@@ -80,5 +84,9 @@ def solicited(pair: Coupling, size: int = 8192) -> tuple[Results, int, int]:
     return results, command.itt, r2t.ttt
 
 
-def data_out(itt: int, ttt: int, *, sn: int = 0, offset: int = 0, size: int = 512, flags: int = 0) -> bytes:
-    return pack(pdu.DATA_OUT, flags, itt, length=size, words=(ttt, 0, 0, 0, sn, offset, 0)) + bytes(size)
+def data_out(
+    itt: int, ttt: int, *, sn: int = 0, offset: int = 0, size: int = 512, flags: int = 0
+) -> bytes:
+    return pack(pdu.DATA_OUT, flags, itt, length=size, words=(ttt, 0, 0, 0, sn, offset, 0)) + bytes(
+        size
+    )

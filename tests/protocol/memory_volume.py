@@ -1,5 +1,5 @@
-"""A volume in memory for tests and benches: it satisfies `protocol.volume.BlockVolume`, completes at once or on demand,
-and fails on request.
+"""A volume in memory for tests and benches: it satisfies `protocol.volume.BlockVolume`, completes
+at once or on demand, and fails on request.
 """
 
 import errno
@@ -20,7 +20,9 @@ class VolumeError(Exception):
 
 
 class MemoryVolume:
-    """``hold_reads`` and ``hold_writes`` keep operations in ``held`` until `release`, as I/O threads would."""
+    """``hold_reads`` and ``hold_writes`` keep operations in ``held`` until `release`, as I/O
+    threads would.
+    """
 
     def __init__(self, size_bytes: int, name: str = "memory", uuid: UUID = DISK_UUID) -> None:
         self.data = bytearray(size_bytes)
@@ -96,11 +98,17 @@ class MemoryVolume:
         self.unmapped.append((offset_bytes, length_bytes))
         self._change(offset_bytes, bytes(length_bytes), done)
 
-    def write_zeros(self, offset_bytes: int, length_bytes: int, fua: bool, done: Completion) -> None:
+    def write_zeros(
+        self, offset_bytes: int, length_bytes: int, fua: bool, done: Completion
+    ) -> None:
         self._change(offset_bytes, bytes(length_bytes), done)
 
-    def allocation(self, offset_bytes: int, length_bytes: int, runs_max: int, done: AllocationCompletion) -> None:
-        """What is not zeros counts as allocated, in blocks of 4 KiB; no more than 4 MiB are looked at."""
+    def allocation(
+        self, offset_bytes: int, length_bytes: int, runs_max: int, done: AllocationCompletion
+    ) -> None:
+        """What is not zeros counts as allocated, in blocks of 4 KiB; no more than 4 MiB are looked
+        at.
+        """
         length_bytes = min(length_bytes, 4 << 20)
         runs: list[tuple[int, bool]] = []
         for at in range(offset_bytes, offset_bytes + length_bytes, 4096):

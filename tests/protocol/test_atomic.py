@@ -93,7 +93,9 @@ def test_of_many_at_once_one_wins(volume, held):
     for number, pair in enumerate(pairs):
         for _ in range(30):
             results.append(Results())
-            pair.initiator.submit(0, compare_and_write(0, 1), results[-1], data=OLD + bytes([number]) * 512)
+            pair.initiator.submit(
+                0, compare_and_write(0, 1), results[-1], data=OLD + bytes([number]) * 512
+            )
     for _ in range(1000):
         run(*pairs)
         if not volume.held:
@@ -101,7 +103,9 @@ def test_of_many_at_once_one_wins(volume, held):
         volume.release()
     errors = [result.got[0][1] for result in results]
     assert errors.count(None) == 1
-    assert {(error.key, error.asc) for error in errors if isinstance(error, CommandFailed)} == {(14, 0x1D)}
+    assert {(error.key, error.asc) for error in errors if isinstance(error, CommandFailed)} == {
+        (14, 0x1D)
+    }
 
 
 def test_a_write_does_not_pass_between_compare_and_write(volume):
@@ -119,7 +123,9 @@ def test_a_write_does_not_pass_between_compare_and_write(volume):
     volume.hold_reads = False
     other.initiator.submit_write(0, 0, OLD, Results())
     run(other)
-    assert other.target._phase is not None and all(mapped.plain_write for mapped in other.target._phase.units.values())
+    assert other.target._phase is not None and all(
+        mapped.plain_write for mapped in other.target._phase.units.values()
+    )
 
 
 def test_it_waits_for_writes_under_way(volume):
@@ -193,7 +199,13 @@ def test_a_thousand_that_end_at_once_do_not_recurse():
 
 
 def write_atomic(lba: int, sectors: int, flags: int = 0) -> bytes:
-    return bytes((0x9C, flags)) + lba.to_bytes(8, "big") + bytes(2) + sectors.to_bytes(2, "big") + bytes(2)
+    return (
+        bytes((0x9C, flags))
+        + lba.to_bytes(8, "big")
+        + bytes(2)
+        + sectors.to_bytes(2, "big")
+        + bytes(2)
+    )
 
 
 def test_an_atomic_write_reaches_the_volume_in_one_piece(pair, volume):
@@ -215,14 +227,27 @@ def test_atomic_writes_that_cannot_be_one_step(pair, volume):
     before = bytes(volume.data)
     for lba, sectors in ((1, 8), (8, 1), (0, 7), (0, 264), (4, 0)):
         fails(pair, write_atomic(lba, sectors), (5, 0x24, 0), data=OTHER * sectors)
-    fails(pair, write_atomic(0, 16), (5, 0x24, 0), data=OTHER * 8)  # fewer data than the command wants
+    fails(
+        pair, write_atomic(0, 16), (5, 0x24, 0), data=OTHER * 8
+    )  # fewer data than the command wants
     for lba, sectors in ((SIZE // 512, 8), (SIZE // 512 - 8, 16), (1 << 63, 8), (SIZE // 512, 0)):
         fails(pair, write_atomic(lba, sectors), (5, 0x21, 0), data=OTHER * sectors)
-    fails(pair, write_atomic(0, 8)[:11] + b"\x01" + write_atomic(0, 8)[12:], (5, 0x24, 0), data=OTHER * 8)
+    fails(
+        pair,
+        write_atomic(0, 8)[:11] + b"\x01" + write_atomic(0, 8)[12:],
+        (5, 0x24, 0),
+        data=OTHER * 8,
+    )
     pair.command(write_atomic(0, 0))
     assert volume.data == before
 
 
 def test_the_limits_of_atomic_writes_are_told(pair):
     data = pair.command(bytes((0x12, 1, 0xB0, 0, 64, 0)), read_bytes=64)
-    assert [int.from_bytes(data[at : at + 4], "big") for at in (44, 48, 52, 56, 60)] == [256, 8, 8, 0, 0]
+    assert [int.from_bytes(data[at : at + 4], "big") for at in (44, 48, 52, 56, 60)] == [
+        256,
+        8,
+        8,
+        0,
+        0,
+    ]

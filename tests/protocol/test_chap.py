@@ -1,4 +1,6 @@
-"""CHAP: responses against independent computation, encodings, and every way an exchange can fail."""
+"""CHAP: responses against independent computation, encodings, and every way an exchange
+can fail.
+"""
 
 import hashlib
 
@@ -13,7 +15,9 @@ ONE_WAY = ChapSecrets("user", b"secret-of-12+")
 MUTUAL = ChapSecrets("user", b"secret-of-12+", "target", b"another-secret")
 
 
-@pytest.mark.parametrize(("algorithm", "name"), [("5", "md5"), ("6", "sha1"), ("7", "sha256"), ("8", "sha3_256")])
+@pytest.mark.parametrize(
+    ("algorithm", "name"), [("5", "md5"), ("6", "sha1"), ("7", "sha256"), ("8", "sha3_256")]
+)
 def test_responses_are_the_digest_of_identifier_secret_and_challenge(algorithm, name):
     expected = hashlib.new(name, b"\x17" + b"secret" + b"challenge").digest()
     assert chap.response(algorithm, 0x17, b"secret", b"challenge") == expected
@@ -33,19 +37,29 @@ def test_vectors_of_other_tools(algorithm, digest):
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("0x00ff", b"\x00\xff"), ("0XAB", b"\xab"), ("0xfff", b"\x0f\xff"), ("0bAP8=", b"\x00\xff"), ("0BAQ==", b"\x01")],
+    [
+        ("0x00ff", b"\x00\xff"),
+        ("0XAB", b"\xab"),
+        ("0xfff", b"\x0f\xff"),
+        ("0bAP8=", b"\x00\xff"),
+        ("0BAQ==", b"\x01"),
+    ],
 )
 def test_binary_values_come_in_hexadecimal_and_base64(text, value):
     assert chap.decode_binary(text) == value
 
 
-@pytest.mark.parametrize("text", ["", "0x", "0xzz", "0b***", "12", "0b=", "plain", "0x 12", "0b\u0100"])
+@pytest.mark.parametrize(
+    "text", ["", "0x", "0xzz", "0b***", "12", "0b=", "plain", "0x 12", "0b\u0100"]
+)
 def test_other_binary_values_are_refused(text):
     with pytest.raises(AuthenticationFailed):
         chap.decode_binary(text)
 
 
-@pytest.mark.parametrize(("offered", "chosen"), [("5", "5"), ("7,5", "7"), ("99,6,5", "6"), ("8,7,6,5", "8")])
+@pytest.mark.parametrize(
+    ("offered", "chosen"), [("5", "5"), ("7,5", "7"), ("99,6,5", "6"), ("8,7,6,5", "8")]
+)
 def test_the_first_supported_algorithm_of_the_initiators_list_is_chosen(offered, chosen):
     assert chap.choose_algorithm(offered) == chosen
 
@@ -57,7 +71,10 @@ def test_no_supported_algorithm():
 
 def exchange(target_secrets, initiator_secrets):
     """Run both sides to the end; returns whether each is done."""
-    target, initiator = TargetExchange(target_secrets, Challenges()), InitiatorExchange(initiator_secrets)
+    target, initiator = (
+        TargetExchange(target_secrets, Challenges()),
+        InitiatorExchange(initiator_secrets),
+    )
     reply: list[tuple[str, str]] = []
     for _ in range(3):
         request = initiator.step(dict(reply))
@@ -73,7 +90,9 @@ def test_mutual():
     assert exchange(MUTUAL, MUTUAL) == (True, True)
 
 
-@pytest.mark.parametrize("given", [ChapSecrets("user", b"wrong-secret!"), ChapSecrets("other", b"secret-of-12+")])
+@pytest.mark.parametrize(
+    "given", [ChapSecrets("user", b"wrong-secret!"), ChapSecrets("other", b"secret-of-12+")]
+)
 def test_a_wrong_secret_or_user_fails(given):
     with pytest.raises(AuthenticationFailed):
         exchange(ONE_WAY, given)
@@ -99,8 +118,14 @@ def test_equal_secrets_in_both_directions_are_refused():
 def proved(target: TargetExchange, secrets: ChapSecrets) -> dict[str, str]:
     """CHAP_N and CHAP_R that answer the challenge of ``target``."""
     asked = dict(target.step({"CHAP_A": "5"}))
-    digest = chap.response("5", int(asked["CHAP_I"]), secrets.secret, chap.decode_binary(asked["CHAP_C"]))
-    return {"CHAP_N": secrets.user, "CHAP_R": chap.encode_binary(digest), "challenge": asked["CHAP_C"]}
+    digest = chap.response(
+        "5", int(asked["CHAP_I"]), secrets.secret, chap.decode_binary(asked["CHAP_C"])
+    )
+    return {
+        "CHAP_N": secrets.user,
+        "CHAP_R": chap.encode_binary(digest),
+        "challenge": asked["CHAP_C"],
+    }
 
 
 def test_a_challenge_of_ours_is_not_answered_on_any_connection():
@@ -138,7 +163,9 @@ def test_a_challenge_that_is_too_long():
         target.step({**answer, "CHAP_I": "1", "CHAP_C": "0x" + "00" * 1025})
 
 
-@pytest.mark.parametrize("keys", [{"CHAP_N": "user"}, {"CHAP_A": "5", "CHAP_N": "user"}, {"CHAP_I": "1"}])
+@pytest.mark.parametrize(
+    "keys", [{"CHAP_N": "user"}, {"CHAP_A": "5", "CHAP_N": "user"}, {"CHAP_I": "1"}]
+)
 def test_the_exchange_begins_with_the_algorithm_alone(keys):
     with pytest.raises(AuthenticationFailed):
         TargetExchange(ONE_WAY, Challenges()).step(keys)

@@ -1,4 +1,6 @@
-"""docs/conformance.md names every key, PDU, command and page that the code has, no others, and tests that exist."""
+"""docs/conformance.md names every key, PDU, command and page that the code has, no others, and
+tests that exist.
+"""
 
 import re
 from pathlib import Path
@@ -28,11 +30,17 @@ def rows(heading: str) -> list[list[str]]:
     """Cells of the first table below a heading."""
     body = PAGE.split(f"\n## {heading}", 1)[1].split("\n## ", 1)[0]
     table = [line for line in body.splitlines() if line.startswith("| ")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[1:] if len(line.split("|")) > 4]
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in table[1:]
+        if len(line.split("|")) > 4
+    ]
 
 
 def pages(kind: str) -> list[int]:
-    return [int(code, 16) for code in re.findall(rf"^\| {kind} ([0-9A-F]{{2}})h \|", PAGE, re.MULTILINE)]
+    return [
+        int(code, 16) for code in re.findall(rf"^\| {kind} ([0-9A-F]{{2}})h \|", PAGE, re.MULTILINE)
+    ]
 
 
 def test_every_key():
@@ -44,7 +52,8 @@ def test_every_pdu():
     opcodes = {
         value
         for name, value in vars(pdu).items()
-        if name.endswith(("_REQUEST", "_RESPONSE", "_COMMAND", "_OUT", "_IN")) or name in {"R2T", "ASYNC_MESSAGE", "REJECT"}
+        if name.endswith(("_REQUEST", "_RESPONSE", "_COMMAND", "_OUT", "_IN"))
+        or name in {"R2T", "ASYNC_MESSAGE", "REJECT"}
     }
     assert {int(row[0].rstrip("h"), 16) for row in rows("PDUs")} == opcodes
     assert len(opcodes) == 18
@@ -52,8 +61,14 @@ def test_every_pdu():
 
 def test_every_command():
     wanted = [
-        (f"{command.opcode:02X}h" + ("" if command.service_action is None else f"/{command.service_action:02X}h"), command.name)
-        for command in sorted(dispatch.COMMANDS, key=lambda command: (command.opcode, command.service_action or 0))
+        (
+            f"{command.opcode:02X}h"
+            + ("" if command.service_action is None else f"/{command.service_action:02X}h"),
+            command.name,
+        )
+        for command in sorted(
+            dispatch.COMMANDS, key=lambda command: (command.opcode, command.service_action or 0)
+        )
     ]
     assert [(row[0], row[1]) for row in rows("SCSI commands")] == wanted
 

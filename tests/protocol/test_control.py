@@ -1,4 +1,6 @@
-"""The control protocol: framing, limits, validation, states, and the two sides against each other in memory."""
+"""The control protocol: framing, limits, validation, states, and the two sides against each other
+in memory.
+"""
 
 import contextlib
 from typing import Any
@@ -11,12 +13,26 @@ from hypothesis import strategies as st
 from protocol.control import errors, limits, methods
 from protocol.control.client import ClientConnection
 from protocol.control.errors import ControlError, FramingError
-from protocol.control.frames import FrameReader, Notification, Request, Response, encode_notification, encode_request, encode_response
+from protocol.control.frames import (
+    FrameReader,
+    Notification,
+    Request,
+    Response,
+    encode_notification,
+    encode_request,
+    encode_response,
+)
 from protocol.control.server import Call, ServerConnection, State
 
 ITEMS = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.text(max_size=20) | st.binary(max_size=20),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.text(max_size=20)
+    | st.binary(max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
     max_leaves=12,
 )
 
@@ -27,7 +43,9 @@ def reader() -> FrameReader:
 
 def ready_server() -> ServerConnection:
     server = ServerConnection()
-    (call,) = server.receive(encode_request(0, "hello", {"client": "test", "protocol": limits.PROTOCOL_VERSION}))
+    (call,) = server.receive(
+        encode_request(0, "hello", {"client": "test", "protocol": limits.PROTOCOL_VERSION})
+    )
     b"".join(server.answer(call.request_id, {}))
     assert server.state is State.READY
     return server
@@ -42,18 +60,29 @@ def refusal(server: ServerConnection, request: bytes) -> dict[str, str]:
     return found
 
 
-@given(st.lists(st.tuples(st.integers(0, limits.REQUEST_ID_MAX), st.text(max_size=30), ITEMS), max_size=5), st.integers(1, 50))
+@given(
+    st.lists(
+        st.tuples(st.integers(0, limits.REQUEST_ID_MAX), st.text(max_size=30), ITEMS), max_size=5
+    ),
+    st.integers(1, 50),
+)
 def test_frames_survive_any_cutting(requests: list[tuple[int, str, Any]], piece: int) -> None:
     stream = b"".join(encode_request(*request) for request in requests)
     frames = reader()
-    found = [message for at in range(0, len(stream), piece) for message in frames.feed(stream[at : at + piece])]
+    found = [
+        message
+        for at in range(0, len(stream), piece)
+        for message in frames.feed(stream[at : at + piece])
+    ]
     assert found == [Request(*request) for request in requests]
 
 
 @given(st.integers(0, 3 * limits.ITEMS_PER_PART), ITEMS)
 def test_a_response_in_parts_is_the_response(count: int, item: Any) -> None:
     parts = list(encode_response(7, None, [item] * count))
-    assert len(parts) == (1 if count <= limits.ITEMS_PER_PART else 1 + -(-count // limits.ITEMS_PER_PART))
+    assert len(parts) == (
+        1 if count <= limits.ITEMS_PER_PART else 1 + -(-count // limits.ITEMS_PER_PART)
+    )
     assert b"".join(parts) == msgpack.packb([1, 7, None, [item] * count])
 
 
@@ -67,11 +96,14 @@ def test_any_bytes_are_messages_or_a_framing_error(data: bytes) -> None:
 @given(
     st.lists(
         st.tuples(
-            st.sampled_from(sorted(methods.METHODS)), ITEMS | st.dictionaries(st.sampled_from(["name", "snapshot", "size_bytes"]), ITEMS)
+            st.sampled_from(sorted(methods.METHODS)),
+            ITEMS | st.dictionaries(st.sampled_from(["name", "snapshot", "size_bytes"]), ITEMS),
         )
     )
 )
-def test_any_params_are_a_call_or_an_error_with_code_and_message(requests: list[tuple[str, Any]]) -> None:
+def test_any_params_are_a_call_or_an_error_with_code_and_message(
+    requests: list[tuple[str, Any]],
+) -> None:
     server = ready_server()
     for number, (method, params) in enumerate(requests):
         calls = list(server.receive(encode_request(number, method, params)))
@@ -80,7 +112,9 @@ def test_any_params_are_a_call_or_an_error_with_code_and_message(requests: list[
         for answer in answers:
             assert isinstance(answer, Response)
             assert answer.request_id == number
-            assert answer.error is None or (answer.error["code"] in errors.EXIT_CODES and answer.error["message"])
+            assert answer.error is None or (
+                answer.error["code"] in errors.EXIT_CODES and answer.error["message"]
+            )
         for call in calls:
             b"".join(server.answer(call.request_id, None))
 
@@ -122,7 +156,15 @@ def test_a_frame_above_the_limit_closes_the_connection() -> None:
 
 
 @pytest.mark.parametrize(
-    "head", [b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xdc\xff\xff" * 500, b"\x91" * 5000, b"\xc7\xff\x01" + bytes(255), b"\xc1"]
+    "head",
+    [
+        b"\xdd\xff\xff\xff\xff",
+        b"\xdf\xff\xff\xff\xff",
+        b"\xdc\xff\xff" * 500,
+        b"\x91" * 5000,
+        b"\xc7\xff\x01" + bytes(255),
+        b"\xc1",
+    ],
 )
 def test_claims_of_size_and_depth_cost_no_memory(head: bytes) -> None:
     with pytest.raises(FramingError):
@@ -150,7 +192,11 @@ def test_hello_of_another_protocol_is_refused_with_both_versions() -> None:
         ("vdisk.create", {"name": "a"}, "size_bytes"),
         ("vdisk.create", {"name": "a", "size_bytes": 0}, ">= 1"),
         ("vdisk.create", {"name": "a", "size_bytes": "1GiB"}, "Expected `int`"),
-        ("vdisk.create", {"name": "a b", "size_bytes": 1}, "Expected a name of letters, digits, '.', '_', '-' and ':'"),
+        (
+            "vdisk.create",
+            {"name": "a b", "size_bytes": 1},
+            "Expected a name of letters, digits, '.', '_', '-' and ':'",
+        ),
         ("snapshot.create", {"snapshots": ["a b@c"]}, "Expected VDISK@SNAPSHOT"),
         ("acl.add", {"target": "a", "initiators": ["host"]}, "Expected an iSCSI name, as in iqn."),
         ("vdisk.create", {"name": "", "size_bytes": 1}, "length >= 1"),
@@ -190,7 +236,9 @@ def test_an_unknown_method_is_answered() -> None:
 
 def test_requests_above_the_pending_limit_are_refused_and_the_others_answered() -> None:
     server = ready_server()
-    stream = b"".join(encode_request(number, "vdisk.ls", {}) for number in range(limits.REQUESTS_PENDING_MAX + 1))
+    stream = b"".join(
+        encode_request(number, "vdisk.ls", {}) for number in range(limits.REQUESTS_PENDING_MAX + 1)
+    )
     calls = list(server.receive(stream))
     (response,) = reader().feed(server.take_output())
     assert [call.request_id for call in calls] == list(range(limits.REQUESTS_PENDING_MAX))
@@ -202,15 +250,24 @@ def test_requests_above_the_pending_limit_are_refused_and_the_others_answered() 
 
 def test_a_request_id_in_use_is_refused() -> None:
     server = ready_server()
-    assert list(server.receive(encode_request(5, "vdisk.ls", {}))) == [Call(5, "vdisk.ls", methods.Params())]
+    assert list(server.receive(encode_request(5, "vdisk.ls", {}))) == [
+        Call(5, "vdisk.ls", methods.Params())
+    ]
     assert "5" in refusal(server, encode_request(5, "vdisk.ls", {}))["message"]
 
 
 def test_notifications_go_to_subscribers_only() -> None:
     server = ready_server()
     assert server.notification(methods.SPLIT_PROGRESS, {}) is None
-    assert list(server.receive(encode_request(1, "rpc.subscribe", {"events": [methods.SPLIT_PROGRESS]}))) == []
-    assert list(reader().feed(server.take_output())) == [Response(1, None, [methods.SPLIT_PROGRESS])]
+    assert (
+        list(
+            server.receive(encode_request(1, "rpc.subscribe", {"events": [methods.SPLIT_PROGRESS]}))
+        )
+        == []
+    )
+    assert list(reader().feed(server.take_output())) == [
+        Response(1, None, [methods.SPLIT_PROGRESS])
+    ]
     sent = server.notification(methods.SPLIT_PROGRESS, {"name": "a"})
     assert sent is not None
     assert list(reader().feed(sent)) == [Notification(methods.SPLIT_PROGRESS, {"name": "a"})]
@@ -237,15 +294,25 @@ def test_both_sides_in_memory() -> None:
     greeting_id, greeting = client.hello("test")
     (call,) = server.receive(greeting)
     assert server.client == "test"
-    assert list(client.receive(b"".join(server.answer(call.request_id, {"server": "x"})))) == [Response(greeting_id, None, {"server": "x"})]
+    assert list(client.receive(b"".join(server.answer(call.request_id, {"server": "x"})))) == [
+        Response(greeting_id, None, {"server": "x"})
+    ]
     request_id, request = client.request("vdisk.show", {"name": "none"})
     (call,) = server.receive(request)
-    refused = b"".join(server.refuse(call.request_id, ControlError(errors.NOT_FOUND, "there is no vdisk none", "vdisk ls")))
+    refused = b"".join(
+        server.refuse(
+            call.request_id, ControlError(errors.NOT_FOUND, "there is no vdisk none", "vdisk ls")
+        )
+    )
     (response,) = client.receive(refused)
     assert isinstance(response, Response)
     assert response.request_id == request_id
     error = ControlError.from_object(response.error)
-    assert (error.code, error.exit_code, error.next_step) == (errors.NOT_FOUND, errors.EXIT_NOT_FOUND, "vdisk ls")
+    assert (error.code, error.exit_code, error.next_step) == (
+        errors.NOT_FOUND,
+        errors.EXIT_NOT_FOUND,
+        "vdisk ls",
+    )
     list(client.receive(encode_notification("split.progress", {})))
     with pytest.raises(FramingError):
         list(client.receive(encode_request(1, "hello", {})))
@@ -258,4 +325,7 @@ def test_an_odd_error_object_is_still_an_error(odd: Any) -> None:
 
 
 def test_a_code_of_a_newer_daemon_counts_as_failed() -> None:
-    assert ControlError.from_object({"code": "haunted", "message": "boo"}).exit_code == errors.EXIT_FAILED
+    assert (
+        ControlError.from_object({"code": "haunted", "message": "boo"}).exit_code
+        == errors.EXIT_FAILED
+    )

@@ -1,4 +1,6 @@
-"""Data between initiator and target, coupled in memory: every data phase, residuals, errors of the volume, resizes."""
+"""Data between initiator and target, coupled in memory: every data phase, residuals, errors of the
+volume, resizes.
+"""
 
 import errno
 import itertools
@@ -18,7 +20,9 @@ from tests.protocol.memory_volume import MemoryVolume
 SIZE = 8 << 20
 
 
-FLOWS = list(itertools.product([False, True], [False, True], [False, True], [False, True], [1 << 30, 997]))
+FLOWS = list(
+    itertools.product([False, True], [False, True], [False, True], [False, True], [1 << 30, 997])
+)
 
 
 @pytest.mark.parametrize(("digests", "immediate", "initial_r2t", "unsolicited", "chunk"), FLOWS)
@@ -174,8 +178,12 @@ def test_a_resize_that_nobody_told_is_noticed_by_the_next_general_command():
         pair.command(bytes(6))
 
 
-def residuals(pair: Coupling, opcode: int, expected: int, sectors: int, data: bytes = b"") -> tuple[int, int]:
-    """Residual of a READ(10) or WRITE(10): positive underflow, negative overflow; and the bytes that came."""
+def residuals(
+    pair: Coupling, opcode: int, expected: int, sectors: int, data: bytes = b""
+) -> tuple[int, int]:
+    """Residual of a READ(10) or WRITE(10): positive underflow, negative overflow; and the bytes
+    that came.
+    """
     cdb = bytes((opcode, 0, 0, 0, 0, 0, 0, sectors >> 8, sectors & 0xFF, 0))
     results = Results()
     command = pair.initiator.submit(0, cdb, results, read_bytes=0 if data else expected, data=data)
@@ -185,16 +193,32 @@ def residuals(pair: Coupling, opcode: int, expected: int, sectors: int, data: by
 
 @pytest.mark.parametrize(
     ("expected", "sectors", "residual"),
-    [(512, 1, 0), (1000, 1, 488), (10_000, 2, 8976), (200, 1, -312), (512, 2, -512), (4096, 0, 4096)],
+    [
+        (512, 1, 0),
+        (1000, 1, 488),
+        (10_000, 2, 8976),
+        (200, 1, -312),
+        (512, 2, -512),
+        (4096, 0, 4096),
+    ],
 )
 def test_residuals_of_reads(expected, sectors, residual):
-    assert residuals(coupled(MemoryVolume(SIZE)), 0x28, expected, sectors) == (residual, min(expected, sectors * 512))
+    assert residuals(coupled(MemoryVolume(SIZE)), 0x28, expected, sectors) == (
+        residual,
+        min(expected, sectors * 512),
+    )
 
 
 @pytest.mark.parametrize("immediate", [True, False])
 @pytest.mark.parametrize(
     ("announced", "sectors", "residual", "written"),
-    [(512, 1, 0, 512), (1000, 1, 488, 512), (200, 1, -312, 0), (512, 2, -512, 512), (1536, 1, 1024, 512)],
+    [
+        (512, 1, 0, 512),
+        (1000, 1, 488, 512),
+        (200, 1, -312, 0),
+        (512, 2, -512, 512),
+        (1536, 1, 1024, 512),
+    ],
 )
 def test_residuals_of_writes(announced, sectors, residual, written, immediate):
     volume = MemoryVolume(SIZE)

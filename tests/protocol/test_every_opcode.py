@@ -1,4 +1,6 @@
-"""Every opcode in every state of a connection: what is answered or closed, the same in any pieces, and other sessions notice nothing."""
+"""Every opcode in every state of a connection: what is answered or closed, the same in any pieces,
+and other sessions notice nothing.
+"""
 
 from collections.abc import Callable
 
@@ -19,7 +21,8 @@ HELLO = [*NAMES, ("AuthMethod", "CHAP,None")]
 DISCOVERY = [("InitiatorName", INITIATOR), ("SessionType", "Discovery")]
 TASK_TAG = 0x77
 REQUESTS = {0x00, 0x01, 0x02, 0x03, 0x04, 0x05, 0x06, 0x10}
-# What answers a request in the full feature phase of a session with a disk; () where it is swallowed; None where the connection ends.
+# What answers a request in the full feature phase of a session with a disk; () where it is
+# swallowed; None where the connection ends.
 FULL_FEATURE: dict[int, tuple[int, ...] | None] = {
     pdu.NOP_OUT: (pdu.NOP_IN,),
     pdu.SCSI_COMMAND: (pdu.SCSI_RESPONSE,),
@@ -54,7 +57,11 @@ def security_begun(node: RecordedNode) -> Peer:
 
 def challenged(node: RecordedNode) -> Peer:
     node.directory.chap = SECRETS
-    return connected(node, request(HELLO, login.SECURITY, None), request([("CHAP_A", "7,5")], login.SECURITY, None))
+    return connected(
+        node,
+        request(HELLO, login.SECURITY, None),
+        request([("CHAP_A", "7,5")], login.SECURITY, None),
+    )
 
 
 def operational(node: RecordedNode) -> Peer:
@@ -118,8 +125,18 @@ STATES = (*BEFORE_LOGIN, *AFTER_LOGIN, discovery)
 
 
 def build(first: int, cmd_sn: int) -> bytes:
-    """A PDU that is right as far as one can be without knowing the state: an own task tag, the next CmdSN, TEST UNIT READY."""
-    words = (RESERVED_TAG if first & 0x3F != pdu.TASK_MANAGEMENT_REQUEST else 0, cmd_sn, 0, 0, 0, 0, 0)
+    """A PDU that is right as far as one can be without knowing the state: an own task tag, the next
+    CmdSN, TEST UNIT READY.
+    """
+    words = (
+        RESERVED_TAG if first & 0x3F != pdu.TASK_MANAGEMENT_REQUEST else 0,
+        cmd_sn,
+        0,
+        0,
+        0,
+        0,
+        0,
+    )
     if first & 0x3F == pdu.SCSI_COMMAND:
         words = (0, cmd_sn, 0, 0, 0, 0, 0)
     flags = FINAL | (5 if first & 0x3F == pdu.TASK_MANAGEMENT_REQUEST else 0)
@@ -127,7 +144,9 @@ def build(first: int, cmd_sn: int) -> bytes:
 
 
 def sent_in(state: State, first: int, chunk: int) -> tuple[bytes, bool]:
-    """What an opcode brings in a state, with another session beside it that goes on as if nothing were."""
+    """What an opcode brings in a state, with another session beside it that goes on as if nothing
+    were.
+    """
     node = recorded({0: MemoryVolume(1 << 20)})
     other = Coupling(node, settings(isid=0x42)).login()
     peer = state(node)
@@ -140,7 +159,9 @@ def sent_in(state: State, first: int, chunk: int) -> tuple[bytes, bool]:
     other.command(bytes((0x12, 0, 0, 0, 96, 0)), read_bytes=96)
     peer.connection.connection_lost()
     assert not peer.connection.commands_in_flight
-    assert peer.connection not in [session for session in node.directory.opened if session not in node.directory.closed]
+    assert peer.connection not in [
+        session for session in node.directory.opened if session not in node.directory.closed
+    ]
     return outcome
 
 
@@ -153,7 +174,8 @@ def test_every_opcode(state: State, immediate: int) -> None:
         sent, closed = outcome
         got = tuple(answer.opcode for answer in pdus(sent) if answer.itt != TASK_TAG)
         if state in BEFORE_LOGIN:
-            # A login request that is immediate may go on or be refused; anything else ends the connection without a word.
+            # A login request that is immediate may go on or be refused; anything else ends the
+            # connection without a word.
             wanted = (pdu.LOGIN_RESPONSE,) if opcode == pdu.LOGIN_REQUEST and immediate else ()
             assert got == wanted and (closed or wanted), f"{opcode:02X}h: {got}"
         elif opcode not in REQUESTS:
@@ -163,4 +185,6 @@ def test_every_opcode(state: State, immediate: int) -> None:
             assert closed == ends, f"{opcode:02X}h: {got}"
         else:
             expected = FULL_FEATURE[opcode]
-            assert got == (expected or ()) and closed == (expected is None or opcode == pdu.LOGOUT_REQUEST), f"{opcode:02X}h: {got}"
+            assert got == (expected or ()) and closed == (
+                expected is None or opcode == pdu.LOGOUT_REQUEST
+            ), f"{opcode:02X}h: {got}"

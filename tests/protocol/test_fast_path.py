@@ -1,4 +1,6 @@
-"""The fast path and the general way give byte-identical answers, and the fast path is really taken by what it is for."""
+"""The fast path and the general way give byte-identical answers, and the fast path is really taken
+by what it is for.
+"""
 
 import errno
 from dataclasses import dataclass, replace
@@ -49,10 +51,19 @@ class Plain:
         final = 0 if self.immediate_less and self.writes and not self.less_is_final else pdu.FINAL
         opcode = (0x8A if self.writes else 0x88) if self.wide else (0x2A if self.writes else 0x28)
         if self.wide:
-            cdb = bytes((opcode, self.cdb_flags)) + self.lba.to_bytes(8, "big") + self.sectors.to_bytes(4, "big")
+            cdb = (
+                bytes((opcode, self.cdb_flags))
+                + self.lba.to_bytes(8, "big")
+                + self.sectors.to_bytes(4, "big")
+            )
             cdb += bytes((self.group, self.control))
         else:
-            cdb = bytes((opcode, self.cdb_flags)) + self.lba.to_bytes(4, "big") + bytes((self.group,)) + self.sectors.to_bytes(2, "big")
+            cdb = (
+                bytes((opcode, self.cdb_flags))
+                + self.lba.to_bytes(4, "big")
+                + bytes((self.group,))
+                + self.sectors.to_bytes(2, "big")
+            )
             cdb += bytes((self.control,)) + bytes([self.tail]) * 6
         words = (expected, cmd_sn + self.cmd_sn_more, 0, 0, 0, 0, 0)
         head = pack(
@@ -95,7 +106,9 @@ ODDITIES: dict[str, list[int | bool]] = {
 
 @st.composite
 def odd(draw: st.DrawFn) -> Plain:
-    """A plain command with one or two things about it that are not plain: each check of the fast path stands alone often enough."""
+    """A plain command with one or two things about it that are not plain: each check of the fast
+    path stands alone often enough.
+    """
     names = draw(st.lists(st.sampled_from(sorted(ODDITIES)), min_size=1, max_size=2, unique=True))
     return replace(draw(plain), **{name: draw(st.sampled_from(ODDITIES[name])) for name in names})  # type: ignore[arg-type]
 
@@ -116,8 +129,12 @@ class RecordingVolume(MemoryVolume):
 Outcome = tuple[bytes, bytes, list[int], str | None]
 
 
-def carry_out(commands: list[Plain], fast: bool, chunk: int, hold: bool, failing: int | None) -> Outcome:
-    """Feed all commands; return what was sent, the volume's content and durable writes, and why the connection ended if it did."""
+def carry_out(
+    commands: list[Plain], fast: bool, chunk: int, hold: bool, failing: int | None
+) -> Outcome:
+    """Feed all commands; return what was sent, the volume's content and durable writes, and why the
+    connection ended if it did.
+    """
     volume = RecordingVolume()
     pair = coupled(volume, data_segment_bytes=8192)
     phase = pair.target._phase
@@ -127,7 +144,8 @@ def carry_out(commands: list[Plain], fast: bool, chunk: int, hold: bool, failing
     volume.fail_writes = failing
     stream = bytearray()
     for itt, command in enumerate(commands, start=2):
-        # A command that is out of its window or immediate takes no number, so the next one has the same.
+        # A command that is out of its window or immediate takes no number, so the next one has the
+        # same.
         stream += command.encode(itt, taken_numbers(commands[: itt - 2]) + 1)
     for at in range(0, len(stream), chunk):
         if pair.peer.closed:
@@ -149,19 +167,29 @@ def taken_numbers(commands: list[Plain]) -> int:
     failing=st.sampled_from([None, None, errno.ENOSPC]),
 )
 def test_both_ways_give_the_same_bytes(commands, chunk, hold, failing):
-    assert carry_out(commands, True, chunk, hold, failing) == carry_out(commands, False, chunk, hold, failing)
+    assert carry_out(commands, True, chunk, hold, failing) == carry_out(
+        commands, False, chunk, hold, failing
+    )
 
 
 @pytest.mark.parametrize("hold", [False, True])
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("writes", [False, True])
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in ODDITIES.items() for value in values])
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in ODDITIES.items() for value in values]
+)
 def test_each_thing_that_is_not_plain_is_left_to_the_general_way(name, value, writes, wide, hold):
     command = replace(Plain(writes, wide, 8, 8), **{name: value})
     if name == "less_is_final":
         command = replace(command, immediate_less=512)
-    commands = [Plain(True, False, 64, 8, same_tag=True), command, *[Plain(False, False, 8, 8)] * 12]
-    assert carry_out(commands, True, 65536, hold, None) == carry_out(commands, False, 65536, hold, None)
+    commands = [
+        Plain(True, False, 64, 8, same_tag=True),
+        command,
+        *[Plain(False, False, 8, 8)] * 12,
+    ]
+    assert carry_out(commands, True, 65536, hold, None) == carry_out(
+        commands, False, 65536, hold, None
+    )
 
 
 def general_pdus(pair: Coupling, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -202,7 +230,10 @@ def test_what_the_fast_path_is_for_never_goes_the_general_way(command, monkeypat
 def test_a_pending_attention_is_not_overtaken(monkeypatch):
     pair = coupled(MemoryVolume(SIZE), clear_attention=False)
     seen = general_pdus(pair, monkeypatch)
-    feed(pair.target, Plain(False, False, 0, 1).encode(9, 1) + Plain(False, False, 0, 1).encode(10, 2))
+    feed(
+        pair.target,
+        Plain(False, False, 0, 1).encode(9, 1) + Plain(False, False, 0, 1).encode(10, 2),
+    )
     assert seen == [pdu.SCSI_COMMAND]
     assert pair.peer.sent[3] == 0x02
 

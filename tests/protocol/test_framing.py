@@ -14,7 +14,9 @@ DATA_MAX = 600
 BUFFER_BYTES = 2 * (DATA_MAX + PDU_OVERHEAD_BYTES)
 
 
-def received(stream: bytes, chunks: list[int], header_digest: bool, data_digest: bool) -> list[tuple[bytes, bytes, bytes, bool]]:
+def received(
+    stream: bytes, chunks: list[int], header_digest: bool, data_digest: bool
+) -> list[tuple[bytes, bytes, bytes, bool]]:
     """All PDUs of ``stream`` when it comes in these chunks."""
     buffer = ReceiveBuffer(BUFFER_BYTES, DATA_MAX)
     buffer.header_digest, buffer.data_digest = header_digest, data_digest
@@ -62,7 +64,9 @@ def test_what_a_sender_makes_a_receiver_understands(items, header_digest, data_d
     assert sender.pending_bytes == sum(len(data) for _, _, data in items)
     stream = b"".join(sender.take())
     got = received(stream, [BUFFER_BYTES], header_digest, data_digest)
-    assert got == [(header, b"", data, True) for header, (_, _, data) in zip(headers, items, strict=True)]
+    assert got == [
+        (header, b"", data, True) for header, (_, _, data) in zip(headers, items, strict=True)
+    ]
     assert sender.pending == [] and sender.pending_bytes == 0
 
 

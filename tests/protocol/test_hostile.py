@@ -1,4 +1,6 @@
-"""Hostile bytes: whatever comes, ``buffer_updated`` raises nothing, memory stays bounded, and chunking changes nothing."""
+"""Hostile bytes: whatever comes, ``buffer_updated`` raises nothing, memory stays bounded, and
+chunking changes nothing.
+"""
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -13,13 +15,46 @@ from tests.protocol.memory_volume import MemoryVolume
 
 SIZE = 1 << 20
 
-words = st.one_of(st.sampled_from([0, 1, 2, 0xFFFFFFFF, 0x7FFFFFFF, 512, 65536]), st.integers(0, 0xFFFFFFFF))
-OPCODES = [0, 3, 8, 10, 18, 21, 26, 27, 37, 40, 42, 47, 53, 65, 66, 85, 90, 136, 137, 138, 143, 145, 147, 158, 160, 163]
+words = st.one_of(
+    st.sampled_from([0, 1, 2, 0xFFFFFFFF, 0x7FFFFFFF, 512, 65536]), st.integers(0, 0xFFFFFFFF)
+)
+OPCODES = [
+    0,
+    3,
+    8,
+    10,
+    18,
+    21,
+    26,
+    27,
+    37,
+    40,
+    42,
+    47,
+    53,
+    65,
+    66,
+    85,
+    90,
+    136,
+    137,
+    138,
+    143,
+    145,
+    147,
+    158,
+    160,
+    163,
+]
 small = st.lists(st.sampled_from([0, 0, 0, 1, 8, 255]), min_size=14, max_size=14).map(bytes)
 cdbs = st.one_of(
     st.binary(min_size=16, max_size=16),
-    st.tuples(st.sampled_from(OPCODES), st.binary(min_size=15, max_size=15)).map(lambda pair: bytes([pair[0]]) + pair[1]),
-    st.tuples(st.sampled_from(OPCODES), st.integers(0, 31), small).map(lambda three: bytes(three[:2]) + three[2]),
+    st.tuples(st.sampled_from(OPCODES), st.binary(min_size=15, max_size=15)).map(
+        lambda pair: bytes([pair[0]]) + pair[1]
+    ),
+    st.tuples(st.sampled_from(OPCODES), st.integers(0, 31), small).map(
+        lambda three: bytes(three[:2]) + three[2]
+    ),
 )
 data = st.binary(max_size=200)
 
@@ -38,7 +73,15 @@ def requests(draw: st.DrawFn) -> bytes:
         byte3=draw(st.sampled_from([0, 0, 1])),
         length=len(ahs) // 4 << 24 | len(body),
         lun=draw(st.sampled_from([0, 0, 1 << 48, 0xFFFF << 48])),
-        words=(draw(words), draw(st.sampled_from([1, 1, 2, 3, 4, 5])), 0, draw(words), draw(words), draw(words), draw(words)),
+        words=(
+            draw(words),
+            draw(st.sampled_from([1, 1, 2, 3, 4, 5])),
+            0,
+            draw(words),
+            draw(words),
+            draw(words),
+            draw(words),
+        ),
     )
     if opcode == pdu.SCSI_COMMAND:
         head = head[:32] + draw(cdbs)
@@ -46,7 +89,9 @@ def requests(draw: st.DrawFn) -> bytes:
 
 
 class PromptVolume(MemoryVolume):
-    """Writes complete at once, not with the batch: the order of answers does not depend on what came in one wake-up."""
+    """Writes complete at once, not with the batch: the order of answers does not depend on what
+    came in one wake-up.
+    """
 
     def write(self, offset_bytes: int, data: Buffer, fua: bool, done: Completion) -> None:
         super().write(offset_bytes, data, fua, done)
@@ -97,10 +142,24 @@ NAMES = [
     "X",
     "SendTargets",
 ]
-VALUES = [INITIATOR, TARGET, "Normal", "Discovery", "None", "CHAP", "5", "0x12", "0bAA==", "Yes", ""]
+VALUES = [
+    INITIATOR,
+    TARGET,
+    "Normal",
+    "Discovery",
+    "None",
+    "CHAP",
+    "5",
+    "0x12",
+    "0bAA==",
+    "Yes",
+    "",
+]
 values = st.one_of(st.sampled_from(VALUES), st.text(max_size=20))
 texts = st.lists(st.tuples(st.sampled_from(NAMES), values), max_size=8).map(
-    lambda pairs: "".join(f"{key}={value}\0" for key, value in pairs).encode("utf-8", "surrogatepass")
+    lambda pairs: "".join(f"{key}={value}\0" for key, value in pairs).encode(
+        "utf-8", "surrogatepass"
+    )
 )
 
 
@@ -108,7 +167,14 @@ texts = st.lists(st.tuples(st.sampled_from(NAMES), values), max_size=8).map(
 def test_any_login_text(bodies):
     peer = Peer(recorded({0: MemoryVolume(SIZE)}))
     for body, flags in bodies:
-        head = pack(pdu.LOGIN_REQUEST | pdu.IMMEDIATE, flags, 0, length=len(body), lun=1 << 16, words=(0, 1, 0, 0, 0, 0, 0))
+        head = pack(
+            pdu.LOGIN_REQUEST | pdu.IMMEDIATE,
+            flags,
+            0,
+            length=len(body),
+            lun=1 << 16,
+            words=(0, 1, 0, 0, 0, 0, 0),
+        )
         feed(peer.connection, head + body + bytes(-len(body) % 4))
     assert len(peer.sent) < 100_000
 
@@ -134,7 +200,11 @@ def test_immediate_commands_are_bounded():
     pair = coupled(volume)
     cdb = bytes((0x28, 0, 0, 0, 0, 0, 0, 0, 1)).ljust(16, b"\0")
     for itt in range(2 * limits.IMMEDIATE_COMMANDS_MAX):
-        feed(pair.target, pack(pdu.SCSI_COMMAND | pdu.IMMEDIATE, 0xC1, itt, words=(512, 1, 0, 0, 0, 0, 0))[:32] + cdb)
+        feed(
+            pair.target,
+            pack(pdu.SCSI_COMMAND | pdu.IMMEDIATE, 0xC1, itt, words=(512, 1, 0, 0, 0, 0, 0))[:32]
+            + cdb,
+        )
     assert pair.target.commands_in_flight == limits.IMMEDIATE_COMMANDS_MAX
     rejects = [pair.peer.sent[at + 2] for at in range(0, len(pair.peer.sent), 96)]
     assert rejects == [pdu.REJECT_IMMEDIATE] * limits.IMMEDIATE_COMMANDS_MAX
@@ -142,6 +212,9 @@ def test_immediate_commands_are_bounded():
 
 def test_a_flood_of_pings_is_answered_and_forgotten():
     pair = coupled(MemoryVolume(SIZE))
-    ping = pack(pdu.NOP_OUT | pdu.IMMEDIATE, 0x80, 5, length=4, words=(0xFFFFFFFF, 1, 0, 0, 0, 0, 0)) + b"ping"
+    ping = (
+        pack(pdu.NOP_OUT | pdu.IMMEDIATE, 0x80, 5, length=4, words=(0xFFFFFFFF, 1, 0, 0, 0, 0, 0))
+        + b"ping"
+    )
     feed(pair.target, ping * 1000)
     assert len(pair.peer.sent) == 1000 * 52

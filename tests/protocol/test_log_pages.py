@@ -24,8 +24,15 @@ class ThinClone(MemoryVolume):
         return self.state
 
 
-def log_sense(code: int, subpage: int = 0, first: int = 0, control: int = 1, allocation: int = 512) -> bytes:
-    return bytes((0x4D, 0, control << 6 | code, subpage, 0)) + first.to_bytes(2, "big") + allocation.to_bytes(2, "big") + b"\0"
+def log_sense(
+    code: int, subpage: int = 0, first: int = 0, control: int = 1, allocation: int = 512
+) -> bytes:
+    return (
+        bytes((0x4D, 0, control << 6 | code, subpage, 0))
+        + first.to_bytes(2, "big")
+        + allocation.to_bytes(2, "big")
+        + b"\0"
+    )
 
 
 def parameters(pair, code: int, first: int = 0) -> dict[int, bytes]:
@@ -46,7 +53,9 @@ def numbers(pair) -> dict[int, int]:
 def test_supported_pages():
     pair = coupled(MemoryVolume(1 << 20))
     assert pair.command(log_sense(0), read_bytes=512) == bytes((0, 0, 0, 3, 0, 0x0C, 0x30))
-    assert pair.command(log_sense(0, 0xFF), read_bytes=512) == bytes((0x40, 0xFF, 0, 8, 0, 0, 0, 0xFF, 0x0C, 0, 0x30, 0))
+    assert pair.command(log_sense(0, 0xFF), read_bytes=512) == bytes(
+        (0x40, 0xFF, 0, 8, 0, 0, 0, 0xFF, 0x0C, 0, 0x30, 0)
+    )
     assert pair.command(log_sense(0, allocation=5), read_bytes=512) == bytes((0, 0, 0, 3, 0))
 
 
@@ -55,7 +64,10 @@ def test_usage_in_the_units_of_the_provisioning_page():
     pair = coupled(volume)
     unit_bytes = 512 << page(pair, 0xB2)[4]
     assert unit_bytes == 1 << 20
-    assert parameters(pair, 0x0C) == {1: bytes((0, 0, 0, 10, 2, 0, 0, 0)), 2: bytes((0, 0, 0, 4, 1, 0, 0, 0))}
+    assert parameters(pair, 0x0C) == {
+        1: bytes((0, 0, 0, 10, 2, 0, 0, 0)),
+        2: bytes((0, 0, 0, 4, 1, 0, 0, 0)),
+    }
     assert list(parameters(pair, 0x0C, first=2)) == [2]
 
 

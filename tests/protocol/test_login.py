@@ -7,7 +7,15 @@ import pytest
 from protocol.iscsi import keys, limits, login, text
 from protocol.iscsi.chap import ChapSecrets
 from protocol.iscsi.errors import IscsiError, LoginRefused
-from protocol.iscsi.pdu import CONTINUE, IMMEDIATE, LOGIN_REQUEST, LOGIN_RESPONSE, TRANSIT, Pdu, pack
+from protocol.iscsi.pdu import (
+    CONTINUE,
+    IMMEDIATE,
+    LOGIN_REQUEST,
+    LOGIN_RESPONSE,
+    TRANSIT,
+    Pdu,
+    pack,
+)
 from tests.protocol.coupling import Coupling, Peer, coupled, feed, settings
 from tests.protocol.directory import INITIATOR, TARGET, RecordedNode, recorded
 from tests.protocol.memory_volume import MemoryVolume
@@ -33,7 +41,15 @@ def request(
     """A login request."""
     body = pairs if isinstance(pairs, bytes) else text.encode(pairs)
     flags |= stage << 2 | (TRANSIT | following if following is not None else 0)
-    head = pack(LOGIN_REQUEST | IMMEDIATE, flags, 7, byte3=version_min, length=len(body), lun=lun, words=(cid << 16, 5, 0, 0, 0, 0, 0))
+    head = pack(
+        LOGIN_REQUEST | IMMEDIATE,
+        flags,
+        7,
+        byte3=version_min,
+        length=len(body),
+        lun=lun,
+        words=(cid << 16, 5, 0, 0, 0, 0, 0),
+    )
     return head + body + bytes(-len(body) % 4)
 
 
@@ -64,13 +80,18 @@ def test_one_exchange_is_enough_without_authentication():
     assert pdu.lun & 0xFFFF == peer.connection.tsih != 0
     assert pdu.lun >> 16 == 1
     assert (pdu.exp_cmd_sn, pdu.max_cmd_sn) == (5, 5 + limits.COMMAND_WINDOW - 1)
-    assert answers == {"TargetPortalGroupTag": "1", "MaxRecvDataSegmentLength": str(limits.RECEIVE_DATA_SEGMENT_BYTES)}
+    assert answers == {
+        "TargetPortalGroupTag": "1",
+        "MaxRecvDataSegmentLength": str(limits.RECEIVE_DATA_SEGMENT_BYTES),
+    }
     assert peer.connection.describe()["state"] == "active"
 
 
 def test_security_then_operational():
     peer = Peer(node())
-    first, answers = exchange(peer, request([*NAMES, ("AuthMethod", "CHAP,None")], login.SECURITY, login.OPERATIONAL))
+    first, answers = exchange(
+        peer, request([*NAMES, ("AuthMethod", "CHAP,None")], login.SECURITY, login.OPERATIONAL)
+    )
     assert answers == {"TargetPortalGroupTag": "1", "AuthMethod": "None"}
     assert first.flags == TRANSIT | login.OPERATIONAL and first.lun & 0xFFFF == 0
     second, _ = exchange(peer, request([("HeaderDigest", "None")]))
@@ -91,7 +112,9 @@ STAGES = (0, 1, 2, 3)
 
 @pytest.mark.parametrize(("stage", "following"), list(itertools.product(STAGES, (None, *STAGES))))
 def test_every_first_transition(stage, following):
-    legal = stage in login.FIRST_STAGES and (following is None or following in login.TRANSITIONS[stage])
+    legal = stage in login.FIRST_STAGES and (
+        following is None or following in login.TRANSITIONS[stage]
+    )
     peer = Peer(node())
     pdu, _ = exchange(peer, request(NAMES, stage, following))
     assert pdu.word36 >> 16 == (0 if legal else 0x020B)
@@ -101,17 +124,29 @@ def test_every_first_transition(stage, following):
 REFUSALS = {
     "no initiator name": (request([("TargetName", TARGET)]), 0x0207),
     "an empty initiator name": (request([("InitiatorName", ""), ("TargetName", TARGET)]), 0x0207),
-    "a name above 223 bytes": (request([("InitiatorName", "i" * 224), ("TargetName", TARGET)]), 0x0207),
+    "a name above 223 bytes": (
+        request([("InitiatorName", "i" * 224), ("TargetName", TARGET)]),
+        0x0207,
+    ),
     "no target name": (request([("InitiatorName", INITIATOR)]), 0x0207),
-    "no such target": (request([("InitiatorName", INITIATOR), ("TargetName", TARGET + "x")]), 0x0203),
-    "another session type": (request([("InitiatorName", INITIATOR), ("SessionType", "Other")]), 0x0209),
+    "no such target": (
+        request([("InitiatorName", INITIATOR), ("TargetName", TARGET + "x")]),
+        0x0203,
+    ),
+    "another session type": (
+        request([("InitiatorName", INITIATOR), ("SessionType", "Other")]),
+        0x0209,
+    ),
     "a later version": (request(NAMES, version_min=1), 0x0205),
     "a session that is not there": (request(NAMES, lun=1 << 16 | 9), 0x020A),
     "no pair": (request(b"InitiatorName\0"), 0x0200),
     "a key twice": (request(b"InitiatorName=a\0InitiatorName=b\0"), 0x0200),
     "not UTF-8": (request(b"InitiatorName=\xff\xfe\0"), 0x0200),
     "a key that is too long": (request(b"k" * 64 + b"=1\0"), 0x0200),
-    "too many keys": (request([*NAMES, *((f"X-{n}", "1") for n in range(limits.KEYS_MAX))]), 0x0200),
+    "too many keys": (
+        request([*NAMES, *((f"X-{n}", "1") for n in range(limits.KEYS_MAX))]),
+        0x0200,
+    ),
     "an answer to nothing": (request([*NAMES, ("HeaderDigest", "NotUnderstood")]), 0x0200),
     "CHAP keys without CHAP": (request([*NAMES, ("CHAP_A", "5")], login.SECURITY, None), 0x0201),
     "AuthMethod in the operational stage": (request([*NAMES, ("AuthMethod", "None")]), 0x020B),
@@ -129,7 +164,9 @@ def test_refusals_carry_their_status_and_close(data, status):
     assert peer.connection.tsih == 0
 
 
-@pytest.mark.parametrize("data", [request(NAMES, login.OPERATIONAL), request(NAMES, login.SECURITY, login.OPERATIONAL)])
+@pytest.mark.parametrize(
+    "data", [request(NAMES, login.OPERATIONAL), request(NAMES, login.SECURITY, login.OPERATIONAL)]
+)
 def test_a_target_with_chap_lets_nobody_past_the_security_stage_without(data):
     peer = Peer(node(SECRETS))
     pdu, _ = exchange(peer, data)
@@ -138,7 +175,9 @@ def test_a_target_with_chap_lets_nobody_past_the_security_stage_without(data):
 
 def test_operational_keys_do_not_open_a_chap_target():
     peer = Peer(node(SECRETS))
-    pdu, answers = exchange(peer, request([*NAMES, ("AuthMethod", "CHAP")], login.SECURITY, login.FULL_FEATURE))
+    pdu, answers = exchange(
+        peer, request([*NAMES, ("AuthMethod", "CHAP")], login.SECURITY, login.FULL_FEATURE)
+    )
     assert answers["AuthMethod"] == "CHAP" and not pdu.flags & TRANSIT
     pdu, _ = exchange(peer, request([], login.SECURITY, login.FULL_FEATURE))
     assert not pdu.flags & TRANSIT
@@ -217,10 +256,22 @@ NEGOTIATION = [
     ("MaxRecvDataSegmentLength", "65536", None, "peer_data_segment_bytes", 65536),
     ("MaxRecvDataSegmentLength", "0x1000", None, "peer_data_segment_bytes", 4096),
     ("MaxRecvDataSegmentLength", "511", "Reject", "peer_data_segment_bytes", 8192),
-    ("MaxBurstLength", "16777215", str(limits.MAX_BURST_BYTES), "max_burst_bytes", limits.MAX_BURST_BYTES),
+    (
+        "MaxBurstLength",
+        "16777215",
+        str(limits.MAX_BURST_BYTES),
+        "max_burst_bytes",
+        limits.MAX_BURST_BYTES,
+    ),
     ("MaxBurstLength", "4096", "4096", "max_burst_bytes", 4096),
     ("MaxBurstLength", "16777216", "Reject", "max_burst_bytes", 262144),
-    ("FirstBurstLength", "262144", str(limits.FIRST_BURST_BYTES), "first_burst_bytes", limits.FIRST_BURST_BYTES),
+    (
+        "FirstBurstLength",
+        "262144",
+        str(limits.FIRST_BURST_BYTES),
+        "first_burst_bytes",
+        limits.FIRST_BURST_BYTES,
+    ),
     ("FirstBurstLength", "512", "512", "first_burst_bytes", 512),
     ("DefaultTime2Wait", "0", "2", None, None),
     ("DefaultTime2Wait", "30", "30", None, None),
@@ -252,7 +303,17 @@ def test_every_key(name, offer, answer, field, value):
     assert field is None or getattr(parameters, field) == value
 
 
-@pytest.mark.parametrize("name", ["InitialR2T", "ImmediateData", "MaxBurstLength", "FirstBurstLength", "MaxConnections", "DataPDUInOrder"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "InitialR2T",
+        "ImmediateData",
+        "MaxBurstLength",
+        "FirstBurstLength",
+        "MaxConnections",
+        "DataPDUInOrder",
+    ],
+)
 def test_what_means_nothing_in_a_discovery_session_is_irrelevant(name):
     offer = "512" if name.startswith(("Max", "First")) else "Yes"
     assert keys.answer(name, offer, keys.Parameters(), discovery=True) == "Irrelevant"
@@ -270,17 +331,25 @@ def test_a_key_is_negotiated_once():
     assert pdu.word36 >> 16 == 0x0200 and peer.closed
 
 
-MATRIX = list(itertools.product([False, True], [False, True], [None, "one-way", "mutual"], [1 << 30, 7]))
+MATRIX = list(
+    itertools.product([False, True], [False, True], [None, "one-way", "mutual"], [1 << 30, 7])
+)
 
 
 @pytest.mark.parametrize(("header_digest", "data_digest", "chap", "chunk"), MATRIX)
 def test_our_initiator_logs_in(header_digest, data_digest, chap, chunk):
     wanted = {None: None, "one-way": ChapSecrets("user", b"secret-of-12+"), "mutual": SECRETS}[chap]
     made = node(wanted)
-    pair = Coupling(made, settings(chap=wanted, header_digest=header_digest, data_digest=data_digest), chunk).login()
+    pair = Coupling(
+        made, settings(chap=wanted, header_digest=header_digest, data_digest=data_digest), chunk
+    ).login()
     described = pair.target.describe()
     assert (described["header_digest"], described["data_digest"]) == (header_digest, data_digest)
-    assert (described["initiator"], described["target"], described["state"]) == (INITIATOR, TARGET, "active")
+    assert (described["initiator"], described["target"], described["state"]) == (
+        INITIATOR,
+        TARGET,
+        "active",
+    )
     assert made.directory.opened == [pair.target]
 
 
@@ -289,7 +358,12 @@ ONE_WAY = ChapSecrets("user", b"secret-of-12+")
 
 @pytest.mark.parametrize(
     ("target", "initiator"),
-    [(SECRETS, None), (None, SECRETS), (SECRETS, ChapSecrets("user", b"wrong")), (ONE_WAY, SECRETS)],
+    [
+        (SECRETS, None),
+        (None, SECRETS),
+        (SECRETS, ChapSecrets("user", b"wrong")),
+        (ONE_WAY, SECRETS),
+    ],
 )
 def test_our_initiator_reports_why_it_may_not(target, initiator):
     made = node(target)
@@ -321,7 +395,13 @@ def test_target_names_are_compared_without_regard_to_case():
 
 
 def test_negotiated_lengths_reach_the_initiator():
-    pair = coupled(MemoryVolume(1 << 20), max_burst_bytes=8192, first_burst_bytes=4096, immediate_data=False)
+    pair = coupled(
+        MemoryVolume(1 << 20), max_burst_bytes=8192, first_burst_bytes=4096, immediate_data=False
+    )
     parameters = pair.initiator.parameters
-    assert (parameters.max_burst_bytes, parameters.first_burst_bytes, parameters.immediate_data) == (8192, 4096, False)
+    assert (
+        parameters.max_burst_bytes,
+        parameters.first_burst_bytes,
+        parameters.immediate_data,
+    ) == (8192, 4096, False)
     assert parameters.peer_data_segment_bytes == limits.RECEIVE_DATA_SEGMENT_BYTES

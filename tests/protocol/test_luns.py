@@ -1,4 +1,6 @@
-"""Several logical units behind one target, some of which come and go under open sessions; portals; what outlives a restart."""
+"""Several logical units behind one target, some of which come and go under open sessions; portals;
+what outlives a restart.
+"""
 
 from uuid import UUID
 
@@ -105,7 +107,9 @@ def test_a_lun_that_goes_while_its_gate_is_closed_leaves_no_command_behind() -> 
     pair = session(node)
     disk.hold_reads = True
     swapped, written = Results(), Results()
-    pair.initiator.submit(0, bytes((0x89, *bytes(12), 1, 0, 0)), swapped, data=bytes(512) + b"n" * 512)
+    pair.initiator.submit(
+        0, bytes((0x89, *bytes(12), 1, 0, 0)), swapped, data=bytes(512) + b"n" * 512
+    )
     pair.initiator.submit_write(0, 4096, b"w" * 4096, written)
     pair.run()
     node.lun_unmapped(TARGET, 0, disk)
@@ -134,7 +138,7 @@ def test_a_lun_comes_and_goes_under_the_fast_path() -> None:
         assert (caught.value.key, caught.value.asc, caught.value.ascq) == NO_UNIT
 
 
-# --- What may change while somebody logs in ------------------------------------------------------------------------------
+# --- What may change while somebody logs in -------------------------------------------------------
 
 
 def waiting_login(node: RecordedNode, held: MemoryVolume) -> tuple[Coupling, Coupling]:
@@ -174,7 +178,7 @@ def test_the_luns_are_those_at_the_end_of_the_login() -> None:
     assert luns(new) == [3]
 
 
-# --- Portals --------------------------------------------------------------------------------------------------------------
+# --- Portals --------------------------------------------------------------------------------------
 
 
 def test_discovery_tells_all_portals_and_names_in_any_case() -> None:
@@ -188,7 +192,7 @@ def test_discovery_tells_all_portals_and_names_in_any_case() -> None:
     assert found == [[("TargetName", TARGET), *addresses]]
 
 
-# --- Reservations over a restart ------------------------------------------------------------------------------------------
+# --- Reservations over a restart ------------------------------------------------------------------
 
 
 def register(pair: Coupling, key: int, aptpl: bool = True) -> Results:

@@ -1,4 +1,6 @@
-"""Persistent reservations belong to the I_T nexus (SPC-4 5.13): one initiator port that reaches a unit by two targets has two of all."""
+"""Persistent reservations belong to the I_T nexus (SPC-4 5.13): one initiator port that reaches a
+unit by two targets has two of all.
+"""
 
 from uuid import UUID
 
@@ -28,7 +30,17 @@ from tests.protocol.test_reservations import (
     take,
 )
 from tests.protocol.test_scsi_identity import page
-from tests.protocol.test_transport_ids import ALL_TG_PT, APTPL, SPEC_I_PT, UNREG, fails, move, nexus, port_id, register
+from tests.protocol.test_transport_ids import (
+    ALL_TG_PT,
+    APTPL,
+    SPEC_I_PT,
+    UNREG,
+    fails,
+    move,
+    nexus,
+    port_id,
+    register,
+)
 
 CLUSTER = "iqn.2026-01.io.cleaved:cluster"
 FIRST, SECOND = 1, 2
@@ -67,7 +79,13 @@ def statuses(pair: Coupling) -> list[tuple[int, bool, int]]:
     data, found = report(pair, 3)[8:], []
     while data:
         assert data[12] & 2 == 0, "ALL_TG_PT: each descriptor is of one nexus"
-        found.append((int.from_bytes(data[:8], "big"), bool(data[12] & 1), int.from_bytes(data[18:20], "big")))
+        found.append(
+            (
+                int.from_bytes(data[:8], "big"),
+                bool(data[12] & 1),
+                int.from_bytes(data[18:20], "big"),
+            )
+        )
         data = data[24 + int.from_bytes(data[20:24], "big") :]
     return found
 
@@ -81,7 +99,11 @@ def test_each_nexus_registers_for_itself(both):
     out(second, REGISTER, 0, 2)
     assert may(second, WRITE) and statuses(first) == [(1, True, FIRST), (2, False, SECOND)]
     out(second, REGISTER, 2, 0)
-    assert may(first, WRITE) and not may(second, WRITE) and held(second) == (1, kinds.WRITE_EXCLUSIVE_REGISTRANTS)
+    assert (
+        may(first, WRITE)
+        and not may(second, WRITE)
+        and held(second) == (1, kinds.WRITE_EXCLUSIVE_REGISTRANTS)
+    )
 
 
 def test_one_is_told_of_what_the_other_does(both):
@@ -141,7 +163,9 @@ def test_all_target_ports_conflict_where_one_has_another_key(both):
 
 def test_ports_of_a_unit_that_another_target_does_not_have_are_left_out(volume):
     node = two_targets(volume)
-    node.directory.targets["iqn.2026-01.io.cleaved:third"] = {0: MemoryVolume(1 << 20, "other", UUID(int=7))}
+    node.directory.targets["iqn.2026-01.io.cleaved:third"] = {
+        0: MemoryVolume(1 << 20, "other", UUID(int=7))
+    }
     node.directory.targets["iqn.2026-01.io.cleaved:fourth"] = {3: volume}
     first = session(node)
     out(first, REGISTER, 0, 1, flags=ALL_TG_PT)
@@ -156,7 +180,11 @@ def test_specified_initiator_ports_are_of_this_target_port_or_of_all(both, node,
     register(first, 6, port_id(8), flags=SPEC_I_PT)
     out(first, CLEAR, 6)
     register(first, 7, port_id(9), flags=SPEC_I_PT | ALL_TG_PT)
-    assert known == {nexus(isid, target_port=target_port): 7 for isid in (1, 9) for target_port in (FIRST, SECOND)}
+    assert known == {
+        nexus(isid, target_port=target_port): 7
+        for isid in (1, 9)
+        for target_port in (FIRST, SECOND)
+    }
 
 
 def test_a_reservation_moves_to_another_target_port(both):
@@ -181,15 +209,28 @@ def test_nexuses_outlive_a_restart(volume):
     assert statuses(first) == [(1, True, SECOND)] and may(second, WRITE) and not may(first, READ)
 
 
-@pytest.mark.parametrize("kind", [kinds.WRITE_EXCLUSIVE, kinds.EXCLUSIVE_ACCESS_REGISTRANTS, kinds.WRITE_EXCLUSIVE_ALL])
+@pytest.mark.parametrize(
+    "kind", [kinds.WRITE_EXCLUSIVE, kinds.EXCLUSIVE_ACCESS_REGISTRANTS, kinds.WRITE_EXCLUSIVE_ALL]
+)
 def test_what_an_earlier_version_stored_counts_by_every_target(volume, kind):
-    """It registered initiator ports, for all targets together; whoever held the disk over the update goes on writing."""
+    """It registered initiator ports, for all targets together; whoever held the disk over the
+    update goes on writing.
+    """
     keeper, node = Keeper(), two_targets(volume)
     old, other = (f"{INITIATOR},i,0x00000000000{isid}" for isid in (1, 2))
-    keeper.states[volume.uuid] = {"registrations": {old: 1, other: 2}, "holder": old, "kind": kind, "generation": 7}
+    keeper.states[volume.uuid] = {
+        "registrations": {old: 1, other: 2},
+        "holder": old,
+        "kind": kind,
+        "generation": 7,
+    }
     node.reservations = keeper
     first, second, another = session(node), session(node, CLUSTER), session(node, CLUSTER, isid=2)
-    assert may(first, WRITE) and may(second, WRITE) and may(another, WRITE) == (kind in kinds.REGISTRANTS_KINDS)
+    assert (
+        may(first, WRITE)
+        and may(second, WRITE)
+        and may(another, WRITE) == (kind in kinds.REGISTRANTS_KINDS)
+    )
     assert held(another) == (0 if kind in kinds.ALL_REGISTRANTS_KINDS else 1, kind)
     assert len(statuses(first)) == 4 and report(first, 0)[7] == 32
     assert node.unit_for(volume).reservations.export()["holder"] == old
@@ -203,18 +244,29 @@ def test_what_an_earlier_version_stored_counts_by_every_target(volume, kind):
 def test_an_old_holder_is_preempted(volume):
     keeper, node = Keeper(), two_targets(volume)
     old, other = (f"{INITIATOR},i,0x00000000000{isid}" for isid in (1, 2))
-    keeper.states[volume.uuid] = {"registrations": {old: 1, other: 2}, "holder": old, "kind": kinds.WRITE_EXCLUSIVE, "generation": 7}
+    keeper.states[volume.uuid] = {
+        "registrations": {old: 1, other: 2},
+        "holder": old,
+        "kind": kinds.WRITE_EXCLUSIVE,
+        "generation": 7,
+    }
     node.reservations = keeper
     first, another = session(node), session(node, CLUSTER, isid=2)
     out(another, PREEMPT, 2, 1, kind=kinds.WRITE_EXCLUSIVE)
     assert take(first) == (6, 0x2A, 5)
-    assert held(first) == (2, kinds.WRITE_EXCLUSIVE) and not may(first, WRITE) and may(another, WRITE)
+    assert (
+        held(first) == (2, kinds.WRITE_EXCLUSIVE) and not may(first, WRITE) and may(another, WRITE)
+    )
     assert node.unit_for(volume).reservations.holder == nexus(2, target_port=SECOND)
 
 
 @pytest.mark.parametrize(
     "stored",
-    ["iqn.2026-01.test:a,i,0x000000000001", "iqn.2026-01.test:A,i,0x000000000001", "iqn.2026-01.test:a,i,0x000000000001,t,0x00ff"],
+    [
+        "iqn.2026-01.test:a,i,0x000000000001",
+        "iqn.2026-01.test:A,i,0x000000000001",
+        "iqn.2026-01.test:a,i,0x000000000001,t,0x00ff",
+    ],
 )
 def test_stored_names_of_nexuses(stored):
     assert str(NexusId.parse(stored)) == stored.lower()

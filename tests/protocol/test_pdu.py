@@ -22,13 +22,39 @@ words = st.integers(0, 0xFFFFFFFF)
     itt=words,
     seven=st.tuples(*[words] * 7),
 )
-def test_a_header_comes_back_as_it_was_packed(opcode, immediate, flags, byte2, byte3, lun, itt, seven):
-    header = pack(opcode | (pdu.IMMEDIATE if immediate else 0), flags, itt, byte2=byte2, byte3=byte3, lun=lun, words=seven)
+def test_a_header_comes_back_as_it_was_packed(
+    opcode, immediate, flags, byte2, byte3, lun, itt, seven
+):
+    header = pack(
+        opcode | (pdu.IMMEDIATE if immediate else 0),
+        flags,
+        itt,
+        byte2=byte2,
+        byte3=byte3,
+        lun=lun,
+        words=seven,
+    )
     got = Pdu(header, b"", memoryview(b""))
-    assert (got.opcode, got.immediate, got.flags, got.byte2, got.byte3) == (opcode, immediate, flags, byte2, byte3)
+    assert (got.opcode, got.immediate, got.flags, got.byte2, got.byte3) == (
+        opcode,
+        immediate,
+        flags,
+        byte2,
+        byte3,
+    )
     assert (got.lun, got.itt) == (lun, itt)
-    assert (got.ttt, got.cmd_sn, got.exp_stat_sn, got.max_cmd_sn, got.data_sn, got.buffer_offset, got.residual) == seven
-    assert got.expected_length == seven[0] and got.stat_sn == seven[1] and got.exp_cmd_sn == seven[2]
+    assert (
+        got.ttt,
+        got.cmd_sn,
+        got.exp_stat_sn,
+        got.max_cmd_sn,
+        got.data_sn,
+        got.buffer_offset,
+        got.residual,
+    ) == seven
+    assert (
+        got.expected_length == seven[0] and got.stat_sn == seven[1] and got.exp_cmd_sn == seven[2]
+    )
     assert got.header == header and len(header) == 48
 
 
@@ -36,7 +62,9 @@ def test_the_cdb_is_the_last_16_bytes_and_what_an_extended_cdb_segment_adds():
     cdb = bytes(range(16))
     header = HEADER.pack(1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)[:32] + cdb
     assert Pdu(header, b"", memoryview(b"")).cdb == cdb
-    extension = bytes((0, 9, 0x01, 0)) + bytes(range(100, 108))  # AHSLength counts from the fourth byte on (RFC 7143 11.2.2.1)
+    extension = bytes((0, 9, 0x01, 0)) + bytes(
+        range(100, 108)
+    )  # AHSLength counts from the fourth byte on (RFC 7143 11.2.2.1)
     assert Pdu(header, extension, memoryview(b"")).cdb == cdb + bytes(range(100, 108))
 
 
@@ -67,15 +95,21 @@ def test_serial_numbers_wrap(left, right, after):
 
 
 def test_fixed_sense():
-    assert Sense(5, 0x24, 0).fixed() == bytes.fromhex("70 00 05 00000000 0a 00000000 24 00 00 000000")
-    assert Sense(14, 0x1D, 0, information=0x1234).fixed() == bytes.fromhex("f0 00 0e 00001234 0a 00000000 1d 00 00 000000")
+    assert Sense(5, 0x24, 0).fixed() == bytes.fromhex(
+        "70 00 05 00000000 0a 00000000 24 00 00 000000"
+    )
+    assert Sense(14, 0x1D, 0, information=0x1234).fixed() == bytes.fromhex(
+        "f0 00 0e 00001234 0a 00000000 1d 00 00 000000"
+    )
 
 
 def test_descriptor_sense():
     assert Sense(5, 0x24, 0).descriptor() == bytes.fromhex("72 05 24 00 000000 00")
     got = Sense(14, 0x1D, 0, information=1 << 40).descriptor()
     assert got == bytes.fromhex("72 0e 1d 00 000000 0c 00 0a 80 00 0000010000000000")
-    assert invalid_field_in_cdb(2, 7).descriptor() == bytes.fromhex("72 05 24 00 000000 08 02 06 0000 cf0002 00")
+    assert invalid_field_in_cdb(2, 7).descriptor() == bytes.fromhex(
+        "72 05 24 00 000000 08 02 06 0000 cf0002 00"
+    )
 
 
 def test_information_beyond_32_bits_is_left_out_of_fixed_sense():

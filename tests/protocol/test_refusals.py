@@ -1,4 +1,6 @@
-"""What a peer may not do in the full feature phase, and what it gets: a reject, a sense, silence, or the end."""
+"""What a peer may not do in the full feature phase, and what it gets: a reject, a sense, silence,
+or the end.
+"""
 
 import pytest
 
@@ -18,7 +20,10 @@ SIZE = 8 << 20
         (pack(pdu.SNACK_REQUEST, FINAL, 1), pdu.REJECT_SNACK),
         (pack(0x1F, FINAL, 1), pdu.REJECT_NOT_SUPPORTED),
         (pack(pdu.NOP_IN, FINAL, 1), pdu.REJECT_NOT_SUPPORTED),
-        (pack(pdu.TEXT_REQUEST | IMMEDIATE, FINAL, 1, length=4, words=FIRST) + b"junk", pdu.REJECT_PROTOCOL_ERROR),
+        (
+            pack(pdu.TEXT_REQUEST | IMMEDIATE, FINAL, 1, length=4, words=FIRST) + b"junk",
+            pdu.REJECT_PROTOCOL_ERROR,
+        ),
     ],
 )
 def test_rejects_carry_the_header(request_pdu, reason):
@@ -68,7 +73,11 @@ def test_a_wrong_data_digest_of_a_command_is_rejected_and_its_number_is_not_take
     pair = coupled(MemoryVolume(SIZE), data_digest=True)
     feed(pair.target, command_pdu(0xA1, 9, 0x2A, length=512) + bytes(512) + b"\1\2\3\4")
     answer = Pdu(pair.peer.take()[:48], b"", memoryview(b""))
-    assert (answer.opcode, answer.byte2, answer.exp_cmd_sn) == (pdu.REJECT, pdu.REJECT_DATA_DIGEST, 1)
+    assert (answer.opcode, answer.byte2, answer.exp_cmd_sn) == (
+        pdu.REJECT,
+        pdu.REJECT_DATA_DIGEST,
+        1,
+    )
     pair.command(bytes(6))
 
 
@@ -124,7 +133,12 @@ def test_unsolicited_data_that_were_not_agreed_on(flags, length, expected, chang
     pair = coupled(MemoryVolume(SIZE), **changes)
     head = command_pdu(flags, 9, 0x2A if flags & 0x20 else 0x28, expected=expected, length=length)
     answer = answer_to(pair, head + bytes(length))
-    assert (answer.opcode, answer.byte3, answer.data[2 + 2] & 15, tuple(answer.data[2 + 12 : 2 + 14])) == (pdu.SCSI_RESPONSE, 2, 0xB, asc)
+    assert (
+        answer.opcode,
+        answer.byte3,
+        answer.data[2 + 2] & 15,
+        tuple(answer.data[2 + 12 : 2 + 14]),
+    ) == (pdu.SCSI_RESPONSE, 2, 0xB, asc)
 
 
 @pytest.mark.parametrize("opcode", [0x2A, 0x0A, 0x2E, 0x41])
@@ -138,7 +152,9 @@ def test_a_write_whose_data_are_announced_as_a_read(opcode):
 @pytest.mark.parametrize("attribute", [2, 3])
 def test_an_ordered_read_sees_the_write_before_it(attribute):
     pair = coupled(MemoryVolume(SIZE))
-    write = command_pdu(pdu.FINAL | pdu.WRITE | pdu.SIMPLE, 8, 0x2A, length=512, cmd_sn=1) + b"n" * 512
+    write = (
+        command_pdu(pdu.FINAL | pdu.WRITE | pdu.SIMPLE, 8, 0x2A, length=512, cmd_sn=1) + b"n" * 512
+    )
     read = command_pdu(pdu.FINAL | pdu.READ | attribute, 9, 0x28, cmd_sn=2)
     feed(pair.target, write + read)
     sent = pair.peer.take()

@@ -50,7 +50,15 @@ def out_cdb(action: int, kind: int = 0, size: int = 24) -> bytes:
     return bytes((0x5F, action, kind, 0, 0)) + size.to_bytes(4, "big") + b"\0"
 
 
-def out(pair: Coupling, action: int, key: int = 0, new: int = 0, kind: int = 0, flags: int = 0, size: int = 24) -> None:
+def out(
+    pair: Coupling,
+    action: int,
+    key: int = 0,
+    new: int = 0,
+    kind: int = 0,
+    flags: int = 0,
+    size: int = 24,
+) -> None:
     body = parameters(key, new, flags)[:size]
     pair.command(out_cdb(action, kind, len(body)), data=body)
 
@@ -77,7 +85,9 @@ def take(pair: Coupling) -> tuple[int, int, int] | None:
 def may(pair: Coupling, cdb: bytes) -> bool:
     """Whether a command passes; it may fail only by a reservation conflict."""
     try:
-        pair.command(cdb, data=SECTOR if cdb[0] == 0x2A else b"", read_bytes=512 if cdb[0] == 0x28 else 0)
+        pair.command(
+            cdb, data=SECTOR if cdb[0] == 0x2A else b"", read_bytes=512 if cdb[0] == 0x28 else 0
+        )
     except CommandFailed as error:
         if error.status != STATUS_RESERVATION_CONFLICT:
             raise
@@ -95,7 +105,9 @@ def test_registering_and_what_is_reported(three):
     one, two, _ = three
     out(one, REGISTER, 0, 0x11)
     out(two, REGISTER_ANY, 0x99, 0x22)
-    assert report(one, 0) == bytes(3) + b"\2" + (16).to_bytes(4, "big") + (0x11).to_bytes(8, "big") + (0x22).to_bytes(8, "big")
+    assert report(one, 0) == bytes(3) + b"\2" + (16).to_bytes(4, "big") + (0x11).to_bytes(
+        8, "big"
+    ) + (0x22).to_bytes(8, "big")
     out(one, REGISTER, 0x11, 0x12)
     conflicts(one, REGISTER, 0x11, 0x13)
     conflicts(two, REGISTER, 0, 0x22)
@@ -115,9 +127,17 @@ def test_who_may_read_and_write(three, kind):
     exclusive, registrants = kind in kinds.EXCLUSIVE_KINDS, kind in kinds.REGISTRANTS_KINDS
     assert held(stranger) == (0 if kind in kinds.ALL_REGISTRANTS_KINDS else 1, kind)
     assert (may(holder, READ), may(holder, WRITE)) == (True, True)
-    assert (may(registered, READ), may(registered, WRITE)) == (registrants or not exclusive, registrants)
+    assert (may(registered, READ), may(registered, WRITE)) == (
+        registrants or not exclusive,
+        registrants,
+    )
     assert (may(stranger, READ), may(stranger, WRITE)) == (not exclusive, False)
-    for allowed in (bytes(6), bytes((0x25,)).ljust(10, b"\0"), bytes((0x12, 0, 0, 0, 96, 0)), bytes((0x03, 0, 0, 0, 18, 0))):
+    for allowed in (
+        bytes(6),
+        bytes((0x25,)).ljust(10, b"\0"),
+        bytes((0x12, 0, 0, 0, 96, 0)),
+        bytes((0x03, 0, 0, 0, 18, 0)),
+    ):
         assert may(stranger, allowed)
     for forbidden in (bytes((0x1B, 0, 0, 0, 0, 0)), bytes((0x42,)).ljust(10, b"\0")):
         assert not may(stranger, forbidden)
@@ -196,7 +216,9 @@ def test_preempt_takes_the_reservation_over(three, volume, action):
     answers = Results()
     two.initiator.submit(0, out_cdb(action, kinds.WRITE_EXCLUSIVE), answers, data=parameters(2, 1))
     two.run()
-    assert len(answers.got) == (0 if action == PREEMPT_AND_ABORT else 1)  # an abort is answered when it is true
+    assert len(answers.got) == (
+        0 if action == PREEMPT_AND_ABORT else 1
+    )  # an abort is answered when it is true
     volume.hold_writes = False
     volume.release()
     one.run()
@@ -217,7 +239,11 @@ def test_preempt_of_a_registration_leaves_the_reservation(three):
         out(pair, REGISTER, 0, key)
     out(one, RESERVE, 1, kind=kinds.WRITE_EXCLUSIVE)
     out(two, PREEMPT, 2, 3, kind=kinds.EXCLUSIVE_ACCESS)
-    assert held(two) == (1, kinds.WRITE_EXCLUSIVE) and take(third) == (6, 0x2A, 5) and take(one) is None
+    assert (
+        held(two) == (1, kinds.WRITE_EXCLUSIVE)
+        and take(third) == (6, 0x2A, 5)
+        and take(one) is None
+    )
 
 
 def test_preempt_of_all_registrants(three):
@@ -233,8 +259,14 @@ def test_preempt_of_all_registrants(three):
 BAD = {
     "a kind that does not exist": ({"action": RESERVE, "key": 1, "kind": 2}, "5/24/00"),
     "a scope that does not exist": ({"action": RESERVE, "key": 1, "kind": 0x11}, "5/24/00"),
-    "other initiators' ports, without a list of them": ({"action": REGISTER, "key": 1, "new": 2, "flags": 8}, "5/1A/00"),
-    "other initiators' ports, ignoring keys": ({"action": REGISTER_ANY, "key": 1, "new": 2, "flags": 8}, "5/26/00"),
+    "other initiators' ports, without a list of them": (
+        {"action": REGISTER, "key": 1, "new": 2, "flags": 8},
+        "5/1A/00",
+    ),
+    "other initiators' ports, ignoring keys": (
+        {"action": REGISTER_ANY, "key": 1, "new": 2, "flags": 8},
+        "5/26/00",
+    ),
     "a short list": ({"action": REGISTER, "key": 1, "new": 2, "size": 23}, "5/1A/00"),
 }
 
@@ -250,7 +282,9 @@ def test_bad_requests_change_nothing(three, arguments, sense):
 
 def test_registrations_are_bounded(three, node, volume):
     state = node.unit_for(volume).reservations
-    state.registrations.update({NexusId(f"port-{number}", 1): 1 for number in range(kinds.REGISTRATIONS_MAX)})
+    state.registrations.update(
+        {NexusId(f"port-{number}", 1): 1 for number in range(kinds.REGISTRATIONS_MAX)}
+    )
     with pytest.raises(CommandFailed, match="5/55/04"):
         out(three[0], REGISTER, 0, 1)
 
@@ -298,20 +332,30 @@ def test_the_fast_path_obeys(three):
     one, two, _ = three
     out(one, REGISTER, 0, 1)
     out(one, RESERVE, 1, kind=kinds.WRITE_EXCLUSIVE)
-    flags = [[mapped.plain_write for mapped in pair.target._phase.units.values()] for pair in (one, two)]
+    flags = [
+        [mapped.plain_write for mapped in pair.target._phase.units.values()] for pair in (one, two)
+    ]
     assert flags == [[True], [False]]
 
 
 def test_export_and_restore():
     calls: list[None] = []
     first = Reservations(lambda: calls.append(None))
-    a, b = NexusId("iqn.2026-01.test:a,i,0x000000000001", 1), NexusId("iqn.2026-01.test:a,i,0x000000000001", 0xFFFF)
+    a, b = (
+        NexusId("iqn.2026-01.test:a,i,0x000000000001", 1),
+        NexusId("iqn.2026-01.test:a,i,0x000000000001", 0xFFFF),
+    )
     first.register([a], 1, True)
     first.register([b], 2, True)
     first.reserve(a, kinds.EXCLUSIVE_ACCESS_REGISTRANTS)
     second = Reservations(lambda: None)
     second.restore(**first.export(), target_ports=(7,))  # type: ignore[arg-type]
-    assert second.export() == first.export() and second.holds(a) and not second.holds(b) and not second.forbids(b, writes=True)
+    assert (
+        second.export() == first.export()
+        and second.holds(a)
+        and not second.holds(b)
+        and not second.forbids(b, writes=True)
+    )
     assert len(calls) == 3
 
 
@@ -323,7 +367,11 @@ def test_reserve_6_excludes_others_until_it_is_released(three):
     assert may(one, RESERVE_6) and may(one, RESERVE_6)
     forbidden = (READ, WRITE, bytes(6), bytes((0x1A, 8, 0x3F, 0, 255, 0)), RESERVE_6)
     assert [may(two, cdb) for cdb in forbidden] == [False] * 5
-    assert may(two, bytes((0x12, 0, 0, 0, 96, 0))) and may(two, bytes((0x03, 0, 0, 0, 18, 0))) and may(one, WRITE)
+    assert (
+        may(two, bytes((0x12, 0, 0, 0, 96, 0)))
+        and may(two, bytes((0x03, 0, 0, 0, 18, 0)))
+        and may(one, WRITE)
+    )
     conflicts(two, REGISTER, 0, 1)
     assert may(two, RELEASE_6) and not may(two, READ)
     assert may(one, RELEASE_6) and may(two, WRITE)

@@ -1,4 +1,6 @@
-"""SANITIZE: what a disk reads as afterwards, what is possible meanwhile, and how a failure is left."""
+"""SANITIZE: what a disk reads as afterwards, what is possible meanwhile, and how a
+failure is left.
+"""
 
 import errno
 
@@ -108,7 +110,14 @@ def test_only_commands_about_the_unit_are_possible_meanwhile(pair, volume):
     volume.hold_writes = True
     results = begin(pair, sanitize(OVERWRITE, 5), pattern(b"x"))
     assert results.got == []
-    for cdb in (TEST_UNIT_READY, READ, bytes((0x1B, 0, 0, 0, 1, 0)), sanitize(ERASE), sanitize(EXIT), bytes((0x1A, 0, 0x3F, 0, 255, 0))):
+    for cdb in (
+        TEST_UNIT_READY,
+        READ,
+        bytes((0x1B, 0, 0, 0, 1, 0)),
+        sanitize(ERASE),
+        sanitize(EXIT),
+        bytes((0x1A, 0, 0x3F, 0, 255, 0)),
+    ):
         fails(pair, cdb, IN_PROGRESS)
     fails(pair, bytes((0x2A, 0, 0, 0, 0, 0, 0, 0, 1, 0)), IN_PROGRESS, data=bytes(512))
     assert pair.command(bytes((0x12, 0, 0, 0, 96, 0)), read_bytes=96)
@@ -140,9 +149,16 @@ def test_resets_aborts_and_the_end_of_the_session_leave_it_alone(volume):
     node.unit_for(volume).nexuses[0].take_attention()
     volume.hold_writes = True
     results = begin(pair, sanitize(OVERWRITE, 5), pattern(b"x"))
-    for function in (task_management.ABORT_TASK_SET, task_management.LOGICAL_UNIT_RESET, task_management.TARGET_WARM_RESET):
+    for function in (
+        task_management.ABORT_TASK_SET,
+        task_management.LOGICAL_UNIT_RESET,
+        task_management.TARGET_WARM_RESET,
+    ):
         assert manage(pair, function) == [task_management.COMPLETE]
-    assert manage(pair, task_management.TARGET_COLD_RESET) == [task_management.COMPLETE] and pair.peer.closed
+    assert (
+        manage(pair, task_management.TARGET_COLD_RESET) == [task_management.COMPLETE]
+        and pair.peer.closed
+    )
     pair.target.connection_lost()
     assert not node.sessions and node.units
     again = Coupling(node, settings()).login()

@@ -1,4 +1,6 @@
-"""The write cache's state, as a client saved it: a client that switched it off flushes no more, so it must stay off."""
+"""The write cache's state, as a client saved it: a client that switched it off flushes no more, so
+it must stay off.
+"""
 
 import pytest
 
@@ -16,13 +18,20 @@ ON, OFF = 0x04, 0x00
 
 
 def select(pair: Coupling, flags: int, cache: int) -> None:
-    pair.command(bytes((0x15, flags, 0, 0, 24, 0)), data=bytes(4) + bytes((0x08, 0x12, cache)) + bytes(17))
+    pair.command(
+        bytes((0x15, flags, 0, 0, 24, 0)), data=bytes(4) + bytes((0x08, 0x12, cache)) + bytes(17)
+    )
 
 
 def caches(pair: Coupling) -> tuple[int, int]:
     """The write cache as it is, and as it was saved."""
-    current, saved = (pair.command(bytes((0x1A, 8, control << 6 | 0x08, 0, 255, 0)), read_bytes=255) for control in (CURRENT, SAVED))
-    assert current[4:6] == saved[4:6] == bytes((0x88, 0x12))  # PS, by which Linux asks for saving by itself
+    current, saved = (
+        pair.command(bytes((0x1A, 8, control << 6 | 0x08, 0, 255, 0)), read_bytes=255)
+        for control in (CURRENT, SAVED)
+    )
+    assert (
+        current[4:6] == saved[4:6] == bytes((0x88, 0x12))
+    )  # PS, by which Linux asks for saving by itself
     return current[6], saved[6]
 
 

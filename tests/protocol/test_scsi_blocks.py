@@ -1,4 +1,6 @@
-"""Commands that touch sectors: ranges, verify, write same, unmap, flush, start and stop, protection."""
+"""Commands that touch sectors: ranges, verify, write same, unmap, flush, start and stop,
+protection.
+"""
 
 import errno
 
@@ -25,9 +27,17 @@ def cdb(opcodes: dict[int, int], size: int, lba: int, sectors: int, flags: int =
     if size == 6:
         return bytes((opcode,)) + lba.to_bytes(3, "big") + bytes((sectors & 0xFF, 0))
     if size == 10:
-        return bytes((opcode, flags)) + lba.to_bytes(4, "big") + b"\0" + sectors.to_bytes(2, "big") + b"\0"
+        return (
+            bytes((opcode, flags))
+            + lba.to_bytes(4, "big")
+            + b"\0"
+            + sectors.to_bytes(2, "big")
+            + b"\0"
+        )
     if size == 12:
-        return bytes((opcode, flags)) + lba.to_bytes(4, "big") + sectors.to_bytes(4, "big") + b"\0\0"
+        return (
+            bytes((opcode, flags)) + lba.to_bytes(4, "big") + sectors.to_bytes(4, "big") + b"\0\0"
+        )
     return bytes((opcode, flags)) + lba.to_bytes(8, "big") + sectors.to_bytes(4, "big") + b"\0\0"
 
 
@@ -55,11 +65,21 @@ def test_six_byte_commands_of_length_zero_mean_256(pair):
     assert pair.command(cdb(READS, 6, 0, 0), read_bytes=131072) == b"\x21" * 131072
 
 
-@pytest.mark.parametrize("opcodes", [READS, WRITES, WRITE_VERIFIES, VERIFIES], ids=["read", "write", "write and verify", "verify"])
+@pytest.mark.parametrize(
+    "opcodes",
+    [READS, WRITES, WRITE_VERIFIES, VERIFIES],
+    ids=["read", "write", "write and verify", "verify"],
+)
 @pytest.mark.parametrize("size", [10, 12, 16])
 @pytest.mark.parametrize(
     ("lba", "sectors", "bad"),
-    [(SECTORS, 1, True), (SECTORS - 1, 2, True), (0xFFFFFFFF, 1, True), (SECTORS, 0, True), (SECTORS - 1, 0, False)],
+    [
+        (SECTORS, 1, True),
+        (SECTORS - 1, 2, True),
+        (0xFFFFFFFF, 1, True),
+        (SECTORS, 0, True),
+        (SECTORS - 1, 0, False),
+    ],
 )
 def test_ranges_end_at_the_capacity(pair, opcodes, size, lba, sectors, bad):
     if bad:
@@ -111,7 +131,12 @@ def test_verify(pair, volume, size, held):
     def verify(flags: int, data: bytes, sectors: int = 2048) -> None:
         volume.hold_reads = held
         results: list[object] = []
-        pair.initiator.submit(0, cdb(VERIFIES, size, 0, sectors, flags), lambda _, error: results.append(error), data=data)
+        pair.initiator.submit(
+            0,
+            cdb(VERIFIES, size, 0, sectors, flags),
+            lambda _, error: results.append(error),
+            data=data,
+        )
         for _ in range(10):
             pair.run()
             volume.release()
@@ -155,7 +180,13 @@ def test_write_and_verify_finds_what_did_not_arrive(pair, volume):
 
 def write_same(size: int, lba: int, sectors: int, flags: int = 0) -> bytes:
     if size == 10:
-        return bytes((0x41, flags)) + lba.to_bytes(4, "big") + b"\0" + sectors.to_bytes(2, "big") + b"\0"
+        return (
+            bytes((0x41, flags))
+            + lba.to_bytes(4, "big")
+            + b"\0"
+            + sectors.to_bytes(2, "big")
+            + b"\0"
+        )
     return bytes((0x93, flags)) + lba.to_bytes(8, "big") + sectors.to_bytes(4, "big") + b"\0\0"
 
 
@@ -169,7 +200,9 @@ def test_write_same(pair, volume, size):
     assert volume.data[512 : 512 * 1001] == bytes(512_000) and volume.unmapped == []
     pair.command(write_same(size, 8, 8, 0x08), data=bytes(512))
     assert volume.unmapped == [(4096, 4096)]
-    pair.command(write_same(size, 8, 8, 0x08), data=pattern)  # unmapping would not leave the pattern: it is written
+    pair.command(
+        write_same(size, 8, 8, 0x08), data=pattern
+    )  # unmapping would not leave the pattern: it is written
     assert volume.data[4096:8192] == pattern * 8 and volume.unmapped == [(4096, 4096)]
     fails(pair, write_same(size, 0, 1, 0x18), (5, 0x24, 0), data=bytes(512))
     fails(pair, write_same(size, SECTORS - 1, 2), (5, 0x21, 0), data=bytes(512))
@@ -189,7 +222,9 @@ def test_write_same_without_data(pair, volume):
 
 
 def unmap_list(*extents: tuple[int, int], described: int | None = None) -> bytes:
-    body = b"".join(lba.to_bytes(8, "big") + sectors.to_bytes(4, "big") + bytes(4) for lba, sectors in extents)
+    body = b"".join(
+        lba.to_bytes(8, "big") + sectors.to_bytes(4, "big") + bytes(4) for lba, sectors in extents
+    )
     length = len(body) if described is None else described
     return (length + 6).to_bytes(2, "big") + length.to_bytes(2, "big") + bytes(4) + body
 
@@ -210,7 +245,10 @@ def test_unmap(pair, volume):
 BAD_UNMAPS = {
     "a short header": (bytes(7), (5, 0x1A, 0)),
     "more described than sent": (unmap_list((0, 8), described=32), (5, 0x26, 0)),
-    "too many descriptors": (unmap_list(*[(0, 1)] * (limits.UNMAP_DESCRIPTORS_MAX + 1)), (5, 0x26, 0)),
+    "too many descriptors": (
+        unmap_list(*[(0, 1)] * (limits.UNMAP_DESCRIPTORS_MAX + 1)),
+        (5, 0x26, 0),
+    ),
     "too many sectors": (unmap_list((0, limits.UNMAP_SECTORS_MAX), (0, 1)), (5, 0x26, 0)),
     "beyond the end": (unmap_list((0, 8), (SECTORS - 1, 2)), (5, 0x21, 0)),
 }
@@ -220,7 +258,11 @@ BAD_UNMAPS = {
 def test_bad_unmap_lists_touch_nothing(pair, volume, data, sense):
     with pytest.raises(CommandFailed) as caught:
         unmap(pair, data)
-    assert (caught.value.key, caught.value.asc, caught.value.ascq) == sense and volume.unmapped == []
+    assert (
+        caught.value.key,
+        caught.value.asc,
+        caught.value.ascq,
+    ) == sense and volume.unmapped == []
 
 
 def test_an_unmap_ends_at_the_first_error(pair, volume):
@@ -230,7 +272,14 @@ def test_an_unmap_ends_at_the_first_error(pair, volume):
     assert len(volume.unmapped) == 1
 
 
-@pytest.mark.parametrize("command", [bytes((0x35,)).ljust(10, b"\0"), bytes((0x91,)).ljust(16, b"\0"), bytes((0x91, 2)).ljust(16, b"\0")])
+@pytest.mark.parametrize(
+    "command",
+    [
+        bytes((0x35,)).ljust(10, b"\0"),
+        bytes((0x91,)).ljust(16, b"\0"),
+        bytes((0x91, 2)).ljust(16, b"\0"),
+    ],
+)
 def test_synchronize_cache(pair, volume, command):
     pair.command(command)
     assert volume.flushes == 1
@@ -296,10 +345,17 @@ def test_a_read_only_volume_refuses_every_command_that_writes(pair, volume):
 
 
 def lba_status(pair: Coupling, lba: int, allocation: int = 4096) -> list[tuple[int, int, int]]:
-    data = pair.command(bytes((0x9E, 0x12)) + lba.to_bytes(8, "big") + allocation.to_bytes(4, "big") + bytes(2), read_bytes=allocation)
+    data = pair.command(
+        bytes((0x9E, 0x12)) + lba.to_bytes(8, "big") + allocation.to_bytes(4, "big") + bytes(2),
+        read_bytes=allocation,
+    )
     assert int.from_bytes(data[:4], "big") % 16 == 4
     return [
-        (int.from_bytes(data[at : at + 8], "big"), int.from_bytes(data[at + 8 : at + 12], "big"), data[at + 12])
+        (
+            int.from_bytes(data[at : at + 8], "big"),
+            int.from_bytes(data[at + 8 : at + 12], "big"),
+            data[at + 12],
+        )
         for at in range(8, len(data) - 15, 16)
     ]
 
@@ -309,7 +365,11 @@ def test_lba_status(pair, volume):
     assert lba_status(pair, 0) == [(0, 16, 1), (16, 8, 0), (24, 8192 - 24, 1)]
     assert lba_status(pair, 18)[0] == (18, 6, 0)
     assert lba_status(pair, 0, 24) == [(0, 16, 1)]
-    fails(pair, bytes((0x9E, 0x12)) + SECTORS.to_bytes(8, "big") + (24).to_bytes(4, "big") + bytes(2), (5, 0x21, 0))
+    fails(
+        pair,
+        bytes((0x9E, 0x12)) + SECTORS.to_bytes(8, "big") + (24).to_bytes(4, "big") + bytes(2),
+        (5, 0x21, 0),
+    )
 
 
 def test_a_volume_that_cannot_tell_counts_as_allocated():
@@ -329,5 +389,9 @@ def test_prefetch_checks_its_range(pair, opcodes):
 
 
 def test_there_are_no_defects(pair):
-    assert pair.command(bytes((0x37, 0, 0x1D, 0, 0, 0, 0, 0, 255, 0)), read_bytes=255) == bytes((0, 0x1D, 0, 0))
-    assert pair.command(bytes((0xB7, 0x1D)) + bytes(4) + (255).to_bytes(4, "big") + bytes(2), read_bytes=255) == bytes((0, 0x1D)) + bytes(6)
+    assert pair.command(bytes((0x37, 0, 0x1D, 0, 0, 0, 0, 0, 255, 0)), read_bytes=255) == bytes(
+        (0, 0x1D, 0, 0)
+    )
+    assert pair.command(
+        bytes((0xB7, 0x1D)) + bytes(4) + (255).to_bytes(4, "big") + bytes(2), read_bytes=255
+    ) == bytes((0, 0x1D)) + bytes(6)

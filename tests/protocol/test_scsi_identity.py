@@ -1,4 +1,6 @@
-"""What a logical unit says about itself: INQUIRY, capacity, LUNs, supported commands, mode pages, sense."""
+"""What a logical unit says about itself: INQUIRY, capacity, LUNs, supported commands, mode pages,
+sense.
+"""
 
 import pytest
 from hypothesis import given
@@ -26,7 +28,9 @@ def page(pair: Coupling, code: int, allocation: int = 255, lun: int = 0) -> byte
     return pair.command(bytes((0x12, 1, code, 0, allocation, 0)), read_bytes=allocation, lun=lun)
 
 
-def fails(pair: Coupling, cdb: bytes, sense: tuple[int, int, int], *, data: bytes = b"", lun: int = 0) -> CommandFailed:
+def fails(
+    pair: Coupling, cdb: bytes, sense: tuple[int, int, int], *, data: bytes = b"", lun: int = 0
+) -> CommandFailed:
     with pytest.raises(CommandFailed) as caught:
         pair.command(cdb, data=data, lun=lun)
     assert (caught.value.key, caught.value.asc, caught.value.ascq) == sense
@@ -80,7 +84,9 @@ def test_the_company_id_is_nobodys(uuid):
     name = designators(coupled(MemoryVolume(SIZE, uuid=uuid)))[0][2]
     company = int.from_bytes(name[:4], "big") >> 4 & 0xFFFFFF
     assert len(name) == 16 and name[0] >> 4 == 6
-    assert company >> 16 & 0x0F == 0x02  # locally administered, not multicast, and of the quadrant of local administrators
+    assert (
+        company >> 16 & 0x0F == 0x02
+    )  # locally administered, not multicast, and of the quadrant of local administrators
     assert name.hex().endswith(uuid.hex[22:]) and uuid.hex[:12] in name.hex()
 
 
@@ -94,7 +100,9 @@ def scsi_id(found: list[tuple[int, int, bytes]]) -> str:
 
 
 def sg3_rules(found: list[tuple[int, int, bytes]]) -> str:
-    """What the udev rules of sg3_utils choose (55-scsi-sg3_id.rules): NAA 6, NAA 5, NAA 2, EUI-64, name, T10, NAA 3."""
+    """What the udev rules of sg3_utils choose (55-scsi-sg3_id.rules): NAA 6, NAA 5, NAA 2, EUI-64,
+    name, T10, NAA 3.
+    """
     for kind, naa in ((3, 6), (3, 5), (3, 2), (2, None), (8, None), (1, None), (3, 3)):
         for _, designator_kind, value in found:
             if designator_kind == kind and naa in (None, value[0] >> 4):
@@ -124,21 +132,31 @@ def test_provisioning_pages(pair):
 
 
 def test_capacity(pair):
-    assert pair.command(bytes((0x25,)).ljust(10, b"\0"), read_bytes=8) == (SECTORS - 1).to_bytes(4, "big") + (512).to_bytes(4, "big")
-    data = pair.command(bytes((0x9E, 0x10)) + bytes(8) + (32).to_bytes(4, "big") + bytes(2), read_bytes=32)
+    assert pair.command(bytes((0x25,)).ljust(10, b"\0"), read_bytes=8) == (SECTORS - 1).to_bytes(
+        4, "big"
+    ) + (512).to_bytes(4, "big")
+    data = pair.command(
+        bytes((0x9E, 0x10)) + bytes(8) + (32).to_bytes(4, "big") + bytes(2), read_bytes=32
+    )
     assert data[:12] == (SECTORS - 1).to_bytes(8, "big") + (512).to_bytes(4, "big")
     assert data[13] == 3 and data[14] == 0xC0 and len(data) == 32
 
 
 @pytest.mark.parametrize(("exponent", "granularity"), [(3, 8), (0, 8)])
-def test_physical_blocks_are_told_as_configured_and_hints_stay_on_whole_blocks(exponent, granularity):
+def test_physical_blocks_are_told_as_configured_and_hints_stay_on_whole_blocks(
+    exponent, granularity
+):
     nexus = Nexus("i", "t")
     nexus.map(0, LogicalUnit(MemoryVolume(1 << 20), exponent)).take_attention()
     capacity = dispatch.prepare(nexus, 0, bytes((0x9E, 0x10)) + bytes(11) + b"\x20" + bytes(2))
     block_limits = dispatch.prepare(nexus, 0, bytes((0x12, 1, 0xB0, 0, 64)).ljust(16, b"\0"))
     assert isinstance(capacity, Reply) and isinstance(block_limits, Reply)
     assert capacity.data[13] == exponent
-    assert int.from_bytes(block_limits.data[6:8], "big") == int.from_bytes(block_limits.data[28:32], "big") == granularity
+    assert (
+        int.from_bytes(block_limits.data[6:8], "big")
+        == int.from_bytes(block_limits.data[28:32], "big")
+        == granularity
+    )
 
 
 def test_a_disk_beyond_32_bits_of_sectors_says_so():
@@ -151,16 +169,30 @@ def test_a_disk_beyond_32_bits_of_sectors_says_so():
     nexus.map(0, LogicalUnit(Large(512))).take_attention()
     plan = dispatch.prepare(nexus, 0, bytes((0x25,)).ljust(16, b"\0"))
     assert isinstance(plan, Reply) and plan.data[:4] == b"\xff" * 4
-    plan = dispatch.prepare(nexus, 0, bytes((0x9E, 0x10)) + bytes(8) + (32).to_bytes(4, "big") + bytes(2))
+    plan = dispatch.prepare(
+        nexus, 0, bytes((0x9E, 0x10)) + bytes(8) + (32).to_bytes(4, "big") + bytes(2)
+    )
     assert isinstance(plan, Reply) and int.from_bytes(plan.data[:8], "big") == (1 << 41) - 1
 
 
 def test_luns():
-    node = recorded({0: MemoryVolume(SIZE), 3: MemoryVolume(SIZE, uuid=MemoryVolume(512).uuid), 300: MemoryVolume(SIZE)})
+    node = recorded(
+        {
+            0: MemoryVolume(SIZE),
+            3: MemoryVolume(SIZE, uuid=MemoryVolume(512).uuid),
+            300: MemoryVolume(SIZE),
+        }
+    )
     pair = Coupling(node, settings()).login()
-    data = pair.command(bytes((0xA0, 0, 0)) + bytes(3) + (255).to_bytes(4, "big") + bytes(2), read_bytes=255)
-    assert data == (24).to_bytes(4, "big") + bytes(4) + bytes(8) + bytes((0, 3)) + bytes(6) + bytes((0x41, 0x2C)) + bytes(6)
-    assert pair.command(bytes((0xA0, 0, 1)) + bytes(3) + (255).to_bytes(4, "big") + bytes(2), read_bytes=255) == bytes(8)
+    data = pair.command(
+        bytes((0xA0, 0, 0)) + bytes(3) + (255).to_bytes(4, "big") + bytes(2), read_bytes=255
+    )
+    assert data == (24).to_bytes(4, "big") + bytes(4) + bytes(8) + bytes((0, 3)) + bytes(6) + bytes(
+        (0x41, 0x2C)
+    ) + bytes(6)
+    assert pair.command(
+        bytes((0xA0, 0, 1)) + bytes(3) + (255).to_bytes(4, "big") + bytes(2), read_bytes=255
+    ) == bytes(8)
     fails(pair, bytes((0xA0, 0, 3)) + bytes(3) + (255).to_bytes(4, "big") + bytes(2), (5, 0x24, 0))
     fails(pair, bytes((0xA0, 0, 0)) + bytes(3) + (15).to_bytes(4, "big") + bytes(2), (5, 0x24, 0))
 
@@ -168,7 +200,9 @@ def test_luns():
 def test_a_lun_with_nothing_behind_it(pair):
     assert pair.command(bytes((0x12, 0, 0, 0, 96, 0)), read_bytes=96, lun=7)[0] == 0x7F
     assert page(pair, 0x83, lun=7) == bytes((0x7F, 0x83, 0, 0))
-    assert pair.command(bytes((0x03, 0, 0, 0, 18, 0)), read_bytes=18, lun=7)[2:14:10] == bytes((5, 0x25))
+    assert pair.command(bytes((0x03, 0, 0, 0, 18, 0)), read_bytes=18, lun=7)[2:14:10] == bytes(
+        (5, 0x25)
+    )
     fails(pair, bytes(6), (5, 0x25, 0), lun=7)
     fails(pair, bytes((0x28,)).ljust(10, b"\0"), (5, 0x25, 0), lun=7)
 
@@ -189,7 +223,12 @@ def test_request_sense_takes_the_attention():
 
 
 def opcodes_report(pair: Coupling, option: int, opcode: int = 0, action: int = 0) -> bytes:
-    cdb = bytes((0xA3, 0x0C, option, opcode)) + action.to_bytes(2, "big") + (4096).to_bytes(4, "big") + bytes(2)
+    cdb = (
+        bytes((0xA3, 0x0C, option, opcode))
+        + action.to_bytes(2, "big")
+        + (4096).to_bytes(4, "big")
+        + bytes(2)
+    )
     return pair.command(cdb, read_bytes=4096)
 
 
@@ -200,7 +239,11 @@ def test_the_report_of_commands_is_the_table(pair):
         assert data[at] == command.opcode
         assert int.from_bytes(data[at + 6 : at + 8], "big") == command.cdb_bytes
         one = opcodes_report(pair, 3, command.opcode, command.service_action or 0)
-        assert one[1] == 3 and int.from_bytes(one[2:4], "big") == command.cdb_bytes and one[4] == command.opcode
+        assert (
+            one[1] == 3
+            and int.from_bytes(one[2:4], "big") == command.cdb_bytes
+            and one[4] == command.opcode
+        )
     assert len(opcodes_report(pair, 0x80)) == 4 + 20 * len(dispatch.COMMANDS)
     assert opcodes_report(pair, 1, 0xFF)[1] == 1
     assert opcodes_report(pair, 2, 0x9E, 0x1F)[1] == 1
@@ -208,7 +251,11 @@ def test_the_report_of_commands_is_the_table(pair):
 
 @pytest.mark.parametrize(("option", "opcode"), [(1, 0x9E), (2, 0x28), (4, 0x28), (7, 0x28)])
 def test_reporting_options_that_do_not_fit(pair, option, opcode):
-    fails(pair, bytes((0xA3, 0x0C, option, opcode)) + bytes(2) + (4096).to_bytes(4, "big") + bytes(2), (5, 0x24, 0))
+    fails(
+        pair,
+        bytes((0xA3, 0x0C, option, opcode)) + bytes(2) + (4096).to_bytes(4, "big") + bytes(2),
+        (5, 0x24, 0),
+    )
 
 
 def test_task_management_that_is_reported(pair):
@@ -234,7 +281,9 @@ def test_every_reserved_bit_of_every_command_is_refused_with_a_pointer_to_it(com
                 assert caught.value.sense.key_specific == bytes((0xC8 | bit, 0, byte)), (byte, bit)
 
 
-@pytest.mark.parametrize("opcode", sorted(set(range(256)) - {command.opcode for command in dispatch.COMMANDS}))
+@pytest.mark.parametrize(
+    "opcode", sorted(set(range(256)) - {command.opcode for command in dispatch.COMMANDS})
+)
 def test_every_other_opcode_is_invalid(pair, opcode):
     fails(pair, bytes((opcode,)).ljust(16, b"\0"), (5, 0x20, 0))
 
@@ -243,7 +292,7 @@ def test_service_actions_that_do_not_exist(pair):
     fails(pair, bytes((0x9E, 0x1F)).ljust(16, b"\0"), (5, 0x24, 0))
 
 
-# --- Mode pages ---------------------------------------------------------------------------------------------------
+# --- Mode pages -----------------------------------------------------------------------------------
 
 
 def mode_sense(pair: Coupling, code: int, control: int = 0, flags: int = 0x08) -> bytes:
@@ -264,8 +313,12 @@ def test_mode_pages(pair):
     assert mode_sense(pair, 0x0A)[4:] == CONTROL
     everything = mode_sense(pair, 0x3F)
     assert everything[0] == len(everything) - 1 and everything[2] == 0x10
-    assert [page_code for page_code in (0x01, 0x88, 0x0A, 0x1C) if bytes((page_code,)) in everything] == [0x01, 0x88, 0x0A, 0x1C]
-    assert mode_sense(pair, 0x08, control=1)[6] == 0x04 and mode_sense(pair, 0x0A, control=1)[4:9] == bytes((0x0A, 0x0A, 4, 0, 8))
+    assert [
+        page_code for page_code in (0x01, 0x88, 0x0A, 0x1C) if bytes((page_code,)) in everything
+    ] == [0x01, 0x88, 0x0A, 0x1C]
+    assert mode_sense(pair, 0x08, control=1)[6] == 0x04 and mode_sense(pair, 0x0A, control=1)[
+        4:9
+    ] == bytes((0x0A, 0x0A, 4, 0, 8))
     for cdb in (bytes((0x1A, 8, 0x02, 0, 255, 0)), bytes((0x1A, 8, 0x08, 1, 255, 0))):
         with pytest.raises(CommandFailed):
             pair.command(cdb)
@@ -276,7 +329,9 @@ def test_block_descriptors(pair):
     assert short[3] == 8 and short[4:12] == SECTORS.to_bytes(4, "big") + (512).to_bytes(4, "big")
     cdb = bytes((0x5A, 0x10, 0x08, 0, 0, 0, 0, 0, 255, 0))
     long = pair.command(cdb, read_bytes=255)
-    assert int.from_bytes(long[:2], "big") == len(long) - 2 and long[4] == 1 and long[6:8] == b"\0\x10"
+    assert (
+        int.from_bytes(long[:2], "big") == len(long) - 2 and long[4] == 1 and long[6:8] == b"\0\x10"
+    )
     assert long[8:24] == SECTORS.to_bytes(8, "big") + bytes(4) + (512).to_bytes(4, "big")
 
 
@@ -333,5 +388,7 @@ def test_a_list_with_one_bad_page_changes_nothing(pair):
 
 def test_mode_select_10_and_default_values(pair):
     body = bytes(8) + CACHING[:2] + bytes(18)
-    pair.command(bytes((0x55, 0x10, 0, 0, 0, 0, 0)) + len(body).to_bytes(2, "big") + bytes(1), data=body)
+    pair.command(
+        bytes((0x55, 0x10, 0, 0, 0, 0, 0)) + len(body).to_bytes(2, "big") + bytes(1), data=body
+    )
     assert mode_sense(pair, 0x08)[6] == 0 and mode_sense(pair, 0x08, control=2)[6] == 4

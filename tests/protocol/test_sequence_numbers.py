@@ -1,4 +1,6 @@
-"""The numbers that the target gives its PDUs, which our initiator does not look at: StatSN, DataSN, R2TSN, ExpDataSN, offsets, flags."""
+"""The numbers that the target gives its PDUs, which our initiator does not look at: StatSN, DataSN,
+R2TSN, ExpDataSN, offsets, flags.
+"""
 
 import os
 from collections.abc import Iterator
@@ -27,7 +29,13 @@ def pdus(data: bytes) -> Iterator[Pdu]:
 
 @pytest.fixture
 def pair() -> Coupling:
-    pair = coupled(MemoryVolume(1 << 20), data_segment_bytes=SEGMENT, max_burst_bytes=BURST, first_burst_bytes=512, initial_r2t=True)
+    pair = coupled(
+        MemoryVolume(1 << 20),
+        data_segment_bytes=SEGMENT,
+        max_burst_bytes=BURST,
+        first_burst_bytes=512,
+        initial_r2t=True,
+    )
     pair.peer.take()
     return pair
 
@@ -51,14 +59,19 @@ def test_data_in_is_numbered_without_gaps_and_the_last_one_carries_the_status(pa
     volume.release()
     pair.target.flush_output()
     got = list(pdus(pair.peer.take()))
-    assert {answer.opcode for answer in got} == {pdu.DATA_IN} and {answer.itt for answer in got} == {9}
+    assert {answer.opcode for answer in got} == {pdu.DATA_IN} and {
+        answer.itt for answer in got
+    } == {9}
     assert [answer.word36 for answer in got] == list(range(len(got)))  # DataSN
     offset, burst = 0, BURST
     for answer in got:
         assert answer.word40 == offset and len(answer.data) <= min(SEGMENT, burst)
         offset, burst = offset + len(answer.data), burst - len(answer.data)
         last = offset == size
-        assert bool(answer.flags & FINAL) == (last or burst == 0) and bool(answer.flags & STATUS_PRESENT) == last
+        assert (
+            bool(answer.flags & FINAL) == (last or burst == 0)
+            and bool(answer.flags & STATUS_PRESENT) == last
+        )
         burst = burst or BURST
     assert offset == size and b"".join(bytes(answer.data) for answer in got) == volume.data[:size]
     assert got[-1].word24 == stat_sn and {answer.word24 for answer in got[:-1]} <= {0}
@@ -75,13 +88,21 @@ def test_r2ts_are_numbered_and_the_response_counts_them(pair, sectors):
         (r2t,) = got
         wanted = min(BURST, size - offset)
         assert (r2t.opcode, r2t.itt, r2t.flags) == (pdu.R2T, 9, FINAL)
-        assert (r2t.word36, r2t.word40, r2t.word44) == (count, offset, wanted)  # R2TSN, offset, length
-        assert r2t.word24 == stat_sn and r2t.ttt != pdu.RESERVED_TAG  # the next StatSN, which it does not take
+        assert (r2t.word36, r2t.word40, r2t.word44) == (
+            count,
+            offset,
+            wanted,
+        )  # R2TSN, offset, length
+        assert (
+            r2t.word24 == stat_sn and r2t.ttt != pdu.RESERVED_TAG
+        )  # the next StatSN, which it does not take
         tags.add(r2t.ttt)
         for data_sn, at in enumerate(range(offset, offset + wanted, SEGMENT)):
             piece = data[at : min(at + SEGMENT, offset + wanted)]
             flags = FINAL if at + len(piece) == offset + wanted else 0
-            head = pack(pdu.DATA_OUT, flags, 9, length=len(piece), words=(r2t.ttt, 0, 0, 0, data_sn, at, 0))
+            head = pack(
+                pdu.DATA_OUT, flags, 9, length=len(piece), words=(r2t.ttt, 0, 0, 0, data_sn, at, 0)
+            )
             got = answers(pair, head + piece)
         offset, count = offset + wanted, count + 1
     (response,) = got
@@ -96,8 +117,15 @@ def test_responses_take_status_numbers_one_after_the_other(pair):
     ping = pack(pdu.NOP_OUT | pdu.IMMEDIATE, 0x80, 5, words=(pdu.RESERVED_TAG, 1, 0, 0, 0, 0, 0))
     unready = pack(pdu.SCSI_COMMAND | pdu.IMMEDIATE, 0x81, 6, words=(0, 1, 0, 0, 0, 0, 0))
     strange = pack(0x3E | pdu.IMMEDIATE, 0x80, 7)
-    got = [answer for request in (ping, unready, strange, ping) for answer in answers(pair, request)]
-    assert [answer.opcode for answer in got] == [pdu.NOP_IN, pdu.SCSI_RESPONSE, pdu.REJECT, pdu.NOP_IN]
+    got = [
+        answer for request in (ping, unready, strange, ping) for answer in answers(pair, request)
+    ]
+    assert [answer.opcode for answer in got] == [
+        pdu.NOP_IN,
+        pdu.SCSI_RESPONSE,
+        pdu.REJECT,
+        pdu.NOP_IN,
+    ]
     assert [answer.word24 for answer in got] == [first, first + 1, first + 2, first + 3]
 
 

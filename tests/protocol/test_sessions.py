@@ -1,4 +1,6 @@
-"""Life and end of sessions, text requests, and backpressure, initiator and target coupled in memory."""
+"""Life and end of sessions, text requests, and backpressure, initiator and target coupled in
+memory.
+"""
 
 import gc
 import os
@@ -26,7 +28,11 @@ def test_ping_both_ways():
     pair.run()
     assert answers == [0]
     pair.target.tick(0.0)
-    for now in (limits.KEEP_ALIVE_SECONDS, 2 * limits.KEEP_ALIVE_SECONDS, 3 * limits.KEEP_ALIVE_SECONDS):
+    for now in (
+        limits.KEEP_ALIVE_SECONDS,
+        2 * limits.KEEP_ALIVE_SECONDS,
+        3 * limits.KEEP_ALIVE_SECONDS,
+    ):
         pair.target.tick(now)
         pair.run()
     assert not pair.peer.closed
@@ -100,9 +106,15 @@ def test_a_logout_is_answered_when_no_volume_holds_a_write(connection_lost):
 def test_logout_of_another_connection_or_for_recovery_is_refused():
     for flags, cid, outcome in ((FINAL | 1, 9, 1), (FINAL | 2, 0, 2)):
         pair = coupled(MemoryVolume(SIZE))
-        feed(pair.target, pack(pdu.LOGOUT_REQUEST | IMMEDIATE, flags, 3, words=(cid << 16, 1, 0, 0, 0, 0, 0)))
+        feed(
+            pair.target,
+            pack(pdu.LOGOUT_REQUEST | IMMEDIATE, flags, 3, words=(cid << 16, 1, 0, 0, 0, 0, 0)),
+        )
         answer = Pdu(pair.peer.take()[:48], b"", memoryview(b""))
-        assert (answer.opcode, answer.byte2) == (pdu.LOGOUT_RESPONSE, outcome) and not pair.peer.closed
+        assert (answer.opcode, answer.byte2) == (
+            pdu.LOGOUT_RESPONSE,
+            outcome,
+        ) and not pair.peer.closed
 
 
 def test_shutdown_asks_the_initiator_to_log_out():
@@ -186,7 +198,7 @@ def test_requests_under_way_end_with_the_connection():
     assert all(isinstance(result.got[0][1], ConnectionEnded) for result in results)
 
 
-# --- Backpressure ---------------------------------------------------------------------------------------------------------
+# --- Backpressure ---------------------------------------------------------------------------------
 
 
 def test_a_client_that_does_not_drain_stops_the_reads_and_gets_everything_later():
@@ -265,7 +277,11 @@ def test_describe_counts():
     write(pair, 0, bytes(4096))
     read(pair, 0, 8192)
     described = pair.target.describe()
-    assert (described["commands"], described["read_bytes"], described["write_bytes"]) == (2, 8192, 4096)
+    assert (described["commands"], described["read_bytes"], described["write_bytes"]) == (
+        2,
+        8192,
+        4096,
+    )
     assert described["address"] == "127.0.0.1:50000" and described["portal"] == "127.0.0.1:3260"
     assert isinstance(Peer(pair.node).connection.describe()["state"], str)
 
@@ -294,14 +310,22 @@ def test_a_session_that_has_ended_is_freed_without_a_garbage_collection(how):
         elif how == "reset":
             pair.initiator.task_management(7, 0, lambda _: None)
         pair.run()
-        assert volume.hold_writes or len(results.got) == 1  # also what came with the logout was answered
+        assert (
+            volume.hold_writes or len(results.got) == 1
+        )  # also what came with the logout was answered
         pair.target.connection_lost()
         assert len(pair.target.get_buffer()) == 0
         volume.release()
         assert not node.units and not node.sessions
         node.directory.opened.clear()
         node.directory.closed.clear()
-        del pair.target, pair.peer.connection, pair.node, volume, node  # the coupling is a ring of its own
+        del (
+            pair.target,
+            pair.peer.connection,
+            pair.node,
+            volume,
+            node,
+        )  # the coupling is a ring of its own
         assert gone() is None and connections() == before
     finally:
         gc.enable()

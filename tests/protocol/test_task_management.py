@@ -61,7 +61,10 @@ def test_two_functions_wait_for_one_task():
     pair = coupled(volume)
     pair.initiator.submit_write(0, 0, bytes(512), Results())
     pair.run()
-    first, second = manage(pair, task_management.ABORT_TASK_SET), manage(pair, task_management.LOGICAL_UNIT_RESET)
+    first, second = (
+        manage(pair, task_management.ABORT_TASK_SET),
+        manage(pair, task_management.LOGICAL_UNIT_RESET),
+    )
     assert first == second == []
     volume.release()
     pair.run()
@@ -74,11 +77,18 @@ def test_functions_that_wait_are_bounded():
     pair = coupled(volume)
     pair.initiator.submit_write(0, 0, bytes(512), Results())
     pair.run()
-    immediate = pdu.pack(pdu.TASK_MANAGEMENT_REQUEST | pdu.IMMEDIATE, pdu.FINAL | 2, 9, words=(pdu.RESERVED_TAG, 2, 0, 0, 0, 0, 0))
+    immediate = pdu.pack(
+        pdu.TASK_MANAGEMENT_REQUEST | pdu.IMMEDIATE,
+        pdu.FINAL | 2,
+        9,
+        words=(pdu.RESERVED_TAG, 2, 0, 0, 0, 0, 0),
+    )
     feed(pair.target, immediate * limits.TASK_MANAGEMENT_WAITING_MAX)
     assert pair.peer.take() == b""
     assert answer_to(pair, immediate).opcode == pdu.REJECT
-    queued = pdu.pack(pdu.TASK_MANAGEMENT_REQUEST, pdu.FINAL | 2, 9, words=(pdu.RESERVED_TAG, 2, 0, 0, 0, 0, 0))
+    queued = pdu.pack(
+        pdu.TASK_MANAGEMENT_REQUEST, pdu.FINAL | 2, 9, words=(pdu.RESERVED_TAG, 2, 0, 0, 0, 0, 0)
+    )
     assert answer_to(pair, queued).byte2 == task_management.REJECTED
     volume.release()
     pair.target.flush_output()
@@ -141,4 +151,6 @@ def test_a_cold_reset_ends_every_session_of_the_target_after_its_answer():
     volume.release()
     one.run()
     assert [pair.peer.closed for pair in (one, second, elsewhere)] == [True, True, False]
-    assert [session.target_name for session in node.sessions.values()] == ["iqn.2026-01.io.cleaved:other"]
+    assert [session.target_name for session in node.sessions.values()] == [
+        "iqn.2026-01.io.cleaved:other"
+    ]

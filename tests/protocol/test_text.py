@@ -1,4 +1,6 @@
-"""Text requests in the full feature phase: lists of targets, how long ones come, and what may be negotiated."""
+"""Text requests in the full feature phase: lists of targets, how long ones come, and what may be
+negotiated.
+"""
 
 from collections import deque
 
@@ -14,7 +16,9 @@ SIZE = 1 << 20
 
 
 def text_request(body: bytes, ttt: int = RESERVED_TAG) -> bytes:
-    head = pack(pdu.TEXT_REQUEST | IMMEDIATE, FINAL, 1, length=len(body), words=(ttt, 1, 0, 0, 0, 0, 0))
+    head = pack(
+        pdu.TEXT_REQUEST | IMMEDIATE, FINAL, 1, length=len(body), words=(ttt, 1, 0, 0, 0, 0, 0)
+    )
     return head + body + bytes(-len(body) % 4)
 
 
@@ -25,7 +29,9 @@ def text_answer(pair: Coupling, body: bytes) -> bytes:
 def test_a_long_list_of_targets_comes_in_pieces():
     directory = MemoryDirectory({0: MemoryVolume(SIZE)})
     directory.targets.update({f"{TARGET}-{number:05}": {} for number in range(5000)})
-    pair = Coupling(RecordedNode(directory), settings(target_name="", data_segment_bytes=8192)).login()
+    pair = Coupling(
+        RecordedNode(directory), settings(target_name="", data_segment_bytes=8192)
+    ).login()
     found: list[list[tuple[str, str]]] = []
     pair.initiator.send_targets(found.append)
     pair.run()
@@ -42,7 +48,9 @@ def test_a_list_has_no_greatest_length_and_each_piece_a_turn():
     while True:
         feed(pair.target, text_request(b"" if found else b"SendTargets=All\0", ttt))
         assert not pair.peer.sent
-        assert answer_to(pair, text_request(b"SendTargets=All\0")).opcode == pdu.REJECT  # one request at a time
+        assert (
+            answer_to(pair, text_request(b"SendTargets=All\0")).opcode == pdu.REJECT
+        )  # one request at a time
         (step,) = steps
         steps.clear()
         step()
@@ -72,6 +80,9 @@ def test_text_of_a_normal_session():
     assert text_answer(pair, b"SendTargets=" + TARGET.encode() + b"\0") == own
     assert text_answer(pair, b"SendTargets=All\0") == b"SendTargets=Reject\0"
     assert text_answer(pair, b"SendTargets=iqn.other\0") == b""
-    assert text_answer(pair, b"MaxBurstLength=512\0X-unknown=1\0") == b"MaxBurstLength=Reject\0X-unknown=NotUnderstood\0"
+    assert (
+        text_answer(pair, b"MaxBurstLength=512\0X-unknown=1\0")
+        == b"MaxBurstLength=Reject\0X-unknown=NotUnderstood\0"
+    )
     assert text_answer(pair, b"MaxRecvDataSegmentLength=1024\0") == b""
     assert read(pair, 0, 8192) == bytes(8192)

@@ -1,4 +1,6 @@
-"""TransportIDs: registering other initiator ports (SPEC_I_PT), and handing a reservation over (REGISTER AND MOVE)."""
+"""TransportIDs: registering other initiator ports (SPEC_I_PT), and handing a reservation over
+(REGISTER AND MOVE).
+"""
 
 from typing import Any
 from uuid import UUID
@@ -59,13 +61,27 @@ def send(pair: Coupling, action: int, body: bytes) -> None:
     pair.command(bytes((0x5F, action, 0, 0, 0)) + len(body).to_bytes(4, "big") + b"\0", data=body)
 
 
-def register(pair: Coupling, new: int, ids: bytes, key: int = 0, flags: int = SPEC_I_PT, action: int = REGISTER) -> None:
+def register(
+    pair: Coupling,
+    new: int,
+    ids: bytes,
+    key: int = 0,
+    flags: int = SPEC_I_PT,
+    action: int = REGISTER,
+) -> None:
     head = key.to_bytes(8, "big") + new.to_bytes(8, "big") + bytes(4) + bytes((flags, 0, 0, 0))
     send(pair, action, head + len(ids).to_bytes(4, "big") + ids)
 
 
-def move(pair: Coupling, key: int, new: int, ids: bytes, flags: int = 0, relative_port: int = 1) -> None:
-    head = key.to_bytes(8, "big") + new.to_bytes(8, "big") + bytes((0, flags)) + relative_port.to_bytes(2, "big")
+def move(
+    pair: Coupling, key: int, new: int, ids: bytes, flags: int = 0, relative_port: int = 1
+) -> None:
+    head = (
+        key.to_bytes(8, "big")
+        + new.to_bytes(8, "big")
+        + bytes((0, flags))
+        + relative_port.to_bytes(2, "big")
+    )
     send(pair, REGISTER_AND_MOVE, head + len(ids).to_bytes(4, "big") + ids)
 
 
@@ -107,15 +123,22 @@ def test_specified_initiator_ports_are_registered_with_the_sender(three, state):
 
 def test_a_device_stands_for_its_known_ports(three, state):
     register(three[0], 5, device_id(INITIATOR), flags=SPEC_I_PT | APTPL | ALL_TG_PT)
-    assert state.registrations == {nexus(isid): 5 for isid in (1, 2, 3)} and state.survives_power_loss
+    assert (
+        state.registrations == {nexus(isid): 5 for isid in (1, 2, 3)} and state.survives_power_loss
+    )
 
 
 def test_names_are_compared_in_lower_case(node, volume):
     one = session(node, 1)
-    two = Coupling(node, settings(isid=0xAB, initiator_name=STRANGER.upper().replace("IQN", "iqn"))).login()
+    two = Coupling(
+        node, settings(isid=0xAB, initiator_name=STRANGER.upper().replace("IQN", "iqn"))
+    ).login()
     assert take(two) == (6, 0x29, 0)
     register(one, 4, port_id(0xAB, STRANGER.upper()))
-    assert node.unit_for(volume).reservations.registrations == {nexus(1): 4, nexus(0xAB, STRANGER): 4}
+    assert node.unit_for(volume).reservations.registrations == {
+        nexus(1): 4,
+        nexus(0xAB, STRANGER): 4,
+    }
     out(two, RESERVE, 4, kind=kinds.WRITE_EXCLUSIVE)
 
 
@@ -135,14 +158,22 @@ def test_what_is_refused_registers_nobody(three, state):
     fails("5/26/00", register, one, 1, port_id(2) + device_id(STRANGER))
     fails("5/1A/00", register, one, 1, b"")
     fails("5/1A/00", register, one, 1, port_id(2), flags=0)
-    fails("5/1A/00", send, one, REGISTER, bytes(15) + b"\1" + bytes(4) + b"\x08" + bytes(7) + port_id(2))
+    fails(
+        "5/1A/00",
+        send,
+        one,
+        REGISTER,
+        bytes(15) + b"\1" + bytes(4) + b"\x08" + bytes(7) + port_id(2),
+    )
     fails("5/1A/00", send, one, REGISTER, bytes(20) + b"\x08" + bytes(3))
     fails("5/1A/00", send, one, REGISTER_AND_MOVE, bytes(23))
     fails("5/1A/00", send, one, CLEAR, bytes(28))
     assert state.registrations == {}
     out(one, REGISTER, 0, 1)
     fails("5/24/00", register, one, 1, port_id(2), key=1)
-    state.registrations.update({NexusId(f"port-{number}", 1): 1 for number in range(kinds.REGISTRATIONS_MAX - 2)})
+    state.registrations.update(
+        {NexusId(f"port-{number}", 1): 1 for number in range(kinds.REGISTRATIONS_MAX - 2)}
+    )
     fails("5/55/04", register, three[1], 1, port_id(3))
     assert nexus(2) not in state.registrations
 
@@ -159,10 +190,16 @@ BAD_IDS = {
     "a port in the device format": (b"\x05" + port_id(2)[1:], 4),
     "a device in the port format": (b"\x45" + device_id(INITIATOR)[1:], 4),
     "an ISID that is short": (b"\x45\0\0\x18" + b"iqn.2026-01.a:b,i,0x12\0\0", 4),
-    "an ISID that is no number": (b"\x45\0\0\x24" + b"iqn.2026-01.a:b,i,0x00000000000g".ljust(36, b"\0"), 4),
+    "an ISID that is no number": (
+        b"\x45\0\0\x24" + b"iqn.2026-01.a:b,i,0x00000000000g".ljust(36, b"\0"),
+        4,
+    ),
     "not UTF-8": (b"\x05\0\0\x14" + "iqn.2026-01.a:ü".encode("latin-1").ljust(20, b"\0"), 4),
     "no name": (b"\x05\0\0\x14" + bytes(20), 4),
-    "a name that is too long": (b"\x05\0\0\xe4" + b"iqn.2026-01.a:".ljust(225, b"b").ljust(228, b"\0"), 4),
+    "a name that is too long": (
+        b"\x05\0\0\xe4" + b"iqn.2026-01.a:".ljust(225, b"b").ljust(228, b"\0"),
+        4,
+    ),
 }
 
 
@@ -196,7 +233,11 @@ def test_any_bytes_are_decoded_or_refused(data):
 @pytest.mark.parametrize("named", [port_id(2), device_id(STRANGER)], ids=["port", "device"])
 def test_a_reservation_moves_to_the_port_that_is_named(node, volume, kind, named):
     one, third = session(node, 1), session(node, 3)
-    two = session(node, 2) if named == port_id(2) else Coupling(node, settings(isid=2, initiator_name=STRANGER)).login()
+    two = (
+        session(node, 2)
+        if named == port_id(2)
+        else Coupling(node, settings(isid=2, initiator_name=STRANGER)).login()
+    )
     take(two)
     out(one, REGISTER, 0, 1)
     out(third, REGISTER, 0, 3)
@@ -221,7 +262,11 @@ def test_a_move_can_unregister_the_sender_and_change_a_key(three, state):
     out(two, REGISTER, 0, 2)
     out(one, RESERVE, 1, kind=kinds.WRITE_EXCLUSIVE)
     move(one, 1, 22, port_id(2), flags=UNREG | APTPL)
-    assert state.registrations == {nexus(2): 22} and held(two) == (22, kinds.WRITE_EXCLUSIVE) and state.survives_power_loss
+    assert (
+        state.registrations == {nexus(2): 22}
+        and held(two) == (22, kinds.WRITE_EXCLUSIVE)
+        and state.survives_power_loss
+    )
     assert not may(one, WRITE)
 
 
@@ -276,5 +321,11 @@ def test_a_moved_reservation_outlives_a_restart(volume):
     anew = recorded({0: volume})
     anew.reservations = keeper
     first, fourth = session(anew, 1), session(anew, 4)
-    assert held(first) == (5, kinds.EXCLUSIVE_ACCESS) and may(fourth, WRITE) and not may(first, READ)
-    assert anew.unit_for(volume).reservations.registrations == {nexus(1): 1, nexus(2): 1, nexus(4): 5}
+    assert (
+        held(first) == (5, kinds.EXCLUSIVE_ACCESS) and may(fourth, WRITE) and not may(first, READ)
+    )
+    assert anew.unit_for(volume).reservations.registrations == {
+        nexus(1): 1,
+        nexus(2): 1,
+        nexus(4): 5,
+    }

@@ -1,4 +1,6 @@
-"""Long commands take turns of the event loop: what one turn may hold, and that sessions are served in between."""
+"""Long commands take turns of the event loop: what one turn may hold, and that sessions are served
+in between.
+"""
 
 from collections import deque
 
@@ -88,10 +90,14 @@ LONG = {
 
 
 @pytest.mark.parametrize("name", LONG)
-def test_a_turn_holds_one_piece_of_one_command_and_sessions_are_served_between(pair, volume, loop, name):
+def test_a_turn_holds_one_piece_of_one_command_and_sessions_are_served_between(
+    pair, volume, loop, name
+):
     cdb, data, moves = LONG[name]
     if name == "EXTENDED COPY":
-        data = copy_list([target(naa(pair, 0))], [segment(0, 0, SECTORS, 0, 2 * SECTORS)], use=3, list_id=0)
+        data = copy_list(
+            [target(naa(pair, 0))], [segment(0, 0, SECTORS, 0, 2 * SECTORS)], use=3, list_id=0
+        )
         cdb = copy_cdb(len(data))
     volume.taken()
     waiting = [carry(pair, cdb, data) for _ in range(3)]
@@ -108,8 +114,14 @@ def test_a_turn_holds_one_piece_of_one_command_and_sessions_are_served_between(p
 @pytest.mark.parametrize("opcode", [0x8F, 0x93])
 def test_what_is_small_needs_no_turn(pair, loop, opcode):
     data = b"x" * 512 if opcode == 0x93 else b""
-    assert carry(pair, sixteen(opcode, sectors=AT_ONCE_BYTES_MAX // 512), data).data == b"" and not loop.calls
-    assert carry(pair, sixteen(opcode, sectors=AT_ONCE_BYTES_MAX // 512 + 1), data).got == [] and len(loop.calls) == 1
+    assert (
+        carry(pair, sixteen(opcode, sectors=AT_ONCE_BYTES_MAX // 512), data).data == b""
+        and not loop.calls
+    )
+    assert (
+        carry(pair, sixteen(opcode, sectors=AT_ONCE_BYTES_MAX // 512 + 1), data).got == []
+        and len(loop.calls) == 1
+    )
 
 
 def test_turns_come_in_order_and_one_that_fails_does_not_end_them():
@@ -119,7 +131,12 @@ def test_turns_come_in_order_and_one_that_fails_does_not_end_them():
         raise ValueError
 
     turns.call_soon = loop.call_soon
-    for step in (lambda: seen.append(1), failing, lambda: turns.take(lambda: seen.append(3)), lambda: seen.append(2)):
+    for step in (
+        lambda: seen.append(1),
+        failing,
+        lambda: turns.take(lambda: seen.append(3)),
+        lambda: seen.append(2),
+    ):
         turns.take(step)
     loop.turn()
     with pytest.raises(ValueError):

@@ -1,4 +1,6 @@
-"""With the write cache switched off, every command that changes sectors is durable before its status (SBC-3 6.4.2, WCE)."""
+"""With the write cache switched off, every command that changes sectors is durable before its
+status (SBC-3 6.4.2, WCE).
+"""
 
 import pytest
 
@@ -21,7 +23,9 @@ class CachedVolume(MemoryVolume):
         self.durable &= fua
         super().write(offset_bytes, data, fua, done)
 
-    def write_zeros(self, offset_bytes: int, length_bytes: int, fua: bool, done: Completion) -> None:
+    def write_zeros(
+        self, offset_bytes: int, length_bytes: int, fua: bool, done: Completion
+    ) -> None:
         self.durable &= fua
         super().write_zeros(offset_bytes, length_bytes, fua, done)
 
@@ -37,9 +41,18 @@ class CachedVolume(MemoryVolume):
 class SharingVolume(CachedVolume):
     """Copies by reference, too."""
 
-    def copy_from(self, source: object, source_offset_bytes: int, offset_bytes: int, length_bytes: int, done: Completion) -> None:
+    def copy_from(
+        self,
+        source: object,
+        source_offset_bytes: int,
+        offset_bytes: int,
+        length_bytes: int,
+        done: Completion,
+    ) -> None:
         assert source is self
-        self.data[offset_bytes : offset_bytes + length_bytes] = self.data[source_offset_bytes : source_offset_bytes + length_bytes]
+        self.data[offset_bytes : offset_bytes + length_bytes] = self.data[
+            source_offset_bytes : source_offset_bytes + length_bytes
+        ]
         self.durable = False
         done(None)
 
@@ -53,16 +66,26 @@ def long_form(opcode: int, sectors: int = 1) -> bytes:
 
 
 def unmap_list() -> bytes:
-    extents = b"".join(lba.to_bytes(8, "big") + (8).to_bytes(4, "big") + bytes(4) for lba in (8, 64))
-    return (len(extents) + 6).to_bytes(2, "big") + len(extents).to_bytes(2, "big") + bytes(4) + extents
+    extents = b"".join(
+        lba.to_bytes(8, "big") + (8).to_bytes(4, "big") + bytes(4) for lba in (8, 64)
+    )
+    return (
+        (len(extents) + 6).to_bytes(2, "big") + len(extents).to_bytes(2, "big") + bytes(4) + extents
+    )
 
 
 CHANGES = {
     "WRITE(6)": (bytes((0x0A, 0, 0, 8, 1, 0)), SECTOR),
     "WRITE(16)": (long_form(0x8A), SECTOR),
     "WRITE AND VERIFY(16)": (long_form(0x8E), SECTOR),
-    "WRITE ATOMIC(16)": (bytes((0x9C, 0)) + (8).to_bytes(8, "big") + bytes((0, 0, 0, 8, 0, 0)), SECTOR * 8),
-    "COMPARE AND WRITE": (bytes((0x89, 0)) + (8).to_bytes(8, "big") + bytes((0, 0, 0, 1, 0, 0)), bytes(512) + SECTOR),
+    "WRITE ATOMIC(16)": (
+        bytes((0x9C, 0)) + (8).to_bytes(8, "big") + bytes((0, 0, 0, 8, 0, 0)),
+        SECTOR * 8,
+    ),
+    "COMPARE AND WRITE": (
+        bytes((0x89, 0)) + (8).to_bytes(8, "big") + bytes((0, 0, 0, 1, 0, 0)),
+        bytes(512) + SECTOR,
+    ),
     "ORWRITE(16)": (long_form(0x8B), SECTOR),
     "WRITE SAME of a pattern": (write_same(), SECTOR),
     "WRITE SAME of a pattern in pieces": (write_same(sectors=2048), SECTOR),
@@ -95,7 +118,9 @@ def test_without_a_write_cache_a_change_is_durable_before_its_status(name: str) 
 
 
 @pytest.mark.parametrize("kind", [CachedVolume, SharingVolume])
-def test_without_a_write_cache_a_copy_is_durable_before_its_status(kind: type[CachedVolume]) -> None:
+def test_without_a_write_cache_a_copy_is_durable_before_its_status(
+    kind: type[CachedVolume],
+) -> None:
     volume = kind(SIZE)
     pair = write_through(volume)
     parameters = copy_list([target(naa(pair, 0))], [segment(0, 0, 64, 0, 4096)])

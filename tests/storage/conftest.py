@@ -1,4 +1,6 @@
-"""Every pool that a test of the store opens or formats is held to the order of its writes (tests/storage/ordering.py)."""
+"""Every pool that a test of the store opens or formats is held to the order of its writes
+(tests/storage/ordering.py).
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +22,9 @@ def order_is_held() -> Iterator[None]:
 
 @contextmanager
 def holding_order() -> Iterator[None]:
-    """Every pool within has the checker around its device; raises AssertionError for what it found."""
+    """Every pool within has the checker around its device; raises AssertionError for
+    what it found.
+    """
     original_init, original_flush = Pool.__init__, IntentLog.flush
 
     def init(self: Pool, device: Any, *arguments: Any, **options: Any) -> None:

@@ -1,11 +1,14 @@
-"""A device in memory that can lose power: what no sync has made durable is then lost in any subset, sector by sector.
+"""A device in memory that can lose power: what no sync has made durable is then lost in any subset,
+sector by sector.
 
-What it may do is all that a real device may: a sector is one of the contents that it had since it was last known to be durable, entirely;
-sectors are independent of each other, whatever order they were written in; a job in flight may have got anywhere. A sync makes durable
-what was complete when it was called, and nothing else.
+What it may do is all that a real device may: a sector is one of the contents that it had since it
+was last known to be durable, entirely; sectors are independent of each other, whatever order they
+were written in; a job in flight may have got anywhere. A sync makes durable what was complete when
+it was called, and nothing else.
 
-``fail_after`` lets the power fail in the middle of what somebody does, at an operation counted from then on. From there on the
-device is dead: what is asked of it never ends, as for a process that is gone.
+``fail_after`` lets the power fail in the middle of what somebody does, at an operation counted from
+then on. From there on the device is dead: what is asked of it never ends, as for a process that is
+gone.
 """
 
 import asyncio
@@ -32,14 +35,18 @@ class Loss(Enum):
 
 @dataclass(frozen=True)
 class Fuse:
-    """How many operations succeed before the device dies; with ``syncs_only`` only syncs count, so that it dies in one of those."""
+    """How many operations succeed before the device dies; with ``syncs_only`` only syncs count, so
+    that it dies in one of those.
+    """
 
     count: int
     syncs_only: bool
 
 
 class CrashDevice(MemoryDevice):
-    """A MemoryDevice (with its options) that remembers what each page held since it was last durable."""
+    """A MemoryDevice (with its options) that remembers what each page held since it was last
+    durable.
+    """
 
     def __init__(self, size_bytes: int, **options: Any) -> None:
         super().__init__(size_bytes, **options)
@@ -125,7 +132,9 @@ class CrashDevice(MemoryDevice):
         return len(self._versions)
 
     def lose_power(self, loss: Loss, random: Random, **options: Any) -> "CrashDevice":
-        """The device as it is found afterwards (``options`` as of the constructor). This one fails from now on."""
+        """The device as it is found afterwards (``options`` as of the constructor). This one fails
+        from now on.
+        """
         self.dead, self._fuse = False, None
         if loss is not Loss.ALL:
             # What is in flight may be complete on the medium without anybody having been told.
@@ -134,7 +143,9 @@ class CrashDevice(MemoryDevice):
         found = CrashDevice(self._size_bytes, path=self._path, **options)
         found._pages = {index: bytearray(page) for index, page in self._pages.items()}
         for index, versions in self._versions.items():
-            found._pages[index] = bytearray(surviving(loss, [content for _, content in versions], random))
+            found._pages[index] = bytearray(
+                surviving(loss, [content for _, content in versions], random)
+            )
         self._pending.clear()
         self._closed = True
         return found

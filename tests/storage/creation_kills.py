@@ -1,10 +1,12 @@
-"""Kills a process that creates a pool, before and after each of its system calls, and looks what a later start makes of what is left.
+"""Kills a process that creates a pool, before and after each of its system calls, and looks what a
+later start makes of what is left.
 
     python -m tests.storage.creation_kills PATH [overwrite]
 
-A program of its own, because it forks: the child dies by SIGKILL at its n-th call, for n = 1 until it comes to its end. After each death
-the same pool is created anew and opened, as ``serve --pool PATH --pool-size 8MiB`` does. Prints the number of kills, and of those that left
-the finished pool; exits 1 with the reason when a later start fails or something else is left in the folder.
+A program of its own, because it forks: the child dies by SIGKILL at its n-th call, for n = 1 until
+it comes to its end. After each death the same pool is created anew and opened, as ``serve --pool
+PATH --pool-size 8MiB`` does. Prints the number of kills, and of those that left the finished pool;
+exits 1 with the reason when a later start fails or something else is left in the folder.
 """
 
 import asyncio
@@ -22,13 +24,24 @@ SIZE_BYTES = 8 << 20
 CALLS_MAX = 2000
 # What a creation asks of the kernel, by the names under which the modules call it.
 CALLS = (
-    (os, "open"), (os, "close"), (os, "ftruncate"), (os, "pwritev"), (os, "fdatasync"), (os, "fsync"), (os, "unlink"), (os, "link"),
-    (os, "rename"), (fcntl, "flock"), (creation, "_renameat2"),
-)  # fmt: skip
+    (os, "open"),
+    (os, "close"),
+    (os, "ftruncate"),
+    (os, "pwritev"),
+    (os, "fdatasync"),
+    (os, "fsync"),
+    (os, "unlink"),
+    (os, "link"),
+    (os, "rename"),
+    (fcntl, "flock"),
+    (creation, "_renameat2"),
+)
 
 
 def die_at(nth: int) -> None:
-    """From now on this process dies at its n-th call: an odd n before the call, an even one after it."""
+    """From now on this process dies at its n-th call: an odd n before the call, an even one after
+    it.
+    """
     count = 0
 
     def wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -95,7 +108,9 @@ def main() -> None:
         made = start(path)
         finished += not made
         if overwrite and made:
-            raise SystemExit(f"call {nth}: the old pool is gone and the new one is not there: {before}")
+            raise SystemExit(
+                f"call {nth}: the old pool is gone and the new one is not there: {before}"
+            )
         left = os.listdir(os.path.dirname(path))
         if not overwrite:
             os.unlink(path)

@@ -11,7 +11,13 @@ from pathlib import Path
 import pytest
 
 from storage.device import Device, open_device
-from tests.storage.devices import DelayDevice, FaultyDevice, FullHostDevice, MemoryDevice, WrappedDevice
+from tests.storage.devices import (
+    DelayDevice,
+    FaultyDevice,
+    FullHostDevice,
+    MemoryDevice,
+    WrappedDevice,
+)
 
 SIZE_BYTES = 16 * 1024 * 1024
 LARGER_BYTES = 2 * SIZE_BYTES
@@ -61,7 +67,9 @@ def loop_device(folder: Path) -> Iterator[str]:
 @contextlib.contextmanager
 def looped(backing: str) -> Iterator[str]:
     """Path of a block device over this file."""
-    path = subprocess.run(["losetup", "--find", "--show", backing], check=True, capture_output=True, text=True).stdout.strip()
+    path = subprocess.run(
+        ["losetup", "--find", "--show", backing], check=True, capture_output=True, text=True
+    ).stdout.strip()
     try:
         yield path
     finally:
@@ -104,6 +112,13 @@ MAKERS: dict[str, Maker] = {
     "wrapped": lambda folder: wrapped(WrappedDevice, file_on_disk, folder),
     "faulty": lambda folder: wrapped(FaultyDevice, file_on_disk, folder),
     "thin": lambda folder: wrapped(FullHostDevice, file_on_disk, folder),
-    "delayed": lambda _: wrapped(lambda inner: DelayDevice(inner, {"read": 1e-6, "sync": 1e-6}), lambda _: in_memory(), Path()),
+    "delayed": lambda _: wrapped(
+        lambda inner: DelayDevice(inner, {"read": 1e-6, "sync": 1e-6}),
+        lambda _: in_memory(),
+        Path(),
+    ),
 }
-KINDS = [pytest.param(kind, marks=pytest.mark.needs("loop device") if kind == "block" else ()) for kind in MAKERS]
+KINDS = [
+    pytest.param(kind, marks=pytest.mark.needs("loop device") if kind == "block" else ())
+    for kind in MAKERS
+]

@@ -1,7 +1,8 @@
 """Devices for tests: one in memory, and decorators that make any device fail or wait.
 
-All satisfy ``storage.device.Device``, and run through its conformance suite (test_device.py). MemoryDevice is the strict
-one: it asserts the rules for callers that a real device cannot afford to look at.
+All satisfy ``storage.device.Device``, and run through its conformance suite (test_device.py).
+MemoryDevice is the strict one: it asserts the rules for callers that a real device cannot afford to
+look at.
 """
 
 import asyncio
@@ -22,7 +23,8 @@ PAGE_BYTES = 4096
 SECTOR_BYTES = 512
 ZERO_PAGE = bytes(PAGE_BYTES)
 
-# The kinds of operation that decorators tell apart; a try_readv that succeeds is a read like any other.
+# The kinds of operation that decorators tell apart; a try_readv that succeeds is a read like any
+# other.
 READ = "read"
 WRITE = "write"
 SYNC = "sync"
@@ -42,13 +44,21 @@ def buffers_length(buffers: Sequence[Buffer]) -> int:
 class MemoryDevice:
     """Sparse, deterministic, in memory.
 
-    At once by default: ``try_*`` succeed, and what the asynchronous methods return is done already. With ``deferred`` each
-    asynchronous job is carried out 1 to ``turns_max`` turns of the loop later, drawn from ``seed``: jobs overtake each other, as
-    on threads, and reproducibly. ``miss_rate`` is the share of ``try_*`` calls that answer False.
+    At once by default: ``try_*`` succeed, and what the asynchronous methods return is done already.
+    With ``deferred`` each asynchronous job is carried out 1 to ``turns_max`` turns of the loop
+    later, drawn from ``seed``: jobs overtake each other, as on threads, and reproducibly.
+    ``miss_rate`` is the share of ``try_*`` calls that answer False.
     """
 
     def __init__(
-        self, size_bytes: int, *, path: str = "memory", deferred: bool = False, turns_max: int = 3, miss_rate: float = 0.0, seed: int = 0
+        self,
+        size_bytes: int,
+        *,
+        path: str = "memory",
+        deferred: bool = False,
+        turns_max: int = 3,
+        miss_rate: float = 0.0,
+        seed: int = 0,
     ) -> None:
         assert size_bytes % SECTOR_BYTES == 0
         self._size_bytes = size_bytes
@@ -122,7 +132,9 @@ class MemoryDevice:
         self._check(offset_bytes, length_bytes)
         return self._submit(lambda: None)
 
-    def backed(self, offset_bytes: int, length_bytes: int, found: list[tuple[int, int]]) -> Future[None]:
+    def backed(
+        self, offset_bytes: int, length_bytes: int, found: list[tuple[int, int]]
+    ) -> Future[None]:
         self._check(offset_bytes, length_bytes)
         return self._submit(lambda: found.append((offset_bytes, offset_bytes + length_bytes)))
 
@@ -184,7 +196,9 @@ class MemoryDevice:
     def _write(self, buffers: Sequence[Buffer], offset_bytes: int) -> None:
         for buffer in buffers:
             for index, start, part in self._pieces(memoryview(buffer), offset_bytes):
-                self._pages.setdefault(index, bytearray(PAGE_BYTES))[start : start + len(part)] = part
+                self._pages.setdefault(index, bytearray(PAGE_BYTES))[start : start + len(part)] = (
+                    part
+                )
             offset_bytes += len(buffer)
 
     @staticmethod
@@ -212,7 +226,10 @@ class MemoryDevice:
     def _check(self, offset_bytes: int, length_bytes: int) -> None:
         assert offset_bytes % SECTOR_BYTES == 0, offset_bytes
         assert length_bytes % SECTOR_BYTES == 0, length_bytes
-        assert 0 <= offset_bytes <= offset_bytes + length_bytes <= self._size_bytes, (offset_bytes, length_bytes)
+        assert 0 <= offset_bytes <= offset_bytes + length_bytes <= self._size_bytes, (
+            offset_bytes,
+            length_bytes,
+        )
 
     @staticmethod
     def _check_buffers(buffers: Sequence[Buffer]) -> int:
@@ -229,13 +246,17 @@ class MemoryDevice:
 
 
 def scribble(buffers: Sequence[WritableBuffer]) -> None:
-    """Fill with garbage what the caller may assume nothing of, so that a test finds one who does."""
+    """Fill with garbage what the caller may assume nothing of, so that a test finds one
+    who does.
+    """
     for buffer in buffers:
         buffer[:] = b"\xa5" * len(buffer)
 
 
 class WrappedDevice:
-    """Passes everything on: what decorators are made from. A subclass may override ``_now`` and ``_later`` alone."""
+    """Passes everything on: what decorators are made from. A subclass may override ``_now`` and
+    ``_later`` alone.
+    """
 
     def __init__(self, inner: Device) -> None:
         self.inner = inner
@@ -273,7 +294,9 @@ class WrappedDevice:
     def reserve(self, offset_bytes: int, length_bytes: int) -> Future[None]:
         return self._later(RESERVE, lambda: self.inner.reserve(offset_bytes, length_bytes))
 
-    def backed(self, offset_bytes: int, length_bytes: int, found: list[tuple[int, int]]) -> Future[None]:
+    def backed(
+        self, offset_bytes: int, length_bytes: int, found: list[tuple[int, int]]
+    ) -> Future[None]:
         return self._later(RESERVE, lambda: self.inner.backed(offset_bytes, length_bytes, found))
 
     def host_available_bytes(self) -> int | None:
@@ -296,7 +319,8 @@ class WrappedDevice:
 
 @dataclass(frozen=True)
 class Fault:
-    """The ``nth`` call (from 1) of ``operation`` fails, and with ``forever`` every later one, as the operating system's ``errno``.
+    """The ``nth`` call (from 1) of ``operation`` fails, and with ``forever`` every later one, as
+    the operating system's ``errno``.
 
     ``partial_bytes``: of a write, that many bytes get to the device before it fails.
     """
@@ -316,7 +340,9 @@ class Fault:
 
 
 class FaultyDevice(WrappedDevice):
-    """Fails as its faults say. ``calls`` counts what was asked for, per operation; a ``try_*`` that answers False does not count."""
+    """Fails as its faults say. ``calls`` counts what was asked for, per operation; a ``try_*`` that
+    answers False does not count.
+    """
 
     def __init__(self, inner: Device, *faults: Fault) -> None:
         super().__init__(inner)
@@ -326,7 +352,9 @@ class FaultyDevice(WrappedDevice):
     def try_writev(self, buffers: Sequence[Buffer], offset_bytes: int, length_bytes: int) -> bool:
         fault = self._fault(WRITE)
         if fault is None:
-            return self._counted(WRITE, lambda: self.inner.try_writev(buffers, offset_bytes, length_bytes))
+            return self._counted(
+                WRITE, lambda: self.inner.try_writev(buffers, offset_bytes, length_bytes)
+            )
         head = first_bytes(buffers, fault.partial_bytes)
         if head and not self.inner.try_writev(head, offset_bytes, fault.partial_bytes):
             return False
@@ -339,7 +367,10 @@ class FaultyDevice(WrappedDevice):
             return super().writev(buffers, offset_bytes)
         self.calls[WRITE] += 1
         error = self._error(fault)
-        return chained(self.inner.writev(first_bytes(buffers, fault.partial_bytes), offset_bytes), lambda outer: outer.set_exception(error))
+        return chained(
+            self.inner.writev(first_bytes(buffers, fault.partial_bytes), offset_bytes),
+            lambda outer: outer.set_exception(error),
+        )
 
     def _now(self, operation: str, attempt: Callable[[], bool]) -> bool:
         fault = self._fault(operation)
@@ -365,17 +396,26 @@ class FaultyDevice(WrappedDevice):
     def _fault(self, operation: str) -> Fault | None:
         """What the next call of this operation meets."""
         call = self.calls[operation] + 1
-        return next((fault for fault in self.faults if fault.operation == operation and fault.hits(call)), None)
+        return next(
+            (fault for fault in self.faults if fault.operation == operation and fault.hits(call)),
+            None,
+        )
 
     def _error(self, fault: Fault) -> DeviceFailed:
-        return device_error(self.path, f"{fault.operation} (planted fault)", OSError(fault.errno, os.strerror(fault.errno)))
+        return device_error(
+            self.path,
+            f"{fault.operation} (planted fault)",
+            OSError(fault.errno, os.strerror(fault.errno)),
+        )
 
 
 class DelayDevice(WrappedDevice):
-    """Makes operations wait, either ``seconds[operation]`` by the loop's clock, or from ``hold(operation)`` to ``release(operation)``.
+    """Makes operations wait, either ``seconds[operation]`` by the loop's clock, or from
+    ``hold(operation)`` to ``release(operation)``.
 
-    A held operation reaches the inner device at its release, in the order of the calls; a delayed one ends later. What is
-    held or delayed always goes the asynchronous way: ``try_*`` answer False.
+    A held operation reaches the inner device at its release, in the order of the calls; a delayed
+    one ends later. What is held or delayed always goes the asynchronous way: ``try_*`` answer
+    False.
     """
 
     def __init__(self, inner: Device, seconds: Mapping[str, float] | None = None) -> None:
@@ -422,13 +462,17 @@ class DelayDevice(WrappedDevice):
 
 
 class FullHostDevice(WrappedDevice):
-    """A sparse file: what was never written, nor reserved, needs a page of the host, and there is none while ``full``.
+    """A sparse file: what was never written, nor reserved, needs a page of the host, and there is
+    none while ``full``.
 
-    ``allocated`` holds the pages that need no more, ``reserved`` those that were asked for by ``reserve``. ``full_from`` makes it full at
-    that call of a write or reserve that needs room (from 1), and ``calls`` counts those.
+    ``allocated`` holds the pages that need no more, ``reserved`` those that were asked for by
+    ``reserve``. ``full_from`` makes it full at that call of a write or reserve that needs room
+    (from 1), and ``calls`` counts those.
     """
 
-    def __init__(self, inner: Device, allocated: Iterable[int] = (), full_from: int | None = None) -> None:
+    def __init__(
+        self, inner: Device, allocated: Iterable[int] = (), full_from: int | None = None
+    ) -> None:
         super().__init__(inner)
         self.allocated = set(allocated)
         self.reserved: set[int] = set()
@@ -448,11 +492,17 @@ class FullHostDevice(WrappedDevice):
         return self.inner.try_writev(buffers, offset_bytes, length_bytes)
 
     def writev(self, buffers: Sequence[Buffer], offset_bytes: int) -> Future[None]:
-        return self._with_room(offset_bytes, buffers_length(buffers), lambda: self.inner.writev(buffers, offset_bytes))
+        return self._with_room(
+            offset_bytes, buffers_length(buffers), lambda: self.inner.writev(buffers, offset_bytes)
+        )
 
     def reserve(self, offset_bytes: int, length_bytes: int) -> Future[None]:
-        future = self._with_room(offset_bytes, length_bytes, lambda: self.inner.reserve(offset_bytes, length_bytes))
-        self.reserved.update(page for page in self._pages(offset_bytes, length_bytes) if page in self.allocated)
+        future = self._with_room(
+            offset_bytes, length_bytes, lambda: self.inner.reserve(offset_bytes, length_bytes)
+        )
+        self.reserved.update(
+            page for page in self._pages(offset_bytes, length_bytes) if page in self.allocated
+        )
         return future
 
     def discard(self, offset_bytes: int, length_bytes: int) -> Future[None]:
@@ -460,9 +510,13 @@ class FullHostDevice(WrappedDevice):
         self.allocated.difference_update(pages)
         return self.inner.discard(offset_bytes, length_bytes)
 
-    def backed(self, offset_bytes: int, length_bytes: int, found: list[tuple[int, int]]) -> Future[None]:
+    def backed(
+        self, offset_bytes: int, length_bytes: int, found: list[tuple[int, int]]
+    ) -> Future[None]:
         pages = self._pages(offset_bytes, length_bytes)
-        found.extend((page * PAGE_BYTES, (page + 1) * PAGE_BYTES) for page in pages if page in self.allocated)
+        found.extend(
+            (page * PAGE_BYTES, (page + 1) * PAGE_BYTES) for page in pages if page in self.allocated
+        )
         return self.inner.backed(offset_bytes, length_bytes, [])
 
     def _with_room(self, offset_bytes: int, length_bytes: int, start: Start) -> Future[None]:
@@ -475,19 +529,27 @@ class FullHostDevice(WrappedDevice):
         return start()
 
     def _allocate(self, offset_bytes: int, length_bytes: int) -> None:
-        needed = [page for page in self._pages(offset_bytes, length_bytes) if page not in self.allocated]
+        needed = [
+            page for page in self._pages(offset_bytes, length_bytes) if page not in self.allocated
+        ]
         if not needed:
             return
         self.calls += 1
         if self.calls == self.full_from:
             self.full = True
         if self.full:
-            raise device_error(self.path, f"write at byte {offset_bytes}", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+            raise device_error(
+                self.path,
+                f"write at byte {offset_bytes}",
+                OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+            )
         self.allocated.update(needed)
 
     @staticmethod
     def _pages(offset_bytes: int, length_bytes: int) -> range:
-        return range(offset_bytes // PAGE_BYTES, (offset_bytes + length_bytes + PAGE_BYTES - 1) // PAGE_BYTES)
+        return range(
+            offset_bytes // PAGE_BYTES, (offset_bytes + length_bytes + PAGE_BYTES - 1) // PAGE_BYTES
+        )
 
 
 def first_bytes(buffers: Sequence[Buffer], length_bytes: int) -> list[memoryview]:
@@ -507,13 +569,17 @@ def finish(future: Future[None]) -> None:
 
 
 def chained(inner: Future[None], then: Callable[[Future[None]], object]) -> Future[None]:
-    """A Future that fails as ``inner`` does, and that ``then`` completes once ``inner`` has succeeded."""
+    """A Future that fails as ``inner`` does, and that ``then`` completes once ``inner`` has
+    succeeded.
+    """
     outer: Future[None] = asyncio.get_running_loop().create_future()
     pass_on(inner, outer, then)
     return outer
 
 
-def pass_on(inner: Future[None], outer: Future[None], then: Callable[[Future[None]], object] = finish) -> None:
+def pass_on(
+    inner: Future[None], outer: Future[None], then: Callable[[Future[None]], object] = finish
+) -> None:
     """Complete ``outer`` when ``inner`` is done: as it, or by ``then`` where it succeeded."""
 
     def ended(_: Future[None]) -> None:

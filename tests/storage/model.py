@@ -1,7 +1,9 @@
-"""What a pool promises, as plainly as it can be said: each image is a dict of sectors, and a snapshot is a copy of one.
+"""What a pool promises, as plainly as it can be said: each image is a dict of sectors, and a
+snapshot is a copy of one.
 
-The model knows nothing of blocks, trees or sharing. What it does know is durability: for each sector that was written and not yet made
-durable it keeps every content that a crash may leave, and after a crash it takes over what the pool is found to hold, if that is allowed.
+The model knows nothing of blocks, trees or sharing. What it does know is durability: for each
+sector that was written and not yet made durable it keeps every content that a crash may leave, and
+after a crash it takes over what the pool is found to hold, if that is allowed.
 """
 
 import struct
@@ -17,8 +19,13 @@ Sectors = dict[int, bytes]
 
 
 def pattern(vdisk: int, lba: int, count: int, version: int) -> bytes:
-    """Data for ``count`` sectors from ``lba`` on: every sector names the vdisk, its own address and the write it comes from."""
-    return b"".join(struct.pack("<QQQQ", vdisk + 1, lba + step, version, 0x5EC7).ljust(SECTOR_BYTES, b"\x5a") for step in range(count))
+    """Data for ``count`` sectors from ``lba`` on: every sector names the vdisk, its own address and
+    the write it comes from.
+    """
+    return b"".join(
+        struct.pack("<QQQQ", vdisk + 1, lba + step, version, 0x5EC7).ljust(SECTOR_BYTES, b"\x5a")
+        for step in range(count)
+    )
 
 
 @dataclass
@@ -30,7 +37,8 @@ class Image:
     sectors: Sectors = field(default_factory=dict)
     # Contents that a sector may also have after a crash.
     at_risk: dict[int, set[bytes]] = field(default_factory=dict)
-    # Blocks that were ever written or trimmed, here or in what this came from: those worth reading back.
+    # Blocks that were ever written or trimmed, here or in what this came from: those worth reading
+    # back.
     touched: set[int] = field(default_factory=set)
     backing: str | None = None
     sessions: int = 0
@@ -40,7 +48,9 @@ class Image:
         return self.size_blocks * SECTORS_PER_BLOCK
 
     def write(self, lba: int, data: bytes) -> None:
-        """Replace sectors; until ``durable`` a crash may bring back any of the contents since the last time."""
+        """Replace sectors; until ``durable`` a crash may bring back any of the contents since the
+        last time.
+        """
         for step in range(len(data) // SECTOR_BYTES):
             sector = data[step * SECTOR_BYTES : (step + 1) * SECTOR_BYTES]
             old = self.sectors.get(lba + step, ZEROS)
@@ -49,8 +59,12 @@ class Image:
         self.touch(lba, len(data) // SECTOR_BYTES)
 
     def zero(self, lba: int, count: int) -> None:
-        """Make sectors zeros. Of those that are zeros already nothing needs to be kept, so the range may be as large as the image."""
-        for sector in [sector for sector in {*self.sectors, *self.at_risk} if lba <= sector < lba + count]:
+        """Make sectors zeros. Of those that are zeros already nothing needs to be kept, so the
+        range may be as large as the image.
+        """
+        for sector in [
+            sector for sector in {*self.sectors, *self.at_risk} if lba <= sector < lba + count
+        ]:
             self.at_risk.setdefault(sector, set()).add(self.sectors.get(sector, ZEROS))
             self._set(sector, ZEROS)
         # The edges are where a trim goes wrong.
@@ -64,7 +78,9 @@ class Image:
             self.sectors[lba] = sector
 
     def touch(self, lba: int, count: int) -> None:
-        self.touched.update(range(lba // SECTORS_PER_BLOCK, (lba + count - 1) // SECTORS_PER_BLOCK + 1))
+        self.touched.update(
+            range(lba // SECTORS_PER_BLOCK, (lba + count - 1) // SECTORS_PER_BLOCK + 1)
+        )
 
     def durable(self) -> None:
         self.at_risk.clear()
@@ -78,25 +94,35 @@ class Image:
 
     def resize(self, size_blocks: int) -> None:
         self.size_blocks = size_blocks
-        self.sectors = {lba: sector for lba, sector in self.sectors.items() if lba < self.size_sectors}
+        self.sectors = {
+            lba: sector for lba, sector in self.sectors.items() if lba < self.size_sectors
+        }
         self.touched.add(size_blocks - 1)
 
     def copy(self, number: int) -> "Image":
         return Image(number, self.size_blocks, dict(self.sectors), touched=set(self.touched))
 
     def blocks_to_read(self) -> list[int]:
-        """Blocks to compare with the pool: all that were touched, their neighbours, and the ends."""
-        near = {fbn + step for fbn in self.touched for step in (-1, 0, 1)} | {0, self.size_blocks - 1}
+        """Blocks to compare with the pool: all that were touched, their neighbours, and
+        the ends.
+        """
+        near = {fbn + step for fbn in self.touched for step in (-1, 0, 1)} | {
+            0,
+            self.size_blocks - 1,
+        }
         return sorted(fbn for fbn in near if 0 <= fbn < self.size_blocks)
 
     def take_over(self, fbn: int, found: bytes) -> None:
-        """After a crash: the block is found like this, which must be allowed; from now on it is what the block holds."""
+        """After a crash: the block is found like this, which must be allowed; from now on it is
+        what the block holds.
+        """
         for step in range(SECTORS_PER_BLOCK):
             lba = fbn * SECTORS_PER_BLOCK + step
             sector = found[step * SECTOR_BYTES : (step + 1) * SECTOR_BYTES]
             allowed = {self.sectors.get(lba, ZEROS), *self.at_risk.get(lba, ())}
             assert sector in allowed, (
-                f"sector {lba} of image {self.number} holds {sector[:32]!r}, allowed were {[one[:32] for one in allowed]}"
+                f"sector {lba} of image {self.number} holds {sector[:32]!r}, allowed were"
+                f" {[one[:32] for one in allowed]}"
             )
             self._set(lba, sector)
 

@@ -1,4 +1,6 @@
-"""Real file systems of their own, as a pool's host: made, mounted, filled to the last block, and given room again."""
+"""Real file systems of their own, as a pool's host: made, mounted, filled to the last block, and
+given room again.
+"""
 
 import contextlib
 import os
@@ -36,7 +38,9 @@ class Host:
         return found.f_bfree * found.f_frsize
 
     def fill(self) -> None:
-        """Leave not a block. Delayed allocation keeps some back for a moment, so it is tried until nothing more comes."""
+        """Leave not a block. Delayed allocation keeps some back for a moment, so it is tried until
+        nothing more comes.
+        """
         descriptor = os.open(self._filler, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             os.sync()

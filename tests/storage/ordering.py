@@ -1,12 +1,18 @@
-"""A device that holds the pool to the order of its writes, in every storage test (tests/storage/conftest.py).
+"""A device that holds the pool to the order of its writes, in every storage test
+(tests/storage/conftest.py).
 
-1. No superblock names a block that was not synced before it: from each new superblock, what its consistency point wrote is walked.
-2. What the last durable consistency point reaches, or the one that is becoming durable, is not written over and not discarded: so a freed
-   block is not used again before the consistency point that frees it is durable.
-3. A copy of the superblock is written only while the other one is whole, synced, and as new as the durable consistency point.
-4. A flush is acknowledged only when every write that was complete at its call has been synced since.
+1. No superblock names a block that was not synced before it: from each new superblock, what its
+   consistency point wrote is walked.
+2. What the last durable consistency point reaches, or the one that is becoming durable, is not
+   written over and not discarded: so a freed block is not used again before the consistency point
+   that frees it is durable.
+3. A copy of the superblock is written only while the other one is whole, synced, and as new as the
+   durable consistency point.
+4. A flush is acknowledged only when every write that was complete at its call has been synced
+   since.
 
-It shares nothing with the store but the format. What it finds is kept in ``violations``, since the pool may survive the exception.
+It shares nothing with the store but the format. What it finds is kept in ``violations``, since the
+pool may survive the exception.
 """
 
 import os
@@ -48,7 +54,8 @@ class OrderingChecker(WrappedDevice):
     def __init__(self, inner: Device) -> None:
         super().__init__(inner)
         self._writes = 0
-        # VBN -> number of the last write to it that no sync has covered; and the numbers of those that are complete.
+        # VBN -> number of the last write to it that no sync has covered; and the numbers of those
+        # that are complete.
         self.unsynced: dict[int, int] = {}
         self._complete: set[int] = set()
         self._first_free: int = layout.LOG_FIRST_VBN
@@ -56,7 +63,7 @@ class OrderingChecker(WrappedDevice):
         self._pending: tuple[View, int] | None = None
         self._read_present()
 
-    # --- What the device holds -------------------------------------------------------------------------------------
+    # --- What the device holds --------------------------------------------------------------------
 
     def peek(self, vbn: int) -> bytes:
         """A block as it is on the innermost device, without its knowing."""
@@ -74,7 +81,11 @@ class OrderingChecker(WrappedDevice):
     def _read_present(self) -> None:
         if self.size_bytes < 2 * BLOCK_BYTES:
             return
-        found = [one for one in (parse_superblock(self.peek(vbn)) for vbn in layout.SUPERBLOCK_VBNS) if one is not None]
+        found = [
+            one
+            for one in (parse_superblock(self.peek(vbn)) for vbn in layout.SUPERBLOCK_VBNS)
+            if one is not None
+        ]
         if found:
             newest = max(found, key=lambda one: one.cp)
             self._first_free = layout.VBN(layout.LOG_FIRST_VBN + newest.log_blocks)
@@ -86,16 +97,20 @@ class OrderingChecker(WrappedDevice):
         if root.vbn > layout.ZERO_POINTER and birth in (None, root.birth):
             yield from self._map_blocks(root.vbn, root.levels, 0, birth)
 
-    def _map_blocks(self, vbn: int, level: int, index: int, birth: int | None) -> Iterator[tuple[int, bytes]]:
+    def _map_blocks(
+        self, vbn: int, level: int, index: int, birth: int | None
+    ) -> Iterator[tuple[int, bytes]]:
         block = self.peek(vbn)
         if not level:
             yield index, block
             return
         for slot, child, born in fields_of(block):
             if birth in (None, born):
-                yield from self._map_blocks(child, level - 1, index << layout.FIELDS_SHIFT | slot, birth)
+                yield from self._map_blocks(
+                    child, level - 1, index << layout.FIELDS_SHIFT | slot, birth
+                )
 
-    # --- Writes ------------------------------------------------------------------------------------------------------
+    # --- Writes -----------------------------------------------------------------------------------
 
     def try_writev(self, buffers: Sequence[Buffer], offset_bytes: int, length_bytes: int) -> bool:
         number = self._submitted(buffers, offset_bytes, length_bytes)
@@ -130,7 +145,10 @@ class OrderingChecker(WrappedDevice):
         for vbn in range(max(first, self._first_free), first + count):
             for view in views:
                 if view.uses(vbn):
-                    self._violated(f"VBN {vbn}, which consistency point {view.number} uses, is {how} while that may still be needed")
+                    self._violated(
+                        f"VBN {vbn}, which consistency point {view.number} uses, is {how} while"
+                        " that may still be needed"
+                    )
 
     def _superblock_written(self, vbn: int, block: bytes, number: int) -> None:
         parsed = parse_superblock(block)
@@ -138,29 +156,45 @@ class OrderingChecker(WrappedDevice):
             self._violated("what is written over a superblock is none")
             return
         other = parse_superblock(self.peek(1 - vbn))
-        if self._durable.number and (other is None or other.cp < self._durable.number or 1 - vbn in self.unsynced):
-            self._violated(f"the superblock at VBN {vbn} is written while the other copy is not good")
+        if self._durable.number and (
+            other is None or other.cp < self._durable.number or 1 - vbn in self.unsynced
+        ):
+            self._violated(
+                f"the superblock at VBN {vbn} is written while the other copy is not good"
+            )
             return
         if parsed.cp <= self._durable.number:
             return  # the other copy of a durable one
         self._first_free = layout.VBN(layout.LOG_FIRST_VBN + parsed.log_blocks)
         for written, what in self._written_by(parsed):
             if written in self.unsynced:
-                self._violated(f"superblock {parsed.cp} is written before {what} at VBN {written} was synced")
+                self._violated(
+                    f"superblock {parsed.cp} is written before {what} at VBN {written} was synced"
+                )
                 return
         regions = self._durable.regions | dict(self._regions(parsed, parsed.cp))
         self._pending = View(parsed.cp, regions), number
 
-    # --- What a consistency point wrote ---------------------------------------------------------------------------------
+    # --- What a consistency point wrote -----------------------------------------------------------
 
     def _written_by(self, superblock: Superblock) -> Iterator[tuple[int, str]]:
-        """(VBN, what it is) of every block of this consistency point that the superblock reaches."""
+        """(VBN, what it is) of every block of this consistency point that the
+        superblock reaches.
+        """
         birth = superblock.cp
         for metafile, root in enumerate(superblock.roots):
             if root.vbn > layout.ZERO_POINTER and root.birth == birth:
-                yield from self._below(root.vbn, root.levels, birth, layout.METAFILE_NAMES[metafile], metafile == layout.VDISK_TABLE)
+                yield from self._below(
+                    root.vbn,
+                    root.levels,
+                    birth,
+                    layout.METAFILE_NAMES[metafile],
+                    metafile == layout.VDISK_TABLE,
+                )
 
-    def _below(self, vbn: int, level: int, birth: int, what: str, table: bool) -> Iterator[tuple[int, str]]:
+    def _below(
+        self, vbn: int, level: int, birth: int, what: str, table: bool
+    ) -> Iterator[tuple[int, str]]:
         yield vbn, f"a block of level {level} of {what}"
         if vbn in self.unsynced or (level <= 0 and not table):
             return
@@ -175,7 +209,7 @@ class OrderingChecker(WrappedDevice):
             levels = int.from_bytes(block[LEVELS_OFFSET : LEVELS_OFFSET + 4], "little")
             yield from self._below(root, levels, birth, "an image", False)
 
-    # --- Syncs -----------------------------------------------------------------------------------------------------------
+    # --- Syncs ------------------------------------------------------------------------------------
 
     def sync(self) -> Future[None]:
         covered = set(self._complete)
@@ -189,7 +223,9 @@ class OrderingChecker(WrappedDevice):
         return future
 
     def _synced(self, covered: set[int]) -> None:
-        self.unsynced = {vbn: number for vbn, number in self.unsynced.items() if number not in covered}
+        self.unsynced = {
+            vbn: number for vbn, number in self.unsynced.items() if number not in covered
+        }
         self._complete -= covered
         if self._pending is not None and self._pending[1] in covered:
             self._durable, self._pending = self._pending[0], None
@@ -202,8 +238,12 @@ class OrderingChecker(WrappedDevice):
         """A flush is acknowledged: what was complete at its call must have been synced."""
         left = sorted(vbn for vbn, number in self.unsynced.items() if number in complete_at_call)
         if left:
-            # Not raised: this runs in a completion, and whoever waits for that must not wait for ever.
-            OrderingChecker.violations.append(f"a flush is acknowledged, and VBN {left[0]} and {len(left) - 1} others were not synced")
+            # Not raised: this runs in a completion, and whoever waits for that must not wait for
+            # ever.
+            OrderingChecker.violations.append(
+                f"a flush is acknowledged, and VBN {left[0]} and {len(left) - 1} others were not"
+                " synced"
+            )
 
     def _violated(self, what: str) -> None:
         OrderingChecker.violations.append(what)
@@ -211,7 +251,9 @@ class OrderingChecker(WrappedDevice):
 
 
 def when_done(future: Future[None], follow: Callable[[], object]) -> None:
-    """Call ``follow`` before anybody who awaits the Future goes on: at once if it is done, for then an await does not wait."""
+    """Call ``follow`` before anybody who awaits the Future goes on: at once if it is done, for then
+    an await does not wait.
+    """
     if future.done():
         follow()
     else:

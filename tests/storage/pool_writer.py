@@ -1,7 +1,9 @@
-"""Writes small pools by hand, from ``storage.layout`` alone, so that the check is judged by something that is not the store.
+"""Writes small pools by hand, from ``storage.layout`` alone, so that the check is judged by
+something that is not the store.
 
-The writer counts references and used blocks in the plainest way: it remembers each pointer block's fields and walks them recursively.
-Every derived number can be overridden before ``build``, which is how damage is planted that carries valid checksums.
+The writer counts references and used blocks in the plainest way: it remembers each pointer block's
+fields and walks them recursively. Every derived number can be overridden before ``build``, which is
+how damage is planted that carries valid checksums.
 """
 
 import struct
@@ -106,21 +108,38 @@ class PoolWriter:
             yield from self.leaves(child, levels - 1)
 
     def build(self) -> bytearray:
-        """The pool's bytes. The writer itself stays as it is, and can be built again with other overrides."""
+        """The pool's bytes. The writer itself stays as it is, and can be built again with other
+        overrides.
+        """
         return deepcopy(self)._build()
 
     def _build(self) -> bytearray:
-        table = {number: self.put(self._entry_block(number, entry)) for number, entry in self.entries.items()}
-        configuration = {0: self.put(layout.CONFIGURATION_HEAD.pack(self.configuration_bytes) + b"\x80")}
+        table = {
+            number: self.put(self._entry_block(number, entry))
+            for number, entry in self.entries.items()
+        }
+        configuration = {
+            0: self.put(layout.CONFIGURATION_HEAD.pack(self.configuration_bytes) + b"\x80")
+        }
         regions = layout.region_count(self.size_blocks)
         # The maps describe themselves, so their places come first, and their contents last.
         active = {region: self.put(b"") for region in range(regions)}
         summary = {0: self.put(b"")}
         shares = self._share_counts()
-        share = {fbn: self.put(b"") for fbn in sorted({vbn // layout.SHARES_PER_BLOCK for vbn in shares})}
-        sizes = (max(table, default=0) + 1, regions, -(-self.size_blocks // layout.SHARES_PER_BLOCK), 1, 1)
+        share = {
+            fbn: self.put(b"") for fbn in sorted({vbn // layout.SHARES_PER_BLOCK for vbn in shares})
+        }
+        sizes = (
+            max(table, default=0) + 1,
+            regions,
+            -(-self.size_blocks // layout.SHARES_PER_BLOCK),
+            1,
+            1,
+        )
         trees = list(zip((table, active, share, summary, configuration), sizes, strict=True))
-        end_vbn = self.next_vbn + sum(pointer_count(contents, layout.tree_levels(size)) for contents, size in trees)
+        end_vbn = self.next_vbn + sum(
+            pointer_count(contents, layout.tree_levels(size)) for contents, size in trees
+        )
         used = {*range(end_vbn)} ^ self.active_flips
         self._fill_maps(active, summary, share, used, shares)
         roots = [self.tree(contents, layout.tree_levels(size)) for contents, size in trees]
@@ -131,12 +150,23 @@ class PoolWriter:
         references: Counter[int] = Counter(entry.root for entry in self.entries.values())
         for row in self.pointers.values():
             references.update(row)
-        extra = Counter({vbn: count - 1 for vbn, count in references.items() if vbn > layout.ZERO_POINTER and count > 1})
+        extra = Counter(
+            {
+                vbn: count - 1
+                for vbn, count in references.items()
+                if vbn > layout.ZERO_POINTER and count > 1
+            }
+        )
         extra.update(self.share_deltas)
         return extra
 
     def _fill_maps(
-        self, active: dict[int, int], summary: dict[int, int], share: dict[int, int], used: set[int], shares: Counter[int]
+        self,
+        active: dict[int, int],
+        summary: dict[int, int],
+        share: dict[int, int],
+        used: set[int],
+        shares: Counter[int],
     ) -> None:
         counts = [0] * layout.SUMMARIES_PER_BLOCK
         for region, vbn in active.items():
@@ -149,22 +179,54 @@ class PoolWriter:
             counts[region] += delta
         self.blocks[summary[0]] = struct.pack(f"<{len(counts)}H", *counts)
         for fbn, vbn in share.items():
-            row = [shares[fbn * layout.SHARES_PER_BLOCK + slot] for slot in range(layout.SHARES_PER_BLOCK)]
+            row = [
+                shares[fbn * layout.SHARES_PER_BLOCK + slot]
+                for slot in range(layout.SHARES_PER_BLOCK)
+            ]
             self.blocks[vbn] = struct.pack(f"<{len(row)}I", *row)
 
     def _entry_block(self, number: int, entry: Entry) -> bytes:
         crc, birth = self.sum_and_birth(entry.root)
         crc = crc if entry.root_crc is None else entry.root_crc
-        used = sum(1 for _ in self.leaves(entry.root, entry.levels)) if entry.used_blocks is None else entry.used_blocks
+        used = (
+            sum(1 for _ in self.leaves(entry.root, entry.levels))
+            if entry.used_blocks is None
+            else entry.used_blocks
+        )
         identity = entry.uuid or uuid5(POOL_UUID, str(number))
         name = entry.name.encode()
-        head = (entry.magic, entry.kind, len(name), 0, 0, identity.bytes, entry.size_bytes, entry.root, crc, birth, entry.levels, 0)
+        head = (
+            entry.magic,
+            entry.kind,
+            len(name),
+            0,
+            0,
+            identity.bytes,
+            entry.size_bytes,
+            entry.root,
+            crc,
+            birth,
+            entry.levels,
+            0,
+        )
         block = bytearray(BLOCK)
         relations = (used, 0, entry.created_cp, entry.origin, entry.backing, entry.backing_blocks)
         layout.IMAGE_HEAD.pack_into(block, 0, *head, *relations)
         block[layout.IMAGE_NAME_OFFSET : layout.IMAGE_NAME_OFFSET + len(name)] = name
         state, mode, flags, remaining = entry.split
-        layout.IMAGE_SPLIT.pack_into(block, layout.IMAGE_SPLIT_OFFSET, state, mode, flags, 0, 0, 0, remaining, remaining, *(0,) * 5)
+        layout.IMAGE_SPLIT.pack_into(
+            block,
+            layout.IMAGE_SPLIT_OFFSET,
+            state,
+            mode,
+            flags,
+            0,
+            0,
+            0,
+            remaining,
+            remaining,
+            *(0,) * 5,
+        )
         return bytes(block)
 
     def _assemble(self, roots: list[int], sizes: tuple[int, ...], used_blocks: int) -> bytearray:
@@ -180,15 +242,27 @@ class PoolWriter:
             pool[vbn * BLOCK : (vbn + 1) * BLOCK] = log_record(100 + sequence)
         return pool
 
-    def superblock(self, cp: int, roots: list[int], sizes: tuple[int, ...], used_blocks: int, version: int = 1, incompat: int = 0) -> bytes:
+    def superblock(
+        self,
+        cp: int,
+        roots: list[int],
+        sizes: tuple[int, ...],
+        used_blocks: int,
+        version: int = 1,
+        incompat: int = 0,
+    ) -> bytes:
         block = bytearray(BLOCK)
         features = (version, 0, 0, 0, incompat)
         log = (layout.LOG_FIRST_VBN, LOG_BLOCKS, LOG_BLOCKS - 1, 100)
         counters = (cp, self.size_blocks, used_blocks)
-        layout.SUPERBLOCK_HEAD.pack_into(block, 0, layout.SUPERBLOCK_MAGIC, *features, POOL_UUID.bytes, *counters, *log, 0)
+        layout.SUPERBLOCK_HEAD.pack_into(
+            block, 0, layout.SUPERBLOCK_MAGIC, *features, POOL_UUID.bytes, *counters, *log, 0
+        )
         for metafile, (vbn, size) in enumerate(zip(roots, sizes, strict=True)):
             offset = layout.METAFILE_ROOTS_OFFSET + layout.METAFILE_ROOT.size * metafile
-            layout.METAFILE_ROOT.pack_into(block, offset, vbn, *self.sum_and_birth(vbn), layout.tree_levels(size), 0, size)
+            layout.METAFILE_ROOT.pack_into(
+                block, offset, vbn, *self.sum_and_birth(vbn), layout.tree_levels(size), 0, size
+            )
         return seal_superblock(block)
 
 
@@ -199,13 +273,17 @@ def pointer_count(contents: Mapping[int, int], levels: int) -> int:
 
 def seal_superblock(block: bytearray) -> bytes:
     """The superblock with its CRC32C made right again."""
-    layout.SUPERBLOCK_CRC.pack_into(block, layout.SUPERBLOCK_CRC_OFFSET, crc32c(bytes(block[: layout.SUPERBLOCK_CRC_OFFSET])))
+    layout.SUPERBLOCK_CRC.pack_into(
+        block, layout.SUPERBLOCK_CRC_OFFSET, crc32c(bytes(block[: layout.SUPERBLOCK_CRC_OFFSET]))
+    )
     return bytes(block)
 
 
 def log_record(sequence: int) -> bytes:
     """A valid record of one block, with no entries."""
     record = bytearray(BLOCK)
-    layout.RECORD_HEAD.pack_into(record, 0, layout.RECORD_MAGIC, 0, sequence, CP, 0, POOL_UUID.bytes[:8], 0, 1)
+    layout.RECORD_HEAD.pack_into(
+        record, 0, layout.RECORD_MAGIC, 0, sequence, CP, 0, POOL_UUID.bytes[:8], 0, 1
+    )
     struct.pack_into("<I", record, layout.RECORD_CRC_OFFSET, crc32c(bytes(record)))
     return bytes(record)

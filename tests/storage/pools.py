@@ -1,4 +1,6 @@
-"""A running pool for asynchronous unit tests, on a device in memory, with a volume's commands as coroutines."""
+"""A running pool for asynchronous unit tests, on a device in memory, with a volume's commands as
+coroutines.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
@@ -26,7 +28,10 @@ LEAF_BYTES = 256 * BLOCK_BYTES
 
 def data(seed: int, blocks: int = 1) -> bytes:
     """Blocks that are unlike those of any other seed, and unlike each other."""
-    return b"".join(seed.to_bytes(4, "little") + index.to_bytes(4, "little") + b"\x5a" * (BLOCK_BYTES - 8) for index in range(blocks))
+    return b"".join(
+        seed.to_bytes(4, "little") + index.to_bytes(4, "little") + b"\x5a" * (BLOCK_BYTES - 8)
+        for index in range(blocks)
+    )
 
 
 class Reader:
@@ -48,7 +53,13 @@ class Reader:
 class OpenPool:
     """One open pool on ``memory``, reached through ``device``, which may be a decorator of it."""
 
-    def __init__(self, pool: Pool, memory: MemoryDevice, device: Any, events: list[tuple[str, dict[str, Any]]]) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        memory: MemoryDevice,
+        device: Any,
+        events: list[tuple[str, dict[str, Any]]],
+    ) -> None:
         self.pool = pool
         self.memory = memory
         self.device = device
@@ -64,7 +75,9 @@ class OpenPool:
     def image(self, name: str) -> Image:
         return self.pool.volume(name).image
 
-    def begin_write(self, name: str, offset_bytes: int, content: bytes, fua: bool = False) -> "asyncio.Future[None]":
+    def begin_write(
+        self, name: str, offset_bytes: int, content: bytes, fua: bool = False
+    ) -> "asyncio.Future[None]":
         """Begin a write; the Future is its completion."""
         done = completion()
         volume = self.volume(name)
@@ -75,14 +88,20 @@ class OpenPool:
     async def write(self, name: str, offset_bytes: int, content: bytes, fua: bool = False) -> None:
         await asyncio.wait_for(self.begin_write(name, offset_bytes, content, fua), PATIENCE_SECONDS)
 
-    def begin_zero(self, name: str, offset_bytes: int, length_bytes: int, fua: bool = False) -> "asyncio.Future[None]":
+    def begin_zero(
+        self, name: str, offset_bytes: int, length_bytes: int, fua: bool = False
+    ) -> "asyncio.Future[None]":
         done = completion()
         volume = self.volume(name)
         volume.write_zeros(offset_bytes, length_bytes, fua, lambda error: settle(done, error))
         return keep(done, volume)
 
-    async def zero(self, name: str, offset_bytes: int, length_bytes: int, fua: bool = False) -> None:
-        await asyncio.wait_for(self.begin_zero(name, offset_bytes, length_bytes, fua), PATIENCE_SECONDS)
+    async def zero(
+        self, name: str, offset_bytes: int, length_bytes: int, fua: bool = False
+    ) -> None:
+        await asyncio.wait_for(
+            self.begin_zero(name, offset_bytes, length_bytes, fua), PATIENCE_SECONDS
+        )
 
     def begin_flush(self, name: str) -> "asyncio.Future[None]":
         done = completion()
@@ -103,7 +122,9 @@ class OpenPool:
         found = self.volume(name).try_read(offset_bytes, length_bytes)
         if found is not None:
             return bytes(found)
-        waited: bytes = await asyncio.wait_for(self.begin_read(name, offset_bytes, length_bytes), PATIENCE_SECONDS)
+        waited: bytes = await asyncio.wait_for(
+            self.begin_read(name, offset_bytes, length_bytes), PATIENCE_SECONDS
+        )
         return waited
 
     async def checkpoint(self) -> None:
@@ -179,16 +200,24 @@ def checked_offline(memory: MemoryDevice) -> CheckReport:
     return report
 
 
-async def open_on(memory: MemoryDevice, device: Device | None = None, cache_bytes: int = 64 << 20) -> OpenPool:
+async def open_on(
+    memory: MemoryDevice, device: Device | None = None, cache_bytes: int = 64 << 20
+) -> OpenPool:
     events: list[tuple[str, dict[str, Any]]] = []
     device = device if device is not None else memory
-    pool = await Pool.open_on(device, cache_bytes, lambda name, **fields: events.append((name, fields)))
+    pool = await Pool.open_on(
+        device, cache_bytes, lambda name, **fields: events.append((name, fields))
+    )
     return OpenPool(pool, memory, device, events)
 
 
 @asynccontextmanager
-async def opened(memory: MemoryDevice, device: Device | None = None, cache_bytes: int = 64 << 20) -> AsyncIterator[OpenPool]:
-    """A pool that is there already. At the end it is closed, and what it left is checked unless it went read-only."""
+async def opened(
+    memory: MemoryDevice, device: Device | None = None, cache_bytes: int = 64 << 20
+) -> AsyncIterator[OpenPool]:
+    """A pool that is there already. At the end it is closed, and what it left is checked unless it
+    went read-only.
+    """
     running = await asyncio.wait_for(open_on(memory, device, cache_bytes), PATIENCE_SECONDS)
     try:
         yield running
@@ -201,17 +230,26 @@ async def opened(memory: MemoryDevice, device: Device | None = None, cache_bytes
 
 @asynccontextmanager
 async def new_pool(
-    size_bytes: int = POOL_BYTES, decorate: Callable[[MemoryDevice], Device] | None = None, cache_bytes: int = 64 << 20, **options: Any
+    size_bytes: int = POOL_BYTES,
+    decorate: Callable[[MemoryDevice], Device] | None = None,
+    cache_bytes: int = 64 << 20,
+    **options: Any,
 ) -> AsyncIterator[OpenPool]:
     """A new pool; ``decorate`` puts a decorator over the device once the pool is formatted."""
     memory = MemoryDevice(size_bytes, **options)
     await Pool.format(memory)
-    async with opened(memory, decorate(memory) if decorate is not None else None, cache_bytes) as running:
+    async with opened(
+        memory, decorate(memory) if decorate is not None else None, cache_bytes
+    ) as running:
         yield running
 
 
-async def backed_clone(running: OpenPool, blocks: int = 300, size_bytes: int = 4 * LEAF_BYTES, name: str = "clone") -> bytes:
-    """A vdisk "base" with ``blocks`` written from its begin on, its snapshot "base@snap", and a clone of that. Returns what it reads."""
+async def backed_clone(
+    running: OpenPool, blocks: int = 300, size_bytes: int = 4 * LEAF_BYTES, name: str = "clone"
+) -> bytes:
+    """A vdisk "base" with ``blocks`` written from its begin on, its snapshot "base@snap", and a
+    clone of that. Returns what it reads.
+    """
     content = data(1, blocks)
     await running.pool.vdisk_create("base", size_bytes)
     await running.write("base", 0, content)

@@ -1,6 +1,8 @@
-"""A pool on a device in memory, driven step by step from code that is not asynchronous, and that can lose power at any step.
+"""A pool on a device in memory, driven step by step from code that is not asynchronous, and that
+can lose power at any step.
 
-Its time is virtual and its identities are counted (tests.crash.determinism), so that the same steps have the same outcome every time.
+Its time is virtual and its identities are counted (tests.crash.determinism), so that the same steps
+have the same outcome every time.
 """
 
 import asyncio
@@ -19,16 +21,19 @@ from tests.storage.model import BLOCK_BYTES
 
 T = TypeVar("T")
 
-# Virtual seconds, longer than anything here takes: what waits longer hangs, and the test says so instead of hanging with it.
+# Virtual seconds, longer than anything here takes: what waits longer hangs, and the test says so
+# instead of hanging with it.
 PATIENCE_SECONDS = 60
 # What a turn of the event loop takes at least, in virtual seconds.
 TURN_SECONDS = 20e-6
 
 
 class PassingTime(VirtualLoop):
-    """A loop whose time also passes while somebody is ready to run, a little with every turn (each looks at the clock).
+    """A loop whose time also passes while somebody is ready to run, a little with every turn (each
+    looks at the clock).
 
-    So timers of the background end in the midst of other work, and other work begins in the midst of a message of the background.
+    So timers of the background end in the midst of other work, and other work begins in the midst
+    of a message of the background.
     """
 
     def __init__(self) -> None:
@@ -52,7 +57,9 @@ class DeviceReader:
 
 
 class RunningPool:
-    """One pool over its life: opened, closed, crashed and opened again. ``events`` are those since the last open."""
+    """One pool over its life: opened, closed, crashed and opened again. ``events`` are those since
+    the last open.
+    """
 
     def __init__(self, size_bytes: int, cache_bytes: int, **device_options: Any) -> None:
         self._repeatable = repeatable()
@@ -76,7 +83,9 @@ class RunningPool:
             raise
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run until ``work`` is done. What waits for ever fails, and says where it and all others wait."""
+        """Run until ``work`` is done. What waits for ever fails, and says where it and all others
+        wait.
+        """
         return self._loop.run_until_complete(self._patiently(work))
 
     @staticmethod
@@ -110,7 +119,9 @@ class RunningPool:
         self.open()
 
     def lose_power(self, loss: Loss, seed: int) -> None:
-        """The process and what was not durable are gone at once; the pool is opened again from what is found."""
+        """The process and what was not durable are gone at once; the pool is opened again from what
+        is found.
+        """
         self.is_open = False
         self.held.clear()
         found = self.device.lose_power(loss, Random(seed), **self._options)
@@ -120,7 +131,9 @@ class RunningPool:
         self.open()
 
     def cut_short(self, fuse: Fuse, commands: dict[str, Coroutine[Any, Any, Any]]) -> set[str]:
-        """Begin the commands together, and let the device die in their middle. Returns the names of those that were acknowledged before."""
+        """Begin the commands together, and let the device die in their middle. Returns the names of
+        those that were acknowledged before.
+        """
         self.device.fail_after(fuse)
         return self.run(self._until_dead(commands))
 
@@ -136,7 +149,8 @@ class RunningPool:
         await end_all_tasks()
         for task in self.background:
             if not task.cancelled():
-                task.exception()  # it may have ended with the device's error, which nobody asks for any more
+                # It may have ended with the device's error, which nobody asks for any more.
+                task.exception()
         self.background.clear()
 
     def turns(self, count: int) -> None:
@@ -187,7 +201,9 @@ class RunningPool:
         volume.settle()
         await asyncio.gather(*completions)
 
-    async def zero(self, name: str, offset_bytes: int, length_bytes: int, unmap: bool, fua: bool = False) -> None:
+    async def zero(
+        self, name: str, offset_bytes: int, length_bytes: int, unmap: bool, fua: bool = False
+    ) -> None:
         volume, done = self.pool.volume(name), self._loop.create_future()
         if unmap:
             volume.unmap(offset_bytes, length_bytes, lambda error: settle(done, error))
@@ -221,7 +237,9 @@ def waits_where(task: "asyncio.Task[Any]") -> str:
 
 
 def settle(done: "asyncio.Future[Any]", error: Exception | None, result: Any = None) -> None:
-    """Give an outcome to a Future; a completion that comes twice is an error of its own (InvalidStateError)."""
+    """Give an outcome to a Future; a completion that comes twice is an error of its own
+    (InvalidStateError).
+    """
     if done.cancelled():
         return
     if error is not None:

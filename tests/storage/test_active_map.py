@@ -1,4 +1,6 @@
-"""The active map and the region summary: exactly what is reachable, counted, and changed only within consistency points."""
+"""The active map and the region summary: exactly what is reachable, counted, and changed only
+within consistency points.
+"""
 
 import asyncio
 
@@ -10,7 +12,15 @@ from storage.errors import StorageError
 from storage.layout import BLOCK_BYTES, REGION_BLOCKS
 from storage.pool import Pool
 from tests.storage.devices import DISCARD, DelayDevice, MemoryDevice
-from tests.storage.pools import LEAF_BYTES, OpenPool, checked_offline, data, new_pool, open_on, within
+from tests.storage.pools import (
+    LEAF_BYTES,
+    OpenPool,
+    checked_offline,
+    data,
+    new_pool,
+    open_on,
+    within,
+)
 
 
 def bits_of(running: OpenPool, region: int = 0) -> "np.ndarray[tuple[int], np.dtype[np.uint8]]":
@@ -90,7 +100,9 @@ async def test_long_runs_that_were_freed_are_given_back_to_the_device() -> None:
         before = running.memory.allocated_bytes
         await running.zero("a", 0, 2000 * BLOCK_BYTES)
         await running.checkpoint()
-        await running.until(lambda: running.pool._state.discarding is None and not running.pool._state.retired)
+        await running.until(
+            lambda: running.pool._state.discarding is None and not running.pool._state.retired
+        )
         assert running.memory.allocated_bytes <= before - 1800 * BLOCK_BYTES
 
 

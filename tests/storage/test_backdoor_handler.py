@@ -15,7 +15,9 @@ TURNS_MAX = 50
 
 
 class Slow:
-    """A work with a ceiling of one block an hour: after its first message the handler waits for it with a timeout."""
+    """A work with a ceiling of one block an hour: after its first message the handler waits for it
+    with a timeout.
+    """
 
     rate_min_bytes = 0
     rate_max_bytes = 1
@@ -29,7 +31,9 @@ class Slow:
 
 @pytest.mark.parametrize("turns", range(5))
 async def test_stop_just_after_a_work_was_posted(turns: int) -> None:
-    """asyncio.wait_for swallows a cancellation that comes in the turn in which what it waits for is done (python/cpython#86296)."""
+    """asyncio.wait_for swallows a cancellation that comes in the turn in which what it waits for is
+    done (python/cpython#86296).
+    """
     handler = BackdoorMessageHandler(PoolState(MemoryDevice(1 << 20), 0, 1 << 20))
     handler.start()
     first = Slow()

@@ -1,11 +1,21 @@
-"""Buffer trees: a block that the last consistency point can reach is never changed, and memory stays bounded."""
+"""Buffer trees: a block that the last consistency point can reach is never changed, and memory
+stays bounded.
+"""
 
 import asyncio
 
 import pytest
 
 from storage.layout import BLOCK_BYTES, HOLE, ZERO_POINTER
-from storage.tree.node import CACHE_NODES_MIN, HOLES, NODE_BYTES, ZEROS, Node, NodeCache, filled_buffer
+from storage.tree.node import (
+    CACHE_NODES_MIN,
+    HOLES,
+    NODE_BYTES,
+    ZEROS,
+    Node,
+    NodeCache,
+    filled_buffer,
+)
 from tests.storage.devices import READ, DelayDevice
 from tests.storage.pools import LEAF_BYTES, data, new_pool, opened, within
 
@@ -16,12 +26,27 @@ async def test_a_node_moves_once_an_epoch_and_its_old_place_is_left_as_it_was() 
         await running.write("a", 0, data(1, 600))
         await running.checkpoint()
         tree = running.image("a").tree
-        old = {(node.level, node.index): (node.vbn, bytes(node.buf)) for level in (1, 2) for node in tree.nodes[level].values()}
+        old = {
+            (node.level, node.index): (node.vbn, bytes(node.buf))
+            for level in (1, 2)
+            for node in tree.nodes[level].values()
+        }
         for seed in range(5):
             await running.write("a", seed * BLOCK_BYTES, data(seed + 2))
-        moved = {place for place, (vbn, _) in old.items() if tree.nodes[place[0]][place[1]].vbn != vbn}
+        moved = {
+            place for place, (vbn, _) in old.items() if tree.nodes[place[0]][place[1]].vbn != vbn
+        }
         assert moved == {(1, 0), (2, 0)}
-        assert len([vbn for vbn in running.pool._state.epoch.freed if vbn in {vbn for vbn, _ in old.values()}]) == 2
+        assert (
+            len(
+                [
+                    vbn
+                    for vbn in running.pool._state.epoch.freed
+                    if vbn in {vbn for vbn, _ in old.values()}
+                ]
+            )
+            == 2
+        )
         for vbn, content in old.values():
             found = bytearray(BLOCK_BYTES)
             running.memory._read([found], vbn * BLOCK_BYTES)
@@ -40,9 +65,15 @@ async def test_looking_up_beyond_a_tree_and_under_holes_and_zero_pointers() -> N
         await running.zero("c", 0, 1 << 40)
         clone = running.image("c").tree
         assert clone.peek(0) is ZEROS and clone.peek(12345) is ZEROS
-        await running.write("c", 5 * LEAF_BYTES, data(2))  # a pointer block made where a zero pointer was says zeros, not holes
+        await running.write(
+            "c", 5 * LEAF_BYTES, data(2)
+        )  # a pointer block made where a zero pointer was says zeros, not holes
         node = clone.peek(5)
-        assert node is not None and int(node.vbns()[0]) > ZERO_POINTER and set(node.vbns()[1:].tolist()) == {ZERO_POINTER}
+        assert (
+            node is not None
+            and int(node.vbns()[0]) > ZERO_POINTER
+            and set(node.vbns()[1:].tolist()) == {ZERO_POINTER}
+        )
         assert HOLES.buf == filled_buffer(HOLE) and ZEROS.buf == filled_buffer(ZERO_POINTER)
 
 
@@ -62,7 +93,11 @@ async def test_one_load_serves_all_who_wait_for_it() -> None:
         loads.pop().cancel()
         device.release(READ)
         nodes = await within(asyncio.gather(*loads))
-        assert nodes[0] is nodes[3] and nodes[1] is nodes[4] and [node.index for node in nodes] == [0, 1, 2, 0, 1]
+        assert (
+            nodes[0] is nodes[3]
+            and nodes[1] is nodes[4]
+            and [node.index for node in nodes] == [0, 1, 2, 0, 1]
+        )
 
 
 async def test_a_tree_that_grows_while_a_block_is_loaded_finds_it_all_the_same() -> None:
@@ -73,7 +108,9 @@ async def test_a_tree_that_grows_while_a_block_is_loaded_finds_it_all_the_same()
         memory = running.memory.copy()
     device = DelayDevice(memory)
     async with opened(memory, device) as running:
-        await running.pool.vdisk_create("b", LEAF_BYTES)  # now the maps are in memory, and only the tree has to be read
+        await running.pool.vdisk_create(
+            "b", LEAF_BYTES
+        )  # now the maps are in memory, and only the tree has to be read
         device.hold(READ)
         read = running.begin_read("a", 0, 10 * BLOCK_BYTES)
         await running.until(lambda: device.held(READ) > 0)
@@ -86,9 +123,13 @@ async def test_a_tree_that_grows_while_a_block_is_loaded_finds_it_all_the_same()
 
 
 @pytest.mark.parametrize("miss_rate", [0.0, 0.3])
-async def test_a_cache_far_too_small_for_the_pool_costs_time_and_nothing_else(miss_rate: float) -> None:
+async def test_a_cache_far_too_small_for_the_pool_costs_time_and_nothing_else(
+    miss_rate: float,
+) -> None:
     leaves = CACHE_NODES_MIN + 150
-    async with new_pool(64 << 20, cache_bytes=1, deferred=miss_rate > 0, miss_rate=miss_rate) as running:
+    async with new_pool(
+        64 << 20, cache_bytes=1, deferred=miss_rate > 0, miss_rate=miss_rate
+    ) as running:
         await running.pool.vdisk_create("a", leaves * LEAF_BYTES)
         for index in range(leaves):
             await running.write("a", index * LEAF_BYTES, data(index))
@@ -137,7 +178,9 @@ async def test_a_cache_that_outgrew_its_limit_while_all_was_dirty_comes_back_to_
             node.epoch = None
         for index in range(2 * CACHE_NODES_MIN):
             add(10000 + index, dirty=False)
-        assert len(cache) == len(tree.nodes[1]) == 5 * CACHE_NODES_MIN  # within a step nothing is evicted
+        assert (
+            len(cache) == len(tree.nodes[1]) == 5 * CACHE_NODES_MIN
+        )  # within a step nothing is evicted
         await turns()
         assert len(cache) == len(tree.nodes[1]) <= CACHE_NODES_MIN + 1
         assert tree.nodes[1][7] is dirty[7] and cache.held == 1  # what is held stays
@@ -154,7 +197,9 @@ async def test_a_cache_that_outgrew_its_limit_while_all_was_dirty_comes_back_to_
 
 
 async def test_a_block_in_memory_whose_parent_was_evicted_can_still_be_changed() -> None:
-    """With a device that has nothing at hand, the event loop went round for ever: the block was there, so its parent was never loaded."""
+    """With a device that has nothing at hand, the event loop went round for ever: the block was
+    there, so its parent was never loaded.
+    """
     async with new_pool() as running:
         await running.pool.vdisk_create("a", 1 << 20)
         stopped = running.memory.copy(deferred=True, miss_rate=1.0, seed=1)

@@ -15,7 +15,7 @@ from tests.storage.checking import assert_finds, check, flip, rich_pool
 from tests.storage.devices import READ, Fault, FaultyDevice, MemoryDevice
 from tests.storage.pool_writer import BLOCK, CP, LOG_BLOCKS, seal_superblock
 
-# --- Superblocks and the intent log ---------------------------------------------------------------------------------
+# --- Superblocks and the intent log ---------------------------------------------------------------
 
 
 def test_the_newer_valid_superblock_wins_and_a_torn_one_is_a_note() -> None:
@@ -24,7 +24,12 @@ def test_the_newer_valid_superblock_wins_and_a_torn_one_is_a_note() -> None:
     older[BLOCK + 40] ^= 1
     report = check(older)
     assert report.ok and report.cp_number == CP - 1
-    assert report.notes == ["the superblock at VBN 1 is not valid; the other one holds the pool's state (a torn write leaves this behind)"]
+    assert report.notes == [
+        (
+            "the superblock at VBN 1 is not valid; the other one holds the pool's state (a torn"
+            " write leaves this behind)"
+        )
+    ]
 
 
 def test_both_superblocks_damaged_and_no_pool_at_all() -> None:
@@ -37,7 +42,9 @@ def test_both_superblocks_damaged_and_no_pool_at_all() -> None:
         check(bytes(len(built)))
 
 
-@pytest.mark.parametrize(("offset", "words"), [(8, "format version 2"), (32, "incompatible features 0x2")])
+@pytest.mark.parametrize(
+    ("offset", "words"), [(8, "format version 2"), (32, "incompatible features 0x2")]
+)
 def test_newer_formats_are_refused(offset: int, words: str) -> None:
     built = rich_pool()[0].build()
     block = bytearray(built[BLOCK : 2 * BLOCK])
@@ -49,7 +56,9 @@ def test_newer_formats_are_refused(offset: int, words: str) -> None:
 
 def test_truncated_pool_is_refused() -> None:
     built = rich_pool()[0].build()
-    with pytest.raises(PoolRefused, match="truncated: the pool has 8388608 bytes, the device only 8384512"):
+    with pytest.raises(
+        PoolRefused, match="truncated: the pool has 8388608 bytes, the device only 8384512"
+    ):
         check(built[:-BLOCK])
 
 
@@ -65,7 +74,7 @@ def test_log_records_behind_the_head_are_counted_round_the_ring(records: int) ->
         assert check(built).log_records == 1
 
 
-# --- Paths, and the live device ---------------------------------------------------------------------------------------
+# --- Paths, and the live device -------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -78,9 +87,19 @@ def pool_path(tmp_path: Path) -> str:
 def test_check_path(pool_path: str) -> None:
     before = Path(pool_path).read_bytes()
     phases: list[str] = []
-    report = check_path(pool_path, verify_data=True, on_progress=lambda phase, blocks: phases.append(phase))
+    report = check_path(
+        pool_path, verify_data=True, on_progress=lambda phase, blocks: phases.append(phase)
+    )
     assert report.ok and report.data_blocks_verified == 7
-    assert list(dict.fromkeys(phases)) == ["metafiles", "vdisk table", "trees", "counters", "splits", "maps", "intent log"]
+    assert list(dict.fromkeys(phases)) == [
+        "metafiles",
+        "vdisk table",
+        "trees",
+        "counters",
+        "splits",
+        "maps",
+        "intent log",
+    ]
     assert Path(pool_path).read_bytes() == before
 
 
@@ -106,7 +125,9 @@ def test_check_path_refuses_what_is_no_pool(tmp_path: Path) -> None:
         check_path(str(tmp_path / "short"))
 
 
-def live_check(pool: bytes | bytearray, device: MemoryDevice, verify_data: bool = True) -> CheckReport:
+def live_check(
+    pool: bytes | bytearray, device: MemoryDevice, verify_data: bool = True
+) -> CheckReport:
     async def run() -> CheckReport:
         device.writev([bytes(pool)], 0)
         return await check_live(device, bytes(pool[BLOCK : 2 * BLOCK]), verify_data)
@@ -116,11 +137,17 @@ def live_check(pool: bytes | bytearray, device: MemoryDevice, verify_data: bool 
 
 def test_live_check_reads_through_the_device_at_once_and_by_its_threads() -> None:
     built = rich_pool()[0].build()
-    for device in (MemoryDevice(len(built)), MemoryDevice(len(built), deferred=True, miss_rate=0.6, seed=3)):
+    for device in (
+        MemoryDevice(len(built)),
+        MemoryDevice(len(built), deferred=True, miss_rate=0.6, seed=3),
+    ):
         report = live_check(built, device)
         assert report.ok and report.data_blocks_verified == 7
     built = flip(built, 66)
-    assert_finds(live_check(built, MemoryDevice(len(built))).errors, r"(vdisk|snapshot) 'alpha.*block at FBN 0 \(VBN 66\) is damaged")
+    assert_finds(
+        live_check(built, MemoryDevice(len(built))).errors,
+        r"(vdisk|snapshot) 'alpha.*block at FBN 0 \(VBN 66\) is damaged",
+    )
 
 
 @pytest.mark.parametrize("miss_rate", [0.0, 1.0])

@@ -1,4 +1,6 @@
-"""The configuration metafile: sections survive restarts, grow and shrink, and are refused when they cannot be kept."""
+"""The configuration metafile: sections survive restarts, grow and shrink, and are refused when they
+cannot be kept.
+"""
 
 from collections.abc import Iterator
 
@@ -24,12 +26,18 @@ def test_what_was_never_set_is_empty(pool: RunningPool) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 4000, 4096, 5 * MIB])
-def test_sections_survive_a_restart_and_do_not_disturb_each_other(pool: RunningPool, size: int) -> None:
+def test_sections_survive_a_restart_and_do_not_disturb_each_other(
+    pool: RunningPool, size: int
+) -> None:
     pool.run(pool.pool.configure("access", b"kept"))
-    pool.run(pool.pool.configure("targets", bytes(range(256)) * (size // 256) + b"x" * (size % 256)))
+    pool.run(
+        pool.pool.configure("targets", bytes(range(256)) * (size // 256) + b"x" * (size % 256))
+    )
     pool.reopen()
     assert pool.pool.configuration("access") == b"kept"
-    assert pool.pool.configuration("targets") == bytes(range(256)) * (size // 256) + b"x" * (size % 256)
+    assert pool.pool.configuration("targets") == bytes(range(256)) * (size // 256) + b"x" * (
+        size % 256
+    )
 
 
 def test_a_section_that_shrinks_leaves_nothing_behind(pool: RunningPool) -> None:
@@ -47,7 +55,9 @@ def test_too_large_a_configuration_is_refused_and_the_old_one_stays(pool: Runnin
     assert pool.pool.configuration("targets") == b"old"
 
 
-def test_a_configuration_that_the_pool_has_no_room_for_is_refused_and_the_pool_goes_on(pool: RunningPool) -> None:
+def test_a_configuration_that_the_pool_has_no_room_for_is_refused_and_the_pool_goes_on(
+    pool: RunningPool,
+) -> None:
     with pytest.raises(PoolFull, match="full"):
         pool.run(pool.pool.configure("targets", bytes(63 * MIB)))
     pool.run(pool.pool.configure("targets", b"fits"))

@@ -1,4 +1,6 @@
-"""Consistency points: all or nothing, whatever happens meanwhile, and everybody who waits for one is answered."""
+"""Consistency points: all or nothing, whatever happens meanwhile, and everybody who waits for one
+is answered.
+"""
 
 import asyncio
 import gc
@@ -39,7 +41,9 @@ async def test_changes_after_the_freeze_belong_to_the_next_consistency_point() -
         delayed.device.hold(SYNC)
         point = asyncio.create_task(running.pool.consistency_point())
         await running.until(lambda: delayed.device.held(SYNC) == 1)
-        await running.write("a", 100 * BLOCK_BYTES, data(2, 300))  # the same pointer blocks, already written by it
+        await running.write(
+            "a", 100 * BLOCK_BYTES, data(2, 300)
+        )  # the same pointer blocks, already written by it
         await running.zero("a", 500 * BLOCK_BYTES, 50 * BLOCK_BYTES)
         delayed.device.release(SYNC)
         await within(point)
@@ -48,11 +52,16 @@ async def test_changes_after_the_freeze_belong_to_the_next_consistency_point() -
     checked_offline(frozen)
     async with opened(frozen) as running:
         found = await running.read("a", 0, len(before))
-        for at in range(0, len(before), BLOCK_BYTES):  # what came after the freeze was not flushed: it may be there, or not
-            assert found[at : at + BLOCK_BYTES] in (before[at : at + BLOCK_BYTES], after[at : at + BLOCK_BYTES])
+        for at in range(
+            0, len(before), BLOCK_BYTES
+        ):  # what came after the freeze was not flushed: it may be there, or not
+            assert found[at : at + BLOCK_BYTES] in (
+                before[at : at + BLOCK_BYTES],
+                after[at : at + BLOCK_BYTES],
+            )
 
 
-async def test_frozen_pointer_blocks_that_change_before_they_are_written_are_written_as_they_were() -> None:
+async def test_frozen_pointer_blocks_that_change_are_written_as_they_were() -> None:
     delayed = Delayed()
     async with new_pool(decorate=delayed) as running:
         await running.pool.vdisk_create("a", 4 * LEAF_BYTES)
@@ -68,11 +77,16 @@ async def test_frozen_pointer_blocks_that_change_before_they_are_written_are_wri
         await running.checkpoint()
         later = running.memory.copy()
     async with opened(later) as running:
-        assert await running.read("a", LEAF_BYTES, 2 * BLOCK_BYTES) == data(6) + before[257 * BLOCK_BYTES : 258 * BLOCK_BYTES]
+        assert (
+            await running.read("a", LEAF_BYTES, 2 * BLOCK_BYTES)
+            == data(6) + before[257 * BLOCK_BYTES : 258 * BLOCK_BYTES]
+        )
     checked_offline(frozen)
 
 
-async def test_invariant_5_used_bits_and_share_counts_are_right_after_every_consistency_point() -> None:
+async def test_invariant_5_used_bits_and_share_counts_are_right_after_every_consistency_point() -> (
+    None
+):
     async with new_pool() as running:
         await running.pool.vdisk_create("a", 4 * LEAF_BYTES)
         for round_ in range(5):
@@ -92,7 +106,13 @@ async def test_a_mistake_in_one_change_is_that_ones_alone() -> None:
             raise KeyError("a mistake of ours")
 
         points = running.pool._points
-        results = await within(asyncio.gather(points.request(mistaken), running.pool.vdisk_create("a", 1 << 20), return_exceptions=True))
+        results = await within(
+            asyncio.gather(
+                points.request(mistaken),
+                running.pool.vdisk_create("a", 1 << 20),
+                return_exceptions=True,
+            )
+        )
         assert isinstance(results[0], KeyError) and isinstance(results[1], dict)
         await running.checkpoint()
         assert not running.pool.show()["read_only"]
@@ -109,7 +129,9 @@ async def test_a_request_that_nobody_waits_for_any_more_changes_nothing() -> Non
 
 
 @pytest.mark.parametrize("operation", [WRITE, SYNC])
-async def test_a_consistency_point_that_fails_makes_the_pool_read_only_and_reads_go_on(operation: str) -> None:
+async def test_a_consistency_point_that_fails_makes_the_pool_read_only_and_reads_go_on(
+    operation: str,
+) -> None:
     async with new_pool(decorate=FaultyDevice) as running:
         await running.pool.vdisk_create("a", LEAF_BYTES)
         await running.write("a", 0, data(1))
@@ -133,7 +155,9 @@ async def test_a_consistency_point_that_fails_makes_the_pool_read_only_and_reads
 
 
 async def test_a_freed_block_waits_for_the_readers_from_before() -> None:
-    """Or a slow read would return what was written there since: another vdisk's data (invariant 7)."""
+    """Or a slow read would return what was written there since: another vdisk's data
+    (invariant 7).
+    """
     async with new_pool() as running:
         state = running.pool._state
         await running.pool.vdisk_create("a", LEAF_BYTES)
@@ -163,7 +187,9 @@ def test_an_epoch_with_nothing_in_it_is_unchanged() -> None:
 
 
 @pytest.mark.parametrize("loss", [Loss.ALL, Loss.NOTHING, Loss.SOME_PAGES, Loss.SOME_SECTORS])
-async def test_invariant_3_a_pool_mounts_after_a_crash_at_any_sync_and_recovery_can_crash_too(loss: Loss) -> None:
+async def test_invariant_3_a_pool_mounts_after_a_crash_at_any_sync_and_recovery_can_crash_too(
+    loss: Loss,
+) -> None:
     device = CrashDevice(8 << 20)
     await Pool.format(device)
     delay = DelayDevice(device)
@@ -188,12 +214,20 @@ async def test_invariant_3_a_pool_mounts_after_a_crash_at_any_sync_and_recovery_
             reopened = await open_on(recovering)
             content = await reopened.read("a", 0, 20 * BLOCK_BYTES)
             blocks = [content[at : at + BLOCK_BYTES] for at in range(0, len(content), BLOCK_BYTES)]
-            assert blocks[:round_] == [data(number + 2) for number in range(round_)]  # invariant 1: what was flushed
-            assert blocks[round_] in (data(round_ + 2), data(1, 20)[round_ * BLOCK_BYTES : (round_ + 1) * BLOCK_BYTES])
+            assert blocks[:round_] == [
+                data(number + 2) for number in range(round_)
+            ]  # invariant 1: what was flushed
+            assert blocks[round_] in (
+                data(round_ + 2),
+                data(1, 20)[round_ * BLOCK_BYTES : (round_ + 1) * BLOCK_BYTES],
+            )
             again = crashed_copy(recovering, loss, seed)  # recovery itself loses power
             await reopened.close()
             once_more = await open_on(again)
-            assert await once_more.read("a", 0, round_ * BLOCK_BYTES) == content[: round_ * BLOCK_BYTES]
+            assert (
+                await once_more.read("a", 0, round_ * BLOCK_BYTES)
+                == content[: round_ * BLOCK_BYTES]
+            )
             await once_more.close()
 
 
@@ -234,7 +268,9 @@ async def test_a_damaged_pointer_block_is_reported_and_the_rest_keeps_serving() 
         lambda: running.write("a", 0, data(2)),
         lambda: running.zero("a", 0, BLOCK_BYTES),
     ):
-        with pytest.raises(BlockDamaged, match=r"vdisk a: the level-1 pointer block 0 .* is damaged"):
+        with pytest.raises(
+            BlockDamaged, match=r"vdisk a: the level-1 pointer block 0 .* is damaged"
+        ):
             await within(command())
     assert await running.read("b", 0, BLOCK_BYTES) == data(1)
     await running.write("b", 0, data(2), fua=True)
@@ -256,13 +292,17 @@ class FailsLaterAndAtOnce(MemoryDevice):
 
 
 async def test_of_several_writes_that_fail_none_is_left_unheard() -> None:
-    """Or asyncio complains of a Future whose exception was never retrieved, and a write goes on behind a failed consistency point."""
+    """Or asyncio complains of a Future whose exception was never retrieved, and a write goes on
+    behind a failed consistency point.
+    """
     state = PoolState(FailsLaterAndAtOnce(1 << 20), 0, 1 << 20)
     unheard: list[object] = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: unheard.append(context))
     for vbns in ([100, 102], [100, 102, 201]):
         with pytest.raises(DeviceFailed):
-            await NodeWriter(state, state.epoch, Slicer()).write_blocks([(vbn, bytearray(BLOCK_BYTES)) for vbn in vbns])
+            await NodeWriter(state, state.epoch, Slicer()).write_blocks(
+                [(vbn, bytearray(BLOCK_BYTES)) for vbn in vbns]
+            )
         await asyncio.sleep(0)
     await asyncio.sleep(0)
     gc.collect()

@@ -1,4 +1,6 @@
-"""Copying by reference, and the report of what is allocated: both against plain models, over clones, snapshots, trims and crashes."""
+"""Copying by reference, and the report of what is allocated: both against plain models, over
+clones, snapshots, trims and crashes.
+"""
 
 import asyncio
 import random
@@ -53,7 +55,9 @@ async def flush(volume: Volume) -> None:
     await done
 
 
-async def allocation(volume: Volume, offset: int, length: int, runs_max: int = 1024) -> list[tuple[int, bool]]:
+async def allocation(
+    volume: Volume, offset: int, length: int, runs_max: int = 1024
+) -> list[tuple[int, bool]]:
     done: asyncio.Future[list[tuple[int, bool]]] = asyncio.get_running_loop().create_future()
     volume.allocation(offset, length, runs_max, lambda runs, error: settle(done, runs, error))
     return await done
@@ -99,7 +103,10 @@ def test_either_side_of_a_copy_changes_alone(pool: RunningPool) -> None:
     pool.run(unmap(source, 8, 8))
     pool.run(pool.pool.consistency_point())
     expected = block(1, 16)
-    assert pool.run(read(target, 100, 16)) == expected[: 5 * BLOCK_BYTES] + block(3, 1) + expected[6 * BLOCK_BYTES :]
+    assert (
+        pool.run(read(target, 100, 16))
+        == expected[: 5 * BLOCK_BYTES] + block(3, 1) + expected[6 * BLOCK_BYTES :]
+    )
     assert pool.run(read(source, 8, 8)) == bytes(8 * BLOCK_BYTES)
     assert pool.run(pool.pool.check(verify_data=True))["errors"] == []
     pool.run(pool.pool.vdisk_delete("source"))
@@ -155,7 +162,11 @@ def test_the_allocation_report_says_what_was_written(pool: RunningPool, seed: in
     for _ in range(20):
         fbn, count = rng.randrange(SIZE_BLOCKS - 300), rng.randrange(1, 300)
         written = rng.random() < 0.6
-        pool.run(write(source, fbn, rng.randbytes(count * BLOCK_BYTES)) if written else unmap(source, fbn, count))
+        pool.run(
+            write(source, fbn, rng.randbytes(count * BLOCK_BYTES))
+            if written
+            else unmap(source, fbn, count)
+        )
         allocated[fbn : fbn + count] = [written] * count
     pool.run(pool.pool.snapshot_create([("source", "s")]))
     pool.run(pool.pool.clone_create("source", "s", "clone"))
@@ -173,7 +184,9 @@ def test_the_allocation_report_says_what_was_written(pool: RunningPool, seed: in
 
 def test_the_report_on_an_empty_huge_disk_is_one_run(pool: RunningPool) -> None:
     pool.run(pool.pool.vdisk_create("huge", 1 << 50))
-    assert pool.run(allocation(pool.pool.volume("huge"), 512, (1 << 50) - 512)) == [((1 << 50) - 512, False)]
+    assert pool.run(allocation(pool.pool.volume("huge"), 512, (1 << 50) - 512)) == [
+        ((1 << 50) - 512, False)
+    ]
 
 
 def test_a_volume_says_what_it_uses_and_how_far_its_split_is(pool: RunningPool) -> None:
@@ -195,7 +208,9 @@ def test_a_volume_says_what_it_uses_and_how_far_its_split_is(pool: RunningPool) 
 
 
 def test_no_more_runs_are_looked_for_than_are_wanted(pool: RunningPool) -> None:
-    """Found by a bench: QEMU asks for one run before a read, and 256 level-1 blocks were searched for it."""
+    """Found by a bench: QEMU asks for one run before a read, and 256 level-1 blocks were searched
+    for it.
+    """
     volume = pool.pool.volume("source")
     for fbn in range(0, 2000, 2):
         pool.run(write(volume, fbn, block(1, 1)))

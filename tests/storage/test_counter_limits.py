@@ -1,4 +1,6 @@
-"""The counters of the format have fixed widths: long before one would wrap, what makes it grow is refused, with words that help."""
+"""The counters of the format have fixed widths: long before one would wrap, what makes it grow is
+refused, with words that help.
+"""
 
 import asyncio
 
@@ -10,7 +12,19 @@ from storage.errors import Conflict, NotByReference, PoolReadOnly, RequestError
 from storage.layout import BLOCK_BYTES, CP_LAST, CP_WARNED_FROM, SHARES_CROWDED, SHARES_MAX
 from storage.pool import Pool
 from tests.storage.devices import MemoryDevice
-from tests.storage.pools import LEAF_BYTES, POOL_BYTES, OpenPool, backed_clone, completion, data, new_pool, open_on, opened, settle, within
+from tests.storage.pools import (
+    LEAF_BYTES,
+    POOL_BYTES,
+    OpenPool,
+    backed_clone,
+    completion,
+    data,
+    new_pool,
+    open_on,
+    opened,
+    settle,
+    within,
+)
 
 
 async def at_point(number: int) -> MemoryDevice:
@@ -29,7 +43,7 @@ async def at_point(number: int) -> MemoryDevice:
     return memory
 
 
-async def test_half_way_through_the_numbers_of_consistency_points_the_pool_says_so_once_and_goes_on() -> None:
+async def test_half_way_through_the_cp_numbers_the_pool_says_so_once() -> None:
     async with opened(await at_point(CP_WARNED_FROM - 3)) as running:
         assert "pool.cp_number_high" not in running.event_names()
         for index in range(4):
@@ -37,21 +51,35 @@ async def test_half_way_through_the_numbers_of_consistency_points_the_pool_says_
             await running.checkpoint()
         assert running.event_names().count("pool.cp_number_high") == 1
     async with opened(running.memory.copy()) as running:
-        assert [fields["cp_number_last"] for name, fields in running.events if name == "pool.cp_number_high"] == [CP_LAST]
+        assert [
+            fields["cp_number_last"]
+            for name, fields in running.events
+            if name == "pool.cp_number_high"
+        ] == [CP_LAST]
         assert await running.read("a", 0, BLOCK_BYTES) == data(5)
 
 
 async def test_at_the_last_number_the_pool_turns_read_only_with_everybody_answered() -> None:
-    """Found from outside: a consistency point of number 2^32 left the write that asked for it without an answer."""
+    """Found from outside: a consistency point of number 2^32 left the write that asked for it
+    without an answer.
+    """
     running = await open_on(await at_point(CP_LAST - 3))
     for index in range(2):
         await running.write("a", 0, data(index + 2), fua=True)
         await running.checkpoint()
     write = running.begin_write("a", BLOCK_BYTES, data(9), fua=True)
-    points = [asyncio.ensure_future(running.pool.consistency_point()), asyncio.ensure_future(running.pool.vdisk_create("b", LEAF_BYTES))]
+    points = [
+        asyncio.ensure_future(running.pool.consistency_point()),
+        asyncio.ensure_future(running.pool.vdisk_create("b", LEAF_BYTES)),
+    ]
     outcomes = await within(asyncio.gather(*points, return_exceptions=True))
-    assert all(isinstance(outcome, PoolReadOnly) and "copy its vdisks into a new pool" in str(outcome) for outcome in outcomes)
-    acknowledged = not isinstance((await within(asyncio.gather(write, return_exceptions=True)))[0], Exception)
+    assert all(
+        isinstance(outcome, PoolReadOnly) and "copy its vdisks into a new pool" in str(outcome)
+        for outcome in outcomes
+    )
+    acknowledged = not isinstance(
+        (await within(asyncio.gather(write, return_exceptions=True)))[0], Exception
+    )
     with pytest.raises(PoolReadOnly, match="the last that a pool can count"):
         await running.write("a", 0, data(7))
     assert running.event_names().count("pool.read_only") == 1
@@ -64,7 +92,9 @@ async def test_at_the_last_number_the_pool_turns_read_only_with_everybody_answer
 
 
 async def referred_to(running: OpenPool, references: int) -> int:
-    """Give the first block of vdisk "base" that many references beyond the first, as far as the share map knows. Returns its VBN."""
+    """Give the first block of vdisk "base" that many references beyond the first, as far as the
+    share map knows. Returns its VBN.
+    """
     state = running.pool._state
     vbn = int(running.image("base").tree.nodes[1][0].vbns()[0])
     node = await state.share_map.tree.load(vbn >> 10, 0)
@@ -81,19 +111,25 @@ async def referred_to(running: OpenPool, references: int) -> int:
 
 def begin_copy(running: OpenPool) -> "asyncio.Future[None]":
     done = completion()
-    running.volume("clone").copy_from(running.volume("base"), 0, 512 * BLOCK_BYTES, BLOCK_BYTES, lambda error: settle(done, error))
+    running.volume("clone").copy_from(
+        running.volume("base"), 0, 512 * BLOCK_BYTES, BLOCK_BYTES, lambda error: settle(done, error)
+    )
     return done
 
 
 async def test_what_leads_to_more_references_is_refused_while_a_block_has_very_many() -> None:
     memory = MemoryDevice(POOL_BYTES)
     await Pool.format(memory)
-    running = await open_on(memory)  # and no check at the end, which would find that these references are made up
+    running = await open_on(
+        memory
+    )  # and no check at the end, which would find that these references are made up
     await backed_clone(running)
     vbn = await referred_to(running, SHARES_CROWDED)
     await running.checkpoint()
     await within(begin_copy(running))  # one more: now it has too many
-    assert ("references.crowded", vbn) in [(name, fields.get("vbn")) for name, fields in running.events]
+    assert ("references.crowded", vbn) in [
+        (name, fields.get("vbn")) for name, fields in running.events
+    ]
     with pytest.raises(NotByReference, match="more than 2147483648 references"):
         await within(begin_copy(running))
     with pytest.raises(Conflict, match="trim or delete copies"):
@@ -121,7 +157,9 @@ async def test_a_share_count_never_wraps() -> None:
 
 
 @pytest.mark.parametrize("rates", [(-1, 0), (0, 1 << 64), (1 << 63, 1 << 63)])
-async def test_a_rate_that_the_table_cannot_hold_is_refused_and_costs_nothing(rates: tuple[int, int]) -> None:
+async def test_a_rate_that_the_table_cannot_hold_is_refused_and_costs_nothing(
+    rates: tuple[int, int],
+) -> None:
     """Of the kind: it made the next consistency point fail, and the pool read-only."""
     async with new_pool() as running:
         await backed_clone(running)

@@ -1,4 +1,6 @@
-"""Creating pools: whole or not at all, whenever it is interrupted, and never over what somebody may miss."""
+"""Creating pools: whole or not at all, whenever it is interrupted, and never over what somebody may
+miss.
+"""
 
 import asyncio
 import errno
@@ -62,11 +64,16 @@ def test_a_new_pool_is_sparse_private_and_alone_in_its_folder(path: str, tmp_pat
 
 @pytest.mark.parametrize("way", ["renameat2", "link"])
 @pytest.mark.parametrize("overwrite", [(), ("overwrite",)], ids=["new", "overwrite"])
-def test_a_kill_at_any_system_call_leaves_what_a_later_start_takes(path: str, way: str, overwrite: tuple[str, ...]) -> None:
+def test_a_kill_at_any_system_call_leaves_what_a_later_start_takes(
+    path: str, way: str, overwrite: tuple[str, ...]
+) -> None:
     """Found from outside: 12 of 14 kills left a file that no start accepted."""
     program = "from tests.storage import creation_kills as kills\n"
     if way == "link":  # as on a file system that does not know RENAME_NOREPLACE
-        program += "from tests.storage.test_creation import without_renameat2\nkills.creation._renameat2 = without_renameat2\n"
+        program += (
+            "from tests.storage.test_creation import without_renameat2\nkills.creation._renameat2 ="
+            " without_renameat2\n"
+        )
     command = [sys.executable, "-c", program + "kills.main()", path, *overwrite]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
@@ -111,8 +118,12 @@ def test_a_creation_whose_nth_call_fails_leaves_nothing_or_all(
 
 
 @pytest.mark.needs("mount")
-def test_a_host_that_is_full_refuses_and_a_start_succeeds_when_there_is_room(tmp_path: Path) -> None:
-    """The whole way, as `serve --pool-size` goes it, on a file system with room for less and less of the pool."""
+def test_a_host_that_is_full_refuses_and_a_start_succeeds_when_there_is_room(
+    tmp_path: Path,
+) -> None:
+    """The whole way, as `serve --pool-size` goes it, on a file system with room for less and less
+    of the pool.
+    """
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(tmp_path)], check=True)
     try:
         path = str(tmp_path / "pool")
@@ -131,7 +142,10 @@ def test_a_host_that_is_full_refuses_and_a_start_succeeds_when_there_is_room(tmp
                 continue
             break
         assert len(refusals) > 3
-        assert all(message.startswith(f"{path}: cannot") and "free space" in message for message in refusals)
+        assert all(
+            message.startswith(f"{path}: cannot") and "free space" in message
+            for message in refusals
+        )
         ballast.unlink()
         is_good(path)
     finally:
@@ -173,7 +187,9 @@ def test_what_is_there_is_not_touched(path: str, content: bytes, words: str) -> 
     assert Path(path).read_bytes() == content
 
 
-def test_a_name_that_is_taken_meanwhile_is_not_replaced(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_is_taken_meanwhile_is_not_replaced(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original = creation.rename_without_replacing
 
     def rename(source: str, target: str) -> None:
@@ -190,7 +206,9 @@ def test_a_name_that_is_taken_meanwhile_is_not_replaced(path: str, tmp_path: Pat
         os.unlink(path)
 
 
-def test_overwriting_replaces_the_file_when_the_new_pool_is_whole(path: str, tmp_path: Path) -> None:
+def test_overwriting_replaces_the_file_when_the_new_pool_is_whole(
+    path: str, tmp_path: Path
+) -> None:
     old = Pool.create(path, SIZE_BYTES)["uuid"]
     link = str(tmp_path / "link")
     os.symlink(path, link)
@@ -212,7 +230,9 @@ async def test_a_pool_that_is_open_is_not_overwritten(path: str) -> None:
     await pool.close()
 
 
-def test_a_leftover_is_removed_and_one_that_is_in_use_is_respected(path: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_leftover_is_removed_and_one_that_is_in_use_is_respected(
+    path: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     leftover = tmp_path / ".pool.creating"
     leftover.write_bytes(b"half a pool")
     with leftover.open("r+b") as creator:
@@ -226,8 +246,12 @@ def test_a_leftover_is_removed_and_one_that_is_in_use_is_respected(path: str, tm
     assert os.listdir(tmp_path) == ["pool"]
 
 
-def test_a_leftover_that_is_a_second_name_of_the_pool_does_not_keep_it_from_being_replaced(path: str, tmp_path: Path) -> None:
-    """Found by review: the pool that is to be replaced was locked, and then its other name found locked, for ever."""
+def test_a_leftover_that_is_a_second_name_of_the_pool_does_not_keep_it_from_being_replaced(
+    path: str, tmp_path: Path
+) -> None:
+    """Found by review: the pool that is to be replaced was locked, and then its other name found
+    locked, for ever.
+    """
     uuid = Pool.create(path, SIZE_BYTES)["uuid"]
     os.link(path, tmp_path / ".pool.creating")
     made = Pool.create(path, SIZE_BYTES, overwrite=True)["uuid"]
@@ -235,7 +259,9 @@ def test_a_leftover_that_is_a_second_name_of_the_pool_does_not_keep_it_from_bein
     assert os.listdir(tmp_path) == ["pool"]
 
 
-def test_a_leftover_that_is_a_second_name_of_the_pool_costs_no_data(path: str, tmp_path: Path) -> None:
+def test_a_leftover_that_is_a_second_name_of_the_pool_costs_no_data(
+    path: str, tmp_path: Path
+) -> None:
     """As a kill between link and unlink leaves it; the pool was then moved away."""
     uuid = Pool.create(path, SIZE_BYTES)["uuid"]
     os.link(path, tmp_path / ".pool.creating")
@@ -250,11 +276,15 @@ def test_a_leftover_that_is_a_second_name_of_the_pool_costs_no_data(path: str, t
 UNFINISHED = UNFINISHED_MAGIC.ljust(SIZE_BYTES, b"\0")
 
 
-@pytest.mark.parametrize("content", [b"", bytes(SIZE_BYTES), UNFINISHED], ids=["empty", "zeros", "unfinished"])
+@pytest.mark.parametrize(
+    "content", [b"", bytes(SIZE_BYTES), UNFINISHED], ids=["empty", "zeros", "unfinished"]
+)
 def test_a_half_made_file_is_refused_with_the_next_step(path: str, content: bytes) -> None:
     """As an interrupted creation of an older version left it."""
     Path(path).write_bytes(content)
-    with pytest.raises(PoolRefused, match=r"no pool was completed in it .*: remove it and try again, or replace") as caught:
+    with pytest.raises(
+        PoolRefused, match=r"no pool was completed in it .*: remove it and try again, or replace"
+    ) as caught:
         asyncio.run(Pool.open(path))
     assert Path(path).read_bytes() == content
     assert f"`cleaved create {path} --size SIZE --overwrite`" in str(caught.value)
@@ -264,7 +294,10 @@ def test_a_half_made_file_is_refused_with_the_next_step(path: str, content: byte
 
 def test_what_a_file_holds_instead_of_a_pool_is_named(path: str) -> None:
     Path(path).write_bytes(bytes(1080) + b"\x53\xef" + bytes(SIZE_BYTES))
-    with pytest.raises(PoolRefused, match="is not a cleaved pool, it holds an ext2, ext3 or ext4 file system: check the path"):
+    with pytest.raises(
+        PoolRefused,
+        match="is not a cleaved pool, it holds an ext2, ext3 or ext4 file system: check the path",
+    ):
         asyncio.run(Pool.open(path))
 
 
@@ -290,8 +323,12 @@ MAKE = {
 
 
 @pytest.mark.needs("loop device")
-@pytest.mark.parametrize("what", [*MAKE, "a cleaved pool", "data of an unknown kind", "a partition table (GPT)"])
-def test_a_block_device_that_holds_something_is_refused_unless_told(loop_path: str, what: str) -> None:
+@pytest.mark.parametrize(
+    "what", [*MAKE, "a cleaved pool", "data of an unknown kind", "a partition table (GPT)"]
+)
+def test_a_block_device_that_holds_something_is_refused_unless_told(
+    loop_path: str, what: str
+) -> None:
     put_on(loop_path, what)
     before = read_all(loop_path)
     assert contents_of(loop_path) == what
@@ -324,9 +361,16 @@ def read_all(path: str) -> bytes:
 
 
 def left_of(before: bytes, after: bytes) -> list[int]:
-    """Blocks of the first and last MiB that are as they were, and not zeros: no mark of an old owner may stay."""
+    """Blocks of the first and last MiB that are as they were, and not zeros: no mark of an old
+    owner may stay.
+    """
     blocks = (*range(256), *range(len(before) // BLOCK_BYTES - 256, len(before) // BLOCK_BYTES))
-    return [at for at in blocks if any(old := before[at * BLOCK_BYTES :][:BLOCK_BYTES]) and old == after[at * BLOCK_BYTES :][:BLOCK_BYTES]]
+    return [
+        at
+        for at in blocks
+        if any(old := before[at * BLOCK_BYTES :][:BLOCK_BYTES])
+        and old == after[at * BLOCK_BYTES :][:BLOCK_BYTES]
+    ]
 
 
 @pytest.mark.needs("loop device", "mount")
@@ -344,7 +388,9 @@ def test_a_mounted_device_is_refused_even_when_told(loop_path: str, tmp_path: Pa
 
 @pytest.mark.needs("loop device")
 async def test_a_blank_device_is_refused_with_the_command_that_makes_a_pool(loop_path: str) -> None:
-    with pytest.raises(PoolRefused, match=f"{loop_path} holds no pool: make one with `cleaved create {loop_path}`"):
+    with pytest.raises(
+        PoolRefused, match=f"{loop_path} holds no pool: make one with `cleaved create {loop_path}`"
+    ):
         await Pool.open(loop_path)
 
 

@@ -16,7 +16,14 @@ from storage.device import file, host_space, open_device
 from storage.device.descriptor import INLINE_WRITE_BYTES_MAX, DescriptorDevice
 from storage.device.raw import BlockDevice
 from storage.errors import DeviceFailed, DeviceFull, OutOfRange, PoolLocked, PoolRefused
-from tests.storage.device_makers import LARGER_BYTES, SIZE_BYTES, enlarge_loop_device, loop_device, new_file, sparse_file
+from tests.storage.device_makers import (
+    LARGER_BYTES,
+    SIZE_BYTES,
+    enlarge_loop_device,
+    loop_device,
+    new_file,
+    sparse_file,
+)
 from tests.storage.test_io_threads import PATIENCE_SECONDS, Gate
 
 BLOCK = 4096
@@ -46,7 +53,9 @@ def failing(code: int) -> Any:
 
 
 @pytest.mark.parametrize(
-    "answer", [failing(errno.EAGAIN), lambda *_: BLOCK // 2, failing(errno.EOPNOTSUPP)], ids=["miss", "part", "unknown"]
+    "answer",
+    [failing(errno.EAGAIN), lambda *_: BLOCK // 2, failing(errno.EOPNOTSUPP)],
+    ids=["miss", "part", "unknown"],
 )
 def test_a_read_that_the_page_cache_cannot_answer_is_refused(
     device: DescriptorDevice, monkeypatch: pytest.MonkeyPatch, answer: Any
@@ -57,7 +66,9 @@ def test_a_read_that_the_page_cache_cannot_answer_is_refused(
     assert not device.try_readv([bytearray(BLOCK // 2), bytearray(BLOCK // 2)], 0)
 
 
-def test_where_all_is_in_memory_a_plain_read_is_an_inline_read(device: DescriptorDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_all_is_in_memory_a_plain_read_is_an_inline_read(
+    device: DescriptorDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
     flags: list[int] = []
 
     def preadv(_: int, buffers: Sequence[bytearray], offset: int, flag: int) -> int:
@@ -82,7 +93,9 @@ def test_a_file_on_tmpfs_is_read_inline() -> None:
         os.unlink(path)
 
 
-def test_a_failed_inline_read_says_where(device: DescriptorDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_inline_read_says_where(
+    device: DescriptorDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "preadv", failing(errno.EIO))
     with pytest.raises(DeviceFailed, match="cannot read at byte 8192") as caught:
         device.try_readv([bytearray(BLOCK)], 2 * BLOCK)
@@ -90,7 +103,10 @@ def test_a_failed_inline_read_says_where(device: DescriptorDevice, monkeypatch: 
     assert isinstance(caught.value.__cause__, OSError)
 
 
-@pytest.mark.parametrize(("code", "kind"), [(errno.ENOSPC, DeviceFull), (errno.EDQUOT, DeviceFull), (errno.EIO, DeviceFailed)])
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [(errno.ENOSPC, DeviceFull), (errno.EDQUOT, DeviceFull), (errno.EIO, DeviceFailed)],
+)
 async def test_a_failed_write_says_why(
     device: DescriptorDevice, monkeypatch: pytest.MonkeyPatch, code: int, kind: type[DeviceFailed]
 ) -> None:
@@ -111,7 +127,9 @@ def test_a_long_write_is_not_done_inline(device: DescriptorDevice) -> None:
     assert not device.try_writev([longest, bytes(512)], 0, len(longest) + 512)
 
 
-async def test_with_much_dirty_writes_go_by_the_threads_until_a_sync(device: DescriptorDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_with_much_dirty_writes_go_by_the_threads_until_a_sync(
+    device: DescriptorDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gate = Gate()
     monkeypatch.setattr(os, "fdatasync", gate)
     data = bytes(INLINE_WRITE_BYTES_MAX)
@@ -130,7 +148,9 @@ async def test_with_much_dirty_writes_go_by_the_threads_until_a_sync(device: Des
 # --- Short transfers ---
 
 
-async def test_short_transfers_are_continued(device: DescriptorDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_short_transfers_are_continued(
+    device: DescriptorDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real_pwritev, real_preadv = os.pwritev, os.preadv
     calls = 0
 
@@ -139,8 +159,12 @@ async def test_short_transfers_are_continued(device: DescriptorDevice, monkeypat
         calls += 1
         return [memoryview(buffers[0])[:700]]
 
-    monkeypatch.setattr(os, "pwritev", lambda fd, buffers, offset: real_pwritev(fd, short(buffers), offset))
-    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: real_preadv(fd, short(buffers), offset))
+    monkeypatch.setattr(
+        os, "pwritev", lambda fd, buffers, offset: real_pwritev(fd, short(buffers), offset)
+    )
+    monkeypatch.setattr(
+        os, "preadv", lambda fd, buffers, offset: real_preadv(fd, short(buffers), offset)
+    )
     parts = [os.urandom(512), os.urandom(BLOCK), os.urandom(1024)]
     await device.writev(parts, BLOCK)
     into = [bytearray(1024), bytearray(BLOCK), bytearray(512)]
@@ -149,13 +173,17 @@ async def test_short_transfers_are_continued(device: DescriptorDevice, monkeypat
     assert calls > 6
 
 
-async def test_no_progress_is_a_failure(device: DescriptorDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_progress_is_a_failure(
+    device: DescriptorDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "pwritev", lambda *_: 0)
     with pytest.raises(DeviceFailed, match="short"):
         await device.writev([bytes(BLOCK)], 0)
 
 
-async def test_a_file_that_was_cut_off_behind_our_back_is_a_failure(device: DescriptorDevice) -> None:
+async def test_a_file_that_was_cut_off_behind_our_back_is_a_failure(
+    device: DescriptorDevice,
+) -> None:
     os.truncate(device.path, BLOCK)
     assert not device.try_readv([bytearray(2 * BLOCK)], 0)
     with pytest.raises(DeviceFailed, match="4096 bytes short"):
@@ -166,7 +194,9 @@ async def test_a_file_that_was_cut_off_behind_our_back_is_a_failure(device: Desc
 
 
 @pytest.mark.parametrize("waiting", [1, 10])
-async def test_one_sync_serves_all_that_wait(device: DescriptorDevice, monkeypatch: pytest.MonkeyPatch, waiting: int) -> None:
+async def test_one_sync_serves_all_that_wait(
+    device: DescriptorDevice, monkeypatch: pytest.MonkeyPatch, waiting: int
+) -> None:
     gate = Gate()
     calls: list[int] = []
 
@@ -184,7 +214,9 @@ async def test_one_sync_serves_all_that_wait(device: DescriptorDevice, monkeypat
     assert len(calls) == 2, "the first covers nothing that was asked for after it began"
 
 
-async def test_a_sync_does_not_wait_for_reads(device: DescriptorDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_sync_does_not_wait_for_reads(
+    device: DescriptorDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gate, real = Gate(), os.preadv
 
     def preadv(*arguments: Any) -> int:
@@ -199,7 +231,9 @@ async def test_a_sync_does_not_wait_for_reads(device: DescriptorDevice, monkeypa
     await asyncio.gather(*reads)
 
 
-async def test_after_a_failed_sync_none_succeeds(device: DescriptorDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_after_a_failed_sync_none_succeeds(
+    device: DescriptorDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(os, "fdatasync", failing(errno.EIO))
         with pytest.raises(DeviceFailed, match="durable"):
@@ -208,7 +242,9 @@ async def test_after_a_failed_sync_none_succeeds(device: DescriptorDevice, monke
         await device.sync()
 
 
-async def test_a_failed_background_sync_shows_in_the_next(device: DescriptorDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_failed_background_sync_shows_in_the_next(
+    device: DescriptorDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(os, "fdatasync", failing(errno.ENOSPC))
         device._written_bytes += device._dirty_bytes_max + 1
@@ -231,10 +267,14 @@ async def test_discard_gives_space_back(device: DescriptorDevice) -> None:
     assert os.stat(device.path).st_size == SIZE_BYTES
 
 
-async def test_a_long_discard_goes_in_steps(device: DescriptorDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_long_discard_goes_in_steps(
+    device: DescriptorDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ranges: list[tuple[int, int]] = []
     monkeypatch.setattr(file, "DISCARD_STEP_BYTES", 3 * BLOCK)
-    monkeypatch.setattr(file, "punch_hole", lambda _, offset, length: ranges.append((offset, length)))
+    monkeypatch.setattr(
+        file, "punch_hole", lambda _, offset, length: ranges.append((offset, length))
+    )
     await device.discard(BLOCK, 7 * BLOCK)
     assert ranges == [(BLOCK, 3 * BLOCK), (4 * BLOCK, 3 * BLOCK), (7 * BLOCK, BLOCK)]
 
@@ -247,11 +287,16 @@ async def test_where_holes_are_unknown_discard_does_nothing_and_says_so_once(
         await device.discard(0, BLOCK)
         await device.discard(0, BLOCK)
     assert [record.getMessage() for record in caplog.records if record.name == file.__name__] == [
-        f"{device.path}: its file system cannot punch holes; freed blocks stay allocated in the file"
+        (
+            f"{device.path}: its file system cannot punch holes; freed blocks stay allocated in the"
+            " file"
+        )
     ]
 
 
-async def test_a_failed_discard_is_an_error(device: DescriptorDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_failed_discard_is_an_error(
+    device: DescriptorDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(file, "punch_hole", failing(errno.EIO))
     with pytest.raises(DeviceFailed, match="discard"):
         await device.discard(0, BLOCK)
@@ -276,7 +321,11 @@ async def test_a_file_grows_durably_or_says_why_not(device: DescriptorDevice) ->
 
 def test_what_is_no_pool_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
-    for name, message in (("", "is a folder"), ("missing", "create a pool"), ("fifo", "neither a file nor a block device")):
+    for name, message in (
+        ("", "is a folder"),
+        ("missing", "create a pool"),
+        ("fifo", "neither a file nor a block device"),
+    ):
         with pytest.raises(PoolRefused, match=message):
             open_device(str(tmp_path / name))
 
@@ -356,7 +405,9 @@ async def test_a_block_device_grows_when_it_became_larger(loop_path: str) -> Non
 
 
 @pytest.mark.needs("loop device")
-async def test_a_discard_below_the_devices_own_block_is_left_out(loop_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_discard_below_the_devices_own_block_is_left_out(
+    loop_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     device = open_device(loop_path)
     assert isinstance(device, BlockDevice)
     device._logical_block_bytes = BLOCK

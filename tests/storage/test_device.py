@@ -69,7 +69,11 @@ async def test_vectors_are_one_range(device: Device) -> None:
     parts = [os.urandom(length) for length in (SECTOR, BLOCK, 5 * SECTOR)]
     await device.writev([parts[0], bytearray(parts[1]), memoryview(parts[2])], BLOCK)
     assert await read(device, BLOCK, sum(map(len, parts))) == b"".join(parts)
-    into: list[bytearray | memoryview] = [bytearray(2 * SECTOR), memoryview(bytearray(BLOCK)), bytearray(4 * SECTOR)]
+    into: list[bytearray | memoryview] = [
+        bytearray(2 * SECTOR),
+        memoryview(bytearray(BLOCK)),
+        bytearray(4 * SECTOR),
+    ]
     await device.readv(into, BLOCK)
     assert b"".join(into) == b"".join(parts)
 
@@ -84,7 +88,9 @@ async def test_a_view_into_a_larger_buffer_is_filled_and_nothing_beside_it(devic
 @pytest.mark.parametrize("count", [1023, 1024, 1025, 2500])
 async def test_more_buffers_than_one_call_takes(device: Device, count: int) -> None:
     data = os.urandom(count * SECTOR)
-    await device.writev([data[start : start + SECTOR] for start in range(0, len(data), SECTOR)], BLOCK)
+    await device.writev(
+        [data[start : start + SECTOR] for start in range(0, len(data), SECTOR)], BLOCK
+    )
     into = [bytearray(SECTOR) for _ in range(count)]
     await device.readv(into, BLOCK)
     assert b"".join(into) == data
@@ -119,14 +125,23 @@ async def test_many_jobs_at_once_keep_apart(device: Device) -> None:
     blocks = [os.urandom(BLOCK) for _ in range(300)]
     order = list(range(len(blocks)))
     Random(3).shuffle(order)
-    await asyncio.gather(*(device.writev([blocks[index]], index * BLOCK) for index in order), device.sync())
+    await asyncio.gather(
+        *(device.writev([blocks[index]], index * BLOCK) for index in order), device.sync()
+    )
     into = [bytearray(BLOCK) for _ in blocks]
-    await asyncio.gather(*(device.readv([into[index]], index * BLOCK) for index in reversed(order)), device.sync())
+    await asyncio.gather(
+        *(device.readv([into[index]], index * BLOCK) for index in reversed(order)), device.sync()
+    )
     assert into == blocks
 
 
 async def test_overlapping_writes_leave_whole_sectors(device: Device) -> None:
-    await asyncio.gather(*(device.writev([bytes([value]) * 4 * SECTOR], value % 4 * SECTOR) for value in range(1, 60)))
+    await asyncio.gather(
+        *(
+            device.writev([bytes([value]) * 4 * SECTOR], value % 4 * SECTOR)
+            for value in range(1, 60)
+        )
+    )
     data = await read(device, 0, 7 * SECTOR)
     assert all(len(set(data[start : start + SECTOR])) == 1 for start in range(0, len(data), SECTOR))
 
@@ -168,7 +183,9 @@ async def test_growing_to_its_own_size_is_nothing(device: Device) -> None:
     assert device.size_bytes == SIZE_BYTES
 
 
-@pytest.mark.parametrize("device", [param for param in KINDS if param.values != ("block",)], indirect=True)
+@pytest.mark.parametrize(
+    "device", [param for param in KINDS if param.values != ("block",)], indirect=True
+)
 async def test_it_grows(device: Device) -> None:
     data = os.urandom(BLOCK)
     await write(device, data, SIZE_BYTES - BLOCK)
@@ -204,7 +221,12 @@ async def test_a_closed_device_fails_everything(device: Device) -> None:
         await read(device, 0, BLOCK)
     with pytest.raises(DeviceFailed, match="closed"):
         await write(device, bytes(BLOCK), 0)
-    for future in (device.readv([bytearray(BLOCK)], 0), device.writev([bytes(BLOCK)], 0), device.sync(), device.discard(0, BLOCK)):
+    for future in (
+        device.readv([bytearray(BLOCK)], 0),
+        device.writev([bytes(BLOCK)], 0),
+        device.sync(),
+        device.discard(0, BLOCK),
+    ):
         with pytest.raises(DeviceFailed, match="closed"):
             await future
 
@@ -225,7 +247,9 @@ MODEL_SECTORS = 256
 STEPS = st.lists(
     st.builds(
         Step,
-        operation=st.sampled_from(["try_writev", "writev", "try_readv", "readv", "discard", "sync"]),
+        operation=st.sampled_from(
+            ["try_writev", "writev", "try_readv", "readv", "discard", "sync"]
+        ),
         sector=st.integers(0, MODEL_SECTORS - 1),
         lengths=st.lists(st.integers(1, 24), min_size=1, max_size=5),
         value=st.integers(1, 255),
@@ -249,7 +273,9 @@ class Model:
         for index in range(len(data) // SECTOR):
             if sector + index not in self.open:
                 start = (sector + index) * SECTOR
-                assert data[index * SECTOR :][:SECTOR] == self.data[start : start + SECTOR], f"sector {sector + index}"
+                assert data[index * SECTOR :][:SECTOR] == self.data[start : start + SECTOR], (
+                    f"sector {sector + index}"
+                )
 
 
 async def apply(device: Device, model: Model, step: Step) -> None:
@@ -277,7 +303,8 @@ async def apply(device: Device, model: Model, step: Step) -> None:
 
 async def follow(device: Device, steps: list[Step]) -> None:
     model = Model()
-    # Whatever the example before left behind: a device is reused, as making one takes longer than the example.
+    # Whatever the example before left behind: a device is reused, as making one takes longer than
+    # the example.
     await device.writev([bytes(MODEL_SECTORS * SECTOR)], 0)
     for step in steps:
         await apply(device, model, step)

@@ -1,4 +1,6 @@
-"""The decorators do what they say: a fault that never came would make every test that uses one pass."""
+"""The decorators do what they say: a fault that never came would make every test that uses one
+pass.
+"""
 
 import asyncio
 import errno

@@ -7,11 +7,18 @@ import pytest
 from storage.device.dirty_limit import DIRTY_BYTES_MAX, DIRTY_BYTES_MIN, dirty_inline_bytes_max
 
 
-def proc(directory: Path, background_bytes: str = "0", ratio: str = "10", available: str = "MemAvailable:    4194304 kB") -> Path:
+def proc(
+    directory: Path,
+    background_bytes: str = "0",
+    ratio: str = "10",
+    available: str = "MemAvailable:    4194304 kB",
+) -> Path:
     (directory / "sys/vm").mkdir(parents=True)
     (directory / "sys/vm/dirty_background_bytes").write_text(background_bytes + "\n")
     (directory / "sys/vm/dirty_background_ratio").write_text(ratio + "\n")
-    (directory / "meminfo").write_text(f"MemTotal:        8388608 kB\n{available}\nHugePages_Total:       0\n")
+    (directory / "meminfo").write_text(
+        f"MemTotal:        8388608 kB\n{available}\nHugePages_Total:       0\n"
+    )
     return directory
 
 
@@ -23,7 +30,9 @@ def test_the_fixed_setting_wins_over_the_ratio(tmp_path: Path) -> None:
     assert dirty_inline_bytes_max(proc(tmp_path, background_bytes=str(256 << 20))) == 64 << 20
 
 
-@pytest.mark.parametrize(("available", "limit"), [("10 kB", DIRTY_BYTES_MIN), ("999999999 kB", DIRTY_BYTES_MAX)])
+@pytest.mark.parametrize(
+    ("available", "limit"), [("10 kB", DIRTY_BYTES_MIN), ("999999999 kB", DIRTY_BYTES_MAX)]
+)
 def test_it_stays_within_its_bounds(tmp_path: Path, available: str, limit: int) -> None:
     assert dirty_inline_bytes_max(proc(tmp_path, available=f"MemAvailable: {available}")) == limit
 

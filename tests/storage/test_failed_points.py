@@ -1,6 +1,8 @@
-"""After a failed consistency point: what was never acknowledged is not shown, and what stays can be read.
+"""After a failed consistency point: what was never acknowledged is not shown, and what stays can be
+read.
 
-tests/crash/test_faults.py has the same for every operation and every device call; here is what only a second party sees.
+tests/crash/test_faults.py has the same for every operation and every device call; here is what only
+a second party sees.
 """
 
 import asyncio

@@ -1,7 +1,8 @@
 """Pools in sparse files on real file systems that are full: ext4, xfs and tmpfs, to the last block.
 
-What a file system does about delayed allocation, punched holes and blocks that are allocated but not written is its own; the deterministic
-tests (tests/crash/test_full_host.py) know only the rule. The file systems are checked after each test.
+What a file system does about delayed allocation, punched holes and blocks that are allocated but
+not written is its own; the deterministic tests (tests/crash/test_full_host.py) know only the rule.
+The file systems are checked after each test.
 """
 
 import asyncio
@@ -82,7 +83,12 @@ async def opened(path: str) -> AsyncIterator[Served]:
 
 async def written(volume: Volume, offset: int, data: bytes, fua: bool) -> None:
     future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    volume.write(offset, data, fua, lambda error: future.set_result(None) if error is None else future.set_exception(error))
+    volume.write(
+        offset,
+        data,
+        fua,
+        lambda error: future.set_result(None) if error is None else future.set_exception(error),
+    )
     volume.settle()
     await future
 
@@ -121,7 +127,10 @@ async def test_deletes_make_room_on_a_full_host(full_host: Host) -> None:
         await served.write(range(20, 24), fua=True)
         assert not pool.show()["read_only"]
         await served.verify(pool)
-    assert [served.events.count(event) for event in ("pool.host_full", "pool.host_room", "pool.read_only")] == [1, 1, 0]
+    assert [
+        served.events.count(event)
+        for event in ("pool.host_full", "pool.host_room", "pool.read_only")
+    ] == [1, 1, 0]
 
 
 async def test_writes_go_on_when_there_is_room(full_host: Host) -> None:
@@ -152,7 +161,9 @@ async def test_a_full_host_at_the_start(full_host: Host) -> None:
 
 
 async def test_a_sync_never_meets_a_full_host(full_host: Host) -> None:
-    """What was written has its room from the moment of the write (delayed allocation), or of ``reserve``. So ENOSPC comes from neither."""
+    """What was written has its room from the moment of the write (delayed allocation), or of
+    ``reserve``. So ENOSPC comes from neither.
+    """
     device = open_device(full_host.pool_path)
     try:
         await device.reserve(512 * MIB, 8 * MIB)
@@ -208,7 +219,9 @@ async def test_what_is_reserved_is_found_and_its_content_stays(full_host: Host) 
 
 
 async def test_a_host_that_is_full_while_a_thousand_things_change(full_host: Host) -> None:
-    """Room comes and goes while it is written, snapshots come and go, and the pool is opened again in between."""
+    """Room comes and goes while it is written, snapshots come and go, and the pool is opened again
+    in between.
+    """
     async with opened(full_host.pool_path) as served:
         await served.fill()
     content = served.content

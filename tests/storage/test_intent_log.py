@@ -13,7 +13,15 @@ from storage.log.record import ENTRIES_PER_RECORD, LogRecord
 from storage.log.ring import Ring
 from storage.state.epoch import Epoch, LogEntry
 from storage.state.pool_state import PoolState
-from tests.storage.devices import SYNC, WRITE, DelayDevice, Fault, FaultyDevice, MemoryDevice, WrappedDevice
+from tests.storage.devices import (
+    SYNC,
+    WRITE,
+    DelayDevice,
+    Fault,
+    FaultyDevice,
+    MemoryDevice,
+    WrappedDevice,
+)
 from tests.storage.pools import LEAF_BYTES, data, new_pool, opened, within
 
 UUID_BYTES = bytes(range(16))
@@ -23,7 +31,12 @@ RING_BLOCKS = 64
 class Log:
     """A log over a device in memory, with nothing else of a pool."""
 
-    def __init__(self, decorate: Callable[[MemoryDevice], DelayDevice | FaultyDevice | MemoryDevice] = lambda memory: memory) -> None:
+    def __init__(
+        self,
+        decorate: Callable[
+            [MemoryDevice], DelayDevice | FaultyDevice | MemoryDevice
+        ] = lambda memory: memory,
+    ) -> None:
         self.memory = MemoryDevice(1 << 20)
         self.device = decorate(self.memory)
         self.state = PoolState(self.device, 0, 1 << 20)
@@ -46,7 +59,9 @@ class Log:
 
     async def flush(self) -> None:
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.log.flush(lambda error: done.set_exception(error) if error is not None else done.set_result(None))
+        self.log.flush(
+            lambda error: done.set_exception(error) if error is not None else done.set_result(None)
+        )
         await within(done)
 
     def ring(self) -> Ring:
@@ -55,7 +70,9 @@ class Log:
         return Ring(content, UUID_BYTES)
 
 
-def record_of(entries: list[LogEntry], sequence: int = 1, cp_number: int = 1, durable: int = 0) -> bytearray:
+def record_of(
+    entries: list[LogEntry], sequence: int = 1, cp_number: int = 1, durable: int = 0
+) -> bytearray:
     record = LogRecord(0, sequence, cp_number, durable, UUID_BYTES)
     record.add(entries)
     return record.buf
@@ -67,7 +84,13 @@ def test_a_record_says_what_was_put_in() -> None:
     assert len(record) == BLOCK_BYTES
     found = Ring(record, UUID_BYTES).record_at(0)
     assert found is not None
-    assert (found.sequence, found.cp_number, found.durable_sequence, found.blocks, found.entries) == (42, 9, 41, 1, entries)
+    assert (
+        found.sequence,
+        found.cp_number,
+        found.durable_sequence,
+        found.blocks,
+        found.entries,
+    ) == (42, 9, 41, 1, entries)
     assert Ring(record, bytes(16)).record_at(0) is None  # another pool's
     for at in (0, 5, 20, 60, BLOCK_BYTES - 1):
         spoilt = bytearray(record)
@@ -138,7 +161,9 @@ async def test_a_full_ring_is_emptied_by_a_consistency_point_and_never_written_o
     assert log.points == 1 and len(log.ring().records_from(1)) == RING_BLOCKS
 
 
-async def test_changes_that_the_ring_has_no_room_for_become_durable_by_a_consistency_point() -> None:
+async def test_changes_that_the_ring_has_no_room_for_become_durable_by_a_consistency_point() -> (
+    None
+):
     log = Log()
     log.change(RING_BLOCKS * ENTRIES_PER_RECORD + 1)
     await log.flush()
@@ -177,7 +202,10 @@ async def test_changes_of_the_frozen_epoch_come_before_those_of_the_current_one(
     log.change(1, 200)
     log.log.note()
     records = log.ring().records_from(1)
-    assert [(record.cp_number, record.entries[0][2]) for record in records] == [(frozen.number, 100), (frozen.number + 1, 200)]
+    assert [(record.cp_number, record.entries[0][2]) for record in records] == [
+        (frozen.number, 100),
+        (frozen.number + 1, 200),
+    ]
 
 
 async def test_what_the_device_does_not_take_at_once_is_written_in_order_later() -> None:
@@ -235,7 +263,9 @@ async def test_after_a_failed_commit_nothing_is_acknowledged_as_durable(operatio
 
 async def test_a_mistake_in_the_log_answers_the_flush_and_the_next_one() -> None:
     log = Log()
-    log.state.epoch.unlogged.append((-1, 0, 0, 1, 1))  # no image has that number, and no record can say it
+    log.state.epoch.unlogged.append(
+        (-1, 0, 0, 1, 1)
+    )  # no image has that number, and no record can say it
     for _ in range(2):
         with pytest.raises(StorageError, match="internal error"):
             await log.flush()
@@ -260,7 +290,10 @@ async def test_invariant_1_what_was_flushed_or_written_with_fua_survives() -> No
     async with opened(after_flush) as running:
         assert await running.read("a", 0, len(expected)) == expected
     async with opened(after_zeros) as running:
-        assert await running.read("a", 0, len(expected)) == bytes(4 * BLOCK_BYTES) + expected[4 * BLOCK_BYTES :]
+        assert (
+            await running.read("a", 0, len(expected))
+            == bytes(4 * BLOCK_BYTES) + expected[4 * BLOCK_BYTES :]
+        )
 
 
 class NeverAtOnce(WrappedDevice):
@@ -270,9 +303,14 @@ class NeverAtOnce(WrappedDevice):
         return False
 
 
-@pytest.mark.parametrize("decorate", [lambda memory: memory, NeverAtOnce], ids=["at once", "by the threads"])
-async def test_a_killed_process_loses_no_acknowledged_write(decorate: Callable[[MemoryDevice], Device]) -> None:
-    """What was in the page cache is still there: all that was acknowledged, flushed or not, is found again at the next start.
+@pytest.mark.parametrize(
+    "decorate", [lambda memory: memory, NeverAtOnce], ids=["at once", "by the threads"]
+)
+async def test_a_killed_process_loses_no_acknowledged_write(
+    decorate: Callable[[MemoryDevice], Device],
+) -> None:
+    """What was in the page cache is still there: all that was acknowledged, flushed or not, is
+    found again at the next start.
 
     By the threads: found by review, for acknowledgements did not wait for their records there.
     """
@@ -294,23 +332,37 @@ async def test_a_killed_process_loses_no_acknowledged_write(decorate: Callable[[
         ([[(1, 10, 4)]], 0, [4]),
         ([[(1, 10, 4)]], ENTRIES_PER_RECORD - 4, [ENTRIES_PER_RECORD]),
         ([[(1, 10, 4)]], ENTRIES_PER_RECORD - 2, [ENTRIES_PER_RECORD - 2, 4]),
-        ([[(1, 10, 1), (1, 20, 1), (1, 30, 2)]], ENTRIES_PER_RECORD - 3, [ENTRIES_PER_RECORD - 1, 2]),
+        (
+            [[(1, 10, 1), (1, 20, 1), (1, 30, 2)]],
+            ENTRIES_PER_RECORD - 3,
+            [ENTRIES_PER_RECORD - 1, 2],
+        ),
         ([[(1, 10, 2), (2, 12, 2)]], ENTRIES_PER_RECORD - 3, [ENTRIES_PER_RECORD - 1, 2]),
         ([[(1, 10, 100)], [(1, 110, 20)], [(1, 130, 30)]], 0, [120, 30]),
-        ([[(1, 0, 300)]], 5, [5, ENTRIES_PER_RECORD, ENTRIES_PER_RECORD, 300 - 2 * ENTRIES_PER_RECORD]),
+        (
+            [[(1, 0, 300)]],
+            5,
+            [5, ENTRIES_PER_RECORD, ENTRIES_PER_RECORD, 300 - 2 * ENTRIES_PER_RECORD],
+        ),
     ],
 )
 async def test_no_write_lies_in_two_records_that_fits_into_one(
     writes: list[list[tuple[int, int, int]]], filled: int, expected: list[int]
 ) -> None:
-    """``writes`` are batches of (image, FBN, blocks), noted while the ring was full and logged when it was not; ``filled`` comes first."""
+    """``writes`` are batches of (image, FBN, blocks), noted while the ring was full and logged when
+    it was not; ``filled`` comes first.
+    """
     log = Log()
     log.log._used_blocks = RING_BLOCKS if not filled else 0
     log.state.epoch.unlogged.extend((9, 7, 2 * fbn, 100 + fbn, 1) for fbn in range(filled))
     log.log.note()
     log.log._used_blocks = RING_BLOCKS if len(writes) > 1 else log.log._used_blocks
     for batch in writes:
-        log.state.epoch.unlogged.extend((image, 7, first + at, 1000 + at, 1) for image, first, count in batch for at in range(count))
+        log.state.epoch.unlogged.extend(
+            (image, 7, first + at, 1000 + at, 1)
+            for image, first, count in batch
+            for at in range(count)
+        )
         log.log.note()
     log.log._used_blocks = 0
     log.log.note()

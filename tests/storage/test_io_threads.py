@@ -76,7 +76,9 @@ def test_a_batch_posts_one_wake_up(threads: IoThreads, monkeypatch: pytest.Monke
     assert 1 <= run_counting(main) <= 4
 
 
-def test_a_finished_job_does_not_wait_for_a_slow_neighbour(threads: IoThreads, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_job_does_not_wait_for_a_slow_neighbour(
+    threads: IoThreads, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(io_threads, "WAKE_INTERVAL_SECONDS", 0)
     first, slow = Gate(), Gate()
 
@@ -140,7 +142,9 @@ async def test_a_cancelled_job_still_ends(threads: IoThreads) -> None:
 
 async def test_close_waits_and_completes(threads: IoThreads) -> None:
     done: list[int] = []
-    jobs = [threads.submit(lambda first, _: done.append(first), number, None) for number in range(100)]
+    jobs = [
+        threads.submit(lambda first, _: done.append(first), number, None) for number in range(100)
+    ]
     threads.close()
     assert done == list(range(100))
     assert all(job.done() for job in jobs)

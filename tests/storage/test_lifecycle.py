@@ -1,4 +1,6 @@
-"""Create, resize, rename, delete: vdisks, snapshots and clones, also when several want the same at once."""
+"""Create, resize, rename, delete: vdisks, snapshots and clones, also when several want the same at
+once.
+"""
 
 import asyncio
 import gc
@@ -38,7 +40,11 @@ async def test_what_was_made_is_there_after_a_restart() -> None:
     async with opened(memory.copy()) as running:
         assert running.pool.names() == ["a", "c"]
         shown = await running.pool.vdisk_show("a")
-        assert (shown["uuid"], shown["size_bytes"], shown["used_bytes"]) == (made["uuid"], 10 << 20, 3 * BLOCK_BYTES)
+        assert (shown["uuid"], shown["size_bytes"], shown["used_bytes"]) == (
+            made["uuid"],
+            10 << 20,
+            3 * BLOCK_BYTES,
+        )
         assert shown["snapshots"] == ["s"]
         assert (await running.pool.vdisk_show("c"))["backing"] == "a@s"
         for name in ("a", "a@s", "c"):
@@ -87,21 +93,35 @@ async def test_a_group_of_snapshots_is_made_whole_or_not_at_all() -> None:
 
 async def test_of_two_who_want_the_same_name_one_gets_it() -> None:
     async with new_pool() as running:
-        results = await within(asyncio.gather(*(running.pool.vdisk_create("a", 1 << 20) for _ in range(2)), return_exceptions=True))
+        results = await within(
+            asyncio.gather(
+                *(running.pool.vdisk_create("a", 1 << 20) for _ in range(2)), return_exceptions=True
+            )
+        )
         assert sorted(type(result).__name__ for result in results) == ["Conflict", "dict"]
 
 
 async def test_two_renames_and_two_deletions_of_one_thing_at_once() -> None:
-    """What a change finds in the freeze counts, not what it saw before; and none of them ends the consistency points."""
+    """What a change finds in the freeze counts, not what it saw before; and none of them ends the
+    consistency points.
+    """
     async with new_pool() as running:
         await running.pool.vdisk_create("a", 1 << 20)
         results = await within(
-            asyncio.gather(running.pool.vdisk_rename("a", "b"), running.pool.vdisk_rename("a", "c"), return_exceptions=True)
+            asyncio.gather(
+                running.pool.vdisk_rename("a", "b"),
+                running.pool.vdisk_rename("a", "c"),
+                return_exceptions=True,
+            )
         )
         assert [type(result).__name__ for result in results] == ["dict", "NotFound"]
         await running.pool.snapshot_create([("b", "s")])
         results = await within(
-            asyncio.gather(running.pool.snapshot_delete("b", "s"), running.pool.snapshot_delete("b", "s"), return_exceptions=True)
+            asyncio.gather(
+                running.pool.snapshot_delete("b", "s"),
+                running.pool.snapshot_delete("b", "s"),
+                return_exceptions=True,
+            )
         )
         assert results[0] is True and isinstance(results[1], NotFound)
         await running.reclaimed()
@@ -130,7 +150,12 @@ async def test_counters_stay_when_nobody_holds_the_volume_and_go_with_the_image(
         await running.read("a", 0, BLOCK_BYTES)
         gc.collect()
         counters = running.volume("a").counters
-        assert (counters.writes, counters.written_bytes, counters.reads, counters.read_bytes) == (1, BLOCK_BYTES, 1, BLOCK_BYTES)
+        assert (counters.writes, counters.written_bytes, counters.reads, counters.read_bytes) == (
+            1,
+            BLOCK_BYTES,
+            1,
+            BLOCK_BYTES,
+        )
         await running.pool.vdisk_delete("a")
         await running.reclaimed()
         await running.pool.vdisk_create("a", 1 << 20)
@@ -231,7 +256,9 @@ async def test_a_shrunk_vdisk_that_grows_again_has_zeros_there() -> None:
         await running.pool.vdisk_resize("a", 100 * BLOCK_BYTES)
         assert running.volume("a").size_bytes == 100 * BLOCK_BYTES
         await running.pool.vdisk_resize("a", 1 << 40)
-        assert await running.read("a", 0, 700 * BLOCK_BYTES) == data(1, 700)[: 100 * BLOCK_BYTES] + bytes(600 * BLOCK_BYTES)
+        assert await running.read("a", 0, 700 * BLOCK_BYTES) == data(1, 700)[
+            : 100 * BLOCK_BYTES
+        ] + bytes(600 * BLOCK_BYTES)
         await running.write("a", (1 << 40) - BLOCK_BYTES, data(2))
         assert await running.read("a", (1 << 40) - BLOCK_BYTES, BLOCK_BYTES) == data(2)
 
@@ -253,7 +280,9 @@ async def test_what_hangs_on_a_thing_keeps_it_from_being_deleted() -> None:
         await backed_clone(running)
         with pytest.raises(Conflict, match="has snapshots: delete base@snap first"):
             await running.pool.vdisk_delete("base")
-        with pytest.raises(Conflict, match="is the backing store of clone: split or delete those first"):
+        with pytest.raises(
+            Conflict, match="is the backing store of clone: split or delete those first"
+        ):
             await running.pool.snapshot_delete("base", "snap")
         await running.pool.vdisk_delete("clone")
         assert await running.pool.snapshot_delete("base", "snap")
@@ -276,7 +305,9 @@ async def test_a_snapshot_marked_for_it_goes_with_its_last_clone() -> None:
 
 
 @pytest.mark.parametrize("restart", [False, True])
-async def test_a_marked_snapshot_that_is_read_when_its_last_clone_lets_go_is_deleted_afterwards(restart: bool) -> None:
+async def test_a_marked_snapshot_that_is_read_when_its_last_clone_lets_go_is_deleted_afterwards(
+    restart: bool,
+) -> None:
     async with new_pool() as running:
         await backed_clone(running)
         await running.pool.snapshot_delete("base", "snap", after_split=True)
@@ -344,7 +375,9 @@ async def test_commands_that_come_while_the_pool_closes_or_later_are_answered() 
 def test_a_chain_of_clones_may_be_longer_than_the_interpreter_nests_calls() -> None:
     catalogue, depth = Catalogue(PoolState(MemoryDevice(1 << 20), 0, 1 << 20)), 5000
     for number in range(1, depth + 1):
-        record = new_record(KIND_VDISK if number == depth else KIND_SNAPSHOT, f"v{number}", LEAF_BYTES, 1)
+        record = new_record(
+            KIND_VDISK if number == depth else KIND_SNAPSHOT, f"v{number}", LEAF_BYTES, 1
+        )
         record.backing, record.origin = number - 1, number
         catalogue.read_entry(number, bytes(encode(record)))
     catalogue.numbers_known()
@@ -355,7 +388,9 @@ def test_a_chain_of_clones_may_be_longer_than_the_interpreter_nests_calls() -> N
     assert image is None
 
 
-async def test_a_pool_that_closes_ends_what_is_under_way_and_answers_before_the_device_goes() -> None:
+async def test_a_pool_that_closes_ends_what_is_under_way_and_answers_before_the_device_goes() -> (
+    None
+):
     """Found by the store fuzzer: a shrink, and a live check, went on against a closed device."""
     async with new_pool() as running:
         await running.pool.vdisk_create("a", 64 * LEAF_BYTES)
@@ -380,7 +415,9 @@ async def test_a_pool_that_closes_ends_what_is_under_way_and_answers_before_the_
 
 
 async def test_a_write_that_waits_for_a_reclaim_ends_when_the_pool_closes() -> None:
-    """Found by the store fuzzer: a snapshot that was deleted last posted a reclaim that nobody carried out, and writes waited for it."""
+    """Found by the store fuzzer: a snapshot that was deleted last posted a reclaim that nobody
+    carried out, and writes waited for it.
+    """
     async with new_pool(8 << 20) as running:
         await running.pool.vdisk_create("a", 1 << 30)
         with suppress(PoolFull):

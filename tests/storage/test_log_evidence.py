@@ -1,7 +1,9 @@
-"""What replay makes of a log that is not whole: what was promised to be durable is there, or is said to be missing, by vdisk and block.
+"""What replay makes of a log that is not whole: what was promised to be durable is there, or is
+said to be missing, by vdisk and block.
 
-Both sides: rot after a flush that was answered is damage, told exactly, and costs nothing else. What a loss of power leaves of writes
-that nobody flushed is no damage, and as much of it as is whole comes back.
+Both sides: rot after a flush that was answered is damage, told exactly, and costs nothing else.
+What a loss of power leaves of writes that nobody flushed is no damage, and as much of it as is
+whole comes back.
 """
 
 from asyncio import Future
@@ -18,7 +20,15 @@ from storage.layout import BLOCK_BYTES, LOG_FIRST_VBN, RECORD_ENTRY, RECORD_HEAD
 from storage.log.one_bit import flipped_bit
 from storage.log.record import ENTRIES_PER_RECORD
 from tests.storage.devices import MemoryDevice, WrappedDevice
-from tests.storage.pools import LEAF_BYTES, OpenPool, checked_offline, data, new_pool, open_on, opened
+from tests.storage.pools import (
+    LEAF_BYTES,
+    OpenPool,
+    checked_offline,
+    data,
+    new_pool,
+    open_on,
+    opened,
+)
 
 WRITES = 200
 
@@ -35,7 +45,9 @@ class BadBlocks(WrappedDevice):
         return not self.bad.isdisjoint(range(first, first + sum(map(len, buffers)) // BLOCK_BYTES))
 
     def try_readv(self, buffers: Sequence[WritableBuffer], offset_bytes: int) -> bool:
-        return not self._fails(buffers, offset_bytes) and self.inner.try_readv(buffers, offset_bytes)
+        return not self._fails(buffers, offset_bytes) and self.inner.try_readv(
+            buffers, offset_bytes
+        )
 
     def readv(self, buffers: Sequence[WritableBuffer], offset_bytes: int) -> "Future[None]":
         future = self.inner.readv(buffers, offset_bytes)
@@ -47,7 +59,9 @@ class BadBlocks(WrappedDevice):
 
 
 async def written(running: OpenPool, blocks: int = WRITES) -> tuple[int, list[int]]:
-    """So many writes of one block, old content below them, on vdisk "a". Returns the block of the ring where they begin, and their VBNs."""
+    """So many writes of one block, old content below them, on vdisk "a". Returns the block of the
+    ring where they begin, and their VBNs.
+    """
     await running.pool.vdisk_create("a", LEAF_BYTES)
     await running.write("a", 0, data(1, blocks))
     await running.checkpoint()
@@ -66,7 +80,9 @@ def events(running: OpenPool, name: str) -> list[dict[str, Any]]:
 
 
 async def old_and_missing(running: OpenPool, blocks: int = WRITES) -> tuple[list[int], list[int]]:
-    """Which of the blocks read as before the writes, and which cannot be read. All others must hold what was written."""
+    """Which of the blocks read as before the writes, and which cannot be read. All others must hold
+    what was written.
+    """
     old, missing = [], []
     for index in range(blocks):
         try:
@@ -80,13 +96,17 @@ async def old_and_missing(running: OpenPool, blocks: int = WRITES) -> tuple[list
     return old, missing
 
 
-# --- Rot after a flush that was answered ----------------------------------------------------------------------------
+# --- Rot after a flush that was answered ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("rotten", [[0], [77], [199], [3, 4, 130]])
 @pytest.mark.parametrize("unreadable", [False, True], ids=["rotten", "unreadable"])
-async def test_rot_after_an_answered_flush_costs_only_the_rotten_blocks_and_names_them(rotten: list[int], unreadable: bool) -> None:
-    """Found from outside: one flipped bit, and all 200 writes of a flush that was answered read as before, without a word."""
+async def test_rot_after_an_answered_flush_costs_only_the_rotten_blocks_and_names_them(
+    rotten: list[int], unreadable: bool
+) -> None:
+    """Found from outside: one flipped bit, and all 200 writes of a flush that was answered read as
+    before, without a word.
+    """
     async with new_pool() as running:
         _, vbns = await written(running)
         await running.flush("a")
@@ -112,7 +132,7 @@ async def test_rot_after_an_answered_flush_costs_only_the_rotten_blocks_and_name
     checked_offline(killed)
 
 
-async def test_a_flush_is_known_to_have_been_answered_without_a_second_sync_and_without_room_in_the_ring() -> None:
+async def test_a_flush_is_marked_without_a_second_sync_or_room_in_the_ring() -> None:
     async with new_pool() as running:
         await written(running, 3)
         log = running.pool._log
@@ -137,7 +157,9 @@ async def test_rot_below_a_later_write_is_no_damage() -> None:
         flip(killed, vbns[index])
     async with opened(killed) as running:
         assert not {"block.damaged", "log.torn_tail"} & set(running.event_names())
-        assert await running.read("a", 5 * BLOCK_BYTES, 4 * BLOCK_BYTES) == data(1005) + data(1006) + bytes(2 * BLOCK_BYTES)
+        assert await running.read("a", 5 * BLOCK_BYTES, 4 * BLOCK_BYTES) == data(1005) + data(
+            1006
+        ) + bytes(2 * BLOCK_BYTES)
 
 
 @pytest.mark.parametrize("back", [0, 1], ids=["first record", "second record"])
@@ -153,7 +175,7 @@ async def test_one_flipped_bit_in_a_durable_record_costs_nothing(back: int, byte
         assert await old_and_missing(running) == ([], [])
 
 
-async def test_a_durable_record_that_is_damaged_names_what_may_be_missing_and_nothing_else_is_lost() -> None:
+async def test_a_damaged_durable_record_names_what_may_be_missing() -> None:
     async with new_pool() as running:
         first, _ = await written(running)
         await running.flush("a")
@@ -163,24 +185,38 @@ async def test_a_durable_record_that_is_damaged_names_what_may_be_missing_and_no
         flip(killed, place, byte)  # the image number of the first entry
     running = await open_on(killed)
     old, missing = await old_and_missing(running)
-    assert (old, missing) == ([0], list(range(1, ENTRIES_PER_RECORD)))  # the first can no longer be named, the other records are whole
+    assert (old, missing) == (
+        [0],
+        list(range(1, ENTRIES_PER_RECORD)),
+    )  # the first can no longer be named, the other records are whole
     shown = running.pool.show()
-    assert shown["read_only"] and f"(VBN {place}) is damaged: acknowledged writes may be lost" in shown["read_only_reason"]
+    assert (
+        shown["read_only"]
+        and f"(VBN {place}) is damaged: acknowledged writes may be lost"
+        in shown["read_only_reason"]
+    )
     (said,) = events(running, "log.record_damaged")
     assert said["may_be_missing"] == [
-        {"image": "vdisk a", "offset_bytes": BLOCK_BYTES, "length_bytes": (ENTRIES_PER_RECORD - 1) * BLOCK_BYTES}
+        {
+            "image": "vdisk a",
+            "offset_bytes": BLOCK_BYTES,
+            "length_bytes": (ENTRIES_PER_RECORD - 1) * BLOCK_BYTES,
+        }
     ]
     await running.close()
 
 
-async def test_a_durable_record_that_cannot_be_read_leaves_the_pool_read_only_with_all_that_others_hold() -> None:
+async def test_an_unreadable_durable_record_leaves_the_pool_read_only() -> None:
     async with new_pool() as running:
         first, _ = await written(running)
         await running.flush("a")
         killed = running.memory.copy()
     running = await open_on(killed, BadBlocks(killed, LOG_FIRST_VBN + first))
     assert await old_and_missing(running) == (list(range(ENTRIES_PER_RECORD)), [])
-    assert "cannot be read: acknowledged writes may be lost, which of them, nobody can say" in running.pool.show()["read_only_reason"]
+    assert (
+        "cannot be read: acknowledged writes may be lost, which of them, nobody can say"
+        in running.pool.show()["read_only_reason"]
+    )
     await running.close()
 
 
@@ -197,7 +233,7 @@ def test_the_bit_that_was_flipped_is_found_and_two_are_not() -> None:
             content[at ^ 1] ^= 128 >> bit
 
 
-# --- What a loss of power leaves of what nobody flushed -----------------------------------------------------------------
+# --- What a loss of power leaves of what nobody flushed -------------------------------------------
 
 
 def lost(memory: MemoryDevice, *vbns: int) -> MemoryDevice:
@@ -209,7 +245,9 @@ def lost(memory: MemoryDevice, *vbns: int) -> MemoryDevice:
 
 
 @pytest.mark.parametrize("gone", [[0], [60], [199], [0, 1, 2, 150], list(range(0, 200, 7))])
-async def test_of_a_torn_tail_all_that_is_whole_comes_back_without_an_alarm(gone: list[int]) -> None:
+async def test_of_a_torn_tail_all_that_is_whole_comes_back_without_an_alarm(
+    gone: list[int],
+) -> None:
     async with new_pool() as running:
         _, vbns = await written(running)
         unflushed = running.memory.copy()
@@ -217,13 +255,19 @@ async def test_of_a_torn_tail_all_that_is_whole_comes_back_without_an_alarm(gone
         assert await old_and_missing(running) == (gone, [])
         assert set(running.event_names()) == {"log.torn_tail", "pool.opened"}
         (said,) = events(running, "log.torn_tail")
-        assert said["blocks_missing"] == len(gone) == sum(one["length_bytes"] for one in said["missing"]) // BLOCK_BYTES
+        assert (
+            said["blocks_missing"]
+            == len(gone)
+            == sum(one["length_bytes"] for one in said["missing"]) // BLOCK_BYTES
+        )
         assert said["missing"][0]["offset_bytes"] == gone[0] * BLOCK_BYTES
 
 
 @pytest.mark.parametrize("record", [0, 1])
 async def test_the_log_ends_before_a_record_that_power_took(record: int) -> None:
-    """What follows may be built on it: a part of a block that was merged with a write in the lost record, say."""
+    """What follows may be built on it: a part of a block that was merged with a write in the lost
+    record, say.
+    """
     async with new_pool() as running:
         first, _ = await written(running)
         unflushed = running.memory.copy()
@@ -233,7 +277,9 @@ async def test_the_log_ends_before_a_record_that_power_took(record: int) -> None
 
 
 async def test_what_was_merged_with_a_write_that_is_left_out_is_left_out_too() -> None:
-    """Found by the store fuzzer: after a loss of power an atomic write was there in the blocks that a later, shorter write had merged."""
+    """Found by the store fuzzer: after a loss of power an atomic write was there in the blocks that
+    a later, shorter write had merged.
+    """
     old = data(1, 64)
     async with new_pool() as running:
         await running.pool.vdisk_create("a", LEAF_BYTES)
@@ -242,16 +288,25 @@ async def test_what_was_merged_with_a_write_that_is_left_out_is_left_out_too() -
         await running.write("a", 0, data(2, 16))  # atomic; its last block will be lost
         await running.write("a", 512, b"m" * 1024)  # merged with its first block
         await running.write("a", 14 * BLOCK_BYTES + 512, b"n" * BLOCK_BYTES)  # with its last two
-        await running.write("a", 15 * BLOCK_BYTES + 1024, b"o" * BLOCK_BYTES)  # with what that has merged, and one more
+        await running.write(
+            "a", 15 * BLOCK_BYTES + 1024, b"o" * BLOCK_BYTES
+        )  # with what that has merged, and one more
         await running.zero("a", 8 * BLOCK_BYTES, BLOCK_BYTES)
-        await running.write("a", 8 * BLOCK_BYTES + 512, b"z" * 512)  # with zeros: that is whole without it
+        await running.write(
+            "a", 8 * BLOCK_BYTES + 512, b"z" * 512
+        )  # with zeros: that is whole without it
         await running.write("a", 32 * BLOCK_BYTES, data(3))
-        vbn = next(first for first, length in running.pool._state.epoch.allocated if length == 16) + 15
+        vbn = (
+            next(first for first, length in running.pool._state.epoch.allocated if length == 16)
+            + 15
+        )
         unflushed = running.memory.copy()
     async with opened(lost(unflushed, vbn)) as running:
         found = await running.read("a", 0, 64 * BLOCK_BYTES)
         assert found[: 8 * BLOCK_BYTES] == old[: 8 * BLOCK_BYTES]
-        assert found[8 * BLOCK_BYTES : 9 * BLOCK_BYTES] == bytes(512) + b"z" * 512 + bytes(BLOCK_BYTES - 1024)
+        assert found[8 * BLOCK_BYTES : 9 * BLOCK_BYTES] == bytes(512) + b"z" * 512 + bytes(
+            BLOCK_BYTES - 1024
+        )
         assert found[9 * BLOCK_BYTES : 32 * BLOCK_BYTES] == old[9 * BLOCK_BYTES : 32 * BLOCK_BYTES]
         assert found[32 * BLOCK_BYTES : 33 * BLOCK_BYTES] == data(3)
         assert set(running.event_names()) == {"log.torn_tail", "pool.opened"}
@@ -259,8 +314,12 @@ async def test_what_was_merged_with_a_write_that_is_left_out_is_left_out_too() -
 
 @pytest.mark.parametrize("at", [0, 5, 31])
 @pytest.mark.parametrize("batched", [False, True])
-async def test_a_write_of_which_a_block_is_gone_is_left_out_whole_and_its_neighbours_are_not(at: int, batched: bool) -> None:
-    """WRITE ATOMIC: 128 KiB, between two others in the same record, and its neighbours on the disk."""
+async def test_a_write_of_which_a_block_is_gone_is_left_out_whole_and_its_neighbours_are_not(
+    at: int, batched: bool
+) -> None:
+    """WRITE ATOMIC: 128 KiB, between two others in the same record, and its neighbours
+    on the disk.
+    """
     async with new_pool() as running:
         await running.pool.vdisk_create("a", LEAF_BYTES)
         volume = running.volume("a")
@@ -274,10 +333,17 @@ async def test_a_write_of_which_a_block_is_gone_is_left_out_whole_and_its_neighb
         vbn = int(running.image("a").tree.nodes[1][0].vbns()[32 + at])
         unflushed = running.memory.copy()
     async with opened(lost(unflushed, vbn)) as running:
-        found = [await running.read("a", number * 32 * BLOCK_BYTES, 32 * BLOCK_BYTES) for number in range(3)]
+        found = [
+            await running.read("a", number * 32 * BLOCK_BYTES, 32 * BLOCK_BYTES)
+            for number in range(3)
+        ]
         assert found[1] == bytes(32 * BLOCK_BYTES)
         for number in (0, 2):  # what was written in one batch cannot be told apart
-            assert found[number] in ((data(number + 1, 32), bytes(32 * BLOCK_BYTES)) if batched else (data(number + 1, 32),))
+            assert found[number] in (
+                (data(number + 1, 32), bytes(32 * BLOCK_BYTES))
+                if batched
+                else (data(number + 1, 32),)
+            )
 
 
 async def test_the_log_of_an_earlier_version_is_read_with_the_older_and_wider_unit() -> None:
@@ -294,7 +360,7 @@ async def test_the_log_of_an_earlier_version_is_read_with_the_older_and_wider_un
         assert await old_and_missing(running, 20) == (list(range(20)), [])
 
 
-# --- Blocks of the ring that cannot be read -------------------------------------------------------------------------------
+# --- Blocks of the ring that cannot be read -------------------------------------------------------
 
 
 @pytest.mark.parametrize("position", [0, 1, 7, 63])
@@ -309,7 +375,9 @@ async def test_after_an_orderly_stop_no_block_of_the_ring_is_needed(position: in
         assert await old_and_missing(running) == ([], [])
         (said,) = events(running, "log.unreadable")
         assert said["vbns"] == [LOG_FIRST_VBN + bad]
-        assert said["changes_may_be_missing"] == (position == 0)  # where the next record would be, one may have been
+        assert said["changes_may_be_missing"] == (
+            position == 0
+        )  # where the next record would be, one may have been
         await running.write("a", 0, data(2), fua=True)
 
 
@@ -320,15 +388,21 @@ async def test_a_block_of_the_ring_that_holds_nothing_needed_costs_nothing_after
         killed = running.memory.copy()
     async with opened(killed, BadBlocks(killed, LOG_FIRST_VBN + first + 50)) as running:
         assert await old_and_missing(running) == ([], [])
-        assert [said["changes_may_be_missing"] for said in events(running, "log.unreadable")] == [False]
+        assert [said["changes_may_be_missing"] for said in events(running, "log.unreadable")] == [
+            False
+        ]
 
 
-async def test_where_neither_the_last_record_nor_its_mark_can_be_read_the_pool_is_read_only() -> None:
+async def test_where_neither_the_last_record_nor_its_mark_can_be_read_the_pool_is_read_only() -> (
+    None
+):
     async with new_pool() as running:
         first, _ = await written(running, 20)
         await running.flush("a")
         killed = running.memory.copy()
-    running = await open_on(killed, BadBlocks(killed, LOG_FIRST_VBN + first, LOG_FIRST_VBN + first + 1))
+    running = await open_on(
+        killed, BadBlocks(killed, LOG_FIRST_VBN + first, LOG_FIRST_VBN + first + 1)
+    )
     assert "acknowledged writes may be lost" in running.pool.show()["read_only_reason"]
     await running.close()
 
@@ -347,7 +421,7 @@ async def test_a_log_that_cannot_be_is_refused_with_its_numbers(blocks: int, hea
         await open_on(memory)
 
 
-async def test_a_pointer_block_that_replay_needs_and_that_is_damaged_leaves_the_rest_to_be_read() -> None:
+async def test_a_damaged_pointer_block_in_replay_leaves_the_rest_readable() -> None:
     """Of the kind: one bad block, and the pool did not open."""
     async with new_pool() as running:
         await running.pool.vdisk_create("a", 2 * LEAF_BYTES)
@@ -362,7 +436,10 @@ async def test_a_pointer_block_that_replay_needs_and_that_is_damaged_leaves_the_
         killed = running.memory.copy()
     flip(killed, leaf)
     running = await open_on(killed)
-    assert "changes of vdisk a from byte 4096 on are in the intent log and cannot be applied" in running.pool.show()["read_only_reason"]
+    assert (
+        "changes of vdisk a from byte 4096 on are in the intent log and cannot be applied"
+        in running.pool.show()["read_only_reason"]
+    )
     assert await running.read("b", 0, 2 * BLOCK_BYTES) == data(1) + data(3)
     assert await running.read("a", LEAF_BYTES, BLOCK_BYTES) == data(2)
     with pytest.raises(BlockDamaged):
@@ -385,7 +462,9 @@ async def test_a_record_of_changes_beyond_the_pool_is_not_followed() -> None:
 
 
 async def test_a_trim_of_any_length_ends_what_was_left_out_below_it() -> None:
-    """Short ones are taken out block by block, long ones at once: a log of many of both was replayed in quadratic time."""
+    """Short ones are taken out block by block, long ones at once: a log of many of both was
+    replayed in quadratic time.
+    """
     async with new_pool() as running:
         await running.pool.vdisk_create("a", 1 << 30)
         await running.write("a", 0, data(1, 64))
@@ -405,16 +484,22 @@ async def test_a_trim_of_any_length_ends_what_was_left_out_below_it() -> None:
 
 
 async def test_the_log_ends_where_a_record_is_shorter_than_the_next_one_says() -> None:
-    """Found by the crash states: the last writing of a record was lost with the power, and the record after it was not."""
+    """Found by the crash states: the last writing of a record was lost with the power, and the
+    record after it was not.
+    """
     async with new_pool() as running:
         first, _ = await written(running, ENTRIES_PER_RECORD - 2)
         shorter = bytes(running.memory._pages[LOG_FIRST_VBN + first])
         await running.write("a", 200 * BLOCK_BYTES, data(7, 2))  # atomic; the last of the record
-        await running.write("a", 200 * BLOCK_BYTES + 512, b"m" * 512)  # merged with it, in the next record
+        await running.write(
+            "a", 200 * BLOCK_BYTES + 512, b"m" * 512
+        )  # merged with it, in the next record
         await running.write("a", 240 * BLOCK_BYTES, data(8))
         unflushed = running.memory.copy()
     unflushed._write([shorter], (LOG_FIRST_VBN + first) * BLOCK_BYTES)
     async with opened(unflushed) as running:
         assert await old_and_missing(running, ENTRIES_PER_RECORD - 2) == ([], [])
-        assert await running.read("a", 200 * BLOCK_BYTES, 41 * BLOCK_BYTES) == bytes(41 * BLOCK_BYTES)
+        assert await running.read("a", 200 * BLOCK_BYTES, 41 * BLOCK_BYTES) == bytes(
+            41 * BLOCK_BYTES
+        )
         assert "log.torn_tail" in running.event_names()

@@ -1,4 +1,6 @@
-"""Long writes: installed by slices, they leave the same vdisk, counts and free space as writes block by block."""
+"""Long writes: installed by slices, they leave the same vdisk, counts and free space as writes
+block by block.
+"""
 
 import random
 
@@ -15,7 +17,9 @@ def noise(seed: int, length_bytes: int) -> bytes:
     return random.Random(seed).randbytes(length_bytes)
 
 
-@pytest.mark.parametrize("length", [LONG_BYTES_MIN, PIECE_BYTES, PIECE_BYTES + BLOCK_BYTES, LEAF_BYTES])
+@pytest.mark.parametrize(
+    "length", [LONG_BYTES_MIN, PIECE_BYTES, PIECE_BYTES + BLOCK_BYTES, LEAF_BYTES]
+)
 @pytest.mark.parametrize("offset", [0, BLOCK_BYTES, LEAF_BYTES - BLOCK_BYTES])
 async def test_a_long_write_over_old_blocks_snapshots_and_holes(offset: int, length: int) -> None:
     async with new_pool() as running:
@@ -30,7 +34,9 @@ async def test_a_long_write_over_old_blocks_snapshots_and_holes(offset: int, len
         await write(offset + 3 * BLOCK_BYTES, noise(1, 2 * BLOCK_BYTES))  # old blocks of its own
         await pool.snapshot_create([("a", "s")])
         before = bytes(model)
-        await write(offset + 4 * BLOCK_BYTES, noise(2, BLOCK_BYTES))  # one that the snapshot does not share
+        await write(
+            offset + 4 * BLOCK_BYTES, noise(2, BLOCK_BYTES)
+        )  # one that the snapshot does not share
         await write(offset, noise(3, length))
         await write(offset, noise(4, length))
         assert await running.read("a", 0, DISK_BYTES) == model

@@ -1,6 +1,8 @@
-"""The pool against the model: any sequence of what clients and administrators do, with power losses, and a check after every reopen.
+"""The pool against the model: any sequence of what clients and administrators do, with power
+losses, and a check after every reopen.
 
-The seed is printed first; CLEAVED_SEED=<seed> repeats a run, CLEAVED_LONG=1 makes it long. Design section 6, invariants 1 to 5 and 7.
+The seed is printed first; CLEAVED_SEED=<seed> repeats a run, CLEAVED_LONG=1 makes it long. Design
+section 6, invariants 1 to 5 and 7.
 """
 
 import asyncio
@@ -13,7 +15,14 @@ import hypothesis
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from storage.errors import Conflict, StorageError
 from tests.storage.crash_device import Fuse, Loss
@@ -30,11 +39,15 @@ SIZES_BLOCKS = (1, 7, 255, 256, 257, 600, 65536, 65537, 70000, (1 << 24) + 3)
 ANCHORS = (0, 1, 128, 250, 255, 256, 257, 511, 512, 65534, 65535, 65536, 65791, 69999, 1 << 24)
 # More would make every comparison slow, and no bug needs them.
 IMAGES_MAX = 8
-# Where the first vdisk and its clones have data: a dozen level-1 pointer blocks, in two level-2 ones, so that a split has some work.
+# Where the first vdisk and its clones have data: a dozen level-1 pointer blocks, in two level-2
+# ones, so that a split has some work.
 POPULATED = (0, 254, 300, 511, 1000, 1300, 2000, 30000, 65530, 65600, 65800, 69996)
 LOSSES = st.sampled_from(Loss)
-# Where power fails in the middle of something: at any of its writes, or in one of its syncs, which is where most is at risk.
-FUSES = st.builds(Fuse, st.integers(0, 30), st.just(False)) | st.builds(Fuse, st.integers(0, 3), st.just(True))
+# Where power fails in the middle of something: at any of its writes, or in one of its syncs, which
+# is where most is at risk.
+FUSES = st.builds(Fuse, st.integers(0, 30), st.just(False)) | st.builds(
+    Fuse, st.integers(0, 3), st.just(True)
+)
 SEEDS = st.integers(0, 1 << 32)
 DATA = st.data()
 # Rate at which the background may be met in the middle: mostly few turns, sometimes many.
@@ -59,9 +72,15 @@ class PoolMachine(RuleBasedStateMachine):
         cache_bytes=st.sampled_from([1 << 18, 64 << 20]),
         clones=st.sampled_from([2, 1, 0]),
     )
-    def begin(self, deferred: bool, miss_rate: float, seed: int, cache_bytes: int, clones: int) -> None:
-        """A new pool; in it, mostly, a clone, or a clone of a clone: few sequences of rules would get there."""
-        self.pool = RunningPool(POOL_BYTES, cache_bytes, deferred=deferred, miss_rate=miss_rate, seed=seed)
+    def begin(
+        self, deferred: bool, miss_rate: float, seed: int, cache_bytes: int, clones: int
+    ) -> None:
+        """A new pool; in it, mostly, a clone, or a clone of a clone: few sequences of rules would
+        get there.
+        """
+        self.pool = RunningPool(
+            POOL_BYTES, cache_bytes, deferred=deferred, miss_rate=miss_rate, seed=seed
+        )
         for vdisk, clone in (("a", "b"), ("b", "c"))[:clones]:
             if vdisk not in self.model.images:
                 self.create(vdisk, 70000)
@@ -95,13 +114,24 @@ class PoolMachine(RuleBasedStateMachine):
     def draw_vdisk(self, data: st.DataObject) -> str:
         return data.draw(st.sampled_from(self.model.vdisks()), "vdisk")
 
-    def draw_range(self, data: st.DataObject, image: Image, sectors_max: int = 40) -> tuple[int, int]:
+    def draw_range(
+        self, data: st.DataObject, image: Image, sectors_max: int = 40
+    ) -> tuple[int, int]:
         """(LBA, count) of a short range, near a border of the tree."""
-        anchors = [fbn for fbn in (*ANCHORS, image.size_blocks - 1, image.size_blocks - 3) if 0 <= fbn < image.size_blocks]
+        anchors = [
+            fbn
+            for fbn in (*ANCHORS, image.size_blocks - 1, image.size_blocks - 3)
+            if 0 <= fbn < image.size_blocks
+        ]
         fbn = data.draw(st.sampled_from(sorted(set(anchors))), "block")
         lba = fbn * SECTORS_PER_BLOCK + data.draw(st.sampled_from([0, 0, 0, 1, 7]), "sector")
         most = min(sectors_max, image.size_sectors - lba)
-        return lba, data.draw(st.one_of(st.sampled_from([n for n in (8, 16, 1, 9) if n <= most]), st.integers(1, most)), "count")
+        return lba, data.draw(
+            st.one_of(
+                st.sampled_from([n for n in (8, 16, 1, 9) if n <= most]), st.integers(1, most)
+            ),
+            "count",
+        )
 
     # --- Clients ---
 
@@ -121,10 +151,15 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.model.vdisks())
     @rule(data=DATA, zeros=st.booleans())
     def write_many_blocks(self, data: st.DataObject, zeros: bool) -> None:
-        """Over the border of a pointer block, or over a whole one; zeros in data become zero pointers."""
+        """Over the border of a pointer block, or over a whole one; zeros in data become zero
+        pointers.
+        """
         name = self.draw_vdisk(data)
         image = self.model.images[name]
-        first = data.draw(st.sampled_from([fbn for fbn in (0, 200, 256, 65500) if fbn < image.size_blocks]), "first")
+        first = data.draw(
+            st.sampled_from([fbn for fbn in (0, 200, 256, 65500) if fbn < image.size_blocks]),
+            "first",
+        )
         count = data.draw(st.integers(1, min(300, image.size_blocks - first)), "blocks")
         content = self.model.data(name, first * SECTORS_PER_BLOCK, count * SECTORS_PER_BLOCK)
         if zeros:
@@ -165,20 +200,25 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.model.vdisks())
     @rule(data=DATA)
     def at_once(self, data: st.DataObject) -> None:
-        """Commands that are under way together, on ranges that do not overlap, with a consistency point among them."""
+        """Commands that are under way together, on ranges that do not overlap, with a consistency
+        point among them.
+        """
         name = self.draw_vdisk(data)
         image = self.model.images[name]
         taken: set[int] = set()
         writes: list[tuple[int, bytes]] = []
         for _ in range(data.draw(st.integers(2, 6), "commands")):
             lba, count = self.draw_range(data, image)
-            # Commands on different sectors of one block are welcome: each must leave the other's alone.
+            # Commands on different sectors of one block are welcome: each must leave the other's
+            # alone.
             sectors = set(range(lba, lba + count))
             if sectors & taken:
                 continue
             taken |= sectors
             unmap = data.draw(st.sampled_from([False, False, True]), "unmap")
-            writes.append((lba, bytes(count * SECTOR_BYTES) if unmap else self.model.data(name, lba, count)))
+            writes.append(
+                (lba, bytes(count * SECTOR_BYTES) if unmap else self.model.data(name, lba, count))
+            )
         self.pool.run(self.together(name, writes))
         for lba, content in writes:
             self.wrote(name, lba, content)
@@ -199,11 +239,14 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(NAMES), size_blocks=st.sampled_from(SIZES_BLOCKS))
     def create(self, name: str, size_blocks: int) -> None:
-        if self.expect(name in self.model.images, self.pool.pool.vdisk_create(name, size_blocks * BLOCK_BYTES)):
+        if self.expect(
+            name in self.model.images, self.pool.pool.vdisk_create(name, size_blocks * BLOCK_BYTES)
+        ):
             self.model.create(name, size_blocks)
 
     def expect(self, conflict: bool, work: Coroutine[Any, Any, Any], either: bool = False) -> bool:
-        """Run a change of the table that should be refused with a Conflict, or not, or either. Returns whether it was made.
+        """Run a change of the table that should be refused with a Conflict, or not, or either.
+        Returns whether it was made.
 
         A change that was made is durable, and so is all that was written before.
         """
@@ -221,7 +264,9 @@ class PoolMachine(RuleBasedStateMachine):
     def rename(self, data: st.DataObject, new: str) -> None:
         old = self.draw_vdisk(data)
         if old == new:
-            self.pool.run(self.pool.pool.vdisk_rename(old, new))  # changes nothing, so nothing becomes durable by it
+            self.pool.run(
+                self.pool.pool.vdisk_rename(old, new)
+            )  # changes nothing, so nothing becomes durable by it
         elif self.expect(new in self.model.images, self.pool.pool.vdisk_rename(old, new)):
             self.model.rename(old, new)
             if old in self.splits:
@@ -258,12 +303,17 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.model.vdisks())
     @rule(data=DATA, snapshot=st.sampled_from(SNAPSHOTS))
     def snapshot(self, data: st.DataObject, snapshot: str) -> None:
-        vdisks = data.draw(st.lists(st.sampled_from(self.model.vdisks()), min_size=1, max_size=3, unique=True), "vdisks")
+        vdisks = data.draw(
+            st.lists(st.sampled_from(self.model.vdisks()), min_size=1, max_size=3, unique=True),
+            "vdisks",
+        )
         self.snapshot_now(vdisks, snapshot)
 
     def snapshot_now(self, vdisks: list[str], snapshot: str) -> None:
         conflict = any(f"{vdisk}@{snapshot}" in self.model.images for vdisk in vdisks)
-        if self.expect(conflict, self.pool.pool.snapshot_create([(vdisk, snapshot) for vdisk in vdisks])):
+        if self.expect(
+            conflict, self.pool.pool.snapshot_create([(vdisk, snapshot) for vdisk in vdisks])
+        ):
             for vdisk in vdisks:
                 self.model.snapshot(vdisk, snapshot)
                 self.refresh_backing(f"{vdisk}@{snapshot}")
@@ -296,7 +346,9 @@ class PoolMachine(RuleBasedStateMachine):
         return [name for name in self.model.vdisks() if self.model.images[name].backing is not None]
 
     def running_split(self, data: st.DataObject, mode: str) -> str:
-        """A clone whose split runs; begins one where there is none, on a clone that is made for it if need be."""
+        """A clone whose split runs; begins one where there is none, on a clone that is made for it
+        if need be.
+        """
         running = [name for name, state in self.splits.items() if state == "running"]
         if len(running) > 0 and data.draw(st.booleans(), "the one that runs"):
             return data.draw(st.sampled_from(sorted(running)), "running clone")
@@ -311,7 +363,9 @@ class PoolMachine(RuleBasedStateMachine):
         return name
 
     def make_clone(self) -> str:
-        """A clone of a populated vdisk, both new. What was left behind by earlier ones is deleted when it gets too much."""
+        """A clone of a populated vdisk, both new. What was left behind by earlier ones is deleted
+        when it gets too much.
+        """
         if len(self.model.images) >= IMAGES_MAX:
             self.delete_what_may_be()
         self.model.next_number += 1
@@ -322,24 +376,51 @@ class PoolMachine(RuleBasedStateMachine):
         return clone
 
     def delete_what_may_be(self) -> None:
-        """All that nothing stands on and nobody uses, from the newest on, so that what it stood on can follow."""
+        """All that nothing stands on and nobody uses, from the newest on, so that what it stood on
+        can follow.
+        """
         for name, image in reversed(list(self.model.images.items())):
-            if self.model.clones_of(name) or self.model.snapshots_of(name) or image.sessions or name in self.splits:
+            if (
+                self.model.clones_of(name)
+                or self.model.snapshots_of(name)
+                or image.sessions
+                or name in self.splits
+            ):
                 continue
             vdisk, _, snapshot = name.partition("@")
             pool = self.pool.pool
-            if self.expect(False, pool.snapshot_delete(vdisk, snapshot) if snapshot else pool.vdisk_delete(vdisk)):
+            if self.expect(
+                False,
+                pool.snapshot_delete(vdisk, snapshot) if snapshot else pool.vdisk_delete(vdisk),
+            ):
                 self.model.delete(name)
 
-    @rule(data=DATA, mode=st.sampled_from(["copy", "share"]), begun=st.booleans(), turns=TURNS, loss=st.none() | LOSSES, seed=SEEDS)
-    def split(self, data: st.DataObject, mode: str, begun: bool, turns: int, loss: Loss | None, seed: int) -> None:
-        """A split goes on, while its clone is written where it has yet to come; often power fails right then."""
+    @rule(
+        data=DATA,
+        mode=st.sampled_from(["copy", "share"]),
+        begun=st.booleans(),
+        turns=TURNS,
+        loss=st.none() | LOSSES,
+        seed=SEEDS,
+    )
+    def split(
+        self, data: st.DataObject, mode: str, begun: bool, turns: int, loss: Loss | None, seed: int
+    ) -> None:
+        """A split goes on, while its clone is written where it has yet to come; often power fails
+        right then.
+        """
         name = self.running_split(data, mode)
         if begun:
             self.pool.run(self.has_begun(name))
         self.pool.turns(turns)
         step = data.draw(st.integers(0, 3), "step")
-        self.write_together(name, [fbn + step for fbn in data.draw(st.sampled_from([(), POPULATED[3:5], POPULATED]), "blocks")])
+        self.write_together(
+            name,
+            [
+                fbn + step
+                for fbn in data.draw(st.sampled_from([(), POPULATED[3:5], POPULATED]), "blocks")
+            ],
+        )
         self.pool.turns(turns)
         self.refresh_splits()
         if loss is not None:
@@ -347,13 +428,19 @@ class PoolMachine(RuleBasedStateMachine):
 
     async def has_begun(self, name: str) -> None:
         """Wait until the split has replaced some holes, but not yet all."""
-        while (shown := self.pool.pool.split_show(name))["state"] == "running" and not 0 < shown["holes_remaining"] < shown["holes_total"]:
+        while (shown := self.pool.pool.split_show(name))["state"] == "running" and not 0 < shown[
+            "holes_remaining"
+        ] < shown["holes_total"]:
             await asyncio.sleep(0)
 
     def write_together(self, name: str, blocks: list[int]) -> None:
-        """One block each, all in one turn: in every level-1 block that the split may be at just then."""
+        """One block each, all in one turn: in every level-1 block that the split may be at just
+        then.
+        """
         blocks = [fbn for fbn in blocks if fbn < self.model.images[name].size_blocks]
-        contents = {fbn: self.model.data(name, fbn * SECTORS_PER_BLOCK, SECTORS_PER_BLOCK) for fbn in blocks}
+        contents = {
+            fbn: self.model.data(name, fbn * SECTORS_PER_BLOCK, SECTORS_PER_BLOCK) for fbn in blocks
+        }
         self.pool.run(self.pool.write_blocks(name, contents))
         for fbn, content in contents.items():
             self.wrote(name, fbn * SECTORS_PER_BLOCK, content)
@@ -417,7 +504,9 @@ class PoolMachine(RuleBasedStateMachine):
         if "@" in name:
             vdisk, snapshot = name.split("@")
             rows = self.pool.run(self.pool.pool.snapshot_list(vdisk))
-            found = next(row for row in rows if row["name"].removeprefix(f"{vdisk}@") == snapshot)["backing"]
+            found = next(row for row in rows if row["name"].removeprefix(f"{vdisk}@") == snapshot)[
+                "backing"
+            ]
         else:
             found = self.pool.run(self.pool.pool.vdisk_show(name))["backing"]
         if found is None:
@@ -444,9 +533,19 @@ class PoolMachine(RuleBasedStateMachine):
         self.after_open()
 
     @precondition(lambda self: self.model.vdisks())
-    @rule(data=DATA, loss=LOSSES, seed=SEEDS, fuse=FUSES, others=st.sampled_from(["", "flush", "point", "both"]))
-    def crash_in_the_middle(self, data: st.DataObject, loss: Loss, seed: int, fuse: Fuse, others: str) -> None:
-        """Power fails while a write is on its way, with a flush and a consistency point beside it: what was acknowledged counts."""
+    @rule(
+        data=DATA,
+        loss=LOSSES,
+        seed=SEEDS,
+        fuse=FUSES,
+        others=st.sampled_from(["", "flush", "point", "both"]),
+    )
+    def crash_in_the_middle(
+        self, data: st.DataObject, loss: Loss, seed: int, fuse: Fuse, others: str
+    ) -> None:
+        """Power fails while a write is on its way, with a flush and a consistency point beside it:
+        what was acknowledged counts.
+        """
         name = self.draw_vdisk(data)
         image = self.model.images[name]
         lba, count = self.draw_range(data, image)
@@ -457,7 +556,9 @@ class PoolMachine(RuleBasedStateMachine):
             "flush": pool.flush(name) if others in {"flush", "both"} else None,
             "point": pool.pool.consistency_point() if others in {"point", "both"} else None,
         }
-        done = pool.cut_short(fuse, {key: command for key, command in commands.items() if command is not None})
+        done = pool.cut_short(
+            fuse, {key: command for key, command in commands.items() if command is not None}
+        )
         if "point" in done:
             self.model.all_durable()
         if "flush" in done:
@@ -470,11 +571,18 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.model.vdisks())
     @rule(data=DATA, loss=LOSSES, seed=SEEDS, fuse=FUSES)
     def crash_in_a_snapshot(self, data: st.DataObject, loss: Loss, seed: int, fuse: Fuse) -> None:
-        """Power fails while a group of snapshots is made: all of them are there afterwards, or none."""
-        vdisks = data.draw(st.lists(st.sampled_from(self.model.vdisks()), min_size=1, max_size=3, unique=True), "vdisks")
+        """Power fails while a group of snapshots is made: all of them are there afterwards, or
+        none.
+        """
+        vdisks = data.draw(
+            st.lists(st.sampled_from(self.model.vdisks()), min_size=1, max_size=3, unique=True),
+            "vdisks",
+        )
         self.model.next_number += 1
         snapshot = f"x{self.model.next_number}"
-        done = self.pool.cut_short(fuse, {"made": self.pool.pool.snapshot_create([(vdisk, snapshot) for vdisk in vdisks])})
+        done = self.pool.cut_short(
+            fuse, {"made": self.pool.pool.snapshot_create([(vdisk, snapshot) for vdisk in vdisks])}
+        )
         self.pool.lose_power(loss, seed)
         made = {vdisk for vdisk in vdisks if self.pool.run(self.has_snapshot(vdisk, snapshot))}
         assert made in ([set(vdisks)] if done else [set(), set(vdisks)])
@@ -486,10 +594,15 @@ class PoolMachine(RuleBasedStateMachine):
         self.after_open()
 
     async def has_snapshot(self, vdisk: str, snapshot: str) -> bool:
-        return any(row["name"] == f"{vdisk}@{snapshot}" for row in await self.pool.pool.snapshot_list(vdisk))
+        return any(
+            row["name"] == f"{vdisk}@{snapshot}"
+            for row in await self.pool.pool.snapshot_list(vdisk)
+        )
 
     def after_open(self) -> None:
-        """The pool holds what the model allows, the model takes that over, and the maps are right."""
+        """The pool holds what the model allows, the model takes that over, and the maps
+        are right.
+        """
         for image in self.model.images.values():
             image.sessions = 0
         assert self.pool.pool.names() == self.model.vdisks()
@@ -521,12 +634,16 @@ class PoolMachine(RuleBasedStateMachine):
         for name, image in self.model.images.items():
             for fbn in image.blocks_to_read():
                 found = await self.pool.read(name, fbn * BLOCK_BYTES, BLOCK_BYTES)
-                assert found == image.read(fbn * SECTORS_PER_BLOCK, SECTORS_PER_BLOCK), f"{name}: block {fbn}"
+                assert found == image.read(fbn * SECTORS_PER_BLOCK, SECTORS_PER_BLOCK), (
+                    f"{name}: block {fbn}"
+                )
 
     @invariant()
     def nothing_is_reported_damaged(self) -> None:
         if hasattr(self, "pool"):
-            assert not [event for event in self.pool.events if "damage" in event[0] or "failed" in event[0]]
+            assert not [
+                event for event in self.pool.events if "damage" in event[0] or "failed" in event[0]
+            ]
             assert not self.pool.surprises
 
 
@@ -538,6 +655,9 @@ def test_pool_against_the_model(capsys: pytest.CaptureFixture[str]) -> None:
     run_state_machine_as_test(
         hypothesis.seed(seed)(PoolMachine),
         settings=settings(
-            max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=list(hypothesis.HealthCheck)
+            max_examples=examples,
+            stateful_step_count=steps,
+            deadline=None,
+            suppress_health_check=list(hypothesis.HealthCheck),
         ),
     )

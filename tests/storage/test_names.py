@@ -1,4 +1,6 @@
-"""Names of vdisks become parts of iSCSI names, which have no case: no two new ones are alike but for theirs; old ones stay."""
+"""Names of vdisks become parts of iSCSI names, which have no case: no two new ones are alike but
+for theirs; old ones stay.
+"""
 
 from collections.abc import Iterator
 from unittest import mock
@@ -26,9 +28,13 @@ async def test_a_name_that_differs_in_case_alone_is_taken() -> None:
         pool = running.pool
         await pool.vdisk_create("Web1", 1 << 20)
         await pool.vdisk_create("other", 1 << 20)
-        await pool.snapshot_create([("Web1", "s"), ("Web1", "S")])  # those of snapshots are no iSCSI names
+        await pool.snapshot_create(
+            [("Web1", "s"), ("Web1", "S")]
+        )  # those of snapshots are no iSCSI names
         for taken in ("web1", "WEB1"):
-            with pytest.raises(Conflict, match="a vdisk Web1 exists already, and iSCSI names have no case"):
+            with pytest.raises(
+                Conflict, match="a vdisk Web1 exists already, and iSCSI names have no case"
+            ):
                 await pool.vdisk_create(taken, 1 << 20)
             with pytest.raises(Conflict, match="Web1 exists"):
                 await pool.clone_create("Web1", "s", taken)

@@ -1,4 +1,6 @@
-"""docs/on-disk-format.md against storage/layout.py: the tables of structures, and the numbers that the prose names."""
+"""docs/on-disk-format.md against storage/layout.py: the tables of structures, and the numbers that
+the prose names.
+"""
 
 import re
 import struct
@@ -9,7 +11,11 @@ import pytest
 from storage import layout
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "on-disk-format.md").read_text()
-STRUCTURES = [name for name, value in vars(layout).items() if isinstance(value, struct.Struct) and not name.endswith("_CRC")]
+STRUCTURES = [
+    name
+    for name, value in vars(layout).items()
+    if isinstance(value, struct.Struct) and not name.endswith("_CRC")
+]
 CODES = {"u8": "B", "u32": "I", "u64": "Q"}
 
 
@@ -19,7 +25,10 @@ def table_after(name: str) -> list[tuple[int, str]]:
     assert marker, f"docs/on-disk-format.md has no table of {name}"
     rows = re.match(r"(?:\|.*\n)+", rest)
     assert rows is not None
-    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows.group().splitlines()[2:]]
+    cells = [
+        [cell.strip() for cell in row.strip("|").split("|")]
+        for row in rows.group().splitlines()[2:]
+    ]
     return [(int(offset), kind) for offset, kind, _ in cells]
 
 
@@ -31,7 +40,9 @@ def code_of(kind: str) -> str:
 def test_tables_are_the_structures(name: str) -> None:
     structure: struct.Struct = getattr(layout, name)
     rows = table_after(name)
-    assert "<" + "".join(code_of(kind) for _, kind in rows) == re.sub(r"(?<!\d)(\d*)([BIQ])", spelled_out, structure.format)
+    assert "<" + "".join(code_of(kind) for _, kind in rows) == re.sub(
+        r"(?<!\d)(\d*)([BIQ])", spelled_out, structure.format
+    )
     at = 0
     for offset, kind in rows:
         assert offset == at, f"{name}: {kind} at {offset}, it stands at {at}"
@@ -80,5 +91,15 @@ def test_numbers_in_the_prose(words: str, number: int) -> None:
 def test_names_of_states_and_kinds() -> None:
     states = ", ".join(f"{number} {name}" for number, name in enumerate(layout.SPLIT_STATES))
     modes = ", ".join(f"{number} {name}" for number, name in enumerate(layout.SPLIT_MODES))
-    kinds = f"{layout.KIND_VDISK} vdisk, {layout.KIND_SNAPSHOT} snapshot, {layout.KIND_DELETED} deleted"
-    assert all(words in PAGE for words in (f"state: {states}", f"mode: {modes}", f"kind: {kinds}", ", ".join(layout.METAFILE_NAMES)))
+    kinds = (
+        f"{layout.KIND_VDISK} vdisk, {layout.KIND_SNAPSHOT} snapshot, {layout.KIND_DELETED} deleted"
+    )
+    assert all(
+        words in PAGE
+        for words in (
+            f"state: {states}",
+            f"mode: {modes}",
+            f"kind: {kinds}",
+            ", ".join(layout.METAFILE_NAMES),
+        )
+    )

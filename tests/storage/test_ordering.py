@@ -1,4 +1,6 @@
-"""The ordering checker finds each disorder that it is there for, in a pool with that very bug planted."""
+"""The ordering checker finds each disorder that it is there for, in a pool with that very bug
+planted.
+"""
 
 from typing import Any
 from unittest import mock
@@ -52,7 +54,9 @@ async def test_order_of_a_sound_pool() -> None:
 
 
 async def test_a_write_that_is_done_when_it_returns_is_covered_by_a_sync_right_after_it() -> None:
-    """Found by the model test: the checker noted such a write a turn later, and took the sync after it for one that did not cover it."""
+    """Found by the model test: the checker noted such a write a turn later, and took the sync after
+    it for one that did not cover it.
+    """
     device = OrderingChecker(MemoryDevice(POOL_BYTES))
     await device.writev([bytes(4096)], 1 << 20)
     await device.sync()
@@ -60,12 +64,16 @@ async def test_a_write_that_is_done_when_it_returns_is_covered_by_a_sync_right_a
 
 
 async def test_superblock_before_sync_is_found() -> None:
-    with planted(next(canary for canary in CANARIES if canary.__name__ == "superblock_before_data_sync")):
+    with planted(
+        next(canary for canary in CANARIES if canary.__name__ == "superblock_before_data_sync")
+    ):
         assert any("is written before" in text for text in await found())
 
 
 async def test_early_reuse_is_found() -> None:
-    with planted(next(canary for canary in CANARIES if canary.__name__ == "early_reuse_of_freed_block")):
+    with planted(
+        next(canary for canary in CANARIES if canary.__name__ == "early_reuse_of_freed_block")
+    ):
         assert any("is written over" in text for text in await found())
 
 
@@ -78,13 +86,18 @@ async def test_flush_without_sync_is_found() -> None:
 
 
 async def test_superblock_over_the_durable_one_is_no_excuse() -> None:
-    """A superblock that is written as the other copy first, with the same number, passes; one of garbage does not."""
+    """A superblock that is written as the other copy first, with the same number, passes; one of
+    garbage does not.
+    """
     original = ConsistencyPoints._write_block
 
     async def planted_write(self: Any, block: bytearray, vbn: int) -> None:
         block[100] ^= 1
         await original(self, block, vbn)
 
-    with mock.patch.object(ConsistencyPoints, "_write_block", planted_write), pytest.raises(AssertionError, match="over a superblock"):
+    with (
+        mock.patch.object(ConsistencyPoints, "_write_block", planted_write),
+        pytest.raises(AssertionError, match="over a superblock"),
+    ):
         await use_a_pool()
     OrderingChecker.violations.clear()

@@ -1,4 +1,6 @@
-"""The pool as the daemon calls it: what bad input gets, and that every message says cause and next step."""
+"""The pool as the daemon calls it: what bad input gets, and that every message says cause and next
+step.
+"""
 
 import asyncio
 import uuid
@@ -8,57 +10,248 @@ from typing import Any
 
 import pytest
 
-from storage.errors import BlockDamaged, Conflict, NotFound, PoolLocked, PoolRefused, RequestError, StorageError
+from storage.errors import (
+    BlockDamaged,
+    Conflict,
+    NotFound,
+    PoolLocked,
+    PoolRefused,
+    RequestError,
+    StorageError,
+)
 from storage.layout import BLOCK_BYTES, VDISK_BYTES_MAX
 from storage.pool import Pool
 from tests.storage.devices import Fault, FaultyDevice, MemoryDevice
-from tests.storage.pools import LEAF_BYTES, OpenPool, backed_clone, checked_offline, data, new_pool, open_on
+from tests.storage.pools import (
+    LEAF_BYTES,
+    OpenPool,
+    backed_clone,
+    checked_offline,
+    data,
+    new_pool,
+    open_on,
+)
 
 Call = Callable[[OpenPool], Awaitable[Any]]
 
-# What is asked of a pool with "base", "base@snap", its clone "clone" and "used", on which a session is; the error; what it says.
+# What is asked of a pool with "base", "base@snap", its clone "clone" and "used", on which a session
+# is; the error; what it says.
 BAD: list[tuple[str, Call, type[StorageError], str]] = [
-    ("no name", lambda r: r.pool.vdisk_create("", 1 << 20), RequestError, r"'' cannot be the name of a vdisk: use 1-200 letters"),
-    ("a bad name", lambda r: r.pool.vdisk_create("a@b", 1 << 20), RequestError, r"'a@b' cannot be the name .* begin with a letter or"),
-    ("a long name", lambda r: r.pool.vdisk_create("a" * 201, 1 << 20), RequestError, r"cannot be the name of a vdisk"),
-    ("a name in other letters", lambda r: r.pool.vdisk_create("ä", 1 << 20), RequestError, r"cannot be the name of a vdisk"),
-    ("a name with a line end", lambda r: r.pool.vdisk_create("a\n", 1 << 20), RequestError, r"cannot be the name of a vdisk"),
-    ("no whole blocks", lambda r: r.pool.vdisk_create("a", 5000), RequestError, r"5000 bytes are not whole blocks of 4096: use 8192"),
-    ("no size", lambda r: r.pool.vdisk_create("a", 0), RequestError, r"cannot have 0 bytes: use 4096 \(4KiB\) to"),
-    ("a negative size", lambda r: r.pool.vdisk_create("a", -4096), RequestError, r"cannot have -4096 bytes: use"),
-    ("too large", lambda r: r.pool.vdisk_create("a", VDISK_BYTES_MAX + BLOCK_BYTES), RequestError, r"use 4096 \(4KiB\) to .* \(1PiB\)"),
-    ("a taken name", lambda r: r.pool.vdisk_create("base", 1 << 20), Conflict, r"a vdisk base exists already: choose another name"),
-    ("clone under a taken name", lambda r: r.pool.clone_create("base", "snap", "used"), Conflict, r"a vdisk used exists already"),
-    ("rename to a taken name", lambda r: r.pool.vdisk_rename("base", "used"), Conflict, r"a vdisk used exists already: choose another"),
-    ("rename of nothing", lambda r: r.pool.vdisk_rename("none", "a"), NotFound, r"there is no vdisk none: `cleavectl vdisk ls` shows"),
-    ("rename to a bad name", lambda r: r.pool.vdisk_rename("base", "-"), RequestError, r"cannot be the name of a vdisk"),
+    (
+        "no name",
+        lambda r: r.pool.vdisk_create("", 1 << 20),
+        RequestError,
+        r"'' cannot be the name of a vdisk: use 1-200 letters",
+    ),
+    (
+        "a bad name",
+        lambda r: r.pool.vdisk_create("a@b", 1 << 20),
+        RequestError,
+        r"'a@b' cannot be the name .* begin with a letter or",
+    ),
+    (
+        "a long name",
+        lambda r: r.pool.vdisk_create("a" * 201, 1 << 20),
+        RequestError,
+        r"cannot be the name of a vdisk",
+    ),
+    (
+        "a name in other letters",
+        lambda r: r.pool.vdisk_create("ä", 1 << 20),
+        RequestError,
+        r"cannot be the name of a vdisk",
+    ),
+    (
+        "a name with a line end",
+        lambda r: r.pool.vdisk_create("a\n", 1 << 20),
+        RequestError,
+        r"cannot be the name of a vdisk",
+    ),
+    (
+        "no whole blocks",
+        lambda r: r.pool.vdisk_create("a", 5000),
+        RequestError,
+        r"5000 bytes are not whole blocks of 4096: use 8192",
+    ),
+    (
+        "no size",
+        lambda r: r.pool.vdisk_create("a", 0),
+        RequestError,
+        r"cannot have 0 bytes: use 4096 \(4KiB\) to",
+    ),
+    (
+        "a negative size",
+        lambda r: r.pool.vdisk_create("a", -4096),
+        RequestError,
+        r"cannot have -4096 bytes: use",
+    ),
+    (
+        "too large",
+        lambda r: r.pool.vdisk_create("a", VDISK_BYTES_MAX + BLOCK_BYTES),
+        RequestError,
+        r"use 4096 \(4KiB\) to .* \(1PiB\)",
+    ),
+    (
+        "a taken name",
+        lambda r: r.pool.vdisk_create("base", 1 << 20),
+        Conflict,
+        r"a vdisk base exists already: choose another name",
+    ),
+    (
+        "clone under a taken name",
+        lambda r: r.pool.clone_create("base", "snap", "used"),
+        Conflict,
+        r"a vdisk used exists already",
+    ),
+    (
+        "rename to a taken name",
+        lambda r: r.pool.vdisk_rename("base", "used"),
+        Conflict,
+        r"a vdisk used exists already: choose another",
+    ),
+    (
+        "rename of nothing",
+        lambda r: r.pool.vdisk_rename("none", "a"),
+        NotFound,
+        r"there is no vdisk none: `cleavectl vdisk ls` shows",
+    ),
+    (
+        "rename to a bad name",
+        lambda r: r.pool.vdisk_rename("base", "-"),
+        RequestError,
+        r"cannot be the name of a vdisk",
+    ),
     ("show of nothing", lambda r: r.pool.vdisk_show("none"), NotFound, r"there is no vdisk none"),
-    ("delete of nothing", lambda r: r.pool.vdisk_delete("none"), NotFound, r"there is no vdisk none"),
-    ("delete of a used one", lambda r: r.pool.vdisk_delete("used"), Conflict, r"vdisk used is in use by session 1: end those"),
-    ("delete with snapshots", lambda r: r.pool.vdisk_delete("base"), Conflict, r"vdisk base has snapshots: delete base@snap first"),
-    ("resize of nothing", lambda r: r.pool.vdisk_resize("none", 1 << 20), NotFound, r"there is no vdisk none"),
-    ("resize to no blocks", lambda r: r.pool.vdisk_resize("base", 1), RequestError, r"1 bytes are not whole blocks of 4096: use 4096"),
-    ("a taken snapshot", lambda r: r.pool.snapshot_create([("base", "snap")]), Conflict, r"a snapshot base@snap exists already: choose"),
-    ("snapshot of nothing", lambda r: r.pool.snapshot_create([("none", "s")]), NotFound, r"there is no vdisk none"),
-    ("no snapshots", lambda r: r.pool.snapshot_create([]), RequestError, r"name at least one snapshot, and each only once"),
-    ("one twice", lambda r: r.pool.snapshot_create([("base", "s")] * 2), RequestError, r"name at least one snapshot, and each only once"),
-    ("a bad snapshot", lambda r: r.pool.snapshot_create([("base", "a b")]), RequestError, r"'a b' cannot be the name of a snapshot"),
-    ("snapshots of nothing", lambda r: r.pool.snapshot_list("none"), NotFound, r"there is no vdisk none"),
-    ("delete of no snapshot", lambda r: r.pool.snapshot_delete("base", "x"), NotFound, r"no snapshot base@x: `cleavectl snapshot ls"),
-    ("delete of a backing store", lambda r: r.pool.snapshot_delete("base", "snap"), Conflict, r"backing store of clone: split or"),
-    ("clone of nothing", lambda r: r.pool.clone_create("base", "none", "c"), NotFound, r"there is no snapshot base@none"),
+    (
+        "delete of nothing",
+        lambda r: r.pool.vdisk_delete("none"),
+        NotFound,
+        r"there is no vdisk none",
+    ),
+    (
+        "delete of a used one",
+        lambda r: r.pool.vdisk_delete("used"),
+        Conflict,
+        r"vdisk used is in use by session 1: end those",
+    ),
+    (
+        "delete with snapshots",
+        lambda r: r.pool.vdisk_delete("base"),
+        Conflict,
+        r"vdisk base has snapshots: delete base@snap first",
+    ),
+    (
+        "resize of nothing",
+        lambda r: r.pool.vdisk_resize("none", 1 << 20),
+        NotFound,
+        r"there is no vdisk none",
+    ),
+    (
+        "resize to no blocks",
+        lambda r: r.pool.vdisk_resize("base", 1),
+        RequestError,
+        r"1 bytes are not whole blocks of 4096: use 4096",
+    ),
+    (
+        "a taken snapshot",
+        lambda r: r.pool.snapshot_create([("base", "snap")]),
+        Conflict,
+        r"a snapshot base@snap exists already: choose",
+    ),
+    (
+        "snapshot of nothing",
+        lambda r: r.pool.snapshot_create([("none", "s")]),
+        NotFound,
+        r"there is no vdisk none",
+    ),
+    (
+        "no snapshots",
+        lambda r: r.pool.snapshot_create([]),
+        RequestError,
+        r"name at least one snapshot, and each only once",
+    ),
+    (
+        "one twice",
+        lambda r: r.pool.snapshot_create([("base", "s")] * 2),
+        RequestError,
+        r"name at least one snapshot, and each only once",
+    ),
+    (
+        "a bad snapshot",
+        lambda r: r.pool.snapshot_create([("base", "a b")]),
+        RequestError,
+        r"'a b' cannot be the name of a snapshot",
+    ),
+    (
+        "snapshots of nothing",
+        lambda r: r.pool.snapshot_list("none"),
+        NotFound,
+        r"there is no vdisk none",
+    ),
+    (
+        "delete of no snapshot",
+        lambda r: r.pool.snapshot_delete("base", "x"),
+        NotFound,
+        r"no snapshot base@x: `cleavectl snapshot ls",
+    ),
+    (
+        "delete of a backing store",
+        lambda r: r.pool.snapshot_delete("base", "snap"),
+        Conflict,
+        r"backing store of clone: split or",
+    ),
+    (
+        "clone of nothing",
+        lambda r: r.pool.clone_create("base", "none", "c"),
+        NotFound,
+        r"there is no snapshot base@none",
+    ),
     ("split of nothing", lambda r: r.pool.split_start("none"), NotFound, r"there is no vdisk none"),
-    ("split of no clone", lambda r: r.pool.split_start("base"), Conflict, r"base has no backing store: it is not a clone, or was split"),
-    ("split in no mode", lambda r: r.pool.split_start("clone", "x"), RequestError, r"a split has no mode 'x': use copy or share"),
-    ("pause of no split", lambda r: r.pool.split_pause("clone"), Conflict, r"clone is none and cannot pause: possible now: start"),
-    ("resume of no split", lambda r: r.pool.split_resume("clone"), Conflict, r"is none and cannot resume: possible now: start"),
-    ("cancel of no split", lambda r: r.pool.split_cancel("clone"), Conflict, r"is none and cannot cancel: possible now: start"),
-    ("estimate of no clone", lambda r: r.pool.split_estimate("base"), Conflict, r"base has no backing store: it is not a clone"),
+    (
+        "split of no clone",
+        lambda r: r.pool.split_start("base"),
+        Conflict,
+        r"base has no backing store: it is not a clone, or was split",
+    ),
+    (
+        "split in no mode",
+        lambda r: r.pool.split_start("clone", "x"),
+        RequestError,
+        r"a split has no mode 'x': use copy or share",
+    ),
+    (
+        "pause of no split",
+        lambda r: r.pool.split_pause("clone"),
+        Conflict,
+        r"clone is none and cannot pause: possible now: start",
+    ),
+    (
+        "resume of no split",
+        lambda r: r.pool.split_resume("clone"),
+        Conflict,
+        r"is none and cannot resume: possible now: start",
+    ),
+    (
+        "cancel of no split",
+        lambda r: r.pool.split_cancel("clone"),
+        Conflict,
+        r"is none and cannot cancel: possible now: start",
+    ),
+    (
+        "estimate of no clone",
+        lambda r: r.pool.split_estimate("base"),
+        Conflict,
+        r"base has no backing store: it is not a clone",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("call", "error", "message"), [row[1:] for row in BAD], ids=[row[0] for row in BAD])
-async def test_bad_input_gets_the_cause_and_the_next_step_and_changes_nothing(call: Call, error: type[StorageError], message: str) -> None:
+@pytest.mark.parametrize(
+    ("call", "error", "message"), [row[1:] for row in BAD], ids=[row[0] for row in BAD]
+)
+async def test_bad_input_gets_the_cause_and_the_next_step_and_changes_nothing(
+    call: Call, error: type[StorageError], message: str
+) -> None:
     async with new_pool(8 << 20) as running:
         await backed_clone(running, 10)
         await running.pool.vdisk_create("used", 1 << 20)
@@ -77,23 +270,31 @@ async def test_a_volume_of_no_image_is_not_found() -> None:
         for name in ("b", "a@s", "b@s", "", "@", "a@s@t"):
             with pytest.raises(NotFound, match="there is no"):
                 running.pool.volume(name)
-        with pytest.raises(NotFound, match="a has no split: start one with `cleavectl split start a`"):
+        with pytest.raises(
+            NotFound, match="a has no split: start one with `cleavectl split start a`"
+        ):
             running.pool.split_show("a")
 
 
 def test_a_pool_file_that_is_too_small_or_exists_is_refused(tmp_path: Path) -> None:
     path = str(tmp_path / "pool")
-    with pytest.raises(RequestError, match=r"a pool of 4096 bytes is too small: use at least 8388608 \(8MiB\)"):
+    with pytest.raises(
+        RequestError, match=r"a pool of 4096 bytes is too small: use at least 8388608 \(8MiB\)"
+    ):
         Pool.create(path, BLOCK_BYTES)
     Pool.create(path, 8 << 20)
     with pytest.raises(Conflict, match="exists"):
         Pool.create(path, 8 << 20)
 
 
-async def test_a_pool_is_opened_once_and_what_is_no_pool_is_refused_untouched(tmp_path: Path) -> None:
+async def test_a_pool_is_opened_once_and_what_is_no_pool_is_refused_untouched(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "pool"
     path.write_bytes(b"precious" * 4096)
-    with pytest.raises(PoolRefused, match="is not a cleaved pool, it holds data of an unknown kind: check the path"):
+    with pytest.raises(
+        PoolRefused, match="is not a cleaved pool, it holds data of an unknown kind: check the path"
+    ):
         await Pool.open(str(path))
     assert path.read_bytes() == b"precious" * 4096
     with pytest.raises(StorageError, match="missing"):
@@ -142,11 +343,15 @@ async def test_an_open_that_fails_leaves_nothing_running(nth: int) -> None:
         opening = asyncio.create_task(open_on(twin, device))
         await asyncio.wait([opening])
         if opening.exception() is not None:
-            assert isinstance(opening.exception(), StorageError) and "planted fault" in str(opening.exception())
+            assert isinstance(opening.exception(), StorageError) and "planted fault" in str(
+                opening.exception()
+            )
             continue
         device.faults.clear()
         reopened = opening.result()
-        if "image.damaged" in reopened.event_names():  # the fault hit the vdisk's entry: what the log has of it stays there
+        if (
+            "image.damaged" in reopened.event_names()
+        ):  # the fault hit the vdisk's entry: what the log has of it stays there
             assert "cannot be read" in reopened.pool.show()["read_only_reason"]
         else:
             assert await reopened.read("a", 0, BLOCK_BYTES) == data(1)
@@ -195,22 +400,33 @@ async def test_a_pool_that_went_read_only_can_still_be_checked() -> None:
 
 async def test_vdisks_are_found_by_their_uuids() -> None:
     async with new_pool(8 << 20) as running:
-        made = {name: uuid.UUID((await running.pool.vdisk_create(name, 1 << 20))["uuid"]).bytes for name in ("a", "b", "c")}
+        made = {
+            name: uuid.UUID((await running.pool.vdisk_create(name, 1 << 20))["uuid"]).bytes
+            for name in ("a", "b", "c")
+        }
         await running.pool.snapshot_create([("a", "s")])
-        assert running.pool.names_of_uuids({made["a"], made["c"], bytes(16)}) == {made["a"]: "a", made["c"]: "c"}
+        assert running.pool.names_of_uuids({made["a"], made["c"], bytes(16)}) == {
+            made["a"]: "a",
+            made["c"]: "c",
+        }
         await running.pool.vdisk_rename("a", "renamed")
         await running.pool.vdisk_delete("c")
-        assert running.pool.names_of_uuids(set(made.values())) == {made["a"]: "renamed", made["b"]: "b"}
+        assert running.pool.names_of_uuids(set(made.values())) == {
+            made["a"]: "renamed",
+            made["b"]: "b",
+        }
         memory = running.memory.copy()
     again = await open_on(memory)
     assert again.pool.names_of_uuids(set(made.values())) == {made["a"]: "renamed", made["b"]: "b"}
     await again.close()
 
 
-async def test_a_damaged_pointer_block_of_the_table_costs_its_images_and_the_others_are_served_read_only() -> None:
+async def test_a_damaged_table_pointer_block_costs_only_its_images() -> None:
     """Of the kind of one bad block at open that stops everything: it did."""
     async with new_pool() as running:
-        await asyncio.gather(*(running.pool.vdisk_create(f"v{number}", 1 << 20) for number in range(300)))
+        await asyncio.gather(
+            *(running.pool.vdisk_create(f"v{number}", 1 << 20) for number in range(300))
+        )
         for number in (0, 299):
             await running.write(f"v{number}", 0, data(number + 1))
         await running.checkpoint()
@@ -222,9 +438,13 @@ async def test_a_damaged_pointer_block_of_the_table_costs_its_images_and_the_oth
     running = await open_on(memory)
     assert set(running.pool.names()) == set(by_number.values()) - hidden
     assert "images 0 to 255 cannot be read" in running.pool.show()["read_only_reason"]
-    assert ("image.damaged", 0, 255) in [(name, fields.get("number"), fields.get("last_number")) for name, fields in running.events]
+    assert ("image.damaged", 0, 255) in [
+        (name, fields.get("number"), fields.get("last_number")) for name, fields in running.events
+    ]
     served = max(by_number)
     name = by_number[served]
-    assert await running.read(name, 0, BLOCK_BYTES) == (data(300) if name == "v299" else bytes(BLOCK_BYTES))
+    assert await running.read(name, 0, BLOCK_BYTES) == (
+        data(300) if name == "v299" else bytes(BLOCK_BYTES)
+    )
     assert len(await running.pool.vdisk_list()) == 300 - len(hidden)
     await running.close()

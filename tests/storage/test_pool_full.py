@@ -1,4 +1,6 @@
-"""Out of space: writes fail with PoolFull; reads, deletes and consistency points still work (design section 6, invariant 6)."""
+"""Out of space: writes fail with PoolFull; reads, deletes and consistency points still work (design
+section 6, invariant 6).
+"""
 
 import asyncio
 from contextlib import suppress
@@ -10,7 +12,16 @@ from storage.errors import BlockDamaged, Conflict, PoolFull
 from storage.layout import BLOCK_BYTES
 from storage.tree.buffer_tree import Plan
 from tests.storage.devices import FullHostDevice
-from tests.storage.pools import LEAF_BYTES, SMALL_POOL_BYTES, OpenPool, backed_clone, data, new_pool, opened, within
+from tests.storage.pools import (
+    LEAF_BYTES,
+    SMALL_POOL_BYTES,
+    OpenPool,
+    backed_clone,
+    data,
+    new_pool,
+    opened,
+    within,
+)
 
 MANY_BYTES = 1 << 30
 
@@ -55,8 +66,12 @@ async def test_a_nearly_full_pool_takes_overwrites_for_ever_as_their_old_blocks_
             assert await running.read("a", 0, 8 * BLOCK_BYTES) == data(round_, 8)
 
 
-async def test_a_check_that_keeps_freed_blocks_is_ended_when_clients_need_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Found by review: overwriting a few blocks filled the pool while a check ran, and every write hung until its end."""
+async def test_a_check_that_keeps_freed_blocks_is_ended_when_clients_need_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Found by review: overwriting a few blocks filled the pool while a check ran, and every write
+    hung until its end.
+    """
     monkeypatch.setattr("storage.pool.check_live", endless_check)
     async with new_pool(SMALL_POOL_BYTES) as running:
         await running.pool.vdisk_create("a", MANY_BYTES)
@@ -69,8 +84,12 @@ async def test_a_check_that_keeps_freed_blocks_is_ended_when_clients_need_them(m
         monkeypatch.undo()
 
 
-async def test_consistency_points_do_not_eat_the_reserve_while_a_check_keeps_what_they_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Found by review: each takes new blocks for the maps and frees none; the pool went read-only in the end."""
+async def test_consistency_points_do_not_eat_the_reserve_while_a_check_keeps_what_they_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Found by review: each takes new blocks for the maps and frees none; the pool went read-only
+    in the end.
+    """
     monkeypatch.setattr("storage.pool.check_live", endless_check)
     async with new_pool(SMALL_POOL_BYTES) as running:
         await running.pool.vdisk_create("a", MANY_BYTES)
@@ -105,7 +124,9 @@ async def endless_check(*_: object) -> None:
 
 
 async def test_a_vdisk_can_be_deleted_when_clients_have_used_up_their_part_of_the_reserve() -> None:
-    """Zeros need no data blocks but pointer blocks: they go on where data must stop, down to what is kept for reclaim."""
+    """Zeros need no data blocks but pointer blocks: they go on where data must stop, down to what
+    is kept for reclaim.
+    """
     async with new_pool(SMALL_POOL_BYTES) as running:
         await running.pool.vdisk_create("a", MANY_BYTES)
         await running.pool.vdisk_create("b", MANY_BYTES)
@@ -126,7 +147,12 @@ async def test_creating_many_images_on_a_full_pool_fails_without_harm_to_the_poo
         await running.pool.vdisk_create("a", MANY_BYTES)
         await fill(running, "a")
         made = 0
-        outcomes = await within(asyncio.gather(*(running.pool.vdisk_create(f"v{n}", 1 << 20) for n in range(400)), return_exceptions=True))
+        outcomes = await within(
+            asyncio.gather(
+                *(running.pool.vdisk_create(f"v{n}", 1 << 20) for n in range(400)),
+                return_exceptions=True,
+            )
+        )
         made = sum(isinstance(outcome, dict) for outcome in outcomes)
         assert all(isinstance(outcome, dict | PoolFull) for outcome in outcomes)
         assert made < 400
@@ -138,7 +164,7 @@ async def test_creating_many_images_on_a_full_pool_fails_without_harm_to_the_poo
         await running.pool.vdisk_create("more", 1 << 20)
 
 
-async def test_every_consistency_point_fits_into_the_reserve_of_a_full_pool_with_everything_shared() -> None:
+async def test_every_consistency_point_fits_into_the_reserve_of_a_full_pool() -> None:
     """Snapshots of all, then trims: the share map is rewritten whole while nothing is free."""
     async with new_pool(SMALL_POOL_BYTES) as running:
         await running.pool.vdisk_create("a", MANY_BYTES)
@@ -153,7 +179,7 @@ async def test_every_consistency_point_fits_into_the_reserve_of_a_full_pool_with
         assert not running.pool.show()["read_only"]
 
 
-async def test_a_copy_split_pauses_with_the_reason_while_a_deleted_image_waits_in_the_same_queue() -> None:
+async def test_a_copy_split_on_a_full_pool_pauses_while_a_reclaim_waits() -> None:
     """The split must not wait for a reclaim that comes only after it."""
     async with new_pool(SMALL_POOL_BYTES) as running:
         await backed_clone(running, 300)
@@ -197,7 +223,9 @@ async def refuse(running: OpenPool, name: str, first_bytes: int, count: int) -> 
 
 
 async def test_a_refused_write_changes_nothing() -> None:
-    """Each made a level-1 block all the same, until the reserve was eaten, and took a consistency point of its own."""
+    """Each made a level-1 block all the same, until the reserve was eaten, and took a consistency
+    point of its own.
+    """
     async with new_pool(SMALL_POOL_BYTES) as running:
         await running.pool.vdisk_create("a", 4 * MANY_BYTES)
         await fill(running, "a")
@@ -209,12 +237,17 @@ async def test_a_refused_write_changes_nothing() -> None:
         assert not running.pool._state.epoch.dirty
         await running.checkpoint()
         after = running.pool.show()
-        assert after["used_bytes"] == before["used_bytes"] and after["available_bytes"] == before["available_bytes"]
+        assert (
+            after["used_bytes"] == before["used_bytes"]
+            and after["available_bytes"] == before["available_bytes"]
+        )
         assert after["cp_number"] <= before["cp_number"] + 1
 
 
 async def test_a_long_write_that_is_refused_changes_nothing_either() -> None:
-    """Found by the store fuzzer: of a write that did not fit, what fitted was written, piece by piece."""
+    """Found by the store fuzzer: of a write that did not fit, what fitted was written, piece by
+    piece.
+    """
     async with new_pool(SMALL_POOL_BYTES) as running:
         await running.pool.vdisk_create("a", 4 * MANY_BYTES)
         written = await fill(running, "a")
@@ -230,7 +263,9 @@ async def test_a_long_write_that_is_refused_changes_nothing_either() -> None:
 
 
 async def exhaust(running: OpenPool, name: str) -> None:
-    """Everything that a client can do to use up a pool: data, zeros, parts of blocks, trims of single blocks, all at once."""
+    """Everything that a client can do to use up a pool: data, zeros, parts of blocks, trims of
+    single blocks, all at once.
+    """
     await fill(running, name)
     works = []
     for index in range(300):
@@ -300,7 +335,9 @@ async def test_overwriting_what_is_not_shared_works_on_a_full_pool() -> None:
         for turn in range(3):
             for fbn in range(0, written - 300, 97):
                 await running.write("a", fbn * BLOCK_BYTES, data(turn * 1000 + fbn, 3))
-                assert await running.read("a", fbn * BLOCK_BYTES, 3 * BLOCK_BYTES) == data(turn * 1000 + fbn, 3)
+                assert await running.read("a", fbn * BLOCK_BYTES, 3 * BLOCK_BYTES) == data(
+                    turn * 1000 + fbn, 3
+                )
             await running.write("a", 0, data(turn, 1024))  # more than is lent at a time
             assert await running.read("a", 0, 1024 * BLOCK_BYTES) == data(turn, 1024)
             await running.write("a", 512, data(turn)[:1024])
@@ -309,7 +346,7 @@ async def test_overwriting_what_is_not_shared_works_on_a_full_pool() -> None:
             await running.write("b", 0, data(1))
 
 
-async def test_overwriting_what_a_snapshot_shares_is_refused_on_a_full_pool_and_nothing_is_lost_by_it() -> None:
+async def test_overwriting_what_a_snapshot_shares_is_refused_on_a_full_pool() -> None:
     async with new_pool(SMALL_POOL_BYTES) as running:
         await running.pool.vdisk_create("a", 4 * MANY_BYTES)
         await running.write("a", 0, data(1, 256))
@@ -320,7 +357,11 @@ async def test_overwriting_what_a_snapshot_shares_is_refused_on_a_full_pool_and_
         outcomes = await within(asyncio.gather(*writes, return_exceptions=True))
         assert any(isinstance(outcome, PoolFull) for outcome in outcomes)
         for fbn, outcome in enumerate(outcomes):
-            expected = data(2) if outcome is None else data(1, 256)[fbn * BLOCK_BYTES : (fbn + 1) * BLOCK_BYTES]
+            expected = (
+                data(2)
+                if outcome is None
+                else data(1, 256)[fbn * BLOCK_BYTES : (fbn + 1) * BLOCK_BYTES]
+            )
             assert await running.read("a", fbn * BLOCK_BYTES, BLOCK_BYTES) == expected
         await running.pool.snapshot_delete("a", "s")
         await running.reclaimed()
@@ -334,7 +375,9 @@ async def test_very_many_deletions_at_once_fit_into_the_reserve_of_a_full_pool()
             await running.pool.vdisk_create(f"v{number}", 1 << 20)
         await running.pool.vdisk_create("a", 4 * MANY_BYTES)
         await exhaust(running, "a")
-        await within(asyncio.gather(*(running.pool.vdisk_delete(f"v{number}") for number in range(200))))
+        await within(
+            asyncio.gather(*(running.pool.vdisk_delete(f"v{number}") for number in range(200)))
+        )
         assert not running.pool.show()["read_only"]
         await running.reclaimed()
 
@@ -342,9 +385,12 @@ async def test_very_many_deletions_at_once_fit_into_the_reserve_of_a_full_pool()
 @pytest.mark.parametrize("at_once", [2, 8, 32])
 @pytest.mark.parametrize("blocks", [32, 256], ids=["128 KiB", "1 MiB"])
 @pytest.mark.parametrize("way", ["inline", "threads", "sparse file"])
-async def test_overwrites_that_come_together_are_all_done_on_a_full_pool(way: str, blocks: int, at_once: int) -> None:
-    """Found by review: who was woken after others had taken what came back was refused; blocks that were lent were not expected back; and
-    on a sparse file the stock of nodes and the data window passed the same blocks round for ever.
+async def test_overwrites_that_come_together_are_all_done_on_a_full_pool(
+    way: str, blocks: int, at_once: int
+) -> None:
+    """Found by review: who was woken after others had taken what came back was refused; blocks that
+    were lent were not expected back; and on a sparse file the stock of nodes and the data window
+    passed the same blocks round for ever.
     """
     options = {"deferred": True, "miss_rate": 1.0} if way == "threads" else {}
     decorate = FullHostDevice if way == "sparse file" else None
@@ -354,16 +400,27 @@ async def test_overwrites_that_come_together_are_all_done_on_a_full_pool(way: st
         places = [at * blocks % (written - blocks) for at in range(at_once)]
         for turn in range(3):
             contents = [data(1000 * turn + at, blocks) for at in range(at_once)]
-            writes = [running.begin_write("a", fbn * BLOCK_BYTES, content) for fbn, content in zip(places, contents, strict=True)]
-            trims = [running.begin_zero("a", (written - 1 - at) * BLOCK_BYTES, BLOCK_BYTES) for at in range(4)]
+            writes = [
+                running.begin_write("a", fbn * BLOCK_BYTES, content)
+                for fbn, content in zip(places, contents, strict=True)
+            ]
+            trims = [
+                running.begin_zero("a", (written - 1 - at) * BLOCK_BYTES, BLOCK_BYTES)
+                for at in range(4)
+            ]
             await within(asyncio.gather(*writes, *trims))
         if len({*places}) == at_once and blocks * at_once < written:
-            assert await running.read("a", places[-1] * BLOCK_BYTES, blocks * BLOCK_BYTES) == contents[-1]
+            assert (
+                await running.read("a", places[-1] * BLOCK_BYTES, blocks * BLOCK_BYTES)
+                == contents[-1]
+            )
         assert not running.pool._state.allocator.lent_blocks
 
 
 async def test_data_and_nodes_of_one_write_do_not_pass_the_last_blocks_to_and_fro() -> None:
-    """Found by the store fuzzer: each window claimed all that was left, which the other then took from it: the write was never answered."""
+    """Found by the store fuzzer: each window claimed all that was left, which the other then took
+    from it: the write was never answered.
+    """
     async with new_pool(64 << 20) as running:
         await running.pool.vdisk_create("a", 4 * MANY_BYTES)
         await fill(running, "a")
@@ -395,8 +452,12 @@ async def test_growing_on_a_full_pool_is_refused_although_others_overwrite_all_t
         await within(asyncio.gather(*others))
 
 
-async def test_a_map_block_that_cannot_be_read_costs_no_free_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Found by review: what the window held, or the write had taken, was claimed for ever, and counted as free."""
+async def test_a_map_block_that_cannot_be_read_costs_no_free_block(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Found by review: what the window held, or the write had taken, was claimed for ever, and
+    counted as free.
+    """
     async with new_pool(SMALL_POOL_BYTES) as running:
         await running.pool.vdisk_create("a", 4 * MANY_BYTES)
         allocator, active_map = running.pool._state.allocator, running.pool._active_map

@@ -1,4 +1,6 @@
-"""One process has a pool open, whatever paths lead to it: the locks on the file, on the pool's UUID, and the owner noted in the pool."""
+"""One process has a pool open, whatever paths lead to it: the locks on the file, on the pool's
+UUID, and the owner noted in the pool.
+"""
 
 import asyncio
 import errno
@@ -95,17 +97,25 @@ async def test_a_bind_mount_of_an_open_pool_is_refused(path: str, tmp_path: Path
 
 
 @pytest.mark.needs("loop device")
-async def test_a_loop_device_over_an_open_pool_is_refused_and_the_other_way_round(path: str) -> None:
-    """Found from outside: a daemon on the file and one on a loop device over it both served, and destroyed each other's data."""
+async def test_a_loop_device_over_an_open_pool_is_refused_and_the_other_way_round(
+    path: str,
+) -> None:
+    """Found from outside: a daemon on the file and one on a loop device over it both served, and
+    destroyed each other's data.
+    """
     with looped(path) as device:
         for first, second in ((path, device), (device, path)):
             pool = await Pool.open(first)
-            await refused(second, rf"process {os.getpid()} has the pool {pool.show()['uuid']} open by another path")
+            await refused(
+                second,
+                rf"process {os.getpid()} has the pool {pool.show()['uuid']} open by another path",
+            )
             with pytest.raises(PoolLocked):
                 await asyncio.to_thread(Pool.create, second, SMALL_POOL_BYTES, overwrite=True)
             await pool.vdisk_create(f"by{first.replace('/', '-')}", 1 << 20)
             await pool.close()
-            # What was written by the other path is found: nothing stale stays in the page cache of the device.
+            # What was written by the other path is found: nothing stale stays in the page cache of
+            # the device.
             again = await Pool.open(second)
             assert f"by{first.replace('/', '-')}" in again.names()
             await again.close()
@@ -113,7 +123,9 @@ async def test_a_loop_device_over_an_open_pool_is_refused_and_the_other_way_roun
 
 @pytest.mark.needs("loop device")
 async def test_what_the_page_cache_of_a_device_remembers_is_not_believed(path: str) -> None:
-    """Somebody (multipathd, say) keeps the device open, so that its cache lives on, while the pool is served by another path."""
+    """Somebody (multipathd, say) keeps the device open, so that its cache lives on, while the pool
+    is served by another path.
+    """
     with looped(path) as device:
         await opened_and_closed(device)
         watcher = os.open(device, os.O_RDONLY)
@@ -127,7 +139,9 @@ async def test_what_the_page_cache_of_a_device_remembers_is_not_believed(path: s
         os.close(watcher)
 
 
-async def test_a_copy_of_an_open_pool_is_refused_and_can_be_checked(path: str, tmp_path: Path) -> None:
+async def test_a_copy_of_an_open_pool_is_refused_and_can_be_checked(
+    path: str, tmp_path: Path
+) -> None:
     copy = copied(path, tmp_path / "copy")
     pool = await Pool.open(path)
     await refused(copy, "or a copy with the same UUID.* `cleaved check --copy`")
@@ -135,7 +149,9 @@ async def test_a_copy_of_an_open_pool_is_refused_and_can_be_checked(path: str, t
     await pool.close()
 
 
-def test_checks_share_the_lock_with_each_other_and_with_nobody_else(path: str, tmp_path: Path) -> None:
+def test_checks_share_the_lock_with_each_other_and_with_nobody_else(
+    path: str, tmp_path: Path
+) -> None:
     copies = [copied(path, tmp_path / f"copy{number}") for number in range(pool_lock.SHARES + 1)]
     readers = [open_device(copy, read_only=True) for copy in copies[:-1]]
     with pytest.raises(PoolLocked):
@@ -189,13 +205,17 @@ def test_an_owner_is_read_back_as_it_was_written() -> None:
 
 
 def test_a_process_that_runs_keeps_others_out_where_they_do_not_see_its_locks(path: str) -> None:
-    """As from another network namespace, by a path of its own: the sockets are not seen, nor is the lock on the file."""
+    """As from another network namespace, by a path of its own: the sockets are not seen, nor is the
+    lock on the file.
+    """
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as running:
         start = Path(f"/proc/{running.pid}/stat").read_text().rpartition(")")[2].split()[19]
         owner = replace(HERE, pid=running.pid, start_ticks=int(start))
         set_owner(path, owner)
         for attempt in (lambda: asyncio.run(Pool.open(path)), lambda: check_path(path)):
-            with pytest.raises(PoolLocked, match=f"process {running.pid} of this machine has this pool open"):
+            with pytest.raises(
+                PoolLocked, match=f"process {running.pid} of this machine has this pool open"
+            ):
                 attempt()
         assert owners(path) == [owner, owner]
         # A process that has its number, and is another one, is not its owner.
@@ -212,11 +232,19 @@ def names_of(events: list[tuple[str, dict[str, Any]]], wanted: str) -> list[dict
     return [fields for name, fields in events if name == wanted]
 
 
-@pytest.mark.parametrize("owner", [ELSEWHERE, replace(HERE, pid_namespace=1), replace(HERE, boot_id=bytes(16))])
-def test_an_owner_of_another_boot_or_host_or_container_is_reported_and_stops_nothing(path: str, owner: Owner) -> None:
+@pytest.mark.parametrize(
+    "owner", [ELSEWHERE, replace(HERE, pid_namespace=1), replace(HERE, boot_id=bytes(16))]
+)
+def test_an_owner_of_another_boot_or_host_or_container_is_reported_and_stops_nothing(
+    path: str, owner: Owner
+) -> None:
     set_owner(path, owner)
     events = asyncio.run(opened_and_closed(path))
-    expected = {"previous_host": owner.host, "previous_pid": owner.pid, "previous_opened_ns": owner.opened_ns}
+    expected = {
+        "previous_host": owner.host,
+        "previous_pid": owner.pid,
+        "previous_opened_ns": owner.opened_ns,
+    }
     assert names_of(events, "pool.owner_changed") == [expected]
     assert [name for name, _ in events][-2:] == ["pool.opened", "pool.closed"]
 
@@ -238,14 +266,17 @@ async def test_a_pool_in_memory_has_no_owner_and_no_lock() -> None:
 @pytest.mark.needs("loop device")
 def test_another_process_that_sees_no_lock_is_refused_by_the_owner(path: str) -> None:
     program = (
-        "import asyncio, os, sys\nfrom storage.device import pool_lock\nfrom storage.pool import Pool\n"
-        "pool_lock._take = lambda uuid, share: os.open('/dev/null', os.O_RDONLY)\nasyncio.run(Pool.open(sys.argv[1]))\n"
+        "import asyncio, os, sys\nfrom storage.device import pool_lock\nfrom storage.pool import"
+        " Pool\npool_lock._take = lambda uuid, share: os.open('/dev/null',"
+        " os.O_RDONLY)\nasyncio.run(Pool.open(sys.argv[1]))\n"
     )
 
     async def attempt(device: str) -> "subprocess.CompletedProcess[str]":
         pool = await Pool.open(path)
         command = [sys.executable, "-c", program, device]
-        ended = await asyncio.to_thread(subprocess.run, command, cwd=ROOT, capture_output=True, text=True, check=False)
+        ended = await asyncio.to_thread(
+            subprocess.run, command, cwd=ROOT, capture_output=True, text=True, check=False
+        )
         await pool.close()
         return ended
 
@@ -255,7 +286,9 @@ def test_another_process_that_sees_no_lock_is_refused_by_the_owner(path: str) ->
     assert f"process {os.getpid()} of this machine has this pool open" in ended.stderr
 
 
-def test_a_process_that_may_have_no_such_sockets_is_told_so(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_may_have_no_such_sockets_is_told_so(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def forbidden(*_: Any) -> Any:
         raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
 
@@ -279,8 +312,12 @@ asyncio.run(main())
 
 
 def test_an_owner_that_is_dead_and_not_waited_for_is_in_nobodys_way(path: str) -> None:
-    """Found by review: after kill -9 the next start was refused as long as the parent had not reaped the old process."""
-    process = subprocess.Popen([sys.executable, "-c", HOLDS_A_POOL, path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    """Found by review: after kill -9 the next start was refused as long as the parent had not
+    reaped the old process.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDS_A_POOL, path], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     try:
         assert process.stdout is not None and process.stdout.readline() == "open\n"
         os.kill(process.pid, 9)

@@ -1,4 +1,6 @@
-"""Reclaim: the blocks of deleted images come free, only those that they alone held, also over restarts and crashes."""
+"""Reclaim: the blocks of deleted images come free, only those that they alone held, also over
+restarts and crashes.
+"""
 
 import random
 from contextlib import suppress
@@ -29,7 +31,8 @@ async def test_everything_comes_free() -> None:
             await running.pool.vdisk_delete("a")
             await running.reclaimed()
         await running.checkpoint()
-        # What may remain beside the state before: the blocks of the share map and its root, and the root of the table.
+        # What may remain beside the state before: the blocks of the share map and its root, and the
+        # root of the table.
         shares = -(-running.pool.show()["size_bytes"] // BLOCK_BYTES // SHARES_PER_BLOCK)
         assert running.pool.show()["used_bytes"] - before <= (shares + 2) * BLOCK_BYTES
 
@@ -106,7 +109,12 @@ async def test_damage_in_a_deleted_image_is_reported_and_stops_nothing_else(leve
     async with opened(memory) as running:
         await running.pool.vdisk_delete("a")
         await running.pool.vdisk_delete("b")
-        await running.until(lambda: "reclaim.failed" in running.event_names() and running.pool.show()["deleted_images"] == 1)
+        await running.until(
+            lambda: (
+                "reclaim.failed" in running.event_names()
+                and running.pool.show()["deleted_images"] == 1
+            )
+        )
         assert running.pool.show()["deleted_images"] == 1  # it stays until the pool is opened again
         memory.try_writev([good], vbn * BLOCK_BYTES, BLOCK_BYTES)
     async with opened(memory.copy()) as running:

@@ -1,4 +1,6 @@
-"""Replay: what the intent log holds beyond the last consistency point is there again, whatever happened in between."""
+"""Replay: what the intent log holds beyond the last consistency point is there again, whatever
+happened in between.
+"""
 
 import asyncio
 from contextlib import suppress
@@ -10,11 +12,25 @@ from storage.errors import BlockDamaged, PoolFull, PoolReadOnly
 from storage.layout import BLOCK_BYTES, LOG_FIRST_VBN
 from storage.log.ring import READ_BLOCKS
 from tests.storage.devices import SYNC, DelayDevice, MemoryDevice
-from tests.storage.pools import LEAF_BYTES, OpenPool, backed_clone, checked_offline, data, new_pool, open_on, opened, within
+from tests.storage.pools import (
+    LEAF_BYTES,
+    OpenPool,
+    backed_clone,
+    checked_offline,
+    data,
+    new_pool,
+    open_on,
+    opened,
+    within,
+)
 
 
-async def test_a_flush_survives_when_all_earlier_records_belong_to_the_last_consistency_point() -> None:
-    """Records of an epoch that is durable are skipped; the log must go on where replay will look for it."""
+async def test_a_flush_survives_when_all_earlier_records_belong_to_the_last_consistency_point() -> (
+    None
+):
+    """Records of an epoch that is durable are skipped; the log must go on where replay will look
+    for it.
+    """
     holder: list[DelayDevice] = []
 
     def delayed(memory):
@@ -28,7 +44,9 @@ async def test_a_flush_survives_when_all_earlier_records_belong_to_the_last_cons
         device.hold(SYNC)
         point = asyncio.create_task(running.pool.consistency_point())
         await running.until(lambda: device.held(SYNC) == 1)
-        flush = running.begin_flush("a")  # logs a change of the frozen epoch, behind the mark of its consistency point
+        flush = running.begin_flush(
+            "a"
+        )  # logs a change of the frozen epoch, behind the mark of its consistency point
         await running.until(lambda: device.held(SYNC) == 2)
         device.release(SYNC)
         await within(point)
@@ -59,9 +77,15 @@ async def test_replay_repeats_writes_zeros_and_trims_in_their_order_and_can_be_r
         checked_offline(crashed)
         again = crashed.copy()
         async with opened(again) as running:
-            replayed = [fields["records_replayed"] for name, fields in running.events if name == "pool.opened"]
+            replayed = [
+                fields["records_replayed"]
+                for name, fields in running.events
+                if name == "pool.opened"
+            ]
             assert len(replayed) == 1 and replayed[0] >= 1
-            assert [await running.read(name, 0, 400 * BLOCK_BYTES) for name in ("a", "b")] == expected
+            assert [
+                await running.read(name, 0, 400 * BLOCK_BYTES) for name in ("a", "b")
+            ] == expected
             assert [running.image(name).used_blocks for name in ("a", "b")] == used
 
 
@@ -86,11 +110,15 @@ async def log_of_three(running: OpenPool) -> MemoryDevice:
 
 def log_block(running: OpenPool, back: int) -> int:
     """Address of the block of the log that lies ``back`` blocks before its head."""
-    return LOG_FIRST_VBN + (running.pool._log.head_block - back) % running.pool._superblock.log_blocks
+    return (
+        LOG_FIRST_VBN + (running.pool._log.head_block - back) % running.pool._superblock.log_blocks
+    )
 
 
 async def log_of_three_as_power_left_it(running: OpenPool) -> MemoryDevice:
-    """The same, and the last flush had not been answered: the mark that follows it never reached the medium."""
+    """The same, and the last flush had not been answered: the mark that follows it never reached
+    the medium.
+    """
     crashed = await log_of_three(running)
     crashed.try_writev([bytes(BLOCK_BYTES)], log_block(running, 1) * BLOCK_BYTES, BLOCK_BYTES)
     return crashed
@@ -115,7 +143,10 @@ async def test_a_last_record_whose_data_is_torn_is_no_more_than_torn() -> None:
         vbn = int(running.image("a").tree.nodes[1][0].vbns()[2])
     crashed.try_writev([b"\xff" * 512], vbn * BLOCK_BYTES, 512)
     async with opened(crashed) as running:
-        assert "log.torn_tail" in running.event_names() and "block.damaged" not in running.event_names()
+        assert (
+            "log.torn_tail" in running.event_names()
+            and "block.damaged" not in running.event_names()
+        )
         assert await running.read("a", 0, 3 * BLOCK_BYTES) == data(1) + data(2) + bytes(BLOCK_BYTES)
 
 
@@ -125,7 +156,9 @@ async def test_damaged_data_of_an_acknowledged_write_is_an_error_and_never_the_o
         vbn = int(running.image("a").tree.nodes[1][0].vbns()[1])
     crashed.try_writev([b"\xff" * 512], vbn * BLOCK_BYTES, 512)
     running = await open_on(crashed)
-    assert ("block.damaged", True) in [(name, fields.get("durable")) for name, fields in running.events]
+    assert ("block.damaged", True) in [
+        (name, fields.get("durable")) for name, fields in running.events
+    ]
     with pytest.raises(BlockDamaged):
         await running.read("a", BLOCK_BYTES, BLOCK_BYTES)
     assert await running.read("a", 0, BLOCK_BYTES) == data(1)
@@ -140,7 +173,11 @@ async def test_a_damaged_record_in_the_middle_opens_read_only_and_says_so() -> N
     crashed.try_writev([b"\xff" * 512], middle * BLOCK_BYTES, 512)
     running = await open_on(crashed)
     shown = running.pool.show()
-    assert shown["read_only"] and "is damaged: acknowledged writes may be lost, which of them, nobody can say" in shown["read_only_reason"]
+    assert (
+        shown["read_only"]
+        and "is damaged: acknowledged writes may be lost, which of them, nobody can say"
+        in shown["read_only_reason"]
+    )
     assert await running.read("a", 0, BLOCK_BYTES) == data(1)
     assert await running.read("a", 2 * BLOCK_BYTES, BLOCK_BYTES) == data(3)
     with pytest.raises(PoolReadOnly):
@@ -153,7 +190,9 @@ async def test_records_round_the_end_of_the_ring_are_replayed() -> None:
         await running.pool.vdisk_create("a", 64 * LEAF_BYTES)
         for round_ in range(5):
             for index in range(30):
-                await running.write("a", (round_ * 30 + index) * BLOCK_BYTES, data(round_ * 30 + index), fua=True)
+                await running.write(
+                    "a", (round_ * 30 + index) * BLOCK_BYTES, data(round_ * 30 + index), fua=True
+                )
             if round_ < 4:
                 await running.checkpoint()
         assert running.pool._log.next_sequence > running.pool._superblock.log_blocks
@@ -207,7 +246,9 @@ async def test_a_full_pool_with_a_full_log_opens_again() -> None:
         (range(100, 101 + READ_BLOCKS), [list(range(100, 100 + READ_BLOCKS)), [100 + READ_BLOCKS]]),
     ],
 )
-def test_neighbours_on_the_device_are_read_together(vbns: list[int], expected: list[list[int]]) -> None:
+def test_neighbours_on_the_device_are_read_together(
+    vbns: list[int], expected: list[list[int]]
+) -> None:
     found = runs([(1, 0, 0, vbn, 1) for vbn in vbns])
     assert [[entry[3] for entry in run] for run in found] == expected
 
@@ -215,8 +256,8 @@ def test_neighbours_on_the_device_are_read_together(vbns: list[int], expected: l
 async def test_a_record_left_behind_by_a_lost_one_never_follows_a_new_one() -> None:
     """Found by review: older data came back over newer that was acknowledged as durable.
 
-    Power fails while records s and s+1 are not synced; only s+1 reaches the medium. The next life writes a record s of its own; after
-    a second crash the old s+1 would be its successor.
+    Power fails while records s and s+1 are not synced; only s+1 reaches the medium. The next life
+    writes a record s of its own; after a second crash the old s+1 would be its successor.
     """
     async with new_pool() as running:
         await running.pool.vdisk_create("a", 1 << 20)
@@ -234,7 +275,9 @@ async def test_a_record_left_behind_by_a_lost_one_never_follows_a_new_one() -> N
 
 
 async def test_nothing_is_built_on_what_may_be_in_the_page_cache_only() -> None:
-    """Found by review: a killed daemon's superblock may be written and not synced; what it freed is still needed if it gets lost."""
+    """Found by review: a killed daemon's superblock may be written and not synced; what it freed is
+    still needed if it gets lost.
+    """
     async with new_pool() as running:
         await running.pool.vdisk_create("a", 1 << 20)
         await running.write("a", 0, data(1), fua=True)

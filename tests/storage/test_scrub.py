@@ -1,4 +1,6 @@
-"""Scrub: finds each damaged block in the background, names vdisk, snapshot and offset, keeps to its rate, and shows how far it is."""
+"""Scrub: finds each damaged block in the background, names vdisk, snapshot and offset, keeps to its
+rate, and shows how far it is.
+"""
 
 import asyncio
 from typing import Any
@@ -23,7 +25,9 @@ async def made() -> tuple[Pool, MemoryDevice, list[str]]:
     await pool.vdisk_create("a", 8 << 20)
     client = Client(pool)
     for fbn in (0, 1, 300, 301):
-        await client.write("a", fbn * SECTORS_PER_BLOCK, data("a", fbn * SECTORS_PER_BLOCK, SECTORS_PER_BLOCK, 1))
+        await client.write(
+            "a", fbn * SECTORS_PER_BLOCK, data("a", fbn * SECTORS_PER_BLOCK, SECTORS_PER_BLOCK, 1)
+        )
     await pool.snapshot_create([("a", "s")])
     await client.write("a", 0, data("a", 0, SECTORS_PER_BLOCK, 2))
     await pool.consistency_point()
@@ -51,7 +55,8 @@ async def test_a_sound_pool() -> None:
     pool, _, events = await made()
     report = await scrubbed(pool)
     assert report["state"] == "done" and report["percent"] == 100.0 and report["damages"] == []
-    # Everything but the superblocks, the log, and pointer blocks of higher levels, which reading the others has verified.
+    # Everything but the superblocks, the log, and pointer blocks of higher levels, which reading
+    # the others has verified.
     assert report["bytes_verified"] > 10 * BLOCK_BYTES
     assert "scrub.started" in events and "scrub.done" in events
     await pool.close()
@@ -63,11 +68,14 @@ async def test_damaged_data_is_named_for_every_image_that_has_it() -> None:
     flip(device, shared)
     flip(device, own)
     report = await scrubbed(pool)
-    found = {(damage["where"], damage["offset_bytes"], damage["vbn"]) for damage in report["damages"]}
+    found = {
+        (damage["where"], damage["offset_bytes"], damage["vbn"]) for damage in report["damages"]
+    }
     assert found >= {("a", 300 * BLOCK_BYTES, shared), ("a", 0, own)}
     assert report["damages_total"] == len(report["damages"])
     assert "scrub.damaged" in events
-    # The snapshot shares the level-1 block itself, or the data below its own: either way its damage is named, too.
+    # The snapshot shares the level-1 block itself, or the data below its own: either way its damage
+    # is named, too.
     assert ("a@s", 300 * BLOCK_BYTES, shared) in found and ("a@s", 0, own) not in found
     await pool.close()
 
@@ -90,7 +98,10 @@ async def test_a_pointer_block_that_cannot_be_loaded_is_passed_over() -> None:
     await pool.close()
     pool = await Pool.open_on(device.copy())
     report = await scrubbed(pool)
-    assert {(damage["where"], damage["offset_bytes"]) for damage in report["damages"]} >= {("a", 0), ("a", 301 * BLOCK_BYTES)}
+    assert {(damage["where"], damage["offset_bytes"]) for damage in report["damages"]} >= {
+        ("a", 0),
+        ("a", 301 * BLOCK_BYTES),
+    }
     await pool.close()
 
 
@@ -108,7 +119,9 @@ async def test_one_at_a_time_shown_and_cancelled() -> None:
     pool, _, _ = await made()
     with pytest.raises(NotFound):
         pool.scrub_show()
-    assert (await pool.scrub_start(1))["state"] == "running"  # a byte a second: it will not end by itself
+    assert (await pool.scrub_start(1))[
+        "state"
+    ] == "running"  # a byte a second: it will not end by itself
     with pytest.raises(Conflict):
         await pool.scrub_start()
     for _ in range(50):

@@ -1,4 +1,6 @@
-"""The share map: references beyond the first, exact at every moment for pointer blocks, and after a consistency point for data."""
+"""The share map: references beyond the first, exact at every moment for pointer blocks, and after a
+consistency point for data.
+"""
 
 from storage.layout import BLOCK_BYTES, LOG_FIRST_VBN
 from tests.storage.pools import LEAF_BYTES, OpenPool, data, new_pool
@@ -61,7 +63,10 @@ async def test_a_reference_too_many_let_go_of_stops_the_pool() -> None:
         running.image("a").touch()
         point = running.pool._points.request()
         await running.until(point.done)
-        assert "holds fewer references to VBN" in str(point.exception()) or running.pool.show()["read_only"]
+        assert (
+            "holds fewer references to VBN" in str(point.exception())
+            or running.pool.show()["read_only"]
+        )
         assert f"VBN {vbn} " in running.pool.show()["read_only_reason"]
         assert await running.read("a", 0, BLOCK_BYTES) == data(1)
 

@@ -1,4 +1,6 @@
-"""What a device holds is found by its marks, wherever those stand; what has none and is not blank is data all the same."""
+"""What a device holds is found by its marks, wherever those stand; what has none and is not blank
+is data all the same.
+"""
 
 import pytest
 
@@ -34,7 +36,10 @@ def test_marks_whose_place_depends_on_the_size(size_bytes: int) -> None:
     end = size_bytes // (256 << 10) * (256 << 10)
     for label in (0, 256 << 10, end - (512 << 10), end - (256 << 10)):
         for magic in ((0x00BAB10C).to_bytes(8, "little"), (0x00BAB10C).to_bytes(8, "big")):
-            assert identified(holding(magic, label + (128 << 10) + 127 * 1024, size_bytes)) == "a ZFS pool"
+            assert (
+                identified(holding(magic, label + (128 << 10) + 127 * 1024, size_bytes))
+                == "a ZFS pool"
+            )
 
 
 def test_a_blank_device_and_an_unfinished_pool_hold_nothing() -> None:
@@ -42,7 +47,9 @@ def test_a_blank_device_and_an_unfinished_pool_hold_nothing() -> None:
     assert identified(b"") is None
     assert identified(bytes(512)) is None
     unfinished = holding(UNFINISHED_MAGIC, 0)
-    unfinished[BLOCK_BYTES * 70 : BLOCK_BYTES * 71] = b"n" * BLOCK_BYTES  # a block of its first consistency point
+    unfinished[BLOCK_BYTES * 70 : BLOCK_BYTES * 71] = (
+        b"n" * BLOCK_BYTES
+    )  # a block of its first consistency point
     unfinished[BLOCK_BYTES : BLOCK_BYTES + 8] = b"CLEAVED\0"  # torn
     assert identified(unfinished) is None
 

@@ -1,4 +1,6 @@
-"""The split: nothing that a client reads changes, client writes win, counts are exact, and it always ends (design section 5)."""
+"""The split: nothing that a client reads changes, client writes win, counts are exact, and it
+always ends (design section 5).
+"""
 
 import asyncio
 from functools import partial
@@ -13,7 +15,16 @@ from storage.layout import BLOCK_BYTES
 from storage.split import job as split_job
 from storage.state.pool_state import PoolState
 from tests.storage.devices import READ, SYNC, WRITE, DelayDevice, MemoryDevice
-from tests.storage.pools import LEAF_BYTES, OpenPool, backed_clone, checked_offline, data, new_pool, opened, within
+from tests.storage.pools import (
+    LEAF_BYTES,
+    OpenPool,
+    backed_clone,
+    checked_offline,
+    data,
+    new_pool,
+    opened,
+    within,
+)
 
 MODES = ("copy", "share")
 BOTH_MODES = pytest.mark.parametrize("mode", MODES)
@@ -34,16 +45,25 @@ def used_blocks(running: OpenPool) -> int:
 
 
 async def stuck_in_reading(running: OpenPool, delayed: Delayed, name: str = "clone") -> None:
-    """Start a copy split that has counted its holes and waits for the data behind the first of them."""
+    """Start a copy split that has counted its holes and waits for the data behind the first of
+    them.
+    """
     await running.holes(name)  # now all pointer blocks are in memory, and only data is read
     delayed.device.hold(READ)
     await running.pool.split_start(name, "copy")
-    await running.until(lambda: running.pool.split_show(name)["counted"] and delayed.device.held(READ) > 0)
+    await running.until(
+        lambda: running.pool.split_show(name)["counted"] and delayed.device.held(READ) > 0
+    )
 
 
 async def ended(running: OpenPool, name: str = "clone") -> dict[str, Any]:
     shown = await running.split_ended(name)
-    assert (shown["state"], shown["reason"], shown["backing"], shown["holes_remaining"]) == ("done", None, None, 0), shown
+    assert (shown["state"], shown["reason"], shown["backing"], shown["holes_remaining"]) == (
+        "done",
+        None,
+        None,
+        0,
+    ), shown
     return shown
 
 
@@ -53,8 +73,12 @@ async def test_invariant_4_a_split_never_changes_what_a_client_reads(mode: str) 
         content = await backed_clone(running, 700)
         await running.write("clone", 10 * BLOCK_BYTES, data(2, 3))
         await running.zero("clone", 300 * BLOCK_BYTES, 100 * BLOCK_BYTES)
-        expected = content[: 10 * BLOCK_BYTES] + data(2, 3) + content[13 * BLOCK_BYTES : 300 * BLOCK_BYTES]
-        expected += bytes(100 * BLOCK_BYTES) + content[400 * BLOCK_BYTES :] + bytes(100 * BLOCK_BYTES)
+        expected = (
+            content[: 10 * BLOCK_BYTES] + data(2, 3) + content[13 * BLOCK_BYTES : 300 * BLOCK_BYTES]
+        )
+        expected += (
+            bytes(100 * BLOCK_BYTES) + content[400 * BLOCK_BYTES :] + bytes(100 * BLOCK_BYTES)
+        )
         assert await running.read("clone", 0, len(expected)) == expected
         await running.pool.split_start("clone", mode)
         shown = await ended(running)
@@ -69,7 +93,9 @@ async def test_invariant_4_a_split_never_changes_what_a_client_reads(mode: str) 
 
 @BOTH_MODES
 async def test_a_split_is_shown_as_done_only_when_no_crash_can_bring_it_back(mode: str) -> None:
-    """Found by the model test: it was shown as done from the freeze of its last consistency point on."""
+    """Found by the model test: it was shown as done from the freeze of its last consistency point
+    on.
+    """
     delayed = Delayed()
     async with new_pool(decorate=delayed) as running:
         await backed_clone(running, 300)
@@ -96,8 +122,9 @@ async def test_space_used_after_a_split_is_what_was_expected_to_the_block(mode: 
         await running.pool.split_start("clone", mode)
         await ended(running)
         await running.checkpoint()
-        # copy: the data, two level-1 blocks and a root. share: the two level-1 blocks are the backing store's, and even its root.
-        # Beside them the share map may get its first block and root.
+        # copy: the data, two level-1 blocks and a root. share: the two level-1 blocks are the
+        # backing store's, and even its root. Beside them the share map may get its first block and
+        # root.
         most = {"copy": 512 + 3, "share": 0}[mode]
         assert most <= used_blocks(running) - before <= most + 2
         shown = await running.pool.vdisk_show("clone")
@@ -119,10 +146,17 @@ async def test_share_mode_shares_a_whole_subtree_as_one_pointer_block() -> None:
         shown = await ended(running)
         assert shown["blocks_shared"] == 11
         await running.checkpoint()
-        assert used_blocks(running) - before <= 2  # the share map's first block and root, and no pointer block
+        assert (
+            used_blocks(running) - before <= 2
+        )  # the share map's first block and root, and no pointer block
         for index in (0, 1, 77, 255, 256):
-            assert await running.read("clone", index * LEAF_BYTES, 2 * BLOCK_BYTES) == data(index, 2)
-        assert await running.read("clone", 300 * LEAF_BYTES, 2 * BLOCK_BYTES) == data(9) + data(300, 2)[BLOCK_BYTES:]
+            assert await running.read("clone", index * LEAF_BYTES, 2 * BLOCK_BYTES) == data(
+                index, 2
+            )
+        assert (
+            await running.read("clone", 300 * LEAF_BYTES, 2 * BLOCK_BYTES)
+            == data(9) + data(300, 2)[BLOCK_BYTES:]
+        )
         await running.write("clone", 77 * LEAF_BYTES, data(10))
         assert await running.read("base@snap", 77 * LEAF_BYTES, BLOCK_BYTES) == data(77)
 
@@ -136,7 +170,9 @@ async def test_a_client_write_that_comes_first_wins_and_the_copy_is_dropped() ->
         write = running.begin_write("clone", 5 * BLOCK_BYTES, data(2))
         await running.until(lambda: delayed.device.held(WRITE) == 1)
         delayed.device.release(READ)
-        await running.until(lambda: delayed.device.held(WRITE) > 1)  # the copies, behind the client's write
+        await running.until(
+            lambda: delayed.device.held(WRITE) > 1
+        )  # the copies, behind the client's write
         zero = running.begin_zero("clone", 7 * BLOCK_BYTES, BLOCK_BYTES)
         await running.until(lambda: locate(running.image("clone"), 7) == NOTHING)
         delayed.device.release(WRITE)
@@ -144,16 +180,25 @@ async def test_a_client_write_that_comes_first_wins_and_the_copy_is_dropped() ->
         await within(zero)
         shown = await ended(running)
         assert shown["blocks_copied"] == 298
-        expected = content[: 5 * BLOCK_BYTES] + data(2) + content[6 * BLOCK_BYTES : 7 * BLOCK_BYTES] + bytes(BLOCK_BYTES)
+        expected = (
+            content[: 5 * BLOCK_BYTES]
+            + data(2)
+            + content[6 * BLOCK_BYTES : 7 * BLOCK_BYTES]
+            + bytes(BLOCK_BYTES)
+        )
         assert await running.read("clone", 0, 8 * BLOCK_BYTES) == expected
         allocator = running.pool._state.allocator
         await running.checkpoint()
         await running.checkpoint()
         size = running.pool.show()["size_bytes"] // BLOCK_BYTES
-        assert allocator.free_now == size - used_blocks(running)  # the dropped copies are free again
+        assert allocator.free_now == size - used_blocks(
+            running
+        )  # the dropped copies are free again
 
 
-async def test_holes_remaining_is_exact_after_every_client_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_holes_remaining_is_exact_after_every_client_operation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(split_job, "RECOUNT_SECONDS", 0.0)
     delayed = Delayed()
     async with new_pool(decorate=delayed) as running:
@@ -171,7 +216,9 @@ async def test_holes_remaining_is_exact_after_every_client_operation(monkeypatch
         assert await exact() == 698
         await running.write("clone", 3 * BLOCK_BYTES, data(3, 3))  # one more
         assert await exact() == 697
-        await running.write("clone", 20 * BLOCK_BYTES, bytes(BLOCK_BYTES))  # zeros hide what is behind
+        await running.write(
+            "clone", 20 * BLOCK_BYTES, bytes(BLOCK_BYTES)
+        )  # zeros hide what is behind
         assert await exact() == 696
         await running.write("clone", 900 * BLOCK_BYTES, data(4, 5))  # nothing behind
         assert await exact() == 696
@@ -179,7 +226,9 @@ async def test_holes_remaining_is_exact_after_every_client_operation(monkeypatch
         assert await exact() == 696
         await running.pool.snapshot_create([("clone", "s")])
         assert await exact() == 696
-        await running.zero("clone", 400 * BLOCK_BYTES, 50 * BLOCK_BYTES)  # how many holes is not known at once
+        await running.zero(
+            "clone", 400 * BLOCK_BYTES, 50 * BLOCK_BYTES
+        )  # how many holes is not known at once
         assert not running.pool.split_show("clone")["counted"]
         await running.pool.split_pause("clone")
         delayed.device.release(READ)
@@ -226,8 +275,12 @@ async def test_a_split_goes_on_where_it_was_after_a_crash(mode: str) -> None:
             assert await running.read("clone", 0, len(content)) == content
 
 
-async def test_pause_holds_over_a_restart_and_resume_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(split_job, "BLOCKS_IDLE", 1)  # the message under way must not end the split, however idle the pool seems
+async def test_pause_holds_over_a_restart_and_resume_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        split_job, "BLOCKS_IDLE", 1
+    )  # the message under way must not end the split, however idle the pool seems
     delayed = Delayed()
     async with new_pool(decorate=delayed) as running:
         content = await backed_clone(running, 600)
@@ -239,7 +292,9 @@ async def test_pause_holds_over_a_restart_and_resume_goes_on(monkeypatch: pytest
         shown = running.pool.split_show("clone")
         assert shown["state"] == "paused" and running.pool.split_list() == [shown]
         assert shown["holes_remaining"] == await running.holes("clone") > 0
-        with pytest.raises(Conflict, match="is paused and cannot pause: possible now: cancel, resume"):
+        with pytest.raises(
+            Conflict, match="is paused and cannot pause: possible now: cancel, resume"
+        ):
             await running.pool.split_pause("clone")
         await running.pool.split_resume("clone")
         await ended(running)
@@ -252,7 +307,11 @@ async def test_cancel_keeps_the_clone_a_clone_and_start_begins_anew() -> None:
         content = await backed_clone(running, 600)
         await stuck_in_reading(running, delayed)
         # The next start comes before the cancel is durable: it must not lose its job to it.
-        _, again = await within(asyncio.gather(running.pool.split_cancel("clone"), running.pool.split_start("clone", "share")))
+        _, again = await within(
+            asyncio.gather(
+                running.pool.split_cancel("clone"), running.pool.split_start("clone", "share")
+            )
+        )
         assert again["mode"] == "share"
         delayed.device.release(READ)
         assert (await ended(running))["mode"] == "share"
@@ -271,7 +330,9 @@ async def test_a_clone_can_be_renamed_resized_snapshot_and_deleted_during_its_sp
         await running.pool.vdisk_resize("renamed", 1 << 40)
         delayed.device.release(READ)
         await ended(running, "renamed")
-        assert await running.read("renamed", 0, 600 * BLOCK_BYTES) == content[: 400 * BLOCK_BYTES] + bytes(200 * BLOCK_BYTES)
+        assert await running.read("renamed", 0, 600 * BLOCK_BYTES) == content[
+            : 400 * BLOCK_BYTES
+        ] + bytes(200 * BLOCK_BYTES)
         assert await running.read("renamed@s", 0, 600 * BLOCK_BYTES) == content
         await running.pool.snapshot_delete("renamed", "s")
         await running.pool.clone_create("base", "snap", "clone")
@@ -285,7 +346,9 @@ async def test_a_clone_can_be_renamed_resized_snapshot_and_deleted_during_its_sp
 
 
 @BOTH_MODES
-async def test_chains_of_clones_are_split_block_by_block_through_all_their_backing_stores(mode: str) -> None:
+async def test_chains_of_clones_are_split_block_by_block_through_all_their_backing_stores(
+    mode: str,
+) -> None:
     async with new_pool() as running:
         content = await backed_clone(running, 600, name="middle")
         await running.write("middle", 100 * BLOCK_BYTES, data(2, 50))
@@ -311,7 +374,9 @@ async def test_chains_of_clones_are_split_block_by_block_through_all_their_backi
 
 @BOTH_MODES
 @pytest.mark.parametrize("blocks", [1, 255, 300, 512, 70000], ids=str)
-async def test_clones_that_were_shrunk_or_grown_are_split_as_far_as_they_see(mode: str, blocks: int) -> None:
+async def test_clones_that_were_shrunk_or_grown_are_split_as_far_as_they_see(
+    mode: str, blocks: int
+) -> None:
     async with new_pool() as running:
         content = await backed_clone(running, 700)
         await running.pool.vdisk_resize("clone", blocks * BLOCK_BYTES)
@@ -343,10 +408,16 @@ async def test_a_damaged_block_behind_the_clone_fails_the_split_and_says_where()
         running.memory.try_writev([b"\xff" * BLOCK_BYTES], location[0] * BLOCK_BYTES, BLOCK_BYTES)
         await running.pool.split_start("clone", "copy")
         shown = await running.split_ended("clone")
-        assert shown["state"] == "failed" and f"byte {17 * BLOCK_BYTES} " in shown["reason"] and "damaged" in shown["reason"]
+        assert (
+            shown["state"] == "failed"
+            and f"byte {17 * BLOCK_BYTES} " in shown["reason"]
+            and "damaged" in shown["reason"]
+        )
         assert "split.failed" in running.event_names()
         assert await running.read("clone", 0, BLOCK_BYTES) == data(2)
-        await running.write("clone", 17 * BLOCK_BYTES, data(3))  # over the damage; now nothing is in the way
+        await running.write(
+            "clone", 17 * BLOCK_BYTES, data(3)
+        )  # over the damage; now nothing is in the way
         await running.write("base", 17 * BLOCK_BYTES, data(4))
         await running.pool.split_start("clone", "copy")
         await ended(running)
@@ -354,7 +425,9 @@ async def test_a_damaged_block_behind_the_clone_fails_the_split_and_says_where()
         await running.reclaimed()
 
 
-async def test_a_client_write_is_not_stopped_half_way_by_a_damaged_pointer_block_behind_the_clone(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_client_write_is_not_stopped_half_way_by_a_damaged_pointer_block_behind_the_clone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The count of holes looks behind the clone in the middle of the installation."""
     monkeypatch.setattr(split_job, "BLOCKS_IDLE", 1)
     delayed = Delayed()
@@ -401,7 +474,9 @@ def copied_some(running: OpenPool, name: str) -> bool:
 
 
 async def test_buffers_do_not_grow_with_the_number_of_splits() -> None:
-    """Found by review: every split that had copied once kept eight of its own, also when its clone was deleted."""
+    """Found by review: every split that had copied once kept eight of its own, also when its clone
+    was deleted.
+    """
     async with new_pool(256 << 20) as running:
         await running.pool.vdisk_create("base", 4 * LEAF_BYTES)
         await running.write("base", 0, data(1, 1024))
@@ -458,7 +533,11 @@ class Counted:
 async def test_a_ceiling_keeps_its_own_work_waiting_and_a_mistake_ends_only_its_own_work() -> None:
     handler = BackdoorMessageHandler(PoolState(MemoryDevice(1 << 20), 0, 1 << 20))
     handler.start()
-    slow, free, late = Counted(1), Counted(0), Counted(0)  # one byte a second: the next message of ``slow`` is an hour away
+    slow, free, late = (
+        Counted(1),
+        Counted(0),
+        Counted(0),
+    )  # one byte a second: the next message of ``slow`` is an hour away
     handler.post(slow)
     handler.post(free)
     while not free.failures:

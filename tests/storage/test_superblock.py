@@ -1,4 +1,6 @@
-"""Superblocks: the newer whole one wins, and what is not a pool that this program can open is refused with the reason."""
+"""Superblocks: the newer whole one wins, and what is not a pool that this program can open is
+refused with the reason.
+"""
 
 import pytest
 
@@ -12,8 +14,20 @@ SIZE_BLOCKS = 2048
 
 
 def superblock(cp_number: int, **changes: int) -> Superblock:
-    made = Superblock(bytes(range(16)), SIZE_BLOCKS, 64, 12345, cp_number=cp_number, used_blocks=77, log_head_block=5, log_head_sequence=99)
-    made.roots = [MetafileRoot(10 + number, 20 + number, 30 + number, 1 + number % 3, 40 + number) for number in METAFILES]
+    made = Superblock(
+        bytes(range(16)),
+        SIZE_BLOCKS,
+        64,
+        12345,
+        cp_number=cp_number,
+        used_blocks=77,
+        log_head_block=5,
+        log_head_sequence=99,
+    )
+    made.roots = [
+        MetafileRoot(10 + number, 20 + number, 30 + number, 1 + number % 3, 40 + number)
+        for number in METAFILES
+    ]
     for name, value in changes.items():
         setattr(made, name, value)
     return made
@@ -52,14 +66,30 @@ def test_a_torn_write_leaves_no_mixture(sector: int) -> None:
 REFUSED = [
     ("zeros", [bytearray(BLOCK_BYTES)] * 2, "it is not a cleaved pool: check the path"),
     ("something else", [bytearray(data(3))] * 2, "it is not a cleaved pool: check the path"),
-    ("both damaged", [bytearray(SUPERBLOCK_MAGIC + bytes(BLOCK_BYTES - 8))] * 2, "both superblocks are damaged: restore it from a copy"),
-    ("a newer feature", [superblock(7, incompat=4).encode()] * 2, "features 0x4, newer than this program knows: use a newer cleaved"),
-    ("truncated", [superblock(7, size_blocks=SIZE_BLOCKS + 1).encode()] * 2, "is truncated: .* restore its full size"),
+    (
+        "both damaged",
+        [bytearray(SUPERBLOCK_MAGIC + bytes(BLOCK_BYTES - 8))] * 2,
+        "both superblocks are damaged: restore it from a copy",
+    ),
+    (
+        "a newer feature",
+        [superblock(7, incompat=4).encode()] * 2,
+        "features 0x4, newer than this program knows: use a newer cleaved",
+    ),
+    (
+        "truncated",
+        [superblock(7, size_blocks=SIZE_BLOCKS + 1).encode()] * 2,
+        "is truncated: .* restore its full size",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("blocks", "message"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
-def test_what_is_no_pool_is_refused_with_the_reason_and_what_to_do(blocks: list[bytearray], message: str) -> None:
+@pytest.mark.parametrize(
+    ("blocks", "message"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED]
+)
+def test_what_is_no_pool_is_refused_with_the_reason_and_what_to_do(
+    blocks: list[bytearray], message: str
+) -> None:
     with pytest.raises(PoolRefused, match=message):
         opened_from(*blocks)
 

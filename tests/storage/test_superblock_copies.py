@@ -1,4 +1,6 @@
-"""The two copies of the superblock: repaired at the open, never both at risk, and both durable when the pool rests or is closed."""
+"""The two copies of the superblock: repaired at the open, never both at risk, and both durable when
+the pool rests or is closed.
+"""
 
 import asyncio
 from collections.abc import Sequence
@@ -6,15 +8,37 @@ from collections.abc import Sequence
 import pytest
 
 from storage.consistency import consistency_point
-from storage.consistency.copies import DAMAGED, STALE, TORN, UNREADABLE, UNWRITTEN, judge, read_copies
+from storage.consistency.copies import (
+    DAMAGED,
+    STALE,
+    TORN,
+    UNREADABLE,
+    UNWRITTEN,
+    judge,
+    read_copies,
+)
 from storage.consistency.superblock import Superblock, decode
 from storage.device import Buffer
 from storage.device.owner import Owner
 from storage.errors import DeviceFailed, DeviceFull, PoolRefused
-from storage.layout import BLOCK_BYTES, SUPERBLOCK_CRC_OFFSET, SUPERBLOCK_VBNS, UNFINISHED_MAGIC, VBN
+from storage.layout import (
+    BLOCK_BYTES,
+    SUPERBLOCK_CRC_OFFSET,
+    SUPERBLOCK_VBNS,
+    UNFINISHED_MAGIC,
+    VBN,
+)
 from storage.pool import Pool
 from tests.storage.crash_device import CrashDevice
-from tests.storage.devices import READ, SYNC, WRITE, Fault, FaultyDevice, MemoryDevice, WrappedDevice
+from tests.storage.devices import (
+    READ,
+    SYNC,
+    WRITE,
+    Fault,
+    FaultyDevice,
+    MemoryDevice,
+    WrappedDevice,
+)
 from tests.storage.pools import SMALL_POOL_BYTES, OpenPool, data, new_pool, open_on, opened
 from tests.storage.test_superblock import SIZE_BLOCKS, superblock
 
@@ -47,7 +71,11 @@ async def a_pool() -> MemoryDevice:
 
 
 def repairs(running: OpenPool) -> list[tuple[int, str]]:
-    return [(fields["vbn"], fields["reason"]) for name, fields in running.events if name == "superblock.repaired"]
+    return [
+        (fields["vbn"], fields["reason"])
+        for name, fields in running.events
+        if name == "superblock.repaired"
+    ]
 
 
 # --- What is wrong with a copy ---
@@ -81,10 +109,16 @@ OTHER_POOL.uuid = bytes(16)
     ],
 )
 def test_the_fault_of_a_copy_is_named(block: bytearray | None, fault: str | None) -> None:
-    if block is not None and len(block) == BLOCK_BYTES and block[SUPERBLOCK_CRC_OFFSET:] == b"\xff" * 4:
+    if (
+        block is not None
+        and len(block) == BLOCK_BYTES
+        and block[SUPERBLOCK_CRC_OFFSET:] == b"\xff" * 4
+    ):
         block[7 * SECTOR : SUPERBLOCK_CRC_OFFSET] = bytes(SUPERBLOCK_CRC_OFFSET - 7 * SECTOR)
     for vbn in SUPERBLOCK_VBNS:
-        copies = judge([block, NEW] if vbn == 0 else [NEW, block], "/pool", SIZE_BLOCKS * BLOCK_BYTES)
+        copies = judge(
+            [block, NEW] if vbn == 0 else [NEW, block], "/pool", SIZE_BLOCKS * BLOCK_BYTES
+        )
         assert copies.best.cp_number == 8
         assert copies.faults == ({} if fault is None else {vbn: fault})
         assert copies.whole_vbn == (1 - vbn if fault is not None else 0)
@@ -94,8 +128,12 @@ def test_the_fault_of_a_copy_is_named(block: bytearray | None, fault: str | None
 
 
 @pytest.mark.parametrize("vbn", SUPERBLOCK_VBNS)
-async def test_a_lost_second_copy_is_repaired_at_the_next_open_and_costs_no_snapshot_later(vbn: int) -> None:
-    """Found from outside: opens and closes left the copies at two numbers, and the newer one's rot then took an acknowledged snapshot."""
+async def test_a_lost_second_copy_is_repaired_at_the_next_open_and_costs_no_snapshot_later(
+    vbn: int,
+) -> None:
+    """Found from outside: opens and closes left the copies at two numbers, and the newer one's rot
+    then took an acknowledged snapshot.
+    """
     memory = await a_pool()
     newest = at(memory, vbn)
     older = at(memory, vbn)
@@ -121,8 +159,8 @@ async def test_copies_that_agree_are_not_written_at_an_open() -> None:
 
 @pytest.mark.parametrize("vbn", SUPERBLOCK_VBNS)
 async def test_no_consistency_point_writes_over_the_only_good_copy(vbn: int) -> None:
-    """With the primary copy rotten, the next consistency point went to the other one: a power loss there lost both. (The checker of
-    tests/storage/ordering.py looks at every write.)
+    """With the primary copy rotten, the next consistency point went to the other one: a power loss
+    there lost both. (The checker of tests/storage/ordering.py looks at every write.)
     """
     memory = await a_pool()
     put(memory, vbn, b"\xff" * BLOCK_BYTES)
@@ -152,8 +190,12 @@ async def test_two_copies_that_cannot_be_read_are_a_failed_device_and_no_lack_of
         await read_copies(memory)
 
 
-@pytest.mark.parametrize("fault", [Fault(WRITE, forever=True), Fault(SYNC, nth=2, forever=True)], ids=["write", "sync"])
-async def test_a_pool_whose_copy_cannot_be_repaired_serves_reads_and_keeps_the_good_one(fault: Fault) -> None:
+@pytest.mark.parametrize(
+    "fault", [Fault(WRITE, forever=True), Fault(SYNC, nth=2, forever=True)], ids=["write", "sync"]
+)
+async def test_a_pool_whose_copy_cannot_be_repaired_serves_reads_and_keeps_the_good_one(
+    fault: Fault,
+) -> None:
     memory = await a_pool()
     good = block_at(memory, 1)
     put(memory, 0, b"\xff" * BLOCK_BYTES)
@@ -172,7 +214,9 @@ def at_risk(memory: CrashDevice) -> set[VBN]:
     return set(SUPERBLOCK_VBNS) & memory._versions.keys()
 
 
-async def test_both_copies_are_durable_when_the_pool_is_closed_and_when_it_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_both_copies_are_durable_when_the_pool_is_closed_and_when_it_rests(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The second copy has no sync of its own, and no consistency point may follow for days."""
     memory = CrashDevice(SMALL_POOL_BYTES)
     await Pool.format(memory)
@@ -188,7 +232,9 @@ async def test_both_copies_are_durable_when_the_pool_is_closed_and_when_it_rests
     assert not at_risk(memory)
 
 
-async def test_a_failed_sync_of_the_second_copy_is_a_failed_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_failed_sync_of_the_second_copy_is_a_failed_sync(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(consistency_point, "REST_SECONDS", 0.0)
     memory = await a_pool()
     device = FaultyDevice(memory)
@@ -200,7 +246,9 @@ async def test_a_failed_sync_of_the_second_copy_is_a_failed_sync(monkeypatch: py
 
 
 class FullForSuperblocks(WrappedDevice):
-    """A host that does not write in place, and is full: no superblock can be written over. ``syncs`` counts."""
+    """A host that does not write in place, and is full: no superblock can be written over.
+    ``syncs`` counts.
+    """
 
     full = True
     syncs = 0
@@ -222,8 +270,10 @@ class FullForSuperblocks(WrappedDevice):
         return self.inner.sync()
 
 
-async def test_a_full_host_that_does_not_write_in_place_makes_no_pool_read_only_at_its_open_nor_at_its_close() -> None:
-    """Found by review: the owner could not be noted, and nothing could be deleted any more to make room."""
+async def test_a_full_host_without_in_place_writes_makes_no_pool_read_only() -> None:
+    """Found by review: the owner could not be noted, and nothing could be deleted any more to make
+    room.
+    """
     memory = await a_pool()
     device = FullForSuperblocks(memory)
     events: list[str] = []

@@ -1,4 +1,6 @@
-"""Trimming: what was trimmed reads as zeros for good, at every level of the tree, and the count of used blocks stays exact."""
+"""Trimming: what was trimmed reads as zeros for good, at every level of the tree, and the count of
+used blocks stays exact.
+"""
 
 import asyncio
 from collections.abc import Awaitable
@@ -15,9 +17,13 @@ LEVEL_2_BYTES = 256 * LEAF_BYTES
 
 @pytest.mark.parametrize("snapshot", [False, True], ids=["alone", "shared with a snapshot"])
 @pytest.mark.parametrize(
-    ("first", "count"), [(0, 1), (5, 20), (0, 256), (100, 256), (256, 256), (100, 600), (0, 1024), (0, 1 << 18)], ids=str
+    ("first", "count"),
+    [(0, 1), (5, 20), (0, 256), (100, 256), (256, 256), (100, 600), (0, 1024), (0, 1 << 18)],
+    ids=str,
 )
-async def test_a_trim_zeroes_its_range_and_nothing_else(first: int, count: int, snapshot: bool) -> None:
+async def test_a_trim_zeroes_its_range_and_nothing_else(
+    first: int, count: int, snapshot: bool
+) -> None:
     async with new_pool() as running:
         await running.pool.vdisk_create("a", 4 * LEVEL_2_BYTES)
         content = bytearray(data(1, 800))
@@ -61,8 +67,12 @@ async def test_partial_blocks_at_the_ends_are_zeroed() -> None:
             assert await running.read("a", 0, len(content)) == content
 
 
-@pytest.mark.parametrize(("first", "count"), [(0, 1), (10, 300), (0, 512), (256, 256), (0, 700)], ids=str)
-async def test_invariant_4_a_trim_never_brings_the_backing_store_back(first: int, count: int) -> None:
+@pytest.mark.parametrize(
+    ("first", "count"), [(0, 1), (10, 300), (0, 512), (256, 256), (0, 700)], ids=str
+)
+async def test_invariant_4_a_trim_never_brings_the_backing_store_back(
+    first: int, count: int
+) -> None:
     async with new_pool() as running:
         content = bytearray(await backed_clone(running, 700))
         await running.zero("clone", first * BLOCK_BYTES, count * BLOCK_BYTES)
@@ -101,13 +111,19 @@ async def test_trims_writes_and_consistency_points_under_way_together() -> None:
         for index in range(8):
             first = index * 128
             commands.append(running.begin_zero("a", first * BLOCK_BYTES, 64 * BLOCK_BYTES))
-            commands.append(running.begin_write("a", (first + 64) * BLOCK_BYTES, data(index + 2, 32)))
+            commands.append(
+                running.begin_write("a", (first + 64) * BLOCK_BYTES, data(index + 2, 32))
+            )
             commands.append(running.pool.consistency_point())
         await within(asyncio.gather(*commands))
         old = data(1, 1024)
         for index in range(8):
             first = index * 128
-            expected = bytes(64 * BLOCK_BYTES) + data(index + 2, 32) + old[(first + 96) * BLOCK_BYTES : (first + 128) * BLOCK_BYTES]
+            expected = (
+                bytes(64 * BLOCK_BYTES)
+                + data(index + 2, 32)
+                + old[(first + 96) * BLOCK_BYTES : (first + 128) * BLOCK_BYTES]
+            )
             assert await running.read("a", first * BLOCK_BYTES, 128 * BLOCK_BYTES) == expected
         assert running.image("a").used_blocks == 8 * 64
 
@@ -129,6 +145,8 @@ async def test_a_snapshot_taken_in_the_middle_of_a_trim_is_consistent_with_its_c
         device.release(READ)
         await within(trim)
         await within(snapshot)
-        assert await running.read("a", 128 * BLOCK_BYTES, 600 * BLOCK_BYTES) == bytes(600 * BLOCK_BYTES)
+        assert await running.read("a", 128 * BLOCK_BYTES, 600 * BLOCK_BYTES) == bytes(
+            600 * BLOCK_BYTES
+        )
         snap = await running.read("a@s", 0, 1024 * BLOCK_BYTES)
         assert snap[: 128 * BLOCK_BYTES] == data(1, 1024)[: 128 * BLOCK_BYTES]

@@ -1,4 +1,6 @@
-"""A volume: what clients write is what they read, and every command is answered exactly once, whatever happens."""
+"""A volume: what clients write is what they read, and every command is answered exactly once,
+whatever happens.
+"""
 
 import asyncio
 import errno
@@ -49,9 +51,18 @@ async def test_what_is_written_is_read_at_every_alignment(miss_rate: float) -> N
     async with new_pool(miss_rate=miss_rate, deferred=miss_rate > 0) as running:
         await running.pool.vdisk_create("a", 2 * LEAF_BYTES)
         expected = bytearray(2 * LEAF_BYTES)
-        ranges = [(0, 512), (512, 4096), (3584, 1024), (4096, 8192), (LEAF_BYTES - 512, 1024), (100 * 512, 33 * 512)]
+        ranges = [
+            (0, 512),
+            (512, 4096),
+            (3584, 1024),
+            (4096, 8192),
+            (LEAF_BYTES - 512, 1024),
+            (100 * 512, 33 * 512),
+        ]
         for seed, (offset, length) in enumerate(ranges):
-            content = data(seed, 5)[1024 : 1024 + length] if length <= 16384 else data(seed, 5)[:length]
+            content = (
+                data(seed, 5)[1024 : 1024 + length] if length <= 16384 else data(seed, 5)[:length]
+            )
             await running.write("a", offset, content)
             expected[offset : offset + length] = content
             assert await running.read("a", 0, 300 * BLOCK_BYTES) == expected[: 300 * BLOCK_BYTES]
@@ -87,7 +98,10 @@ async def test_two_partial_writes_of_one_block_under_way_together_lose_nothing()
         await running.pool.vdisk_create("a", LEAF_BYTES)
         await running.write("a", 0, data(1))
         delayed.device.hold(READ)
-        writes = [running.begin_write("a", sector * SECTOR_BYTES, bytes([sector + 1]) * SECTOR_BYTES) for sector in range(8)]
+        writes = [
+            running.begin_write("a", sector * SECTOR_BYTES, bytes([sector + 1]) * SECTOR_BYTES)
+            for sector in range(8)
+        ]
         whole = running.begin_write("a", BLOCK_BYTES, data(2))
         await asyncio.sleep(0.01)
         delayed.device.release(READ)
@@ -107,7 +121,10 @@ async def test_one_write_that_fails_does_not_fail_its_neighbours_in_the_batch() 
         volume.settle()
         outcome = answers.once()
         assert (outcome["good"], outcome["good too"]) == (None, None)
-        assert isinstance(outcome["beyond the end"], OutOfRange) and outcome["beyond the end"].errno == errno.EINVAL
+        assert (
+            isinstance(outcome["beyond the end"], OutOfRange)
+            and outcome["beyond the end"].errno == errno.EINVAL
+        )
         assert await running.read("a", 0, 2 * BLOCK_BYTES) == data(1) + data(3)
 
 
@@ -117,7 +134,9 @@ async def test_a_damaged_block_is_an_error_for_that_block_alone() -> None:
         await running.write("a", 0, data(1, 3))
         location = locate(running.image("a"), 1)
         assert location is not None
-        running.memory.try_writev([data(9)], location[0] * BLOCK_BYTES, BLOCK_BYTES)  # misdirected: whole, but not what belongs there
+        running.memory.try_writev(
+            [data(9)], location[0] * BLOCK_BYTES, BLOCK_BYTES
+        )  # misdirected: whole, but not what belongs there
         for length in (BLOCK_BYTES, 3 * BLOCK_BYTES):
             offset = BLOCK_BYTES if length == BLOCK_BYTES else 0
             assert running.volume("a").try_read(offset, length) is None
@@ -125,7 +144,9 @@ async def test_a_damaged_block_is_an_error_for_that_block_alone() -> None:
                 await within(running.begin_read("a", offset, length))
             assert (caught.value.errno, caught.value.offset_bytes) == (errno.EIO, BLOCK_BYTES)
         with pytest.raises(BlockDamaged):
-            await running.write("a", BLOCK_BYTES + SECTOR_BYTES, b"x" * SECTOR_BYTES)  # would have to merge with damage
+            await running.write(
+                "a", BLOCK_BYTES + SECTOR_BYTES, b"x" * SECTOR_BYTES
+            )  # would have to merge with damage
         assert await running.read("a", 0, BLOCK_BYTES) == data(1, 3)[:BLOCK_BYTES]
         await running.write("a", BLOCK_BYTES, data(2))
         assert await running.read("a", BLOCK_BYTES, BLOCK_BYTES) == data(2)
@@ -136,8 +157,13 @@ async def test_a_snapshot_takes_no_writes() -> None:
         await running.pool.vdisk_create("a", LEAF_BYTES)
         await running.pool.snapshot_create([("a", "s")])
         assert running.volume("a@s").read_only
-        for command in (running.begin_write("a@s", 0, data(1)), running.begin_zero("a@s", 0, BLOCK_BYTES)):
-            with pytest.raises(PoolReadOnly, match="a snapshot, which never changes: clone it") as caught:
+        for command in (
+            running.begin_write("a@s", 0, data(1)),
+            running.begin_zero("a@s", 0, BLOCK_BYTES),
+        ):
+            with pytest.raises(
+                PoolReadOnly, match="a snapshot, which never changes: clone it"
+            ) as caught:
                 await within(command)
             assert caught.value.errno == errno.EROFS
         await running.flush("a@s")
@@ -159,7 +185,9 @@ async def test_what_the_device_refuses_fails_with_its_reason_and_gives_the_block
         assert await running.read("a", 0, BLOCK_BYTES) == data(3)
 
 
-async def test_every_command_is_answered_once_even_if_the_store_itself_is_mistaken(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_every_command_is_answered_once_even_if_the_store_itself_is_mistaken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     async with new_pool() as running:
         await running.pool.vdisk_create("a", 4 * LEAF_BYTES)
         await running.write("a", 0, data(1))
@@ -183,7 +211,10 @@ async def test_every_command_is_answered_once_even_if_the_store_itself_is_mistak
             read = answers("read")
             volume.read(0, BLOCK_BYTES, lambda _, error: read(error))
             await drained(running, "a")
-        assert all(isinstance(error, StorageError) and error.errno == errno.EIO for error in answers.once().values()), answers.given
+        assert all(
+            isinstance(error, StorageError) and error.errno == errno.EIO
+            for error in answers.once().values()
+        ), answers.given
         assert all("KeyError" in str(error) for error in answers.once().values())
 
 
@@ -226,7 +257,9 @@ async def test_a_large_write_waits_for_the_device_and_lands_whole() -> None:
         await running.pool.vdisk_create("a", 16 * LEAF_BYTES)
         content = data(1, 1500)
         await running.write("a", SECTOR_BYTES, content)
-        assert await running.read("a", 0, len(content) + BLOCK_BYTES) == bytes(512) + content + bytes(BLOCK_BYTES - 512)
+        assert await running.read("a", 0, len(content) + BLOCK_BYTES) == bytes(
+            512
+        ) + content + bytes(BLOCK_BYTES - 512)
 
 
 async def test_invariant_7_no_byte_of_one_vdisk_is_readable_through_another() -> None:
@@ -238,15 +271,21 @@ async def test_invariant_7_no_byte_of_one_vdisk_is_readable_through_another() ->
             assert await running.read(name, 0, 600 * BLOCK_BYTES) == bytes(600 * BLOCK_BYTES)
             await running.write(name, 300 * BLOCK_BYTES + SECTOR_BYTES, b"\xee" * SECTOR_BYTES)
             found = await running.read(name, 300 * BLOCK_BYTES, BLOCK_BYTES)
-            assert found == bytes(SECTOR_BYTES) + b"\xee" * SECTOR_BYTES + bytes(BLOCK_BYTES - 2 * SECTOR_BYTES)
+            assert found == bytes(SECTOR_BYTES) + b"\xee" * SECTOR_BYTES + bytes(
+                BLOCK_BYTES - 2 * SECTOR_BYTES
+            )
             await running.write(name, 0, data(round_ + 1, 600))
             await running.pool.vdisk_delete(name)
         await running.reclaimed()
 
 
 @pytest.mark.parametrize("what", ["source deleted", "destination shrunk"])
-async def test_a_copy_by_reference_that_meets_a_deletion_or_a_shrink_fails_and_takes_nothing(what: str) -> None:
-    """What reclaim takes apart must not gain references: the next owner of those blocks would be read through them (invariant 7)."""
+async def test_a_copy_by_reference_that_meets_a_deletion_or_a_shrink_fails_and_takes_nothing(
+    what: str,
+) -> None:
+    """What reclaim takes apart must not gain references: the next owner of those blocks would be
+    read through them (invariant 7).
+    """
     async with new_pool() as running:
         for name in ("source", "copy"):
             await running.pool.vdisk_create(name, 4 * LEAF_BYTES)
@@ -255,14 +294,23 @@ async def test_a_copy_by_reference_that_meets_a_deletion_or_a_shrink_fails_and_t
         memory = running.memory.copy()
     device = DelayDevice(memory)
     async with opened(memory, device) as running:
-        await running.pool.vdisk_create("warm", LEAF_BYTES)  # now the maps are in memory, and only the source has to be read
+        await running.pool.vdisk_create(
+            "warm", LEAF_BYTES
+        )  # now the maps are in memory, and only the source has to be read
         volume, answers = running.volume("copy"), Answers()
         device.hold(READ)
         volume.copy_from(running.volume("source"), 0, 0, 900 * BLOCK_BYTES, answers("copy"))
         await running.until(lambda: device.held(READ) > 0)
-        change = running.pool.vdisk_delete("source") if what == "source deleted" else running.pool.vdisk_resize("copy", LEAF_BYTES // 2)
+        change = (
+            running.pool.vdisk_delete("source")
+            if what == "source deleted"
+            else running.pool.vdisk_resize("copy", LEAF_BYTES // 2)
+        )
         task = asyncio.create_task(change)
-        while not (running.image("copy").limit_bytes < 4 * LEAF_BYTES or "source" not in running.pool.names()):
+        while not (
+            running.image("copy").limit_bytes < 4 * LEAF_BYTES
+            or "source" not in running.pool.names()
+        ):
             await asyncio.sleep(0)
         device.release(READ)
         await within(task)

@@ -1,4 +1,6 @@
-"""What waits meets a store that went on meanwhile: nothing in hand is lost, and nothing is seen in two halves (storage.tree.attempt)."""
+"""What waits meets a store that went on meanwhile: nothing in hand is lost, and nothing is seen in
+two halves (storage.tree.attempt).
+"""
 
 import asyncio
 import gc
@@ -30,8 +32,12 @@ def make_cache_tiny(running: OpenPool, nodes: int = TINY_NODES) -> None:
 
 @pytest.mark.parametrize("miss_rate", [0.0, 0.4], ids=["page cache", "disk"])
 @pytest.mark.parametrize("nodes", [16, 64, 256])
-async def test_a_node_in_hand_is_not_evicted_while_it_is_made_dirty(nodes: int, miss_rate: float) -> None:
-    """The loads within ``_make_dirty`` evicted the very node: the write was acknowledged, and everything below it read as damaged."""
+async def test_a_node_in_hand_is_not_evicted_while_it_is_made_dirty(
+    nodes: int, miss_rate: float
+) -> None:
+    """The loads within ``_make_dirty`` evicted the very node: the write was acknowledged, and
+    everything below it read as damaged.
+    """
     leaves, chance = 300, Random(nodes)
     async with new_pool(64 << 20, deferred=miss_rate > 0, miss_rate=miss_rate) as running:
         await running.pool.vdisk_create("a", leaves * LEAF_BYTES)
@@ -58,7 +64,9 @@ async def test_a_node_in_hand_is_not_evicted_while_it_is_made_dirty(nodes: int, 
 
 
 async def test_many_commands_that_wait_at_once_all_end_with_the_smallest_cache() -> None:
-    """Each loaded what the others had just evicted: a write was not answered for 400 virtual seconds."""
+    """Each loaded what the others had just evicted: a write was not answered for 400 virtual
+    seconds.
+    """
     leaves = 120
     async with new_pool(64 << 20, deferred=True, miss_rate=1.0, turns_max=4) as running:
         await running.pool.vdisk_create("a", leaves * LEAF_BYTES)
@@ -67,9 +75,17 @@ async def test_many_commands_that_wait_at_once_all_end_with_the_smallest_cache()
         await running.pool.snapshot_create([("a", "s")])
         await running.pool.clone_create("a", "s", "b")
         make_cache_tiny(running)
-        reads = [running.begin_read("b", index * LEAF_BYTES, BLOCK_BYTES) for index in range(leaves)]
-        writes = [running.begin_write("a", index * LEAF_BYTES, data(500 + index)) for index in range(leaves)]
-        zeros = [running.begin_zero("b", index * LEAF_BYTES + LEAF_BYTES // 2, BLOCK_BYTES) for index in range(leaves)]
+        reads = [
+            running.begin_read("b", index * LEAF_BYTES, BLOCK_BYTES) for index in range(leaves)
+        ]
+        writes = [
+            running.begin_write("a", index * LEAF_BYTES, data(500 + index))
+            for index in range(leaves)
+        ]
+        zeros = [
+            running.begin_zero("b", index * LEAF_BYTES + LEAF_BYTES // 2, BLOCK_BYTES)
+            for index in range(leaves)
+        ]
         await within(asyncio.gather(*writes, *zeros))
         assert await within(asyncio.gather(*reads)) == [data(index) for index in range(leaves)]
         for index in range(leaves):
@@ -78,7 +94,9 @@ async def test_many_commands_that_wait_at_once_all_end_with_the_smallest_cache()
 
 
 class HoldingDevice(WrappedDevice):
-    """Keeps all that is read from some VBNs waiting until ``gate`` is set; with ``failing`` every read that waits fails."""
+    """Keeps all that is read from some VBNs waiting until ``gate`` is set; with ``failing`` every
+    read that waits fails.
+    """
 
     def __init__(self, inner: Device) -> None:
         super().__init__(inner)
@@ -88,7 +106,11 @@ class HoldingDevice(WrappedDevice):
         self.failing = False
 
     def try_readv(self, buffers: Sequence[WritableBuffer], offset_bytes: int) -> bool:
-        return not self.failing and offset_bytes // BLOCK_BYTES not in self.vbns and self.inner.try_readv(buffers, offset_bytes)
+        return (
+            not self.failing
+            and offset_bytes // BLOCK_BYTES not in self.vbns
+            and self.inner.try_readv(buffers, offset_bytes)
+        )
 
     def readv(self, buffers: Sequence[WritableBuffer], offset_bytes: int) -> "asyncio.Future[None]":
         return asyncio.get_running_loop().create_task(self._read_later(buffers, offset_bytes))
@@ -104,7 +126,9 @@ class HoldingDevice(WrappedDevice):
 
 
 async def test_an_allocation_report_sees_data_that_a_split_moves_meanwhile() -> None:
-    """It looked through the clone, waited there, and then looked behind an association that had ended: all of it was "deallocated"."""
+    """It looked through the clone, waited there, and then looked behind an association that had
+    ended: all of it was "deallocated".
+    """
     async with new_pool() as running:
         await backed_clone(running, 512)
         await running.write("clone", 3 * LEAF_BYTES, data(9))
@@ -114,7 +138,9 @@ async def test_an_allocation_report_sees_data_that_a_split_moves_meanwhile() -> 
     device = HoldingDevice(memory)
     async with opened(memory, device) as running:
         image = running.image("clone")
-        assert await running.read("clone", 2 * LEAF_BYTES, BLOCK_BYTES) == bytes(BLOCK_BYTES)  # the root is in memory, leaf 3 is not
+        assert await running.read("clone", 2 * LEAF_BYTES, BLOCK_BYTES) == bytes(
+            BLOCK_BYTES
+        )  # the root is in memory, leaf 3 is not
         device.vbns.add(leaf)
         report = asyncio.create_task(allocated_runs(image, 0, 1024, 1024))
         for _ in range(20):
@@ -126,7 +152,9 @@ async def test_an_allocation_report_sees_data_that_a_split_moves_meanwhile() -> 
 
 
 async def test_a_report_on_a_snapshot_that_is_deleted_meanwhile_says_so() -> None:
-    """Found by the store fuzzer: it answered "deallocated", from what reclaim had left of the tree."""
+    """Found by the store fuzzer: it answered "deallocated", from what reclaim had left
+    of the tree.
+    """
     async with new_pool() as running:
         await backed_clone(running, 512)
         await running.write("clone", 0, data(5, 100))
@@ -140,7 +168,9 @@ async def test_a_report_on_a_snapshot_that_is_deleted_meanwhile_says_so() -> Non
     async with opened(memory, device) as running:
         answered: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         volume = running.volume("clone@s")
-        volume.allocation(0, 4 * LEAF_BYTES, 1024, lambda runs, error: answered.set_result((runs, error)))
+        volume.allocation(
+            0, 4 * LEAF_BYTES, 1024, lambda runs, error: answered.set_result((runs, error))
+        )
         await running.until(lambda: device.waiting > 0)
         await running.pool.snapshot_delete("clone", "s")
         await running.reclaimed()
@@ -150,7 +180,9 @@ async def test_a_report_on_a_snapshot_that_is_deleted_meanwhile_says_so() -> Non
 
 
 @pytest.mark.parametrize("mode", ["copy", "share"])
-async def test_every_allocation_report_during_a_split_finds_all_data_whatever_it_has_to_wait_for(mode: str) -> None:
+async def test_every_allocation_report_during_a_split_finds_all_data_whatever_it_has_to_wait_for(
+    mode: str,
+) -> None:
     async with new_pool(deferred=True, miss_rate=0.5, turns_max=6, seed=3) as running:
         for turn in range(8):
             await running.pool.vdisk_create(f"base{turn}", 4 * LEAF_BYTES)
@@ -169,8 +201,12 @@ async def test_every_allocation_report_during_a_split_finds_all_data_whatever_it
             await running.reclaimed()
 
 
-async def test_nothing_waits_between_what_belongs_to_a_freeze_and_the_freeze(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The snapshot's entry held what had been so before a wait for freed blocks; the data was that of after it."""
+async def test_nothing_waits_between_what_belongs_to_a_freeze_and_the_freeze(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The snapshot's entry held what had been so before a wait for freed blocks; the data was that
+    of after it.
+    """
     async with new_pool() as running:
         state, points = running.pool._state, running.pool._points
         await running.pool.vdisk_create("a", 4 * LEAF_BYTES)
@@ -186,7 +222,9 @@ async def test_nothing_waits_between_what_belongs_to_a_freeze_and_the_freeze(mon
         await running.write("a", 0, data(2, 4))
         await running.checkpoint()
         assert state.retired
-        monkeypatch.setattr(state.allocator, "client_floor", state.allocator.free_now)  # as on a pool that is nearly full
+        monkeypatch.setattr(
+            state.allocator, "client_floor", state.allocator.free_now
+        )  # as on a pool that is nearly full
         seen: dict[str, Any] = {}
 
         def at_freeze() -> None:
@@ -214,17 +252,33 @@ async def test_nothing_waits_between_what_belongs_to_a_freeze_and_the_freeze(mon
 
 
 def test_no_step_that_must_not_wait_can_wait() -> None:
-    """docs/concurrency.md names those steps: each is a plain function, in which there can be no await."""
-    page = (ROOT / "docs/concurrency.md").read_text().split("## Steps that must not wait", 1)[1].split("\n## ", 1)[0]
-    named = re.findall(r"`((?:\w+\.)+\w+)`", "\n".join(line.split("|")[2] for line in page.splitlines() if line.startswith("|")))
+    """docs/concurrency.md names those steps: each is a plain function, in which there can be no
+    await.
+    """
+    page = (
+        (ROOT / "docs/concurrency.md")
+        .read_text()
+        .split("## Steps that must not wait", 1)[1]
+        .split("\n## ", 1)[0]
+    )
+    named = re.findall(
+        r"`((?:\w+\.)+\w+)`",
+        "\n".join(line.split("|")[2] for line in page.splitlines() if line.startswith("|")),
+    )
     assert len(named) >= 10
     for name in named:
         step = step_named(name)
-        assert inspect.isfunction(step) and not inspect.iscoroutinefunction(step) and not inspect.isgeneratorfunction(step), name
+        assert (
+            inspect.isfunction(step)
+            and not inspect.iscoroutinefunction(step)
+            and not inspect.isgeneratorfunction(step)
+        ), name
 
 
 def step_named(name: str) -> Any:
-    """``write_path.install``, ``consistency_point.ConsistencyPoints._freeze``: the module is the only file of that name in storage/."""
+    """``write_path.install``, ``consistency_point.ConsistencyPoints._freeze``: the module is the
+    only file of that name in storage/.
+    """
     first, *path = name.split(".")
     files = list((ROOT / "storage").rglob(f"{first}.py"))
     assert len(files) == 1, f"{name}: {files}"
@@ -248,7 +302,11 @@ async def test_a_shrink_that_is_cancelled_leaves_the_size_that_is_shown(moment: 
         volume = running.volume("a")
         held = READ if moment == "while it is trimmed" else SYNC
         device.hold(held)
-        other = asyncio.ensure_future(running.pool.vdisk_create("b", LEAF_BYTES)) if moment == "before its freeze" else None
+        other = (
+            asyncio.ensure_future(running.pool.vdisk_create("b", LEAF_BYTES))
+            if moment == "before its freeze"
+            else None
+        )
         if other is not None:
             await running.until(lambda: device.held(held) > 0)
         shrink = asyncio.create_task(running.pool.vdisk_resize("a", LEAF_BYTES))
@@ -262,7 +320,11 @@ async def test_a_shrink_that_is_cancelled_leaves_the_size_that_is_shown(moment: 
             await within(other)
         await running.checkpoint()
         shown = await running.pool.vdisk_show("a")
-        assert volume.size_bytes == shown["size_bytes"] == (LEAF_BYTES if moment == "after its freeze" else 8 * LEAF_BYTES)
+        assert (
+            volume.size_bytes
+            == shown["size_bytes"]
+            == (LEAF_BYTES if moment == "after its freeze" else 8 * LEAF_BYTES)
+        )
         await running.pool.vdisk_resize("a", 16 * LEAF_BYTES)
         assert volume.size_bytes == 16 * LEAF_BYTES
 
@@ -280,11 +342,17 @@ async def test_a_grow_that_is_cancelled_after_its_freeze_gives_clients_what_is_s
             await grow
         device.release(SYNC)
         await running.checkpoint()
-        assert (await running.pool.vdisk_show("a"))["size_bytes"] == volume.size_bytes == 8 * LEAF_BYTES
+        assert (
+            (await running.pool.vdisk_show("a"))["size_bytes"]
+            == volume.size_bytes
+            == 8 * LEAF_BYTES
+        )
 
 
-async def test_a_shrink_after_a_grow_that_was_cancelled_lets_nobody_write_beyond_the_durable_end() -> None:
-    """Found by review: a write beyond it was acknowledged with FUA, and replayed at another place of the vdisk."""
+async def test_a_shrink_after_a_cancelled_grow_keeps_the_durable_end() -> None:
+    """Found by review: a write beyond it was acknowledged with FUA, and replayed at another place
+    of the vdisk.
+    """
     async with new_pool(decorate=DelayDevice) as running:
         device = running.device
         await running.pool.vdisk_create("a", LEAF_BYTES)
@@ -315,7 +383,9 @@ async def test_a_shrink_after_a_grow_that_was_cancelled_lets_nobody_write_beyond
 async def test_when_several_reads_of_one_command_fail_each_failure_is_seen() -> None:
     """ "Future exception was never retrieved" for all but the first."""
     unseen: list[str] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: unseen.append(context["message"]))
+    asyncio.get_running_loop().set_exception_handler(
+        lambda _, context: unseen.append(context["message"])
+    )
     async with new_pool() as running:
         await running.pool.vdisk_create("a", 4 * LEAF_BYTES)
         for fbn in range(0, 16, 2):
@@ -333,10 +403,12 @@ async def test_when_several_reads_of_one_command_fail_each_failure_is_seen() -> 
     assert unseen == []
 
 
-async def test_a_scrub_that_waits_while_a_consistency_point_begins_does_not_look_at_what_it_is_writing(
+async def test_a_waiting_scrub_does_not_look_at_what_is_being_written(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It looked whether one was under way, and waited then: blocks of a metafile that were not written yet counted as damaged."""
+    """It looked whether one was under way, and waited then: blocks of a metafile that were not
+    written yet counted as damaged.
+    """
     async with new_pool(decorate=DelayDevice) as running:
         device, state = running.device, running.pool._state
         await running.pool.vdisk_create("a", 16 * LEAF_BYTES)
@@ -362,7 +434,11 @@ async def test_a_scrub_that_waits_while_a_consistency_point_begins_does_not_look
         monkeypatch.setattr(Scrub, "_verify", verify_at_rest)
         await running.pool.scrub_start(1 << 40)
         await running.until(lambda: running.pool.scrub_show()["state"] != "running")
-        assert met and running.pool.scrub_show()["state"] == "done" and running.pool.scrub_show()["damages"] == []
+        assert (
+            met
+            and running.pool.scrub_show()["state"] == "done"
+            and running.pool.scrub_show()["damages"] == []
+        )
 
 
 async def test_a_write_beyond_the_end_that_a_shrink_has_set_meanwhile_changes_nothing() -> None:

@@ -1,4 +1,6 @@
-"""The write allocator: contiguous where it can, never twice, never what is in use, never early; and nothing is lost."""
+"""The write allocator: contiguous where it can, never twice, never what is in use, never early; and
+nothing is lost.
+"""
 
 import itertools
 
@@ -45,7 +47,9 @@ async def take_all(allocator: WriteAllocator, count: int) -> list[int]:
             return taken
 
 
-async def take(allocator: WriteAllocator, count: int, borrowed: bool = False) -> list[tuple[int, int]]:
+async def take(
+    allocator: WriteAllocator, count: int, borrowed: bool = False
+) -> list[tuple[int, int]]:
     """``WriteAllocator.take``, waiting where it must."""
     return await when_possible(allocator._state, lambda: allocator.take(count, borrowed))
 
@@ -54,7 +58,12 @@ async def take_nodes(allocator: WriteAllocator, epoch: Epoch, grows: bool) -> in
     """Take nodes one at a time until the allocator says that the pool is full; returns how many."""
     for count in itertools.count():
         try:
-            await when_possible(allocator._state, lambda: allocator.nodes_at_hand(1, allocator.floor(epoch, grows), entry=False) or None)
+            await when_possible(
+                allocator._state,
+                lambda: (
+                    allocator.nodes_at_hand(1, allocator.floor(epoch, grows), entry=False) or None
+                ),
+            )
         except PoolFull:
             return count
         allocator.take_node(epoch)
@@ -71,8 +80,14 @@ async def test_a_batch_is_one_run() -> None:
     assert second[0][0] == first[0][0] + 20
 
 
-@pytest.mark.parametrize(("blocks", "count"), [(SMALL_BLOCKS, 1), (SMALL_BLOCKS, 7), (TWO_REGIONS, 100), (TWO_REGIONS, 5000)], ids=str)
-async def test_every_free_block_but_the_reserve_is_handed_out_and_none_twice(blocks: int, count: int) -> None:
+@pytest.mark.parametrize(
+    ("blocks", "count"),
+    [(SMALL_BLOCKS, 1), (SMALL_BLOCKS, 7), (TWO_REGIONS, 100), (TWO_REGIONS, 5000)],
+    ids=str,
+)
+async def test_every_free_block_but_the_reserve_is_handed_out_and_none_twice(
+    blocks: int, count: int
+) -> None:
     pool = await fresh(blocks)
     allocator = pool._state.allocator
     used = pool.show()["used_bytes"] // 4096
@@ -100,21 +115,33 @@ async def test_what_is_given_back_is_handed_out_again() -> None:
     assert set(vbns(one) + vbns(two)) <= set(taken) and len(set(taken)) == len(taken)
 
 
-async def test_what_grows_what_moves_and_consistency_points_have_each_a_part_of_the_reserve() -> None:
+async def test_what_grows_what_moves_and_consistency_points_have_each_a_part_of_the_reserve() -> (
+    None
+):
     pool = await fresh(SMALL_BLOCKS)
     state, allocator = pool._state, pool._state.allocator
     await take_all(allocator, 1)
     epoch = state.epoch
-    assert await take_nodes(allocator, epoch, grows=True) == allocator.reserve_blocks - allocator.client_floor >= 32
+    assert (
+        await take_nodes(allocator, epoch, grows=True)
+        == allocator.reserve_blocks - allocator.client_floor
+        >= 32
+    )
     with pytest.raises(PoolFull):
         await take(allocator, allocator.client_floor - allocator.borrow_floor + 1, borrowed=True)
     borrowed = await take(allocator, allocator.client_floor - allocator.borrow_floor, borrowed=True)
-    assert await take_nodes(allocator, epoch, grows=False) == allocator.borrow_floor - allocator.move_floor >= 8
+    assert (
+        await take_nodes(allocator, epoch, grows=False)
+        == allocator.borrow_floor - allocator.move_floor
+        >= 8
+    )
     assert allocator.move_floor - allocator.point_floor >= 8  # for the entries of what is deleted
     allocator.give_back(borrowed)
     with pytest.raises(PoolFull):
         await take(allocator, 1)
-    epoch.allocated.extend(await take(allocator, allocator.free_now - allocator.borrow_floor, borrowed=True))
+    epoch.allocated.extend(
+        await take(allocator, allocator.free_now - allocator.borrow_floor, borrowed=True)
+    )
     allocator.promise()
     state.frozen, state.epoch = epoch, Epoch(epoch.number + 1)
     assert await take_nodes(allocator, epoch, grows=True) == allocator.borrow_floor
@@ -131,7 +158,10 @@ async def test_a_window_that_holds_the_last_blocks_gives_them_to_who_needs_them(
     window = allocator._data.left_blocks
     await take_all(allocator, 1)
     assert window > 1 and allocator._data.left_blocks < window
-    assert await take_nodes(allocator, pool._state.epoch, grows=True) == allocator.reserve_blocks - allocator.client_floor
+    assert (
+        await take_nodes(allocator, pool._state.epoch, grows=True)
+        == allocator.reserve_blocks - allocator.client_floor
+    )
 
 
 async def test_a_run_over_the_border_of_two_regions_is_given_back_whole() -> None:
@@ -144,7 +174,11 @@ async def test_a_run_over_the_border_of_two_regions_is_given_back_whole() -> Non
     claimed = sum(map(count_bits, allocator._claimed.values()))
     allocator.give_back(before)
     assert allocator._data.next < REGION_BLOCKS < allocator._data.end
-    left = allocator._data.end - allocator._data.next + sum(end - first for first, end in allocator._data.runs)
+    left = (
+        allocator._data.end
+        - allocator._data.next
+        + sum(end - first for first, end in allocator._data.runs)
+    )
     allocator._release_window(allocator._data)
     assert sum(map(count_bits, allocator._claimed.values())) == claimed - left
 
@@ -185,21 +219,35 @@ async def test_batches_stay_contiguous_where_single_blocks_were_freed() -> None:
     allocator = pool._state.allocator
     allocator.adopt(0, REGION_BLOCKS)
     allocator._cursor = REGION_BLOCKS
-    freed = packed(np.concatenate((np.arange(20000, 30000, 2), np.arange(31000, 31015), np.arange(32000, 32016))))
+    freed = packed(
+        np.concatenate(
+            (np.arange(20000, 30000, 2), np.arange(31000, 31015), np.arange(32000, 32016))
+        )
+    )
     allocator.settle(0, freed)
     allocator.hold(0, freed)
     allocator.release({0: freed})
     assert allocator.take(16) == [(32000, 16)]
     following = vbns(allocator.take(16))
-    assert following == list(range(following[0], following[0] + 16)) and following[0] >= REGION_BLOCKS
+    assert (
+        following == list(range(following[0], following[0] + 16)) and following[0] >= REGION_BLOCKS
+    )
 
 
-async def test_a_window_with_less_than_is_wanted_waits_for_the_next_map_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Found by review: with a few blocks left and the next region's map not in memory, a write went round for ever without a turn."""
+async def test_a_window_with_less_than_is_wanted_waits_for_the_next_map_block(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Found by review: with a few blocks left and the next region's map not in memory, a write went
+    round for ever without a turn.
+    """
     pool = await fresh(TWO_REGIONS)
     allocator, active_map = pool._state.allocator, pool._active_map
     present, absent = active_map.peek_used, {1}
-    monkeypatch.setattr(type(active_map), "peek_used", lambda self, region: None if region in absent else present(region))
+    monkeypatch.setattr(
+        type(active_map),
+        "peek_used",
+        lambda self, region: None if region in absent else present(region),
+    )
 
     async def load(self: object, region: int, hold: Hold) -> None:
         absent.discard(region)
@@ -236,11 +284,19 @@ def test_the_reserve_covers_all_maps_and_is_a_small_part_of_the_pool(size_blocks
 
 
 def test_blocks_of_a_tree() -> None:
-    assert [tree_blocks(size) for size in (1, 256, 257, 65536, 65537)] == [2, 257, 257 + 2 + 1, 65536 + 256 + 1, 65537 + 257 + 2 + 1]
+    assert [tree_blocks(size) for size in (1, 256, 257, 65536, 65537)] == [
+        2,
+        257,
+        257 + 2 + 1,
+        65536 + 256 + 1,
+        65537 + 257 + 2 + 1,
+    ]
 
 
 async def test_a_pool_that_is_nearly_full_is_filled_without_a_pause_for_ever() -> None:
-    """Free blocks in many small holes: each write gathers several, and nobody goes round in circles."""
+    """Free blocks in many small holes: each write gathers several, and nobody goes round in
+    circles.
+    """
     async with new_pool(8 << 20) as running:
         await running.pool.vdisk_create("a", 1 << 30)
         written = 0

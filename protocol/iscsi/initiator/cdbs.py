@@ -1,4 +1,6 @@
-"""CDBs that our initiator sends, from offsets and lengths in bytes, and what it parses of the answers."""
+"""CDBs that our initiator sends, from offsets and lengths in bytes, and what it parses of the
+answers.
+"""
 
 from struct import Struct
 from typing import Final
@@ -18,17 +20,33 @@ CAPACITY_BYTES: Final = 32
 
 def read(offset_bytes: int, length_bytes: int) -> bytes:
     """READ(16)."""
-    return _EXTENT.pack(opcodes.READ_16, 0, offset_bytes >> SECTOR_SHIFT, length_bytes >> SECTOR_SHIFT, 0, 0)
+    return _EXTENT.pack(
+        opcodes.READ_16, 0, offset_bytes >> SECTOR_SHIFT, length_bytes >> SECTOR_SHIFT, 0, 0
+    )
 
 
 def write(offset_bytes: int, length_bytes: int, fua: bool) -> bytes:
     """WRITE(16)."""
-    return _EXTENT.pack(opcodes.WRITE_16, _FUA if fua else 0, offset_bytes >> SECTOR_SHIFT, length_bytes >> SECTOR_SHIFT, 0, 0)
+    return _EXTENT.pack(
+        opcodes.WRITE_16,
+        _FUA if fua else 0,
+        offset_bytes >> SECTOR_SHIFT,
+        length_bytes >> SECTOR_SHIFT,
+        0,
+        0,
+    )
 
 
 def write_zeros(offset_bytes: int, length_bytes: int) -> bytes:
     """WRITE SAME(16) with NDOB: zeros without sending any."""
-    return _EXTENT.pack(opcodes.WRITE_SAME_16, _NDOB, offset_bytes >> SECTOR_SHIFT, length_bytes >> SECTOR_SHIFT, 0, 0)
+    return _EXTENT.pack(
+        opcodes.WRITE_SAME_16,
+        _NDOB,
+        offset_bytes >> SECTOR_SHIFT,
+        length_bytes >> SECTOR_SHIFT,
+        0,
+        0,
+    )
 
 
 def flush() -> bytes:
@@ -43,13 +61,18 @@ def unmap(parameter_bytes: int) -> bytes:
 
 def unmap_parameters(extents: list[tuple[int, int]]) -> bytes:
     """The parameter list of UNMAP for (offset, length) in bytes."""
-    body = b"".join(_UNMAP_DESCRIPTOR.pack(offset >> SECTOR_SHIFT, length >> SECTOR_SHIFT) for offset, length in extents)
+    body = b"".join(
+        _UNMAP_DESCRIPTOR.pack(offset >> SECTOR_SHIFT, length >> SECTOR_SHIFT)
+        for offset, length in extents
+    )
     return _UNMAP_HEAD.pack(len(body) + 6, len(body)) + body
 
 
 def read_capacity() -> bytes:
     """READ CAPACITY(16)."""
-    return _EXTENT.pack(opcodes.SERVICE_ACTION_IN_16, opcodes.READ_CAPACITY_16, 0, CAPACITY_BYTES, 0, 0)
+    return _EXTENT.pack(
+        opcodes.SERVICE_ACTION_IN_16, opcodes.READ_CAPACITY_16, 0, CAPACITY_BYTES, 0, 0
+    )
 
 
 def parse_capacity(data: bytes) -> int:

@@ -1,8 +1,9 @@
 """Our initiator, sans-IO: one session on one connection, many commands in flight.
 
-It has the same shape as `TargetConnection` (``get_buffer``, ``buffer_updated``, ``send``, ``wake``, ``close``), so that the same
-socket code drives both. Invariants: ``cmd_sn`` is taken when a command is sent, never when it is queued, so that the target
-sees no gap; a command is in ``_commands`` from then until its status; each ``done`` is called exactly once.
+It has the same shape as `TargetConnection` (``get_buffer``, ``buffer_updated``, ``send``, ``wake``,
+``close``), so that the same socket code drives both. Invariants: ``cmd_sn`` is taken when a command
+is sent, never when it is queued, so that the target sees no gap; a command is in ``_commands`` from
+then until its status; each ``done`` is called exactly once.
 """
 
 from collections import deque
@@ -63,7 +64,9 @@ TextDone = Callable[[list[tuple[str, str]]], None]
 
 
 class InitiatorConnection:
-    """One connection. Call `start`, wait for ``logged_in(None)``, then submit commands; callbacks come out of ``buffer_updated``."""
+    """One connection. Call `start`, wait for ``logged_in(None)``, then submit commands; callbacks
+    come out of ``buffer_updated``.
+    """
 
     __slots__ = (
         "_answers",
@@ -106,7 +109,9 @@ class InitiatorConnection:
         self._wake = wake
         self._close = close
         self._logged_in = logged_in
-        self._receive = ReceiveBuffer(limits.RECEIVE_BUFFER_BYTES, limits.RECEIVE_DATA_SEGMENT_BYTES)
+        self._receive = ReceiveBuffer(
+            limits.RECEIVE_BUFFER_BYTES, limits.RECEIVE_DATA_SEGMENT_BYTES
+        )
         self._sender = Sender()
         self._login: InitiatorLogin | None = InitiatorLogin(settings, self._sender.put)
         self.parameters = self._login.parameters
@@ -124,7 +129,7 @@ class InitiatorConnection:
         self.logout_requested = False
         self.rejects = 0
 
-    # --- Bytes ----------------------------------------------------------------------------------------------------
+    # --- Bytes ------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Send the leading login request."""
@@ -137,7 +142,9 @@ class InitiatorConnection:
         return self._receive.free()
 
     def buffer_updated(self, nbytes: int) -> None:
-        """``nbytes`` were written into what ``get_buffer`` returned. Callbacks are called from here."""
+        """``nbytes`` were written into what ``get_buffer`` returned. Callbacks are called from
+        here.
+        """
         self._receive.end += nbytes
         self._process()
 
@@ -203,10 +210,14 @@ class InitiatorConnection:
             command.done(None, ended)
         self._close()
 
-    # --- Commands -------------------------------------------------------------------------------------------------
+    # --- Commands ---------------------------------------------------------------------------------
 
-    def submit(self, lun: int, cdb: bytes, done: CommandDone, *, read_bytes: int = 0, data: Buffer = b"") -> Command:
-        """Send a command, or queue it while the target's window is closed. ``data`` must stay valid until ``done``."""
+    def submit(
+        self, lun: int, cdb: bytes, done: CommandDone, *, read_bytes: int = 0, data: Buffer = b""
+    ) -> Command:
+        """Send a command, or queue it while the target's window is closed. ``data`` must stay valid
+        until ``done``.
+        """
         command = Command(encode_lun(lun), cdb.ljust(16, b"\0"), read_bytes, data, done)
         if self._closed:
             done(None, ConnectionEnded("the connection is closed"))
@@ -216,11 +227,17 @@ class InitiatorConnection:
         self._request_flush()
         return command
 
-    def submit_read(self, lun: int, offset_bytes: int, length_bytes: int, done: CommandDone) -> Command:
+    def submit_read(
+        self, lun: int, offset_bytes: int, length_bytes: int, done: CommandDone
+    ) -> Command:
         """READ(16) of a range of whole sectors."""
-        return self.submit(lun, initiator_cdbs.read(offset_bytes, length_bytes), done, read_bytes=length_bytes)
+        return self.submit(
+            lun, initiator_cdbs.read(offset_bytes, length_bytes), done, read_bytes=length_bytes
+        )
 
-    def submit_write(self, lun: int, offset_bytes: int, data: Buffer, done: CommandDone, fua: bool = False) -> Command:
+    def submit_write(
+        self, lun: int, offset_bytes: int, data: Buffer, done: CommandDone, fua: bool = False
+    ) -> Command:
         """WRITE(16) of whole sectors."""
         return self.submit(lun, initiator_cdbs.write(offset_bytes, len(data), fua), done, data=data)
 
@@ -233,13 +250,17 @@ class InitiatorConnection:
         parameters = initiator_cdbs.unmap_parameters(extents)
         return self.submit(lun, initiator_cdbs.unmap(len(parameters)), done, data=parameters)
 
-    def submit_write_zeros(self, lun: int, offset_bytes: int, length_bytes: int, done: CommandDone) -> Command:
+    def submit_write_zeros(
+        self, lun: int, offset_bytes: int, length_bytes: int, done: CommandDone
+    ) -> Command:
         """WRITE SAME(16) without a data-out buffer: zeros."""
         return self.submit(lun, initiator_cdbs.write_zeros(offset_bytes, length_bytes), done)
 
     def submit_capacity(self, lun: int, done: CommandDone) -> Command:
         """READ CAPACITY(16); `initiator_cdbs.parse_capacity` makes bytes of the answer."""
-        return self.submit(lun, initiator_cdbs.read_capacity(), done, read_bytes=initiator_cdbs.CAPACITY_BYTES)
+        return self.submit(
+            lun, initiator_cdbs.read_capacity(), done, read_bytes=initiator_cdbs.CAPACITY_BYTES
+        )
 
     @property
     def in_flight(self) -> int:
@@ -252,7 +273,12 @@ class InitiatorConnection:
 
     def _pump(self) -> None:
         """Send queued commands as far as the window goes."""
-        while self._queue and self._login is None and not self._paused and not serial_after(self.cmd_sn, self.max_cmd_sn):
+        while (
+            self._queue
+            and self._login is None
+            and not self._paused
+            and not serial_after(self.cmd_sn, self.max_cmd_sn)
+        ):
             self._send_command(self._queue.popleft())
 
     def _send_command(self, command: Command) -> None:
@@ -260,14 +286,28 @@ class InitiatorConnection:
         command.itt = itt = self._tag()
         self._commands[itt] = command
         cmd_sn = self._take_cmd_sn()
-        immediate = min(size, parameters.unsolicited_bytes, parameters.peer_data_segment_bytes) if parameters.immediate_data else 0
+        immediate = (
+            min(size, parameters.unsolicited_bytes, parameters.peer_data_segment_bytes)
+            if parameters.immediate_data
+            else 0
+        )
         command.immediate_bytes = immediate
         asked_first = parameters.initial_r2t or not self.settings.unsolicited_data
         unsolicited = immediate if asked_first else min(size, parameters.unsolicited_bytes)
         more = unsolicited > immediate
-        flags = SIMPLE | (0 if more else FINAL) | (READ if command.read_bytes else 0) | (WRITE if size else 0)
+        flags = (
+            SIMPLE
+            | (0 if more else FINAL)
+            | (READ if command.read_bytes else 0)
+            | (WRITE if size else 0)
+        )
         words = (command.read_bytes or size, cmd_sn, self.exp_stat_sn)
-        header = HEADER.pack(SCSI_COMMAND, flags, 0, 0, immediate, command.lun, itt, *words, 0, 0, 0, 0)[:32] + command.cdb
+        header = (
+            HEADER.pack(SCSI_COMMAND, flags, 0, 0, immediate, command.lun, itt, *words, 0, 0, 0, 0)[
+                :32
+            ]
+            + command.cdb
+        )
         self._sender.put(header, memoryview(command.data)[:immediate])
         if more:
             self._send_data(command, RESERVED_TAG, immediate, unsolicited)
@@ -279,16 +319,23 @@ class InitiatorConnection:
 
     def _send_data(self, command: Command, ttt: int, offset: int, end: int) -> None:
         """One sequence of Data-Out PDUs."""
-        view, segment, data_sn = memoryview(command.data), self.parameters.peer_data_segment_bytes, 0
+        view, segment, data_sn = (
+            memoryview(command.data),
+            self.parameters.peer_data_segment_bytes,
+            0,
+        )
         while offset < end:
             step = min(segment, end - offset)
             flags = FINAL if offset + step == end else 0
             words = (ttt, 0, self.exp_stat_sn, 0, data_sn, offset, 0)
-            self._sender.put(pack(DATA_OUT, flags, command.itt, length=step, lun=command.lun, words=words), view[offset : offset + step])
+            self._sender.put(
+                pack(DATA_OUT, flags, command.itt, length=step, lun=command.lun, words=words),
+                view[offset : offset + step],
+            )
             offset += step
             data_sn += 1
 
-    # --- Other requests -------------------------------------------------------------------------------------------
+    # --- Other requests ---------------------------------------------------------------------------
 
     def send_targets(self, done: TextDone) -> None:
         """SendTargets=All in a discovery session: ``done`` gets the keys of the answer in order."""
@@ -301,13 +348,23 @@ class InitiatorConnection:
         self._sender.put(pack(TEXT_REQUEST, FINAL, itt, length=len(body), words=words), body)
         self._request_flush()
 
-    def task_management(self, function: int, lun: int, done: ResponseDone, task: Command | None = None) -> None:
+    def task_management(
+        self, function: int, lun: int, done: ResponseDone, task: Command | None = None
+    ) -> None:
         """A task management function (immediate); ``done`` gets the response code."""
         itt = self._tag()
         self._answers[itt] = done
         referenced = task.itt if task is not None else RESERVED_TAG
         words = (referenced, self.cmd_sn, self.exp_stat_sn, 0, 0, 0, 0)
-        self._sender.put(pack(TASK_MANAGEMENT_REQUEST | IMMEDIATE, FINAL | function, itt, lun=encode_lun(lun), words=words))
+        self._sender.put(
+            pack(
+                TASK_MANAGEMENT_REQUEST | IMMEDIATE,
+                FINAL | function,
+                itt,
+                lun=encode_lun(lun),
+                words=words,
+            )
+        )
         self._request_flush()
 
     def ping(self, done: ResponseDone) -> None:
@@ -326,7 +383,7 @@ class InitiatorConnection:
         self._sender.put(pack(LOGOUT_REQUEST, FINAL, itt, words=words))
         self._request_flush()
 
-    # --- Responses ------------------------------------------------------------------------------------------------
+    # --- Responses --------------------------------------------------------------------------------
 
     def _handle(self, pdu: Pdu) -> None:
         if not pdu.data_intact:
@@ -356,10 +413,15 @@ class InitiatorConnection:
 
     def _count(self, pdu: Pdu) -> None:
         """StatSN and the command window, which never shrinks (RFC 7143 4.2.2.1)."""
-        numbered = pdu.opcode not in _UNNUMBERED or (pdu.opcode == DATA_IN and pdu.flags & STATUS_PRESENT)
+        numbered = pdu.opcode not in _UNNUMBERED or (
+            pdu.opcode == DATA_IN and pdu.flags & STATUS_PRESENT
+        )
         if numbered and not (pdu.opcode == NOP_IN and pdu.itt == RESERVED_TAG):
             self.exp_stat_sn = (pdu.stat_sn + 1) & SERIAL_MASK
-        if serial_after(pdu.max_cmd_sn, self.max_cmd_sn) and (pdu.max_cmd_sn - pdu.exp_cmd_sn + 1) & SERIAL_MASK < SERIAL_HALF:
+        if (
+            serial_after(pdu.max_cmd_sn, self.max_cmd_sn)
+            and (pdu.max_cmd_sn - pdu.exp_cmd_sn + 1) & SERIAL_MASK < SERIAL_HALF
+        ):
             self.max_cmd_sn = pdu.max_cmd_sn
 
     def _data_in(self, pdu: Pdu) -> None:
@@ -376,11 +438,15 @@ class InitiatorConnection:
         if command is None:
             return
         length = int.from_bytes(pdu.data[:_SENSE_LENGTH_BYTES], "big")
-        self._ended(command, pdu, bytes(pdu.data[_SENSE_LENGTH_BYTES : _SENSE_LENGTH_BYTES + length]))
+        self._ended(
+            command, pdu, bytes(pdu.data[_SENSE_LENGTH_BYTES : _SENSE_LENGTH_BYTES + length])
+        )
 
     def _ended(self, command: Command, pdu: Pdu, sense: bytes) -> None:
         del self._commands[pdu.itt]
-        command.residual = pdu.residual if pdu.flags & UNDERFLOW else -pdu.residual if pdu.flags & OVERFLOW else 0
+        command.residual = (
+            pdu.residual if pdu.flags & UNDERFLOW else -pdu.residual if pdu.flags & OVERFLOW else 0
+        )
         if pdu.byte3 or pdu.byte2:
             command.done(None, CommandFailed(pdu.byte3, sense))
         else:
@@ -399,7 +465,9 @@ class InitiatorConnection:
             self._answer(pdu)
         if pdu.ttt != RESERVED_TAG and pdu.itt == RESERVED_TAG:
             words = (pdu.ttt, self.cmd_sn, self.exp_stat_sn, 0, 0, 0, 0)
-            self._sender.put(pack(NOP_OUT | IMMEDIATE, FINAL, RESERVED_TAG, lun=pdu.lun, words=words))
+            self._sender.put(
+                pack(NOP_OUT | IMMEDIATE, FINAL, RESERVED_TAG, lun=pdu.lun, words=words)
+            )
 
     def _answer(self, pdu: Pdu) -> None:
         done = self._answers.pop(pdu.itt, None)
@@ -424,7 +492,9 @@ class InitiatorConnection:
             self.logout_requested = True
 
     def _reject(self, pdu: Pdu) -> None:
-        """A command whose header was sent back has ended without a status; one of whose data were rejected gets its status yet."""
+        """A command whose header was sent back has ended without a status; one of whose data were
+        rejected gets its status yet.
+        """
         self.rejects += 1
         if len(pdu.data) < HEADER_BYTES or pdu.data[0] & OPCODE_MASK != SCSI_COMMAND:
             return

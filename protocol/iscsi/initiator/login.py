@@ -1,6 +1,8 @@
-"""The login phase of our initiator: security, then operational negotiation, then the full feature phase.
+"""The login phase of our initiator: security, then operational negotiation, then the full feature
+phase.
 
-It offers what a target may choose from, takes what the target chose, and refuses a target that chose something else.
+It offers what a target may choose from, takes what the target chose, and refuses a target that
+chose something else.
 """
 
 from collections.abc import Callable
@@ -12,7 +14,15 @@ from protocol.iscsi.chap import ChapSecrets, InitiatorExchange
 from protocol.iscsi.errors import AuthenticationFailed, LoginRefused, ProtocolError
 from protocol.iscsi.keys import Parameters
 from protocol.iscsi.login import FULL_FEATURE, OPERATIONAL, SECURITY
-from protocol.iscsi.pdu import CONTINUE, IMMEDIATE, LOGIN_REQUEST, LOGIN_RESPONSE, TRANSIT, Pdu, pack
+from protocol.iscsi.pdu import (
+    CONTINUE,
+    IMMEDIATE,
+    LOGIN_REQUEST,
+    LOGIN_RESPONSE,
+    TRANSIT,
+    Pdu,
+    pack,
+)
 
 _FIRST_ISID: Final = 0x80_0000_000001  # RFC 7143 11.12.5, type 10b (random qualifier)
 _REASONS: Final = {
@@ -32,7 +42,9 @@ _REASONS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class InitiatorSettings:
-    """Who logs in where, and what is offered. Lengths are bytes. An empty target name makes a discovery session."""
+    """Who logs in where, and what is offered. Lengths are bytes. An empty target name makes a
+    discovery session.
+    """
 
     initiator_name: str
     target_name: str = ""
@@ -76,7 +88,9 @@ class InitiatorSettings:
 
 @dataclass(slots=True)
 class InitiatorLogin:
-    """State of a login. ``put`` queues a PDU; `handle` returns True when the full feature phase has begun."""
+    """State of a login. ``put`` queues a PDU; `handle` returns True when the full feature phase has
+    begun.
+    """
 
     settings: InitiatorSettings
     put: Callable[[bytes, bytes], None]
@@ -91,7 +105,10 @@ class InitiatorLogin:
     def start(self) -> None:
         """Send the leading request."""
         settings = self.settings
-        pairs = [("InitiatorName", settings.initiator_name), ("SessionType", "Normal" if settings.target_name else "Discovery")]
+        pairs = [
+            ("InitiatorName", settings.initiator_name),
+            ("SessionType", "Normal" if settings.target_name else "Discovery"),
+        ]
         if settings.target_name:
             pairs.append(("TargetName", settings.target_name))
         pairs.append(("AuthMethod", "None" if settings.chap is None else "CHAP"))
@@ -103,15 +120,21 @@ class InitiatorLogin:
         flags = self._stage << 2 | (TRANSIT | following if transit else 0)
         lun = self.settings.isid << 16
         words = (0, self.cmd_sn, self.exp_stat_sn, 0, 0, 0, 0)
-        self.put(pack(LOGIN_REQUEST | IMMEDIATE, flags, 0, length=len(body), lun=lun, words=words), body)
+        self.put(
+            pack(LOGIN_REQUEST | IMMEDIATE, flags, 0, length=len(body), lun=lun, words=words), body
+        )
 
     def handle(self, pdu: Pdu) -> bool:
-        """Take one login response. Raises LoginRefused with the target's status, or what the response breaks."""
+        """Take one login response. Raises LoginRefused with the target's status, or what the
+        response breaks.
+        """
         if pdu.opcode != LOGIN_RESPONSE:
             raise ProtocolError(f"opcode {pdu.opcode:#x} during login")
         status = pdu.word36 >> 16
         if status:
-            refused = LoginRefused(f"login refused: {_REASONS.get(status, f'status {status:#06x}')}")
+            refused = LoginRefused(
+                f"login refused: {_REASONS.get(status, f'status {status:#06x}')}"
+            )
             refused.status = status
             raise refused
         self.exp_stat_sn = (pdu.stat_sn + 1) & 0xFFFFFFFF
@@ -142,15 +165,25 @@ class InitiatorLogin:
         return False
 
     def _check_transit(self, pdu: Pdu) -> None:
-        """Raise where the target moves on without having been asked, or before it has proved itself."""
+        """Raise where the target moves on without having been asked, or before it has proved
+        itself.
+        """
         if pdu.flags & 3 != (OPERATIONAL if self._stage == SECURITY else FULL_FEATURE):
             raise ProtocolError("the target moves to a stage that was not asked for")
-        if self._stage == SECURITY and self.settings.chap is not None and not (self._exchange is not None and self._exchange.done):
-            raise AuthenticationFailed("the target ends the security stage before authentication has")
+        if (
+            self._stage == SECURITY
+            and self.settings.chap is not None
+            and not (self._exchange is not None and self._exchange.done)
+        ):
+            raise AuthenticationFailed(
+                "the target ends the security stage before authentication has"
+            )
 
     @staticmethod
     def _proved(replies: list[tuple[str, str]]) -> bool:
-        """True for the request that carries our CHAP response: with it, or after it, the security stage can end."""
+        """True for the request that carries our CHAP response: with it, or after it, the security
+        stage can end.
+        """
         return any(name == "CHAP_R" for name, _ in replies)
 
     def _authenticate(self, pairs: dict[str, str]) -> list[tuple[str, str]]:
@@ -159,6 +192,10 @@ class InitiatorLogin:
             return []
         if self._exchange is None:
             if pairs.get("AuthMethod") != "CHAP":
-                raise AuthenticationFailed("the target does not want the authentication that was asked for")
+                raise AuthenticationFailed(
+                    "the target does not want the authentication that was asked for"
+                )
             self._exchange = InitiatorExchange(chap)
-        return self._exchange.step({name: value for name, value in pairs.items() if name.startswith("CHAP_")})
+        return self._exchange.step(
+            {name: value for name, value in pairs.items() if name.startswith("CHAP_")}
+        )

@@ -12,7 +12,9 @@ _FORMAT_MASK: Final = 0x7E
 
 
 class CommandFailed(IscsiError):
-    """A SCSI command ended with another status than GOOD. ``key``, ``asc`` and ``ascq`` are 0 where there are no sense data."""
+    """A SCSI command ended with another status than GOOD. ``key``, ``asc`` and ``ascq`` are 0 where
+    there are no sense data.
+    """
 
     def __init__(self, status: int, sense: bytes) -> None:
         self.status = status
@@ -23,7 +25,9 @@ class CommandFailed(IscsiError):
             self.key, self.asc, self.ascq = sense[2] & 0x0F, sense[12], sense[13]
         else:
             self.key = self.asc = self.ascq = 0
-        super().__init__(f"SCSI status {status:#04x}, sense {self.key:X}/{self.asc:02X}/{self.ascq:02X}")
+        super().__init__(
+            f"SCSI status {status:#04x}, sense {self.key:X}/{self.asc:02X}/{self.ascq:02X}"
+        )
 
 
 class ConnectionEnded(IscsiError):
@@ -35,11 +39,26 @@ CommandDone = Callable[[Buffer | None, IscsiError | None], None]
 
 
 class Command:
-    """One SCSI command. ``received`` fills as Data-In PDUs come; ``residual`` is signed: positive for an underflow."""
+    """One SCSI command. ``received`` fills as Data-In PDUs come; ``residual`` is signed: positive
+    for an underflow.
+    """
 
-    __slots__ = ("cdb", "data", "done", "immediate_bytes", "itt", "lun", "read_bytes", "received", "residual", "whole")
+    __slots__ = (
+        "cdb",
+        "data",
+        "done",
+        "immediate_bytes",
+        "itt",
+        "lun",
+        "read_bytes",
+        "received",
+        "residual",
+        "whole",
+    )
 
-    def __init__(self, lun: int, cdb: bytes, read_bytes: int, data: Buffer, done: CommandDone) -> None:
+    def __init__(
+        self, lun: int, cdb: bytes, read_bytes: int, data: Buffer, done: CommandDone
+    ) -> None:
         self.lun = lun
         self.cdb = cdb
         self.read_bytes = read_bytes

@@ -1,4 +1,5 @@
-"""COMPARE AND WRITE and ORWRITE (SBC-3 5.2, 5.17): a read and a write that depends on it, as one operation.
+"""COMPARE AND WRITE and ORWRITE (SBC-3 5.2, 5.17): a read and a write that depends on it, as one
+operation.
 
 WRITE ATOMIC (SBC-4 5.48): a write that is there entirely or not at all, whatever happens.
 """
@@ -17,7 +18,9 @@ _FUA: Final = 0x08
 
 
 def compare_and_write(request: Request) -> Plan:
-    """COMPARE AND WRITE: the first half of the data is compared, the second half is written where the comparison holds."""
+    """COMPARE AND WRITE: the first half of the data is compared, the second half is written where
+    the comparison holds.
+    """
     cdb, unit = request.cdb, request.unit
     offset, length = check_range(unit, int.from_bytes(cdb[2:10], "big"), cdb[13])
     if length == 0:
@@ -34,7 +37,9 @@ def compare_and_write(request: Request) -> Plan:
             unit.volume.write(offset, view[length:], fua, done)
             unit.volume.settle()
 
-        Scan(unit, offset, length, Comparison(view[:length], repeated=False).check, compared).start()
+        Scan(
+            unit, offset, length, Comparison(view[:length], repeated=False).check, compared
+        ).start()
 
     return Operation(2 * length, start, needs_owned_data=True, exact=True, exclusive=True)
 
@@ -71,7 +76,8 @@ def or_write(request: Request) -> Plan:
 
 
 def write_atomic(request: Request) -> Plan:
-    """WRITE ATOMIC(16): whole blocks only, for a volume takes those over in one step (`protocol.volume.ATOMIC_WRITE_BYTES_MAX`).
+    """WRITE ATOMIC(16): whole blocks only, for a volume takes those over in one step
+    (`protocol.volume.ATOMIC_WRITE_BYTES_MAX`).
 
     Data that are cut short by the client are refused: part of an atomic write is no atomic write.
     """
@@ -85,12 +91,32 @@ def write_atomic(request: Request) -> Plan:
     if length == 0:
         return NO_DATA
     fua = bool(cdb[1] & _FUA) or not unit.write_cache
-    return Operation(length, lambda data, done: unit.volume.write(offset, data, fua, done), exact=True)
+    return Operation(
+        length, lambda data, done: unit.volume.write(offset, data, fua, done), exact=True
+    )
 
 
 COMMANDS: Final = (
     # Bytes 10 and 11 are the atomic boundary, which is 0: no boundary splits a write.
-    Command("WRITE ATOMIC(16)", usage("9c18ffffffffffffffff0000ffff3f00"), write_atomic, needs_medium=True, writes=True),
-    Command("COMPARE AND WRITE", usage("8918ffffffffffffffff000000ff3f00"), compare_and_write, needs_medium=True, writes=True),
-    Command("ORWRITE(16)", usage("8b18ffffffffffffffffffffffff3f00"), or_write, needs_medium=True, writes=True),
+    Command(
+        "WRITE ATOMIC(16)",
+        usage("9c18ffffffffffffffff0000ffff3f00"),
+        write_atomic,
+        needs_medium=True,
+        writes=True,
+    ),
+    Command(
+        "COMPARE AND WRITE",
+        usage("8918ffffffffffffffff000000ff3f00"),
+        compare_and_write,
+        needs_medium=True,
+        writes=True,
+    ),
+    Command(
+        "ORWRITE(16)",
+        usage("8b18ffffffffffffffffffffffff3f00"),
+        or_write,
+        needs_medium=True,
+        writes=True,
+    ),
 )

@@ -1,4 +1,6 @@
-"""Commands that move or check sectors: READ, WRITE, VERIFY, SYNCHRONIZE CACHE, and READ CAPACITY and their like (SBC-3 clause 5)."""
+"""Commands that move or check sectors: READ, WRITE, VERIFY, SYNCHRONIZE CACHE, and READ CAPACITY
+and their like (SBC-3 clause 5).
+"""
 
 from struct import Struct
 from typing import Final
@@ -30,7 +32,10 @@ def _range(request: Request) -> tuple[int, int]:
     lba = int.from_bytes(cdb[lba_at:lba_end], "big")
     sectors = int.from_bytes(cdb[length_at:length_end], "big")
     if size == 6:
-        return lba & 0x1FFFFF, sectors or 256  # zero means 256 in the six-byte form only (SBC-3 5.8)
+        return (
+            lba & 0x1FFFFF,
+            sectors or 256,
+        )  # zero means 256 in the six-byte form only (SBC-3 5.8)
     return lba, sectors
 
 
@@ -53,25 +58,33 @@ def read(request: Request) -> Plan:
 
 
 def write(request: Request) -> Plan:
-    """WRITE(6, 10, 12, 16); with FUA, or with the write cache switched off, the data are durable before the status."""
+    """WRITE(6, 10, 12, 16); with FUA, or with the write cache switched off, the data are durable
+    before the status.
+    """
     offset, length = _extent(request)
     if length == 0:
         return NO_DATA
     unit = request.unit
-    fua = not unit.write_cache or (request.cdb[0] != opcodes.WRITE_6 and bool(request.cdb[1] & _FUA))
+    fua = not unit.write_cache or (
+        request.cdb[0] != opcodes.WRITE_6 and bool(request.cdb[1] & _FUA)
+    )
 
     def start(data: Buffer, done: Completion) -> None:
         usable = len(data) - len(data) % SECTOR_BYTES
         if usable == 0:
             done(None)
             return
-        unit.volume.write(offset, data if usable == len(data) else memoryview(data)[:usable], fua, done)
+        unit.volume.write(
+            offset, data if usable == len(data) else memoryview(data)[:usable], fua, done
+        )
 
     return Operation(length, start)
 
 
 def verify(request: Request) -> Plan:
-    """VERIFY(10, 12, 16): read everything (checksums are verified below), and with BYTCHK compare it with the client's data."""
+    """VERIFY(10, 12, 16): read everything (checksums are verified below), and with BYTCHK compare
+    it with the client's data.
+    """
     offset, length = _extent(request)
     mode = request.cdb[1] & _BYTE_CHECK
     if mode == 0x04:
@@ -108,7 +121,9 @@ def write_and_verify(request: Request) -> Plan:
             if error is not None:
                 done(error)
                 return
-            Scan(unit, offset, usable, Comparison(data, repeated=False).check if mode else None, done).start()
+            Scan(
+                unit, offset, usable, Comparison(data, repeated=False).check if mode else None, done
+            ).start()
 
         unit.volume.write(offset, memoryview(data)[:usable], True, written)
 
@@ -116,14 +131,18 @@ def write_and_verify(request: Request) -> Plan:
 
 
 def synchronize_cache(request: Request) -> Plan:
-    """SYNCHRONIZE CACHE(10, 16): the whole volume is made durable; a range is only checked. Length zero means to the end."""
+    """SYNCHRONIZE CACHE(10, 16): the whole volume is made durable; a range is only checked. Length
+    zero means to the end.
+    """
     check_range(request.unit, *_range(request))
     volume = request.unit.volume
     return Operation(0, lambda _, done: volume.flush(done))
 
 
 def prefetch(request: Request) -> Plan:
-    """PRE-FETCH(10, 16): the range is checked; what is worth keeping in memory is decided below. GOOD: nothing was promised."""
+    """PRE-FETCH(10, 16): the range is checked; what is worth keeping in memory is decided below.
+    GOOD: nothing was promised.
+    """
     lba, sectors = _range(request)
     check_range(request.unit, lba, sectors or max(1, request.unit.sectors - lba))
     return NO_DATA
@@ -143,16 +162,30 @@ def read_capacity_10(request: Request) -> Plan:
     cdb = request.cdb
     if any(cdb[2:6]):
         raise CheckCondition(sense.invalid_field_in_cdb(2))
-    return cut(_CAPACITY_10.pack(min(request.unit.sectors - 1, 0xFFFFFFFF), SECTOR_BYTES), _CAPACITY_10.size)
+    return cut(
+        _CAPACITY_10.pack(min(request.unit.sectors - 1, 0xFFFFFFFF), SECTOR_BYTES),
+        _CAPACITY_10.size,
+    )
 
 
 def read_capacity_16(request: Request) -> Plan:
-    """READ CAPACITY(16): capacity, physical block size, and that the volume is thin and reads zeros where deallocated."""
+    """READ CAPACITY(16): capacity, physical block size, and that the volume is thin and reads zeros
+    where deallocated.
+    """
     cdb = request.cdb
     if any(cdb[2:10]):
         raise CheckCondition(sense.invalid_field_in_cdb(2))
-    body = _CAPACITY_16.pack(request.unit.sectors - 1, SECTOR_BYTES, 0, request.unit.physical_block_exponent, _LBPME_LBPRZ)
-    return cut(body, int.from_bytes(cdb[_CAPACITY_16_ALLOCATION_AT : _CAPACITY_16_ALLOCATION_AT + 4], "big"))
+    body = _CAPACITY_16.pack(
+        request.unit.sectors - 1,
+        SECTOR_BYTES,
+        0,
+        request.unit.physical_block_exponent,
+        _LBPME_LBPRZ,
+    )
+    return cut(
+        body,
+        int.from_bytes(cdb[_CAPACITY_16_ALLOCATION_AT : _CAPACITY_16_ALLOCATION_AT + 4], "big"),
+    )
 
 
 COMMANDS: Final = (
@@ -163,20 +196,62 @@ COMMANDS: Final = (
     Command("WRITE(6)", usage("0a1fffffff00"), write, needs_medium=True, writes=True),
     Command("WRITE(10)", usage("2a18ffffffff3fffff00"), write, needs_medium=True, writes=True),
     Command("WRITE(12)", usage("aa18ffffffffffffffff3f00"), write, needs_medium=True, writes=True),
-    Command("WRITE(16)", usage("8a18ffffffffffffffffffffffff3f00"), write, needs_medium=True, writes=True),
-    Command("WRITE AND VERIFY(10)", usage("2e16ffffffff3fffff00"), write_and_verify, needs_medium=True, writes=True),
-    Command("WRITE AND VERIFY(12)", usage("ae16ffffffffffffffff3f00"), write_and_verify, needs_medium=True, writes=True),
-    Command("WRITE AND VERIFY(16)", usage("8e16ffffffffffffffffffffffff3f00"), write_and_verify, needs_medium=True, writes=True),
+    Command(
+        "WRITE(16)",
+        usage("8a18ffffffffffffffffffffffff3f00"),
+        write,
+        needs_medium=True,
+        writes=True,
+    ),
+    Command(
+        "WRITE AND VERIFY(10)",
+        usage("2e16ffffffff3fffff00"),
+        write_and_verify,
+        needs_medium=True,
+        writes=True,
+    ),
+    Command(
+        "WRITE AND VERIFY(12)",
+        usage("ae16ffffffffffffffff3f00"),
+        write_and_verify,
+        needs_medium=True,
+        writes=True,
+    ),
+    Command(
+        "WRITE AND VERIFY(16)",
+        usage("8e16ffffffffffffffffffffffff3f00"),
+        write_and_verify,
+        needs_medium=True,
+        writes=True,
+    ),
     Command("VERIFY(10)", usage("2f16ffffffff3fffff00"), verify, needs_medium=True),
     Command("VERIFY(12)", usage("af16ffffffffffffffff3f00"), verify, needs_medium=True),
     Command("VERIFY(16)", usage("8f16ffffffffffffffffffffffff3f00"), verify, needs_medium=True),
-    Command("SYNCHRONIZE CACHE(10)", usage("3506ffffffff3fffff00"), synchronize_cache, needs_medium=True),
-    Command("SYNCHRONIZE CACHE(16)", usage("9106ffffffffffffffffffffffff3f00"), synchronize_cache, needs_medium=True),
+    Command(
+        "SYNCHRONIZE CACHE(10)", usage("3506ffffffff3fffff00"), synchronize_cache, needs_medium=True
+    ),
+    Command(
+        "SYNCHRONIZE CACHE(16)",
+        usage("9106ffffffffffffffffffffffff3f00"),
+        synchronize_cache,
+        needs_medium=True,
+    ),
     Command("PRE-FETCH(10)", usage("3402ffffffff3fffff00"), prefetch, needs_medium=True),
-    Command("PRE-FETCH(16)", usage("9002ffffffffffffffffffffffff3f00"), prefetch, needs_medium=True),
-    Command("READ DEFECT DATA(10)", usage("37001f00000000ffff00"), read_defect_data, needs_medium=True),
-    Command("READ DEFECT DATA(12)", usage("b71fffffffffffffffff0000"), read_defect_data, needs_medium=True),
-    Command("READ CAPACITY(10)", usage("2500ffffffff00000000"), read_capacity_10, needs_medium=True),
+    Command(
+        "PRE-FETCH(16)", usage("9002ffffffffffffffffffffffff3f00"), prefetch, needs_medium=True
+    ),
+    Command(
+        "READ DEFECT DATA(10)", usage("37001f00000000ffff00"), read_defect_data, needs_medium=True
+    ),
+    Command(
+        "READ DEFECT DATA(12)",
+        usage("b71fffffffffffffffff0000"),
+        read_defect_data,
+        needs_medium=True,
+    ),
+    Command(
+        "READ CAPACITY(10)", usage("2500ffffffff00000000"), read_capacity_10, needs_medium=True
+    ),
     Command(
         "READ CAPACITY(16)",
         usage("9e1fffffffffffffffffffffffff0000"),

@@ -1,7 +1,9 @@
-"""EXTENDED COPY (LID1) and RECEIVE COPY RESULTS (SPC-4 6.4, 6.18 to 6.21, 5.17): copies between disks without the client's wires.
+"""EXTENDED COPY (LID1) and RECEIVE COPY RESULTS (SPC-4 6.4, 6.18 to 6.21, 5.17): copies between
+disks without the client's wires.
 
-Block to block (segment descriptor 02h) between logical units that identification descriptors (E4h) name. They are looked for only among
-the logical units of the nexus that asks: a client can copy nothing that it could not read and write itself, whatever it names.
+Block to block (segment descriptor 02h) between logical units that identification descriptors (E4h)
+name. They are looked for only among the logical units of the nexus that asks: a client can copy
+nothing that it could not read and write itself, whatever it names.
 """
 
 from collections.abc import Callable
@@ -29,13 +31,20 @@ _BLOCK_TO_BLOCK: Final = 0x02
 _BLOCK_TO_BLOCK_BYTES: Final = 28
 _SEGMENT: Final = Struct(">BBHHH2xHQQ")
 # Where the fields of a segment descriptor lie, for the field pointer of sense data.
-_LENGTH_AT, _SOURCE_INDEX_AT, _DESTINATION_INDEX_AT, _SOURCE_LBA_AT, _DESTINATION_LBA_AT = 2, 4, 6, 12, 20
+_LENGTH_AT, _SOURCE_INDEX_AT, _DESTINATION_INDEX_AT, _SOURCE_LBA_AT, _DESTINATION_LBA_AT = (
+    2,
+    4,
+    6,
+    12,
+    20,
+)
 _SEGMENT_SECTORS_MAX: Final = 0xFFFF  # what the field can say
 _NO_LIST_ID: Final = 3
 _USAGE_RESERVED: Final = 1
 _ALLOCATION_LID1: Final = slice(10, 14)
 _LIST_BYTES_MAX: Final = (
-    limits.COPY_TARGET_DESCRIPTORS_MAX * _IDENTIFICATION_BYTES + limits.COPY_SEGMENT_DESCRIPTORS_MAX * _BLOCK_TO_BLOCK_BYTES
+    limits.COPY_TARGET_DESCRIPTORS_MAX * _IDENTIFICATION_BYTES
+    + limits.COPY_SEGMENT_DESCRIPTORS_MAX * _BLOCK_TO_BLOCK_BYTES
 )
 _PARAMETERS: Final = Struct(">IB3xHHIIIII2xHBBBB3xB")
 _SNLID: Final = 0x01  # copies without a list identifier are possible
@@ -54,11 +63,16 @@ class _List:
 
 
 def _parse(data: bytes) -> _List:
-    """Take the list apart. Raises CheckCondition where its lengths are not what is there, or above the limits."""
+    """Take the list apart. Raises CheckCondition where its lengths are not what is there, or above
+    the limits.
+    """
     if len(data) < _HEAD.size:
         raise CheckCondition(sense.PARAMETER_LIST_LENGTH_ERROR)
     list_id, flags, target_bytes, segment_bytes, inline_bytes = _HEAD.unpack_from(data)
-    if target_bytes + segment_bytes > _LIST_BYTES_MAX or _HEAD.size + target_bytes + segment_bytes > len(data):
+    if (
+        target_bytes + segment_bytes > _LIST_BYTES_MAX
+        or _HEAD.size + target_bytes + segment_bytes > len(data)
+    ):
         raise CheckCondition(sense.PARAMETER_LIST_LENGTH_ERROR)
     if inline_bytes:
         raise CheckCondition(sense.INLINE_DATA_LENGTH_EXCEEDED)
@@ -97,9 +111,13 @@ def _check_segments(segments: bytes) -> None:
 
 
 def _find_unit(nexus: Nexus, descriptor: bytes, at: int) -> LogicalUnit:
-    """The unit of this nexus that an identification descriptor names. ``at`` is where it stands in the list."""
+    """The unit of this nexus that an identification descriptor names. ``at`` is where it stands in
+    the list.
+    """
     if descriptor[1] & 0x1F:
-        raise CheckCondition(sense.invalid_field_in_parameter_list(at + 1, 4))  # not a direct access block device
+        raise CheckCondition(
+            sense.invalid_field_in_parameter_list(at + 1, 4)
+        )  # not a direct access block device
     if int.from_bytes(descriptor[29:32], "big") != SECTOR_BYTES:
         raise CheckCondition(sense.invalid_field_in_parameter_list(at + 29))
     code_set, kind, size = descriptor[4] & 0x0F, descriptor[5] & 0x3F, descriptor[7]
@@ -113,12 +131,15 @@ def _find_unit(nexus: Nexus, descriptor: bytes, at: int) -> LogicalUnit:
 
 def _units(nexus: Nexus, targets: bytes) -> list[LogicalUnit]:
     return [
-        _find_unit(nexus, targets[at : at + _IDENTIFICATION_BYTES], _HEAD.size + at) for at in range(0, len(targets), _IDENTIFICATION_BYTES)
+        _find_unit(nexus, targets[at : at + _IDENTIFICATION_BYTES], _HEAD.size + at)
+        for at in range(0, len(targets), _IDENTIFICATION_BYTES)
     ]
 
 
 def _check_access(nexus: Nexus, unit: LogicalUnit, writes: bool) -> None:
-    """What a READ or WRITE of this nexus would meet meets its copy (SPC-4 5.17.3: the copy manager is no way around)."""
+    """What a READ or WRITE of this nexus would meet meets its copy (SPC-4 5.17.3: the copy manager
+    is no way around).
+    """
     if unit.reservations.forbids(nexus.id, writes):
         raise ReservationConflict
     if not unit.started or unit.sanitization is not None:
@@ -129,7 +150,9 @@ def _check_access(nexus: Nexus, unit: LogicalUnit, writes: bool) -> None:
 
 def _segment(nexus: Nexus, units: list[LogicalUnit], descriptor: bytes) -> Segment:
     """One segment with both of its ranges checked."""
-    _, _, length, source_index, destination_index, sectors, source_lba, lba = _SEGMENT.unpack(descriptor)
+    _, _, length, source_index, destination_index, sectors, source_lba, lba = _SEGMENT.unpack(
+        descriptor
+    )
     if length != _BLOCK_TO_BLOCK_BYTES - 4:
         raise CheckCondition(sense.copy_segment_fault(_LENGTH_AT))
     for index in (source_index, destination_index):
@@ -142,7 +165,13 @@ def _segment(nexus: Nexus, units: list[LogicalUnit], descriptor: bytes) -> Segme
         raise CheckCondition(sense.copy_segment_fault(_SOURCE_LBA_AT))
     if lba + sectors > destination.sectors:
         raise CheckCondition(sense.copy_segment_fault(_DESTINATION_LBA_AT))
-    return Segment(source, source_lba << SECTOR_SHIFT, destination, lba << SECTOR_SHIFT, sectors << SECTOR_SHIFT)
+    return Segment(
+        source,
+        source_lba << SECTOR_SHIFT,
+        destination,
+        lba << SECTOR_SHIFT,
+        sectors << SECTOR_SHIFT,
+    )
 
 
 def _begin(request: Request, data: bytes, done: Completion) -> None:
@@ -167,7 +196,9 @@ def _begin(request: Request, data: bytes, done: Completion) -> None:
 
 
 def extended_copy(request: Request) -> Plan:
-    """EXTENDED COPY(LID1). It is no change of the unit that it is given to: what it changes, it changes through the gates."""
+    """EXTENDED COPY(LID1). It is no change of the unit that it is given to: what it changes, it
+    changes through the gates.
+    """
     list_bytes = int.from_bytes(request.cdb[_ALLOCATION_LID1], "big")
     if list_bytes == 0:
         return NO_DATA  # SPC-4 6.4.2: no error, and nothing to do
@@ -184,7 +215,9 @@ def extended_copy(request: Request) -> Plan:
 
 
 def copy_status(request: Request) -> Plan:
-    """RECEIVE COPY RESULTS, COPY STATUS: how far a copy is. The outcome of one that has ended is told once (SPC-4 6.18)."""
+    """RECEIVE COPY RESULTS, COPY STATUS: how far a copy is. The outcome of one that has ended is
+    told once (SPC-4 6.18).
+    """
     list_id = request.cdb[2]
     found = request.nexus.copies.get(list_id)
     if found is None:
@@ -197,7 +230,9 @@ def copy_status(request: Request) -> Plan:
 
 
 def operating_parameters(request: Request) -> Plan:
-    """RECEIVE COPY RESULTS, OPERATING PARAMETERS: the limits that EXTENDED COPY has (SPC-4 6.21)."""
+    """RECEIVE COPY RESULTS, OPERATING PARAMETERS: the limits that EXTENDED COPY has
+    (SPC-4 6.21).
+    """
     descriptors = bytes((_BLOCK_TO_BLOCK, _IDENTIFICATION))
     body = _PARAMETERS.pack(
         _PARAMETERS.size - 4 + len(descriptors),
@@ -224,7 +259,13 @@ _REPORTS: Final[tuple[tuple[int, str, Callable[[Request], Plan]], ...]] = (
     (OPERATING_PARAMETERS, "OPERATING PARAMETERS", operating_parameters),
 )
 COMMANDS: Final = (
-    Command("EXTENDED COPY(LID1)", usage("831f0000000000000000ffffffff0000"), extended_copy, service_action=0, reserved=True),
+    Command(
+        "EXTENDED COPY(LID1)",
+        usage("831f0000000000000000ffffffff0000"),
+        extended_copy,
+        service_action=0,
+        reserved=True,
+    ),
     *(
         Command(
             f"RECEIVE COPY RESULTS, {name}",
@@ -236,4 +277,7 @@ COMMANDS: Final = (
         for action, name, handler in _REPORTS
     ),
 )
-assert COMMANDS[0].opcode == opcodes.EXTENDED_COPY and COMMANDS[1].opcode == opcodes.RECEIVE_COPY_RESULTS
+assert (
+    COMMANDS[0].opcode == opcodes.EXTENDED_COPY
+    and COMMANDS[1].opcode == opcodes.RECEIVE_COPY_RESULTS
+)

@@ -1,4 +1,6 @@
-"""INQUIRY and the vital product data pages (SPC-4 6.6, 7.8; SBC-3 6.6), REPORT LUNS (SPC-4 6.33)."""
+"""INQUIRY and the vital product data pages (SPC-4 6.6, 7.8; SBC-3 6.6), REPORT LUNS
+(SPC-4 6.33).
+"""
 
 from collections.abc import Callable
 from struct import Struct
@@ -14,7 +16,9 @@ VENDOR: Final = b"CLEAVED "
 PRODUCT: Final = b"VDISK           "
 REVISION: Final = b"0001"
 
-_NO_UNIT: Final = 0x7F  # peripheral qualifier 011b, device type 1Fh: no logical unit can be at this LUN
+_NO_UNIT: Final = (
+    0x7F  # peripheral qualifier 011b, device type 1Fh: no logical unit can be at this LUN
+)
 _VERSION_SPC4: Final = 0x06
 _HISUP_FORMAT_2: Final = 0x12
 _CMDQUE: Final = 0x02
@@ -22,10 +26,11 @@ _THIRD_PARTY_COPY: Final = 0x08  # 3PC: EXTENDED COPY is supported
 _STANDARD: Final = Struct(">BBBBBBBB8s16s4s22x8H22x")
 # SAM-5, iSCSI, SPC-4, SBC-3 without a version claimed (SPC-4 table 142).
 _VERSION_DESCRIPTORS: Final = (0x00A0, 0x0960, 0x0460, 0x04C0, 0, 0, 0, 0)
-# NAA 6 has no form without an IEEE company id, and this project has registered none. So it is one that IEEE gives nobody: the U/L bit
-# (02h of the first octet) says that it is locally administered, and the lower digit 2 puts it into the quadrant that IEEE 802c leaves to
-# local administrators (AAI; the ids that IEEE does assign there, CIDs, have the digit A). So it is no registered company's, and the bits
-# of the UUID behind it keep disks apart.
+# NAA 6 has no form without an IEEE company id, and this project has registered none. So it is one
+# that IEEE gives nobody: the U/L bit (02h of the first octet) says that it is locally administered,
+# and the lower digit 2 puts it into the quadrant that IEEE 802c leaves to local administrators
+# (AAI; the ids that IEEE does assign there, CIDs, have the digit A). So it is no registered
+# company's, and the bits of the UUID behind it keep disks apart.
 _COMPANY_ID: Final = 0xC2EAED
 _PAGE_HEAD: Final = Struct(">BBH")
 _DESIGNATOR_HEAD: Final = Struct(">BBxB")
@@ -33,8 +38,9 @@ _ISCSI_PROTOCOL: Final = 0x50
 _ASSOCIATION_PORT: Final = 0x90  # PIV set, association: target port
 _PORT_GROUP: Final = 1
 _BLOCK_LIMITS: Final = Struct(">BBHIIIIIIIQIII8x")
-# WSNZ: a WRITE SAME of length zero, which would reach to the end, is refused. libiscsi's suite expects of the other choice that
-# UNMAP with a pattern of ones reads as zeros; SBC-3 4.7.3.4.4 wants the pattern written, and so it is here.
+# WSNZ: a WRITE SAME of length zero, which would reach to the end, is refused. libiscsi's suite
+# expects of the other choice that UNMAP with a pattern of ones reads as zeros; SBC-3 4.7.3.4.4
+# wants the pattern written, and so it is here.
 _WRITE_SAME_NON_ZERO: Final = 0x01
 _NON_ROTATING: Final = 1
 # WABEREQ 01b: after a block erase sectors can be read without being written first.
@@ -57,33 +63,45 @@ def serial_number(unit: LogicalUnit) -> bytes:
 
 
 def _designator(code_set: int, kind: int, value: bytes) -> bytes:
-    first, second = (_ISCSI_PROTOCOL | code_set, _ASSOCIATION_PORT | kind) if kind in (4, 5) or kind == 8 else (code_set, kind)
+    first, second = (
+        (_ISCSI_PROTOCOL | code_set, _ASSOCIATION_PORT | kind)
+        if kind in (4, 5) or kind == 8
+        else (code_set, kind)
+    )
     return _DESIGNATOR_HEAD.pack(first, second, len(value)) + value
 
 
 def _naa_registered_extended(unit: LogicalUnit) -> bytes:
-    """NAA 6 (SPC-4 7.8.6.6.5): company id, then 100 bits of the UUID, random ones in one of version 4.
+    """NAA 6 (SPC-4 7.8.6.6.5): company id, then 100 bits of the UUID, random ones in one of version
+    4.
 
-    It comes first, and scsi_id, sg3_utils' rules for udev and multipath all prefer it to every other designator, so that all three call a
-    disk by one name. Of the others each prefers another one: scsi_id NAA 3, the rules T10.
+    It comes first, and scsi_id, sg3_utils' rules for udev and multipath all prefer it to every
+    other designator, so that all three call a disk by one name. Of the others each prefers another
+    one: scsi_id NAA 3, the rules T10.
     """
     digits = unit.uuid.hex
     return bytes.fromhex(f"6{_COMPANY_ID:06x}{digits[:12]}{digits[13:16]}{digits[22:]}")
 
 
 def _naa_locally_assigned(unit: LogicalUnit) -> bytes:
-    """NAA 3, locally assigned (SPC-4 7.8.6.6.4): 60 bits of the UUID, chosen where a version 4 UUID is random."""
+    """NAA 3, locally assigned (SPC-4 7.8.6.6.4): 60 bits of the UUID, chosen where a version 4 UUID
+    is random.
+    """
     raw = unit.uuid.bytes
     return bytes((0x30 | raw[0] & 0x0F,)) + raw[1:6] + raw[14:16]
 
 
 def is_designated(unit: LogicalUnit, code_set: int, kind: int, value: bytes) -> bool:
-    """Whether a designator of the device identification page, as another command quotes it, names this unit."""
+    """Whether a designator of the device identification page, as another command quotes it, names
+    this unit.
+    """
     return (code_set, kind, value) in _unit_designators(unit)
 
 
 def _unit_designators(unit: LogicalUnit) -> tuple[tuple[int, int, bytes], ...]:
-    """Code set, type and value of what names the unit itself, and not a port. Disks keep their names: none of these may change or go."""
+    """Code set, type and value of what names the unit itself, and not a port. Disks keep their
+    names: none of these may change or go.
+    """
     return (
         (1, 3, _naa_registered_extended(unit)),
         (1, 3, _naa_locally_assigned(unit)),
@@ -116,7 +134,11 @@ def _device_identification(request: Request) -> bytes:
 
 def _extended_inquiry(_request: Request) -> bytes:
     body = bytearray(60)
-    body[1] = 0x01  # SIMPSUP alone: ordered commands are taken, but what waits for data or the disk is not waited for
+    body[1] = (
+        # SIMPSUP alone: ordered commands are taken, but what waits for data or the disk is not
+        # waited for.
+        0x01
+    )
     body[2] = 0x01  # V_SUP: there is a write cache
     return bytes(body)
 
@@ -171,7 +193,9 @@ def _vital_product_data(request: Request, code: int) -> bytes:
 
 
 def inquiry(request: Request) -> Plan:
-    """INQUIRY: identity, or a vital product data page; for a LUN without a unit it says so instead of failing."""
+    """INQUIRY: identity, or a vital product data page; for a LUN without a unit it says so instead
+    of failing.
+    """
     cdb = request.cdb
     allocation = int.from_bytes(cdb[3:5], "big")
     if cdb[1] & 0x01:
@@ -187,7 +211,9 @@ _REPORT_LUNS_ALLOCATION_MIN: Final = 16
 
 
 def encode_lun(lun: int) -> int:
-    """The 8-byte LUN as an integer: peripheral addressing below 256, flat addressing above (SAM-5 4.7)."""
+    """The 8-byte LUN as an integer: peripheral addressing below 256, flat addressing above (SAM-5
+    4.7).
+    """
     return lun << 48 if lun < 256 else (0x4000 | lun) << 48
 
 
@@ -209,6 +235,12 @@ def report_luns(request: Request) -> Plan:
 
 COMMANDS: Final = (
     Command("INQUIRY", usage("1201ffffff00"), inquiry, any_lun=True, despite_attention=True),
-    Command("REPORT LUNS", usage("a000ff000000ffffffff0000"), report_luns, any_lun=True, despite_attention=True),
+    Command(
+        "REPORT LUNS",
+        usage("a000ff000000ffffffff0000"),
+        report_luns,
+        any_lun=True,
+        despite_attention=True,
+    ),
 )
 assert COMMANDS[0].opcode == opcodes.INQUIRY and COMMANDS[1].opcode == opcodes.REPORT_LUNS

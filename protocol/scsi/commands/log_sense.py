@@ -1,8 +1,10 @@
-"""LOG SENSE (SPC-4 6.8, 7.3; SBC-3 6.4.5): what the volume takes up in its pool, and how much of a clone is still backed.
+"""LOG SENSE (SPC-4 6.8, 7.3; SBC-3 6.4.5): what the volume takes up in its pool, and how much of a
+clone is still backed.
 
-The clone page is ours (page code 30h, in the vendor specific range). Its parameters, each a number of 8 bytes:
-0001h blocks of 4096 bytes that are still read from the backing store; 0002h the same when the split began; 0003h the state:
-0 no backing store, 1 backed and no split running, 2 a split is running. A parameter whose value is not known is left out.
+The clone page is ours (page code 30h, in the vendor specific range). Its parameters, each a number
+of 8 bytes: 0001h blocks of 4096 bytes that are still read from the backing store; 0002h the same
+when the split began; 0003h the state: 0 no backing store, 1 backed and no split running, 2 a split
+is running. A parameter whose value is not known is left out.
 """
 
 from collections.abc import Callable
@@ -59,12 +61,22 @@ def _clone(unit: LogicalUnit) -> list[tuple[int, bytes]]:
     found = volume.split_state() if isinstance(volume, ReportsSplit) else None
     if found is None:
         return [_parameter(STATE, NOT_BACKED.to_bytes(8, "big"))]
-    numbers = ((HOLES_REMAINING, found.holes_remaining_blocks), (HOLES_TOTAL, found.holes_total_blocks))
-    told = [_parameter(code, number.to_bytes(8, "big")) for code, number in numbers if number is not None]
+    numbers = (
+        (HOLES_REMAINING, found.holes_remaining_blocks),
+        (HOLES_TOTAL, found.holes_total_blocks),
+    )
+    told = [
+        _parameter(code, number.to_bytes(8, "big"))
+        for code, number in numbers
+        if number is not None
+    ]
     return [*told, _parameter(STATE, (SPLITTING if found.running else BACKED).to_bytes(8, "big"))]
 
 
-_PAGES: Final[dict[int, Callable[[LogicalUnit], list[tuple[int, bytes]]]]] = {LOGICAL_BLOCK_PROVISIONING: _provisioning, CLONE: _clone}
+_PAGES: Final[dict[int, Callable[[LogicalUnit], list[tuple[int, bytes]]]]] = {
+    LOGICAL_BLOCK_PROVISIONING: _provisioning,
+    CLONE: _clone,
+}
 
 PAGE_CODES: Final = frozenset((SUPPORTED_PAGES, *_PAGES))
 
@@ -73,12 +85,20 @@ def _supported(with_subpages: bool) -> bytes:
     codes = (SUPPORTED_PAGES, *sorted(_PAGES))
     if not with_subpages:
         return _HEAD.pack(SUPPORTED_PAGES, 0, len(codes)) + bytes(codes)
-    pairs = [(SUPPORTED_PAGES, 0), (SUPPORTED_PAGES, _ALL_SUBPAGES), *((code, 0) for code in sorted(_PAGES))]
-    return _HEAD.pack(SUPPORTED_PAGES | 0x40, _ALL_SUBPAGES, 2 * len(pairs)) + bytes(byte for pair in pairs for byte in pair)
+    pairs = [
+        (SUPPORTED_PAGES, 0),
+        (SUPPORTED_PAGES, _ALL_SUBPAGES),
+        *((code, 0) for code in sorted(_PAGES)),
+    ]
+    return _HEAD.pack(SUPPORTED_PAGES | 0x40, _ALL_SUBPAGES, 2 * len(pairs)) + bytes(
+        byte for pair in pairs for byte in pair
+    )
 
 
 def log_sense(request: Request) -> Plan:
-    """LOG SENSE: the page from the parameter on that the parameter pointer names. Nothing is saved, and nothing can be changed."""
+    """LOG SENSE: the page from the parameter on that the parameter pointer names. Nothing is saved,
+    and nothing can be changed.
+    """
     cdb = request.cdb
     code, subpage = cdb[2] & 0x3F, cdb[3]
     allocation, first = int.from_bytes(cdb[7:9], "big"), int.from_bytes(cdb[5:7], "big")
@@ -93,10 +113,14 @@ def log_sense(request: Request) -> Plan:
         raise CheckCondition(sense.invalid_field_in_cdb(3))
     parameters = page(request.unit)
     if first and (not parameters or first > parameters[-1][0]):
-        raise CheckCondition(sense.invalid_field_in_cdb(5))  # SPC-4 6.8: a pointer above the highest code that there is
+        raise CheckCondition(
+            sense.invalid_field_in_cdb(5)
+        )  # SPC-4 6.8: a pointer above the highest code that there is
     body = b"".join(encoded for number, encoded in parameters if number >= first)
     return cut(_HEAD.pack(code, 0, len(body)) + body, allocation)
 
 
-COMMANDS: Final = (Command("LOG SENSE", usage("4d00ffff00ffffffff00"), log_sense, despite_sanitize=True),)
+COMMANDS: Final = (
+    Command("LOG SENSE", usage("4d00ffff00ffffffff00"), log_sense, despite_sanitize=True),
+)
 assert COMMANDS[0].opcode == opcodes.LOG_SENSE

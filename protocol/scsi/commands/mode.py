@@ -1,4 +1,6 @@
-"""MODE SENSE and MODE SELECT (SPC-4 6.10, 7.5; SBC-3 6.5): error recovery, caching, control, informational exceptions."""
+"""MODE SENSE and MODE SELECT (SPC-4 6.10, 7.5; SBC-3 6.5): error recovery, caching, control,
+informational exceptions.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -40,7 +42,9 @@ class ModePage:
 
 
 def _error_recovery(_unit: LogicalUnit) -> bytes:
-    return bytes((0x01, 0x0A)) + b"\xc0" + bytes(9)  # AWRE and ARRE: the store heals what it can without being told
+    return (
+        bytes((0x01, 0x0A)) + b"\xc0" + bytes(9)
+    )  # AWRE and ARRE: the store heals what it can without being told
 
 
 def _caching(unit: LogicalUnit) -> bytes:
@@ -50,7 +54,9 @@ def _caching(unit: LogicalUnit) -> bytes:
 def _control(unit: LogicalUnit) -> bytes:
     page = bytearray((0x0A, 0x0A)) + bytearray(10)
     page[2] = _D_SENSE if unit.descriptor_sense else 0
-    page[3] = 0x10  # unrestricted reordering allowed: simple commands carry no order among themselves
+    page[3] = (
+        0x10  # unrestricted reordering allowed: simple commands carry no order among themselves
+    )
     page[4] = _SWP if unit.software_write_protect else 0
     return bytes(page)
 
@@ -97,8 +103,8 @@ def _page_bytes(request: Request) -> bytes:
     control = request.cdb[2] >> 6
     if control == _CHANGEABLE:
         return b"".join(page.changeable for page in _selected(request.cdb))
-    # What a fresh unit holds is the default (page control 10b); the current values are page control 00b. The saved values are the
-    # default ones, but for the write cache.
+    # What a fresh unit holds is the default (page control 10b); the current values are page control
+    # 00b. The saved values are the default ones, but for the write cache.
     unit = LogicalUnit(request.unit.volume) if control else request.unit
     if control == _SAVED:
         unit.write_cache = request.unit.saved_write_cache
@@ -132,7 +138,11 @@ def mode_sense_10(request: Request) -> Plan:
     pages = _page_bytes(request)
     flags = _LONG_LBA if long_lba and descriptor else 0
     length = 6 + len(descriptor) + len(pages)
-    head = length.to_bytes(2, "big") + bytes((0, _device_specific(unit), flags, 0)) + len(descriptor).to_bytes(2, "big")
+    head = (
+        length.to_bytes(2, "big")
+        + bytes((0, _device_specific(unit), flags, 0))
+        + len(descriptor).to_bytes(2, "big")
+    )
     return cut(head + descriptor + pages, int.from_bytes(cdb[7:9], "big"))
 
 
@@ -197,7 +207,9 @@ def _select(request: Request, list_bytes: int, head_bytes: int) -> Plan:
 
 
 def _save(unit: LogicalUnit, done: Completion) -> None:
-    """Make the write cache's state outlive resets and restarts. Linux asks for it by itself, where the page can be saved."""
+    """Make the write cache's state outlive resets and restarts. Linux asks for it by itself, where
+    the page can be saved.
+    """
     before = unit.saved_write_cache
     unit.saved_write_cache = unit.write_cache
 
@@ -210,7 +222,9 @@ def _save(unit: LogicalUnit, done: Completion) -> None:
 
 
 def mode_select_6(request: Request) -> Plan:
-    """MODE SELECT(6): write cache, descriptor sense, software write protect; with SP, the write cache's state is saved."""
+    """MODE SELECT(6): write cache, descriptor sense, software write protect; with SP, the write
+    cache's state is saved.
+    """
     return _select(request, request.cdb[4], 4)
 
 

@@ -1,4 +1,6 @@
-"""UNMAP, WRITE SAME and GET LBA STATUS (SBC-3 5.5, 5.28, 5.42 to 5.44): deallocation, zeros, patterns, and what is allocated."""
+"""UNMAP, WRITE SAME and GET LBA STATUS (SBC-3 5.5, 5.28, 5.42 to 5.44): deallocation, zeros,
+patterns, and what is allocated.
+"""
 
 from struct import Struct
 from typing import Final
@@ -28,10 +30,15 @@ def _unmap_extents(unit: LogicalUnit, data: bytes) -> list[tuple[int, int]]:
     if len(data) < _LIST_HEAD_BYTES:
         raise CheckCondition(sense.PARAMETER_LIST_LENGTH_ERROR)
     described = int.from_bytes(data[2:4], "big")
-    if described > len(data) - _LIST_HEAD_BYTES or described // _DESCRIPTOR.size > limits.UNMAP_DESCRIPTORS_MAX:
+    if (
+        described > len(data) - _LIST_HEAD_BYTES
+        or described // _DESCRIPTOR.size > limits.UNMAP_DESCRIPTORS_MAX
+    ):
         raise CheckCondition(sense.invalid_field_in_parameter_list(2))
     ends = _LIST_HEAD_BYTES + described - described % _DESCRIPTOR.size
-    extents = [_DESCRIPTOR.unpack_from(data, at) for at in range(_LIST_HEAD_BYTES, ends, _DESCRIPTOR.size)]
+    extents = [
+        _DESCRIPTOR.unpack_from(data, at) for at in range(_LIST_HEAD_BYTES, ends, _DESCRIPTOR.size)
+    ]
     if sum(sectors for _, sectors in extents) > limits.UNMAP_SECTORS_MAX:
         raise CheckCondition(sense.invalid_field_in_parameter_list(_LIST_HEAD_BYTES + 8))
     return [check_range(unit, lba, sectors) for lba, sectors in extents if sectors]
@@ -42,13 +49,17 @@ class _Unmapping:
 
     __slots__ = ("_done", "_extents", "_volume")
 
-    def __init__(self, volume: BlockVolume, extents: list[tuple[int, int]], done: Completion) -> None:
+    def __init__(
+        self, volume: BlockVolume, extents: list[tuple[int, int]], done: Completion
+    ) -> None:
         self._volume = volume
         self._extents = extents[::-1]
         self._done = done
 
     def step(self, error: Exception | None = None) -> None:
-        """Start the next extent. UNMAP_DESCRIPTORS_MAX bounds the recursion of completions that come at once."""
+        """Start the next extent. UNMAP_DESCRIPTORS_MAX bounds the recursion of completions that
+        come at once.
+        """
         if error is not None or not self._extents:
             self._done(error)
             return
@@ -77,12 +88,15 @@ def unmap(request: Request) -> Plan:
 class _PatternWrite:
     """Writes one sector again and again over a range, in pieces, each in a turn of its own.
 
-    The next piece waits until the last one is complete, and each is settled at once: the pattern buffer lives as long as this object does.
+    The next piece waits until the last one is complete, and each is settled at once: the pattern
+    buffer lives as long as this object does.
     """
 
     __slots__ = ("_done", "_end", "_offset", "_pattern", "_unit")
 
-    def __init__(self, unit: LogicalUnit, offset: int, length: int, sector: bytes, done: Completion) -> None:
+    def __init__(
+        self, unit: LogicalUnit, offset: int, length: int, sector: bytes, done: Completion
+    ) -> None:
         self._unit = unit
         self._offset = offset
         self._end = offset + length
@@ -115,16 +129,22 @@ def _same_range(request: Request) -> tuple[int, int]:
     wide = len(cdb) >= 16 and cdb[0] & 0xE0 == 0x80
     lba = int.from_bytes(cdb[2:10] if wide else cdb[2:6], "big")
     sectors = int.from_bytes(cdb[10:14] if wide else cdb[7:9], "big")
-    if sectors == 0 or sectors > limits.WRITE_SAME_SECTORS_MAX:  # zero: WSNZ is set in the Block Limits page
+    if (
+        sectors == 0 or sectors > limits.WRITE_SAME_SECTORS_MAX
+    ):  # zero: WSNZ is set in the Block Limits page
         raise CheckCondition(sense.invalid_field_in_cdb(10 if wide else 7))
     return check_range(request.unit, lba, sectors)
 
 
 def write_same(request: Request) -> Plan:
-    """WRITE SAME(10, 16): zeros are deallocated or made zero pointers, any other pattern is written."""
+    """WRITE SAME(10, 16): zeros are deallocated or made zero pointers, any other pattern is
+    written.
+    """
     flags = request.cdb[1]
     if flags & _ANCHOR:
-        raise CheckCondition(sense.invalid_field_in_cdb(1, 4))  # ANC_SUP is 0: nothing here can be anchored
+        raise CheckCondition(
+            sense.invalid_field_in_cdb(1, 4)
+        )  # ANC_SUP is 0: nothing here can be anchored
     offset, length = _same_range(request)
     unit = request.unit
 
@@ -150,16 +170,25 @@ def _encode_runs(lba: int, runs: list[tuple[int, bool]]) -> bytes:
 
 
 def get_lba_status(request: Request) -> Plan:
-    """GET LBA STATUS: mapped or deallocated, run by run, from the LBA on; the answer may end before the disk does.
+    """GET LBA STATUS: mapped or deallocated, run by run, from the LBA on; the answer may end before
+    the disk does.
 
     No more runs are looked for than the client has room for: QEMU asks for one, before many a read.
     """
     lba = int.from_bytes(request.cdb[2:10], "big")
     allocation = int.from_bytes(request.cdb[10:14], "big")
     unit = request.unit
-    offset, length = check_range(unit, lba, min(limits.LBA_STATUS_SECTORS_MAX, max(1, unit.sectors - lba)))
+    offset, length = check_range(
+        unit, lba, min(limits.LBA_STATUS_SECTORS_MAX, max(1, unit.sectors - lba))
+    )
     volume = unit.volume
-    runs_max = max(1, min(limits.LBA_STATUS_DESCRIPTORS_MAX, (allocation - _LBA_STATUS_HEAD.size) // _LBA_STATUS.size))
+    runs_max = max(
+        1,
+        min(
+            limits.LBA_STATUS_DESCRIPTORS_MAX,
+            (allocation - _LBA_STATUS_HEAD.size) // _LBA_STATUS.size,
+        ),
+    )
 
     def start(done: QueryDone) -> None:
         def reported(runs: list[tuple[int, bool]] | None, error: Exception | None) -> None:
@@ -182,6 +211,14 @@ COMMANDS: Final = (
         needs_medium=True,
     ),
     Command("UNMAP", usage("420000000000" + "3fffff00"), unmap, needs_medium=True, writes=True),
-    Command("WRITE SAME(10)", usage("4118ffffffff3fffff00"), write_same, needs_medium=True, writes=True),
-    Command("WRITE SAME(16)", usage("9319ffffffffffffffffffffffff3f00"), write_same, needs_medium=True, writes=True),
+    Command(
+        "WRITE SAME(10)", usage("4118ffffffff3fffff00"), write_same, needs_medium=True, writes=True
+    ),
+    Command(
+        "WRITE SAME(16)",
+        usage("9319ffffffffffffffffffffffff3f00"),
+        write_same,
+        needs_medium=True,
+        writes=True,
+    ),
 )

@@ -1,4 +1,6 @@
-"""PERSISTENT RESERVE IN and OUT (SPC-4 6.15, 6.16), RESERVE(6) and RELEASE(6), over `Reservations`."""
+"""PERSISTENT RESERVE IN and OUT (SPC-4 6.15, 6.16), RESERVE(6) and RELEASE(6), over
+`Reservations`.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,7 +21,16 @@ from protocol.volume import Buffer, Completion
 PERSISTENT_RESERVE_IN: Final = 0x5E
 PERSISTENT_RESERVE_OUT: Final = 0x5F
 READ_KEYS, READ_RESERVATION, REPORT_CAPABILITIES, READ_FULL_STATUS = range(4)
-REGISTER, RESERVE, RELEASE, CLEAR, PREEMPT, PREEMPT_AND_ABORT, REGISTER_AND_IGNORE, REGISTER_AND_MOVE = range(8)
+(
+    REGISTER,
+    RESERVE,
+    RELEASE,
+    CLEAR,
+    PREEMPT,
+    PREEMPT_AND_ABORT,
+    REGISTER_AND_IGNORE,
+    REGISTER_AND_MOVE,
+) = range(8)
 _PARAMETERS: Final = Struct(">QQ4xB3x")
 _APTPL: Final = 0x01
 _ALL_TARGET_PORTS: Final = 0x04
@@ -48,7 +59,11 @@ def _reservation(state: Reservations) -> bytes:
 
 
 def _capabilities(state: Reservations) -> bytes:
-    return _CAPABILITIES[:3] + bytes((_CAPABILITIES[3] | (_PTPL_ACTIVE if state.survives_power_loss else 0),)) + _CAPABILITIES[4:]
+    return (
+        _CAPABILITIES[:3]
+        + bytes((_CAPABILITIES[3] | (_PTPL_ACTIVE if state.survives_power_loss else 0),))
+        + _CAPABILITIES[4:]
+    )
 
 
 def _full_status(state: Reservations) -> bytes:
@@ -56,7 +71,12 @@ def _full_status(state: Reservations) -> bytes:
     for nexus, key in state.registrations.items():
         holds, transport = state.holds(nexus), transport_id.encode(nexus.initiator_port)
         # ALL_TG_PT is clear: each descriptor is of one nexus, and names its target port.
-        body += _FULL_STATUS.pack(key, int(holds), state.kind if holds else 0, nexus.target_port, len(transport)) + transport
+        body += (
+            _FULL_STATUS.pack(
+                key, int(holds), state.kind if holds else 0, nexus.target_port, len(transport)
+            )
+            + transport
+        )
     return _HEAD.pack(state.generation, len(body)) + body
 
 
@@ -85,7 +105,8 @@ class _Out:
     action_key: int
     survives_power_loss: bool
     initiators: list[TransportId]
-    # Target ports whose nexuses are meant: that of the command, all of them (ALL_TG_PT), or the one that REGISTER AND MOVE names.
+    # Target ports whose nexuses are meant: that of the command, all of them (ALL_TG_PT), or the one
+    # that REGISTER AND MOVE names.
     target_ports: tuple[int, ...]
     unregisters: bool = False
     # What PREEMPT AND ABORT aborts: the status waits for the end of it.
@@ -112,17 +133,25 @@ class _Out:
 
     def through_ports(self, initiator_ports: list[str]) -> list[NexusId]:
         """The nexuses of these initiator ports with the target ports that are meant."""
-        return [NexusId(port, target_port) for port in initiator_ports for target_port in self.target_ports]
+        return [
+            NexusId(port, target_port)
+            for port in initiator_ports
+            for target_port in self.target_ports
+        ]
 
     def nexuses_named(self) -> list[NexusId]:
-        """What the TransportIDs stand for. Raises CheckCondition where one names a device without a known port."""
+        """What the TransportIDs stand for. Raises CheckCondition where one names a device without a
+        known port.
+        """
         known = {mapped.nexus.id.initiator_port for mapped in self.unit.nexuses}
         known |= {nexus.initiator_port for nexus in self.state.registrations}
         found: dict[str, None] = {}
         for initiator in self.initiators:
             ports = initiator.ports(known)
             if not ports:
-                raise CheckCondition(sense.invalid_field_in_parameter_list(_PARAMETERS.size + _LIST_LENGTH.size))
+                raise CheckCondition(
+                    sense.invalid_field_in_parameter_list(_PARAMETERS.size + _LIST_LENGTH.size)
+                )
             found |= dict.fromkeys(ports)
         return self.through_ports(list(found))
 
@@ -130,23 +159,30 @@ class _Out:
         """Unit attention for other nexuses: ``nexuses``, or all that are registered."""
         for mapped in self.unit.nexuses:
             nexus = mapped.nexus.id
-            if nexus != self.nexus and nexus in (self.state.registrations if nexuses is None else nexuses):
+            if nexus != self.nexus and nexus in (
+                self.state.registrations if nexuses is None else nexuses
+            ):
                 mapped.attention(cause)
 
 
 def _register(out: _Out) -> None:
     """REGISTER: the present key, if any, must be given (0 for a nexus that is not registered).
 
-    With ALL_TG_PT this is as if it came through each target port (SPC-4 6.16.3). A nexus of another one that is not registered gets
-    registered; one that is registered by another key is a conflict.
+    With ALL_TG_PT this is as if it came through each target port (SPC-4 6.16.3). A nexus of another
+    one that is not registered gets registered; one that is registered by another key is a conflict.
     """
     known = out.state.registrations
     if known.get(out.nexus, 0) != out.key:
         raise ReservationConflict
-    if any(known.get(nexus, out.key) != out.key for nexus in out.through_ports([out.nexus.initiator_port])):
+    if any(
+        known.get(nexus, out.key) != out.key
+        for nexus in out.through_ports([out.nexus.initiator_port])
+    ):
         raise ReservationConflict
     if out.initiators and out.nexus in known:
-        raise CheckCondition(sense.INVALID_FIELD_IN_CDB)  # SPC-4 5.12.7, table of register behaviours: SPEC_I_PT of one who is registered
+        raise CheckCondition(
+            sense.INVALID_FIELD_IN_CDB
+        )  # SPC-4 5.12.7, table of register behaviours: SPEC_I_PT of one who is registered
     _register_any(out)
 
 
@@ -256,8 +292,14 @@ def _parse(request: Request, data: bytes) -> _Out:
     elif len(data) != _PARAMETERS.size:
         raise CheckCondition(sense.PARAMETER_LIST_LENGTH_ERROR)
     registers = action in (REGISTER, REGISTER_AND_IGNORE)
-    target_ports = tuple(request.unit.target_ports()) if registers and flags & _ALL_TARGET_PORTS else (nexus.target_port,)
-    return _Out(request, nexus, kind, key, action_key, bool(flags & _APTPL), initiators, target_ports)
+    target_ports = (
+        tuple(request.unit.target_ports())
+        if registers and flags & _ALL_TARGET_PORTS
+        else (nexus.target_port,)
+    )
+    return _Out(
+        request, nexus, kind, key, action_key, bool(flags & _APTPL), initiators, target_ports
+    )
 
 
 def _parse_move(request: Request, data: bytes) -> _Out:
@@ -271,13 +313,26 @@ def _parse_move(request: Request, data: bytes) -> _Out:
     if relative_port not in request.unit.target_ports():
         raise CheckCondition(sense.invalid_field_in_parameter_list(18))
     aptpl, unregisters = bool(flags & _APTPL), bool(flags & _UNREGISTERS)
-    return _Out(request, request.nexus.id, 0, key, action_key, aptpl, initiators, (relative_port,), unregisters)
+    return _Out(
+        request,
+        request.nexus.id,
+        0,
+        key,
+        action_key,
+        aptpl,
+        initiators,
+        (relative_port,),
+        unregisters,
+    )
 
 
 def reserve_out(request: Request) -> Plan:
     """One of the service actions, by the table."""
     service_action = request.cdb[1] & 0x1F
-    action, parse = _ACTIONS[service_action], _parse_move if service_action == REGISTER_AND_MOVE else _parse
+    action, parse = (
+        _ACTIONS[service_action],
+        _parse_move if service_action == REGISTER_AND_MOVE else _parse,
+    )
     length = int.from_bytes(request.cdb[5:9], "big")
     if not _PARAMETERS.size <= length <= _LIST_BYTES_MAX:
         raise CheckCondition(sense.PARAMETER_LIST_LENGTH_ERROR)
@@ -289,7 +344,8 @@ def reserve_out(request: Request) -> Plan:
         except ScsiError as error:
             done(error)
             return
-        # SPC-4 5.12.11.2.6: who preempts may take over the disk with GOOD, so no write of the preempted may follow it.
+        # SPC-4 5.12.11.2.6: who preempts may take over the disk with GOOD, so no write of the
+        # preempted may follow it.
         Abort(lambda: request.unit.keep_reservations(done)).start(out.aborted)
 
     return Operation(length, start, writing=False)
@@ -328,11 +384,21 @@ COMMANDS: Final = (
     Command("RESERVE(6)", usage("160000000000"), reserve_6),
     Command("RELEASE(6)", usage("170000000000"), release_6, despite_exclusion=True),
     *(
-        Command(f"PERSISTENT RESERVE IN, {name}", usage("5e1f0000000000ffff00"), reserve_in, service_action=action)
+        Command(
+            f"PERSISTENT RESERVE IN, {name}",
+            usage("5e1f0000000000ffff00"),
+            reserve_in,
+            service_action=action,
+        )
         for action, name in _IN_NAMES.items()
     ),
     *(
-        Command(f"PERSISTENT RESERVE OUT, {name}", usage("5f1fff0000ffffffff00"), reserve_out, service_action=action)
+        Command(
+            f"PERSISTENT RESERVE OUT, {name}",
+            usage("5f1fff0000ffffffff00"),
+            reserve_out,
+            service_action=action,
+        )
         for action, name in _OUT_NAMES.items()
     ),
 )

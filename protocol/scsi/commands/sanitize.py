@@ -1,8 +1,10 @@
-"""SANITIZE (SBC-3 4.11, 5.30): every sector of the unit is overwritten or deallocated, and nothing else is possible meanwhile.
+"""SANITIZE (SBC-3 4.11, 5.30): every sector of the unit is overwritten or deallocated, and nothing
+else is possible meanwhile.
 
-The operation belongs to the logical unit and not to the command or the session that began it: resets, aborts and the end of the
-session leave it alone, and one that a restart of the daemon broke off has failed (`ReservationKeeper` keeps that it began). It goes
-through the volume in steps, each made durable before the next begins, so that the event loop is given back. A pool writes nothing in
+The operation belongs to the logical unit and not to the command or the session that began it:
+resets, aborts and the end of the session leave it alone, and one that a restart of the daemon broke
+off has failed (`ReservationKeeper` keeps that it began). It goes through the volume in steps, each
+made durable before the next begins, so that the event loop is given back. A pool writes nothing in
 place: that the old blocks are unreachable is what is promised, and snapshots keep theirs.
 """
 
@@ -27,17 +29,34 @@ _HEAD_BYTES: Final = 4
 
 
 class _Sanitizing:
-    """One operation under way. A completion that comes at once is a turn of the loop in `_run`, not a call deeper."""
+    """One operation under way. A completion that comes at once is a turn of the loop in `_run`, not
+    a call deeper.
+    """
 
-    __slots__ = ("_answered", "_done", "_offset", "_pattern", "_running", "_state", "_step_bytes", "_unit")
+    __slots__ = (
+        "_answered",
+        "_done",
+        "_offset",
+        "_pattern",
+        "_running",
+        "_state",
+        "_step_bytes",
+        "_unit",
+    )
 
-    def __init__(self, unit: LogicalUnit, state: Sanitization, sector: bytes | None, done: Completion) -> None:
+    def __init__(
+        self, unit: LogicalUnit, state: Sanitization, sector: bytes | None, done: Completion
+    ) -> None:
         self._unit = unit
         self._state = state
         self._done = done
         self._offset = 0
-        self._step_bytes = limits.SANITIZE_ERASE_STEP_BYTES if sector is None else limits.SANITIZE_STEP_BYTES
-        self._pattern = None if sector is None else memoryview(sector * (self._step_bytes // SECTOR_BYTES))
+        self._step_bytes = (
+            limits.SANITIZE_ERASE_STEP_BYTES if sector is None else limits.SANITIZE_STEP_BYTES
+        )
+        self._pattern = (
+            None if sector is None else memoryview(sector * (self._step_bytes // SECTOR_BYTES))
+        )
         self._running = False
         self._answered = True
 
@@ -89,7 +108,9 @@ class _Sanitizing:
         self._unit.keep_reservations(self._kept)
 
     def _kept(self, error: Exception | None) -> None:
-        """A failure stays with the unit until another operation succeeds, or the client gives up (SBC-3 4.11.4)."""
+        """A failure stays with the unit until another operation succeeds, or the client gives up
+        (SBC-3 4.11.4).
+        """
         if error is not None:
             self._unit.sanitization = self._state
             self._state.failed = True
@@ -98,7 +119,9 @@ class _Sanitizing:
 
 
 def _begin(request: Request, sector: bytes | None, done: Completion) -> None:
-    """Overwrite with ``sector``, or deallocate where there is none. With IMMED the command ends when that it began is durable."""
+    """Overwrite with ``sector``, or deallocate where there is none. With IMMED the command ends
+    when that it began is durable.
+    """
     unit, before = request.unit, request.unit.sanitization
     state = unit.sanitization = Sanitization(bool(request.cdb[1] & _AUSE))
     unit.state_changed()
@@ -122,7 +145,9 @@ def _tell_nobody(_error: Exception | None) -> None:
 
 
 def _overwrite_sector(data: bytes) -> bytes:
-    """What every sector reads as in the end: the pattern again and again, inverted with each pass if asked (SBC-3 5.30.2.2)."""
+    """What every sector reads as in the end: the pattern again and again, inverted with each pass
+    if asked (SBC-3 5.30.2.2).
+    """
     count, pattern_bytes = data[0] & _COUNT, int.from_bytes(data[2:4], "big")
     if count == 0 or data[0] & 0x60:
         raise CheckCondition(sense.invalid_field_in_parameter_list(0))
@@ -135,7 +160,9 @@ def _overwrite_sector(data: bytes) -> bytes:
 
 
 def overwrite(request: Request) -> Plan:
-    """SANITIZE, OVERWRITE. One pass gives what several give: no pass reaches the blocks of the one before it."""
+    """SANITIZE, OVERWRITE. One pass gives what several give: no pass reaches the blocks of the one
+    before it.
+    """
     list_bytes = int.from_bytes(request.cdb[7:9], "big")
     if not _HEAD_BYTES < list_bytes <= _HEAD_BYTES + SECTOR_BYTES:
         raise CheckCondition(sense.invalid_field_in_cdb(7))

@@ -1,4 +1,6 @@
-"""Commands about the unit itself: readiness, sense, start and stop, medium removal (SPC-4 clause 6, SBC-3 5.25)."""
+"""Commands about the unit itself: readiness, sense, start and stop, medium removal (SPC-4 clause 6,
+SBC-3 5.25).
+"""
 
 from typing import Final
 
@@ -30,14 +32,18 @@ def request_sense(request: Request) -> Plan:
 
 
 def _condition(unit: LogicalUnit) -> Sense:
-    """What is to be said of a unit without unit attentions; of a sanitize operation also its progress (SPC-4 5.11)."""
+    """What is to be said of a unit without unit attentions; of a sanitize operation also its
+    progress (SPC-4 5.11).
+    """
     if unit.sanitization is not None:
         return unit.sanitization.cause()
     return sense.NOTHING if unit.started else sense.INITIALIZING_COMMAND_REQUIRED
 
 
 def start_stop_unit(request: Request) -> Plan:
-    """START STOP UNIT: a stopped unit answers NOT READY to medium access until it is started. Stopping flushes first."""
+    """START STOP UNIT: a stopped unit answers NOT READY to medium access until it is started.
+    Stopping flushes first.
+    """
     unit, flags = request.unit, request.cdb[4]
     if flags & _POWER_CONDITION:
         return NO_DATA  # power conditions are a matter of the host's disks, not of a vdisk
@@ -49,13 +55,17 @@ def start_stop_unit(request: Request) -> Plan:
 
 
 def prevent_allow_medium_removal(_request: Request) -> Plan:
-    """PREVENT ALLOW MEDIUM REMOVAL: the medium cannot be removed, so that there is nothing to prevent."""
+    """PREVENT ALLOW MEDIUM REMOVAL: the medium cannot be removed, so that there is nothing to
+    prevent.
+    """
     return NO_DATA
 
 
 COMMANDS: Final = (
     Command("TEST UNIT READY", usage("000000000000"), unit_ready, needs_medium=True),
-    Command("REQUEST SENSE", usage("03010000ff00"), request_sense, any_lun=True, despite_attention=True),
+    Command(
+        "REQUEST SENSE", usage("03010000ff00"), request_sense, any_lun=True, despite_attention=True
+    ),
     Command("START STOP UNIT", usage("1b01000ff700"), start_stop_unit, reserved=True),
     Command("PREVENT ALLOW MEDIUM REMOVAL", usage("1e0000000300"), prevent_allow_medium_removal),
 )

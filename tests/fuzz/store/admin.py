@@ -1,5 +1,5 @@
-"""What administrators do, at the same time as clients. Each change is one `Change`: made when it was answered, not made when it was
-refused, and after a crash whichever the pool's list shows.
+"""What administrators do, at the same time as clients. Each change is one `Change`: made when it
+was answered, not made when it was refused, and after a crash whichever the pool's list shows.
 """
 
 import asyncio
@@ -29,7 +29,9 @@ class Listed:
 
 @dataclass(eq=False)
 class Change:
-    """A change of the table that is under way. ``made`` and ``not_made`` are told whether a crash has ended it."""
+    """A change of the table that is under way. ``made`` and ``not_made`` are told whether a crash
+    has ended it.
+    """
 
     flight: "Flight"
     shows: Callable[[Listed], bool]
@@ -52,10 +54,17 @@ class Admin:
     def begin(self, operation: Operation) -> None:
         getattr(self, operation.kind.replace("-", "_"))(operation)
 
-    # --- Carrying out ------------------------------------------------------------------------------------------------
+    # --- Carrying out -----------------------------------------------------------------------------
 
-    def carry_out(self, change: Change, call: Callable[[], Awaitable[Any]], allowed: Callable[[StorageError], bool]) -> None:
-        """Await ``call`` in a task of its own. ``allowed``: refusals that the state explains, beside those that always may be."""
+    def carry_out(
+        self,
+        change: Change,
+        call: Callable[[], Awaitable[Any]],
+        allowed: Callable[[StorageError], bool],
+    ) -> None:
+        """Await ``call`` in a task of its own. ``allowed``: refusals that the state explains,
+        beside those that always may be.
+        """
         self.changes[change] = None
 
         async def work() -> None:
@@ -64,7 +73,9 @@ class Admin:
             except StorageError as error:
                 if self.session.land(change.flight, error):
                     if self.session.read_only and self.session.device.failures:
-                        return  # its superblock may have reached the device, though its sync failed: the next opening shows it
+                        # Its superblock may have reached the device, though its sync failed: the
+                        # next opening shows it.
+                        return
                     del self.changes[change]
                     change.not_made(False)
                     if not allowed(error):
@@ -90,7 +101,9 @@ class Admin:
     def size(self, number: int) -> int:
         plan = self.session.plan
         reach = plan.leaves * plan.stride * 256
-        return (1, 7, 200, 256, 257, 600, 3000, reach, reach, reach, reach + 5, max(1, reach // 2))[number % 12]
+        return (1, 7, 200, 256, 257, 600, 3000, reach, reach, reach, reach + 5, max(1, reach // 2))[
+            number % 12
+        ]
 
     def sharing(self, *disks: Disk) -> Callable[[bool], None]:
         """Nobody changes these meanwhile; call what is returned at the end."""
@@ -103,7 +116,7 @@ class Admin:
 
         return end
 
-    # --- Vdisks ----------------------------------------------------------------------------------------------------------
+    # --- Vdisks -----------------------------------------------------------------------------------
 
     def create(self, operation: Operation) -> None:
         session, world = self.session, self.session.world
@@ -121,8 +134,15 @@ class Admin:
             world.promised.discard(name)
             world.vdisks[name] = Disk(name, size)
 
-        change = Change(flight, lambda listed: name in listed.vdisks, made, lambda _: world.promised.discard(name))
-        self.carry_out(change, lambda: session.pool.vdisk_create(name, size * BLOCK_BYTES), lambda _: False)
+        change = Change(
+            flight,
+            lambda listed: name in listed.vdisks,
+            made,
+            lambda _: world.promised.discard(name),
+        )
+        self.carry_out(
+            change, lambda: session.pool.vdisk_create(name, size * BLOCK_BYTES), lambda _: False
+        )
 
     def create_twice(self, operation: Operation) -> None:
         disk = self.disk(operation.a)
@@ -137,7 +157,11 @@ class Admin:
                 raise Wrong(f"a second {disk.name} was created")
 
         change = Change(flight, lambda _: False, made, end)
-        self.carry_out(change, lambda: self.session.pool.vdisk_create(disk.name, 4096), lambda error: isinstance(error, Conflict))
+        self.carry_out(
+            change,
+            lambda: self.session.pool.vdisk_create(disk.name, 4096),
+            lambda error: isinstance(error, Conflict),
+        )
 
     def delete(self, operation: Operation) -> None:
         session, world = self.session, self.session.world
@@ -160,7 +184,11 @@ class Admin:
             disk.disturbed += 1
 
         change = Change(flight, lambda listed: name not in listed.vdisks, made, not_made)
-        self.carry_out(change, lambda: session.pool.vdisk_delete(name), lambda error: bool(kept) and isinstance(error, Conflict))
+        self.carry_out(
+            change,
+            lambda: session.pool.vdisk_delete(name),
+            lambda error: bool(kept) and isinstance(error, Conflict),
+        )
 
     def rename(self, operation: Operation) -> None:
         session, world = self.session, self.session.world
@@ -190,7 +218,9 @@ class Admin:
         size = self.size(operation.b)
         if disk is None or size == disk.size_blocks or not disk.claim():
             return
-        flight = session.begin(plans.RESIZE, f"{disk.name} from {disk.size_blocks} to {size} blocks", disk)
+        flight = session.begin(
+            plans.RESIZE, f"{disk.name} from {disk.size_blocks} to {size} blocks", disk
+        )
         disk.disturbed += 1
         cut: Write | None = None
         if size < disk.size_blocks:
@@ -212,17 +242,28 @@ class Admin:
 
         def allowed(error: StorageError) -> bool:
             if isinstance(error, PoolFull) and cut is not None and not session.shared_ever:
-                raise Wrong(f"shrinking {disk.name}, nothing of which is shared, was refused: {error}")
+                raise Wrong(
+                    f"shrinking {disk.name}, nothing of which is shared, was refused: {error}"
+                )
             return False
 
         change = Change(flight, lambda listed: listed.vdisks.get(disk.name) == size, made, not_made)
-        self.carry_out(change, lambda: session.pool.vdisk_resize(disk.name, size * BLOCK_BYTES), allowed)
+        self.carry_out(
+            change, lambda: session.pool.vdisk_resize(disk.name, size * BLOCK_BYTES), allowed
+        )
 
-    # --- Snapshots and clones ----------------------------------------------------------------------------------------------
+    # --- Snapshots and clones ---------------------------------------------------------------------
 
     def snapshot(self, operation: Operation) -> None:
         session, world = self.session, self.session.world
-        chosen = list(dict.fromkeys(filter(None, (self.disk(operation.a), self.disk(operation.b), self.disk(operation.a >> 8)))))
+        chosen = list(
+            dict.fromkeys(
+                filter(
+                    None,
+                    (self.disk(operation.a), self.disk(operation.b), self.disk(operation.a >> 8)),
+                )
+            )
+        )
         disks = chosen[: 1 + operation.c % 3]
         name = SNAPSHOTS[(operation.c >> 2) % len(SNAPSHOTS)]
         taken = {snapshot.full_name for snapshot in world.snapshots} | world.promised
@@ -267,7 +308,9 @@ class Admin:
         self.carry_out(Change(flight, shows, made, not_made), call, lambda _: False)
 
     async def look_at(self, snapshots: list[Disk]) -> None:
-        """Find out what a snapshot holds that was taken while writes were under way: all of one moment, and that of its whole group."""
+        """Find out what a snapshot holds that was taken while writes were under way: all of one
+        moment, and that of its whole group.
+        """
         life = self.session.life
         for snapshot in snapshots:
             snapshot.forget_beyond()
@@ -281,14 +324,18 @@ class Admin:
                     snapshot.set(fbn, found)
 
     async def read_block(self, disk: Disk, fbn: int) -> bytes | None:
-        """A block, tried again while the device is in trouble; None when the snapshot is on its way out."""
+        """A block, tried again while the device is in trouble; None when the snapshot is on its way
+        out.
+        """
         for _ in range(20):
             volume = self.session.data.volume(disk)
             if volume is None or disk.gone or self.session.closing or self.session.read_only:
                 return None
             answer: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
 
-            def answered(found: Any, error: Exception | None, answer: "asyncio.Future[bytes | None]" = answer) -> None:
+            def answered(
+                found: Any, error: Exception | None, answer: "asyncio.Future[bytes | None]" = answer
+            ) -> None:
                 if isinstance(error, BlockDamaged):
                     self.session.note(Wrong(f"{disk.full_name} cannot be read: {error}"))
                 if not answer.done():
@@ -303,7 +350,11 @@ class Admin:
 
     def snapshot_rm(self, operation: Operation) -> None:
         session, world = self.session, self.session.world
-        found = [snapshot for snapshot in world.snapshots if snapshot.origin is not None and not snapshot.origin.exclusive]
+        found = [
+            snapshot
+            for snapshot in world.snapshots
+            if snapshot.origin is not None and not snapshot.origin.exclusive
+        ]
         if not found:
             return
         snapshot = found[operation.a % len(found)]
@@ -313,7 +364,9 @@ class Admin:
             return
         after_split = operation.b % 3 == 0
         full_name, was_marked = snapshot.full_name, snapshot.marked
-        flight = session.begin(plans.SNAPSHOT_RM, full_name + (" after split" if after_split else ""), snapshot)
+        flight = session.begin(
+            plans.SNAPSHOT_RM, full_name + (" after split" if after_split else ""), snapshot
+        )
         end_sharing = self.sharing(origin)
         snapshot.disturbed += 1
         stood_on = bool(world.standing_on(snapshot))
@@ -342,17 +395,27 @@ class Admin:
                 raise Wrong(f"{full_name} was said to be deleted, and not to be gone")
 
         def allowed(error: StorageError) -> bool:
-            return (isinstance(error, Conflict) and stood_on) or (isinstance(error, NotFound) and was_marked)
+            return (isinstance(error, Conflict) and stood_on) or (
+                isinstance(error, NotFound) and was_marked
+            )
 
-        self.carry_out(Change(flight, lambda listed: full_name not in listed.snapshots, made, not_made), call, allowed)
+        self.carry_out(
+            Change(flight, lambda listed: full_name not in listed.snapshots, made, not_made),
+            call,
+            allowed,
+        )
 
     def clone(self, operation: Operation) -> None:
         session, world = self.session, self.session.world
         found = [
-            snapshot for snapshot in world.snapshots
-            if snapshot.origin is not None and not snapshot.origin.exclusive and not snapshot.exclusive
-            and not snapshot.unsettled and snapshot.depth < DEPTH_MAX
-        ]  # fmt: skip
+            snapshot
+            for snapshot in world.snapshots
+            if snapshot.origin is not None
+            and not snapshot.origin.exclusive
+            and not snapshot.exclusive
+            and not snapshot.unsettled
+            and snapshot.depth < DEPTH_MAX
+        ]
         name = world.free_name(operation.b)
         if not found or name is None:
             return
@@ -367,7 +430,9 @@ class Admin:
 
         def made(crashed: bool) -> None:
             not_made(crashed)
-            world.vdisks[name] = Disk(name, snapshot.size_blocks, dict(snapshot.cells), backing=snapshot)
+            world.vdisks[name] = Disk(
+                name, snapshot.size_blocks, dict(snapshot.cells), backing=snapshot
+            )
 
         def not_made(crashed: bool) -> None:
             world.promised.discard(name)
@@ -377,7 +442,7 @@ class Admin:
         call = lambda: session.pool.clone_create(origin.name, snapshot.name, name)  # noqa: E731
         self.carry_out(change, call, lambda error: isinstance(error, NotFound) and was_marked)
 
-    # --- Splits --------------------------------------------------------------------------------------------------------------
+    # --- Splits -----------------------------------------------------------------------------------
 
     def split_command(self, kind: str, disk: Disk, call: Callable[[], Awaitable[Any]]) -> None:
         flight = self.session.begin(kind, disk.name, disk)
@@ -390,7 +455,11 @@ class Admin:
         self.carry_out(change, without_answer, lambda error: isinstance(error, Conflict | NotFound))
 
     def clone_of(self, number: int) -> Disk | None:
-        disks = [disk for disk in self.session.world.vdisks.values() if disk.backing is not None and not disk.exclusive]
+        disks = [
+            disk
+            for disk in self.session.world.vdisks.values()
+            if disk.backing is not None and not disk.exclusive
+        ]
         return disks[number % len(disks)] if disks else None
 
     def split(self, operation: Operation) -> None:
@@ -404,7 +473,11 @@ class Admin:
         mode = ("copy", "share")[operation.b & 1]
         rate = (operation.b >> 2 & 3) == 0
         self.session.shared_ever = True
-        self.split_command(plans.START, disk, lambda: pool.split_start(disk.name, mode, None, 4 << 20 if rate else None))
+        self.split_command(
+            plans.START,
+            disk,
+            lambda: pool.split_start(disk.name, mode, None, 4 << 20 if rate else None),
+        )
 
     def pause(self, operation: Operation) -> None:
         disk, pool = self.clone_of(operation.a), self.session.pool
@@ -426,7 +499,7 @@ class Admin:
         if disk is not None:
             self.split_command(plans.ESTIMATE, disk, lambda: pool.split_estimate(disk.name))
 
-    # --- Looking -----------------------------------------------------------------------------------------------------------------
+    # --- Looking ----------------------------------------------------------------------------------
 
     def show(self, operation: Operation) -> None:
         disk, pool = self.disk(operation.a), self.session.pool
@@ -438,7 +511,10 @@ class Admin:
         async def call() -> None:
             shown = await pool.vdisk_show(disk.name)
             if shown["size_bytes"] != disk.size_blocks * BLOCK_BYTES:
-                raise Wrong(f"{disk.name} is shown with {shown['size_bytes']} bytes, and has {disk.size_blocks} blocks")
+                raise Wrong(
+                    f"{disk.name} is shown with {shown['size_bytes']} bytes, and has"
+                    f" {disk.size_blocks} blocks"
+                )
 
         self.carry_out(Change(flight, lambda _: True, end, end), call, lambda _: False)
 
@@ -464,10 +540,18 @@ class Admin:
         async def call() -> None:
             report = await session.pool.check(verify_data=True)
             session.tally.checks += 1
-            if not report["ok"] and session.device.failures == flight.failures and not session.closing:
+            if (
+                not report["ok"]
+                and session.device.failures == flight.failures
+                and not session.closing
+            ):
                 raise Wrong(f"the check says: {report['errors'][:3]}")
 
-        self.carry_out(Change(flight, lambda _: True, nothing, nothing), call, lambda error: isinstance(error, Conflict))
+        self.carry_out(
+            Change(flight, lambda _: True, nothing, nothing),
+            call,
+            lambda error: isinstance(error, Conflict),
+        )
 
     def scrub(self, operation: Operation) -> None:
         session = self.session
@@ -476,7 +560,11 @@ class Admin:
         async def call() -> None:
             await session.pool.scrub_start(None if operation.a & 1 else 16 << 20)
 
-        self.carry_out(Change(flight, lambda _: True, nothing, nothing), call, lambda error: isinstance(error, Conflict))
+        self.carry_out(
+            Change(flight, lambda _: True, nothing, nothing),
+            call,
+            lambda error: isinstance(error, Conflict),
+        )
 
     def configure(self, operation: Operation) -> None:
         session = self.session
@@ -508,4 +596,8 @@ class Admin:
                 for disk in session.world.vdisks.values():
                     disk.flushed(flight.start)
 
-        self.carry_out(Change(flight, lambda _: False, made, nothing), lambda: session.pool.consistency_point(), lambda _: False)
+        self.carry_out(
+            Change(flight, lambda _: False, made, nothing),
+            lambda: session.pool.consistency_point(),
+            lambda _: False,
+        )

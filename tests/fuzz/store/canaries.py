@@ -1,6 +1,8 @@
-"""Planted bugs: each is a patch of the store, switched on by a test only, that the fuzzer must find within a number of seeds.
+"""Planted bugs: each is a patch of the store, switched on by a test only, that the fuzzer must find
+within a number of seeds.
 
-One more is one more entry of CANARIES. A canary may say which plans are worth trying; it must not say anything to the oracle.
+One more is one more entry of CANARIES. A canary may say which plans are worth trying; it must not
+say anything to the oracle.
 """
 
 import asyncio
@@ -70,17 +72,23 @@ def seeds_until_found(canary: Canary, first: int = 1) -> Found | None:
 def splitting(plan: Plan) -> Plan:
     """Hardly anything but splits, and clients just where they work."""
     kinds = {1: plans.SNAPSHOT, 2: plans.CLONE, 3: plans.RACE, 5: plans.RACE}
-    changed = [one._replace(kind=kinds.get(number % 8, one.kind)) if number > 8 else one for number, one in enumerate(plan.operations)]
+    changed = [
+        one._replace(kind=kinds.get(number % 8, one.kind)) if number > 8 else one
+        for number, one in enumerate(plan.operations)
+    ]
     return replace(plan, operations=changed)
 
 
 def filling(plan: Plan) -> Plan:
     """A small pool that is filled again and again."""
-    changed = [one._replace(kind=plans.FILL) if number % 50 == 49 else one for number, one in enumerate(plan.operations)]
+    changed = [
+        one._replace(kind=plans.FILL) if number % 50 == 49 else one
+        for number, one in enumerate(plan.operations)
+    ]
     return replace(plan, pool_bytes=8 << 20, operations=changed)
 
 
-# --- The bugs ------------------------------------------------------------------------------------------------------------
+# --- The bugs -------------------------------------------------------------------------------------
 
 
 def lost_log_record(stack: ExitStack) -> None:
@@ -119,7 +127,9 @@ def flush_without_sync(stack: ExitStack) -> None:
 
 
 def node_in_hand_is_evicted(stack: ExitStack) -> None:
-    """A node that is taken in makes room at once, in the middle of whatever step loads it (issue 7, A1)."""
+    """A node that is taken in makes room at once, in the middle of whatever step loads it (issue 7,
+    A1).
+    """
 
     def planted(self: NodeCache, looks: int) -> None:
         self._looks_due += looks
@@ -131,13 +141,20 @@ def node_in_hand_is_evicted(stack: ExitStack) -> None:
 def report_looks_behind_later(stack: ExitStack) -> None:
     """An allocation report looks at a clone, waits, and then looks behind it (issue 7, A2)."""
 
-    async def planted(image: Image, index: int, start: int, end: int, runs: list[allocation_report.Run]) -> None:
+    async def planted(
+        image: Image, index: int, start: int, end: int, runs: list[allocation_report.Run]
+    ) -> None:
         own = (await image.tree.load(index)).vbns().copy()
         await asyncio.sleep(0.002)
-        behind = await when_possible(image.state, lambda: fields_behind(image, index, (own == HOLE) & visible_slots(image, index)))
+        behind = await when_possible(
+            image.state,
+            lambda: fields_behind(image, index, (own == HOLE) & visible_slots(image, index)),
+        )
         for fbn in range(start, end):
             slot = fbn & FIELDS_MASK
-            allocation_report._append(runs, 1, bool(own[slot] > ZERO_POINTER or behind["vbn"][slot] > ZERO_POINTER))
+            allocation_report._append(
+                runs, 1, bool(own[slot] > ZERO_POINTER or behind["vbn"][slot] > ZERO_POINTER)
+            )
 
     stack.enter_context(mock.patch.object(allocation_report, "_append_block", planted))
 
@@ -179,9 +196,15 @@ CANARIES: tuple[Canary, ...] = (
     Canary("a node in hand is evicted", node_in_hand_is_evicted),
     Canary("a report looks behind a clone later", report_looks_behind_later, choose=splitting),
     Canary("a wait before the freeze", wait_before_the_freeze),
-    Canary("refused writes make pointer blocks", refused_writes_make_pointer_blocks, choose=filling),
+    Canary(
+        "refused writes make pointer blocks", refused_writes_make_pointer_blocks, choose=filling
+    ),
     Canary("a freed block is used again too early", crash_canaries.early_reuse_of_freed_block),
-    Canary("a split without compare-and-set", crash_canaries.split_without_compare_and_set, choose=splitting),
+    Canary(
+        "a split without compare-and-set",
+        crash_canaries.split_without_compare_and_set,
+        choose=splitting,
+    ),
     Canary("a trim leaves holes in a clone", crash_canaries.trimmed_block_becomes_a_hole),
     Canary("a record of the log is lost", lost_log_record),
     Canary("partial writes merge without a lock", merge_without_lock),

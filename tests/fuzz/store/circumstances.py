@@ -1,4 +1,6 @@
-"""Around one plan: time that moves only when somebody waits, identities and clocks that are the same each time, small caches."""
+"""Around one plan: time that moves only when somebody waits, identities and clocks that are the
+same each time, small caches.
+"""
 
 import asyncio
 import itertools
@@ -16,13 +18,16 @@ from tests.fuzz.store.plan import CACHE_NODES, Plan
 TICK_SECONDS: Final = 2e-5
 # And a turn of the event loop.
 TURN_SECONDS: Final = 1e-5
-# After so many in which nobody waited for a time, somebody turns in a circle: it has to be found out within seconds of ours.
+# After so many in which nobody waited for a time, somebody turns in a circle: it has to be found
+# out within seconds of ours.
 TURNS_MAX: Final = 2000
 LONG_TURN_SECONDS: Final = 2e-3
 
 
 class Loop(VirtualLoop):
-    """Each turn takes some time: a background work that only takes turns until something has happened would wait for ever otherwise."""
+    """Each turn takes some time: a background work that only takes turns until something has
+    happened would wait for ever otherwise.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +67,9 @@ def cache_bytes(plan: Plan) -> int:
 
 
 async def end_all_tasks() -> None:
-    """The process is gone. In the order in which they began: a set of tasks has another one in each process."""
+    """The process is gone. In the order in which they began: a set of tasks has another one in each
+    process.
+    """
     while tasks := [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]:
         for task in sorted(tasks, key=lambda task: int(task.get_name().removeprefix("Task-"))):
             task.cancel()

@@ -4,14 +4,27 @@ from typing import TYPE_CHECKING, Any
 
 from storage.errors import NotFound, OutOfRange, PoolFull
 from tests.fuzz.store import plan as plans
-from tests.fuzz.store.oracle import ATOMIC_BLOCKS, BLOCK_BYTES, SECTOR_BYTES, SECTORS, ZEROS, Judge, Reading, Write, Wrong, content, mask_of
+from tests.fuzz.store.oracle import (
+    ATOMIC_BLOCKS,
+    BLOCK_BYTES,
+    SECTOR_BYTES,
+    SECTORS,
+    ZEROS,
+    Judge,
+    Reading,
+    Write,
+    Wrong,
+    content,
+    mask_of,
+)
 from tests.fuzz.store.plan import Operation
 from tests.fuzz.store.world import Disk
 
 if TYPE_CHECKING:
     from tests.fuzz.store.session import Flight, Session
 
-# Blocks of a write that is allocated, written and installed in one step: if it is refused, nothing was changed.
+# Blocks of a write that is allocated, written and installed in one step: if it is refused, nothing
+# was changed.
 ONE_STEP_BLOCKS = 64
 
 
@@ -21,7 +34,7 @@ class Data:
     def __init__(self, session: "Session") -> None:
         self.session = session
 
-    # --- Where ---------------------------------------------------------------------------------------------------------
+    # --- Where ------------------------------------------------------------------------------------
 
     def volume(self, disk: Disk) -> Any:
         """What a session that is logged in holds; None where the name leads nowhere just now."""
@@ -29,7 +42,11 @@ class Data:
             try:
                 disk.volume = self.session.pool.volume(disk.full_name)
             except NotFound:
-                if not disk.exclusive and not disk.marked and not (disk.origin is not None and disk.origin.exclusive):
+                if (
+                    not disk.exclusive
+                    and not disk.marked
+                    and not (disk.origin is not None and disk.origin.exclusive)
+                ):
                     raise Wrong(f"{disk.full_name} is not found") from None
         return disk.volume
 
@@ -49,11 +66,15 @@ class Data:
         fbn: int = (leaf * 256 + spots[(number >> 12) % len(spots)]) % disk.size_blocks
         return fbn
 
-    # --- Beginning -------------------------------------------------------------------------------------------------------
+    # --- Beginning --------------------------------------------------------------------------------
 
     def begin(self, operation: Operation) -> None:
         kind = operation.kind
-        disk = self.any_disk(operation.a) if kind in {plans.READ, plans.REPORT} else self.vdisk(operation.a)
+        disk = (
+            self.any_disk(operation.a)
+            if kind in {plans.READ, plans.REPORT}
+            else self.vdisk(operation.a)
+        )
         if disk is None or self.volume(disk) is None:
             return
         fbn, c = self.block(disk, operation.b), operation.c
@@ -70,10 +91,19 @@ class Data:
                 self.report(disk, fbn, c)
             case plans.PARTIAL:
                 start = fbn * SECTORS + c % SECTORS
-                self.write(kind, disk, start, min(1 + (c >> 3) % 20, disk.size_blocks * SECTORS - start), c)
+                self.write(
+                    kind, disk, start, min(1 + (c >> 3) % 20, disk.size_blocks * SECTORS - start), c
+                )
             case _:
-                blocks = {plans.MULTI: 2 + c % 7, plans.ATOMIC: 2 + c % 31, plans.LONG: 33 + c % 300, plans.FUA: 1 + c % 3}.get(kind, 1)
-                self.write(kind, disk, fbn * SECTORS, min(blocks, disk.size_blocks - fbn) * SECTORS, c)
+                blocks = {
+                    plans.MULTI: 2 + c % 7,
+                    plans.ATOMIC: 2 + c % 31,
+                    plans.LONG: 33 + c % 300,
+                    plans.FUA: 1 + c % 3,
+                }.get(kind, 1)
+                self.write(
+                    kind, disk, fbn * SECTORS, min(blocks, disk.size_blocks - fbn) * SECTORS, c
+                )
 
     @staticmethod
     def sectors(disk: Disk, fbn: int, c: int) -> tuple[int, int]:
@@ -81,25 +111,37 @@ class Data:
         if c & 3:
             return fbn * SECTORS, SECTORS
         start = fbn * SECTORS + (c >> 2) % SECTORS
-        return start, min(1 + (c >> 5) % (400 if c & 64 else 40), disk.size_blocks * SECTORS - start)
+        return start, min(
+            1 + (c >> 5) % (400 if c & 64 else 40), disk.size_blocks * SECTORS - start
+        )
 
-    # --- Writing -----------------------------------------------------------------------------------------------------------
+    # --- Writing ----------------------------------------------------------------------------------
 
     def write(self, kind: str, disk: Disk, start: int, count: int, c: int) -> "Flight":
         session = self.session
         version = next(session.versions)
         fua = kind == plans.FUA or c >> 16 & 31 == 0
-        flight = session.begin(kind, f"{disk.full_name} sectors {start}+{count} (write {version}){' FUA' if fua else ''}", disk)
+        flight = session.begin(
+            kind,
+            f"{disk.full_name} sectors {start}+{count} (write {version}){' FUA' if fua else ''}",
+            disk,
+        )
         data = bytes(count * SECTOR_BYTES) if c >> 8 & 31 == 0 else content(version, start, count)
         whole = not (start | count) % SECTORS
-        write = Write(version, flight.start, f"{kind} {version}", whole and count <= ATOMIC_BLOCKS * SECTORS)
+        write = Write(
+            version, flight.start, f"{kind} {version}", whole and count <= ATOMIC_BLOCKS * SECTORS
+        )
         disk.begin_write(write, parts_of(start, data))
         buffer = bytearray(data)
         volume = disk.volume
 
         def answered(error: Exception | None) -> None:
             if session.land(flight, error):
-                outcome = "done" if error is None else self.outcome(flight, error, count <= ONE_STEP_BLOCKS * SECTORS)
+                outcome = (
+                    "done"
+                    if error is None
+                    else self.outcome(flight, error, count <= ONE_STEP_BLOCKS * SECTORS)
+                )
                 disk.end_write(write, session.now(), outcome, fua and error is None)
 
         volume.write(start * SECTOR_BYTES, buffer, fua, session.guarded(answered))
@@ -110,7 +152,11 @@ class Data:
     def outcome(self, flight: "Flight", error: Exception, one_step: bool) -> str:
         """What a refusal says of the data."""
         self.session.judge(flight, error)
-        return "refused" if one_step and isinstance(error, PoolFull | OutOfRange) and not self.session.read_only else "unknown"
+        return (
+            "refused"
+            if one_step and isinstance(error, PoolFull | OutOfRange) and not self.session.read_only
+            else "unknown"
+        )
 
     def zero(self, kind: str, disk: Disk, fbn: int, c: int) -> None:
         session, sectors = self.session, disk.size_blocks * SECTORS
@@ -125,15 +171,24 @@ class Data:
                 start, count = fbn * SECTORS, (1 + (c >> 3) % 40) * SECTORS
         count = min(count, sectors - start)
         version = next(session.versions)
-        flight = session.begin(kind, f"{disk.full_name} sectors {start}+{count} (write {version})", disk)
+        flight = session.begin(
+            kind, f"{disk.full_name} sectors {start}+{count} (write {version})", disk
+        )
         write = Write(version, flight.start, f"{kind} {version}")
         disk.begin_zero(write, start, start + count)
         fua = kind == plans.ZEROS and bool(c >> 12 & 1)
 
         def answered(error: Exception | None) -> None:
             if session.land(flight, error):
-                if isinstance(error, PoolFull) and not (start | count) % SECTORS and not session.shared_ever:
-                    raise Wrong(f"{kind} {flight.what} of whole blocks, nothing of which is shared, was refused: {error}")
+                if (
+                    isinstance(error, PoolFull)
+                    and not (start | count) % SECTORS
+                    and not session.shared_ever
+                ):
+                    raise Wrong(
+                        f"{kind} {flight.what} of whole blocks, nothing of which is shared, was"
+                        f" refused: {error}"
+                    )
                 outcome = "done" if error is None else self.outcome(flight, error, False)
                 disk.end_write(write, session.now(), outcome, fua and error is None)
 
@@ -141,7 +196,9 @@ class Data:
         if kind == plans.UNMAP:
             volume.unmap(start * SECTOR_BYTES, count * SECTOR_BYTES, session.guarded(answered))
         else:
-            volume.write_zeros(start * SECTOR_BYTES, count * SECTOR_BYTES, fua, session.guarded(answered))
+            volume.write_zeros(
+                start * SECTOR_BYTES, count * SECTOR_BYTES, fua, session.guarded(answered)
+            )
 
     def copy(self, disk: Disk, operation: Operation) -> None:
         session = self.session
@@ -149,16 +206,26 @@ class Data:
         if source is None or self.volume(source) is None:
             return
         first, to = self.block(source, operation.c), self.block(disk, operation.c >> 5)
-        count = min(1 + operation.c % (300 if operation.c & 1024 else 12), source.size_blocks - first, disk.size_blocks - to)
+        count = min(
+            1 + operation.c % (300 if operation.c & 1024 else 12),
+            source.size_blocks - first,
+            disk.size_blocks - to,
+        )
         here, there = range(first, first + count), range(to, to + count)
         meets = any(
-            (source is image and overlap(here, blocks)) or (disk is origin and overlap(there, taken))
+            (source is image and overlap(here, blocks))
+            or (disk is origin and overlap(there, taken))
             for origin, taken, image, blocks in [*session.copies, (source, here, disk, there)]
         )
         if meets:
             return
         version = next(session.versions)
-        flight = session.begin(plans.COPY, f"{source.full_name} {first} to {disk.full_name} {to}, {count} blocks (write {version})", disk)
+        flight = session.begin(
+            plans.COPY,
+            f"{source.full_name} {first} to {disk.full_name} {to}, {count} blocks (write"
+            f" {version})",
+            disk,
+        )
         write = Write(version, flight.start, f"copy {version}")
         reading = source.begin_read(first, count, flight.start)
         disk.begin_copy(write, reading, to - first)
@@ -171,11 +238,28 @@ class Data:
             if session.land(flight, error):
                 session.copies.remove(entry)
                 source.end_read(reading)
-                gone = source.disturbed != disturbed or source.exclusive or source.marked or source.gone
-                outcome = "done" if error is None else "unknown" if gone else self.outcome(flight, error, False)
+                gone = (
+                    source.disturbed != disturbed
+                    or source.exclusive
+                    or source.marked
+                    or source.gone
+                )
+                outcome = (
+                    "done"
+                    if error is None
+                    else "unknown"
+                    if gone
+                    else self.outcome(flight, error, False)
+                )
                 disk.end_write(write, session.now(), outcome, error is None)
 
-        disk.volume.copy_from(source.volume, first * BLOCK_BYTES, to * BLOCK_BYTES, count * BLOCK_BYTES, session.guarded(answered))
+        disk.volume.copy_from(
+            source.volume,
+            first * BLOCK_BYTES,
+            to * BLOCK_BYTES,
+            count * BLOCK_BYTES,
+            session.guarded(answered),
+        )
 
     def flush(self, disk: Disk) -> None:
         session = self.session
@@ -190,7 +274,7 @@ class Data:
 
         disk.volume.flush(session.guarded(answered))
 
-    # --- Reading -----------------------------------------------------------------------------------------------------------
+    # --- Reading ----------------------------------------------------------------------------------
 
     def read(self, disk: Disk, start: int, count: int, operation: Operation) -> None:
         session = self.session
@@ -206,8 +290,15 @@ class Data:
                 session.judge(flight, error)
                 return
             compare(disk, reading, flight, start, count, bytes(found))
-            in_bounds = start + count <= disk.size_blocks * SECTORS  # the disk may have shrunk since the read began
-            if operation.kind == plans.COMPARE and in_bounds and not disk.is_snapshot and not session.closing:
+            in_bounds = (
+                start + count <= disk.size_blocks * SECTORS
+            )  # the disk may have shrunk since the read began
+            if (
+                operation.kind == plans.COMPARE
+                and in_bounds
+                and not disk.is_snapshot
+                and not session.closing
+            ):
                 self.write(plans.COMPARE, disk, start, count, operation.c | 1 << 8)
                 session.settle()
 
@@ -241,18 +332,27 @@ class Data:
             else:
                 judge_report(disk, reading, flight, runs)
 
-        disk.volume.allocation(fbn * BLOCK_BYTES, count * BLOCK_BYTES, 1 + c % 50, session.guarded(answered))
+        disk.volume.allocation(
+            fbn * BLOCK_BYTES, count * BLOCK_BYTES, 1 + c % 50, session.guarded(answered)
+        )
 
 
-# --- Judging ---------------------------------------------------------------------------------------------------------------
+# --- Judging --------------------------------------------------------------------------------------
 
 
-def compare(disk: Disk, reading: Reading, flight: "Flight", start: int, count: int, found: bytes) -> None:
+def compare(
+    disk: Disk, reading: Reading, flight: "Flight", start: int, count: int, found: bytes
+) -> None:
     """What a read found is what it might find."""
     if len(found) != count * SECTOR_BYTES:
         raise Wrong(f"{flight.kind} {flight.what} gave {len(found)} bytes")
     cells = reading.cells
-    if count == SECTORS and start % SECTORS == 0 and not reading.during and cells.get(reading.first, ZEROS) == found:
+    if (
+        count == SECTORS
+        and start % SECTORS == 0
+        and not reading.during
+        and cells.get(reading.first, ZEROS) == found
+    ):
         return
     judge = Judge(disk, f"{flight.kind} {flight.start}")
     before = start % SECTORS * SECTOR_BYTES
@@ -266,7 +366,9 @@ def compare(disk: Disk, reading: Reading, flight: "Flight", start: int, count: i
     judge.end()
 
 
-def judge_report(disk: Disk, reading: Reading, flight: "Flight", runs: list[tuple[int, bool]]) -> None:
+def judge_report(
+    disk: Disk, reading: Reading, flight: "Flight", runs: list[tuple[int, bool]]
+) -> None:
     """No block is called deallocated that held data all the time."""
     at = reading.first
     total = sum(length for length, _ in runs) // BLOCK_BYTES
@@ -288,13 +390,23 @@ def overlap(one: range, other: range) -> bool:
 
 
 def parts_of(start: int, data: bytes) -> list[tuple[int, int, bytes]]:
-    """Block, mask, and the block with the written sectors in their places, of each block that a write touches."""
+    """Block, mask, and the block with the written sectors in their places, of each block that a
+    write touches.
+    """
     fbn, before = divmod(start, SECTORS)
     if not before and len(data) == BLOCK_BYTES:
         return [(fbn, 0xFF, data)]
     end = start + len(data) // SECTOR_BYTES
-    padded = bytes(before * SECTOR_BYTES) + data + bytes(-(before * SECTOR_BYTES + len(data)) % BLOCK_BYTES)
+    padded = (
+        bytes(before * SECTOR_BYTES)
+        + data
+        + bytes(-(before * SECTOR_BYTES + len(data)) % BLOCK_BYTES)
+    )
     return [
-        (fbn + step, mask_of(fbn + step, start, end), padded[step * BLOCK_BYTES : (step + 1) * BLOCK_BYTES])
+        (
+            fbn + step,
+            mask_of(fbn + step, start, end),
+            padded[step * BLOCK_BYTES : (step + 1) * BLOCK_BYTES],
+        )
         for step in range(len(padded) // BLOCK_BYTES)
     ]

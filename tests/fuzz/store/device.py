@@ -1,8 +1,10 @@
-"""A device in memory that is as unkind as a real one may be: slow, out of order, failing now and then, full for a while, without power.
+"""A device in memory that is as unkind as a real one may be: slow, out of order, failing now and
+then, full for a while, without power.
 
-Each job takes a time drawn from the seed and has its effect at its end. A sync makes durable what was complete when it was called. A loss
-of power leaves of every sector that is not durable one of the contents that it had since, or that were on their way; a death of the process
-leaves all that was complete, and any part of what was on its way.
+Each job takes a time drawn from the seed and has its effect at its end. A sync makes durable what
+was complete when it was called. A loss of power leaves of every sector that is not durable one of
+the contents that it had since, or that were on their way; a death of the process leaves all that
+was complete, and any part of what was on its way.
 """
 
 import asyncio
@@ -49,7 +51,14 @@ class Trouble:
 class FuzzDevice:
     """See the module. ``failures`` counts what it refused, ever."""
 
-    def __init__(self, size_bytes: int, pages: dict[int, bytes], seed: int, manner: Manner, path: str = "fuzz") -> None:
+    def __init__(
+        self,
+        size_bytes: int,
+        pages: dict[int, bytes],
+        seed: int,
+        manner: Manner,
+        path: str = "fuzz",
+    ) -> None:
         self.size_bytes = size_bytes
         self.path = path
         self.pages = pages
@@ -63,12 +72,18 @@ class FuzzDevice:
         self._clock = 0
         # Page -> (when, content), from the durable content on; the last one is what is read.
         self._versions: dict[int, list[tuple[int, bytes]]] = {}
-        self._pending: dict[Future[None], tuple[Callable[[], None], tuple[list[bytes], int] | None]] = {}
+        self._pending: dict[
+            Future[None], tuple[Callable[[], None], tuple[list[bytes], int] | None]
+        ] = {}
 
-    # --- The device ------------------------------------------------------------------------------------------------
+    # --- The device -------------------------------------------------------------------------------
 
     def try_readv(self, buffers: Sequence[WritableBuffer], offset_bytes: int) -> bool:
-        if self.dead or self.closed or (self.manner.read_misses and self._random.random() < self.manner.read_misses):
+        if (
+            self.dead
+            or self.closed
+            or (self.manner.read_misses and self._random.random() < self.manner.read_misses)
+        ):
             return False
         if self.trouble.reads:
             self._fails("reads", errno.EIO, "read")
@@ -76,10 +91,18 @@ class FuzzDevice:
         return True
 
     def try_writev(self, buffers: Sequence[Buffer], offset_bytes: int, length_bytes: int) -> bool:
-        if self.dead or self.closed or (self.manner.write_misses and self._random.random() < self.manner.write_misses):
+        if (
+            self.dead
+            or self.closed
+            or (self.manner.write_misses and self._random.random() < self.manner.write_misses)
+        ):
             return False
         data = pages_of(buffers)
-        assert offset_bytes % PAGE == 0 and len(data) * PAGE == length_bytes and offset_bytes + length_bytes <= self.size_bytes
+        assert (
+            offset_bytes % PAGE == 0
+            and len(data) * PAGE == length_bytes
+            and offset_bytes + length_bytes <= self.size_bytes
+        )
         if self.trouble.full:
             self._fails("full", errno.ENOSPC, "write")
         if self.trouble.writes:
@@ -134,7 +157,9 @@ class FuzzDevice:
 
         return self._submit(work, None)
 
-    def backed(self, offset_bytes: int, length_bytes: int, found: list[tuple[int, int]]) -> Future[None]:
+    def backed(
+        self, offset_bytes: int, length_bytes: int, found: list[tuple[int, int]]
+    ) -> Future[None]:
         def work() -> None:
             pages = range(offset_bytes // PAGE, (offset_bytes + length_bytes) // PAGE)
             found.extend((page * PAGE, (page + 1) * PAGE) for page in pages if page in self.pages)
@@ -152,13 +177,17 @@ class FuzzDevice:
             self._carry_out(future)
         self.closed = True
 
-    # --- When --------------------------------------------------------------------------------------------------------
+    # --- When -------------------------------------------------------------------------------------
 
-    def _submit(self, work: Callable[[], None], writes: tuple[list[bytes], int] | None) -> Future[None]:
+    def _submit(
+        self, work: Callable[[], None], writes: tuple[list[bytes], int] | None
+    ) -> Future[None]:
         loop = asyncio.get_running_loop()
         future: Future[None] = loop.create_future()
         if self.closed:
-            future.set_exception(device_error(self.path, "do anything", OSError(errno.EBADF, "closed")))
+            future.set_exception(
+                device_error(self.path, "do anything", OSError(errno.EBADF, "closed"))
+            )
         if self.dead or self.closed:
             return future
         self._pending[future] = (work, writes)
@@ -192,9 +221,12 @@ class FuzzDevice:
     def _part(self, data: list[bytes], offset_bytes: int) -> list[bytes]:
         """Old and new pages in any mixture, as a write that fails may leave them."""
         first = offset_bytes // PAGE
-        return [page if self._random.random() < 0.5 else self.pages.get(first + step, ZERO_PAGE) for step, page in enumerate(data)]
+        return [
+            page if self._random.random() < 0.5 else self.pages.get(first + step, ZERO_PAGE)
+            for step, page in enumerate(data)
+        ]
 
-    # --- What --------------------------------------------------------------------------------------------------------
+    # --- What -------------------------------------------------------------------------------------
 
     def _read(self, buffers: Sequence[WritableBuffer], offset_bytes: int) -> None:
         at, pages = offset_bytes // PAGE, self.pages
@@ -226,7 +258,7 @@ class FuzzDevice:
                 left[page] = [versions[len(versions) - len(newer) - 1], *newer]
         self._versions = left
 
-    # --- The end -----------------------------------------------------------------------------------------------------
+    # --- The end ----------------------------------------------------------------------------------
 
     def after_kill(self, random: Random) -> dict[int, bytes]:
         """What the next process finds; this device is dead from now on."""
@@ -251,7 +283,7 @@ class FuzzDevice:
             self.pages[page] = survivor([content for _, content in versions], kept, torn, random)
         return self.pages
 
-    # --- For the check -------------------------------------------------------------------------------------------------
+    # --- For the check ----------------------------------------------------------------------------
 
     def read(self, vbns: Sequence[int]) -> list[memoryview]:
         """What the offline check reads through."""

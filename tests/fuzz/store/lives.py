@@ -1,4 +1,6 @@
-"""Begins and ends of a pool's lives, and the looks at everything: after a crash, when nothing is under way, and at the end."""
+"""Begins and ends of a pool's lives, and the looks at everything: after a crash, when nothing is
+under way, and at the end.
+"""
 
 import asyncio
 import gc
@@ -11,7 +13,16 @@ from tests.fuzz.store import plan as plans
 from tests.fuzz.store.admin import Listed
 from tests.fuzz.store.circumstances import cache_bytes, end_all_tasks
 from tests.fuzz.store.device import FuzzDevice, Manner
-from tests.fuzz.store.oracle import ALL, BLOCK_BYTES, FOREVER, SECTORS, ZEROS, Judge, Wrong, values_of
+from tests.fuzz.store.oracle import (
+    ALL,
+    BLOCK_BYTES,
+    FOREVER,
+    SECTORS,
+    ZEROS,
+    Judge,
+    Wrong,
+    values_of,
+)
 from tests.fuzz.store.plan import Operation
 from tests.fuzz.store.world import Disk
 
@@ -20,7 +31,8 @@ if TYPE_CHECKING:
 
 # Blocks that one read of a comparison takes.
 RUN_BLOCKS = 32
-# A pool that is emptied may keep this much more than a new one: pointer blocks of the table and of maps that were empty.
+# A pool that is emptied may keep this much more than a new one: pointer blocks of the table and of
+# maps that were empty.
 GROWN_BLOCKS = 24
 REFUSED_WRITES = 12
 
@@ -32,32 +44,44 @@ class Lives:
         self.session = session
         self.empty_bytes = 0
 
-    # --- Begin and end ---------------------------------------------------------------------------------------------------
+    # --- Begin and end ----------------------------------------------------------------------------
 
     async def format(self) -> None:
         session = self.session
-        session.device = FuzzDevice(session.plan.pool_bytes, {}, session.random.getrandbits(32), Manner(at_once=1.0))
+        session.device = FuzzDevice(
+            session.plan.pool_bytes, {}, session.random.getrandbits(32), Manner(at_once=1.0)
+        )
         await session.patiently("formatting", Pool.format(session.device))
         await session.device.sync()
         session.device.close()
 
     def next_device(self, pages: dict[int, bytes]) -> None:
         session = self.session
-        session.device = FuzzDevice(session.plan.pool_bytes, pages, session.random.getrandbits(32), session.plan.manner)
+        session.device = FuzzDevice(
+            session.plan.pool_bytes, pages, session.random.getrandbits(32), session.plan.manner
+        )
 
     async def open(self) -> None:
-        """Open what the last life left; sometimes the power goes, or the process dies, while that is under way."""
+        """Open what the last life left; sometimes the power goes, or the process dies, while that
+        is under way.
+        """
         session = self.session
         self.next_device(session.device.pages)
         session.reclaim_failed = False
         while session.random.random() < 0.15 and session.tally.openings:
-            opening = asyncio.get_running_loop().create_task(Pool.open_on(session.device, cache_bytes(session.plan), session.on_event))
+            opening = asyncio.get_running_loop().create_task(
+                Pool.open_on(session.device, cache_bytes(session.plan), session.on_event)
+            )
             await asyncio.sleep(session.random.random() * 0.05)
             if opening.done():
                 session.pool = opening.result()
                 break
             power = session.random.random() < 0.5
-            pages = session.device.after_power_loss(session.random) if power else session.device.after_kill(session.random)
+            pages = (
+                session.device.after_power_loss(session.random)
+                if power
+                else session.device.after_kill(session.random)
+            )
             await end_all_tasks()
             self.next_device(pages)
         else:
@@ -68,13 +92,21 @@ class Lives:
             self.empty_bytes = session.pool.show()["used_bytes"]
 
     async def crash(self, power: bool) -> None:
-        """The process dies, or the power goes, whatever is under way; then everything is looked at."""
+        """The process dies, or the power goes, whatever is under way; then everything
+        is looked at.
+        """
         session = self.session
         if session.trace is not None:
-            session.trace(f"{session.seconds():10.4f} {session.moment:6d} = {'power' if power else 'kill'}")
+            session.trace(
+                f"{session.seconds():10.4f} {session.moment:6d} = {'power' if power else 'kill'}"
+            )
         session.settle()
         session.life += 1
-        pages = session.device.after_power_loss(session.random) if power else session.device.after_kill(session.random)
+        pages = (
+            session.device.after_power_loss(session.random)
+            if power
+            else session.device.after_kill(session.random)
+        )
         session.device.pages = pages
         await end_all_tasks()
         session.tally.power_losses += power
@@ -123,7 +155,11 @@ class Lives:
         session = self.session
         await session.patiently("closing", session.pool.close())
         await session.drain()
-        stray = [task for task in asyncio.all_tasks() if task is not asyncio.current_task() and task not in session.tasks]
+        stray = [
+            task
+            for task in asyncio.all_tasks()
+            if task is not asyncio.current_task() and task not in session.tasks
+        ]
         if stray:
             raise Wrong(f"tasks are left by a closed pool: {stray[:3]}")
         held = session.pool._state.cache.held
@@ -134,7 +170,7 @@ class Lives:
             if not report.ok:
                 raise Wrong(f"the offline check of a closed pool says: {report.errors[:3]}")
 
-    # --- Looking at everything -----------------------------------------------------------------------------------------------
+    # --- Looking at everything --------------------------------------------------------------------
 
     async def listed(self) -> Listed:
         pool = self.session.pool
@@ -144,16 +180,28 @@ class Lives:
     async def compare_names(self) -> None:
         """Names, sizes and backing stores are those that were acknowledged."""
         session, world = self.session, self.session.world
-        rows = {row["name"]: row for row in [*await session.pool.vdisk_list(), *await session.pool.snapshot_list()]}
-        while gone := [one for one in world.unsure() if one.full_name not in rows and not world.surely_standing_on(one)]:
+        rows = {
+            row["name"]: row
+            for row in [*await session.pool.vdisk_list(), *await session.pool.snapshot_list()]
+        }
+        while gone := [
+            one
+            for one in world.unsure()
+            if one.full_name not in rows and not world.surely_standing_on(one)
+        ]:
             for snapshot in gone:  # and then perhaps the one behind it
                 world.forget(snapshot)
         known = {disk.full_name: disk for disk in world.all()}
         if known.keys() != rows.keys():
-            raise Wrong(f"missing: {sorted(known.keys() - rows.keys())}, and not expected: {sorted(rows.keys() - known.keys())}")
+            raise Wrong(
+                f"missing: {sorted(known.keys() - rows.keys())}, and not expected:"
+                f" {sorted(rows.keys() - known.keys())}"
+            )
         for name, disk in known.items():
             if rows[name]["size_bytes"] != disk.size_blocks * BLOCK_BYTES:
-                raise Wrong(f"{name} has {rows[name]['size_bytes']} bytes, not {disk.size_blocks} blocks")
+                raise Wrong(
+                    f"{name} has {rows[name]['size_bytes']} bytes, not {disk.size_blocks} blocks"
+                )
             backing = rows[name]["backing"]
             expected = disk.backing.full_name if disk.backing is not None else None
             if backing != expected and not (backing is None and disk.splitting):
@@ -164,12 +212,23 @@ class Lives:
                 disk.splitting = False
 
     async def compare(self, disks: list[Disk], when: str, durable: bool = True) -> None:
-        """Everything that these hold, and something beside it, is what may be there; if it is durable, it is known from now on."""
-        beside = self.session.random.sample(blocks, min(10, len(blocks))) if (blocks := sorted(self.session.world.blocks())) else []
+        """Everything that these hold, and something beside it, is what may be there; if it is
+        durable, it is known from now on.
+        """
+        beside = (
+            self.session.random.sample(blocks, min(10, len(blocks)))
+            if (blocks := sorted(self.session.world.blocks()))
+            else []
+        )
         for disk in disks:
             disk.forget_beyond()
             judge = Judge(disk, when)
-            wanted = sorted({*disk.cells, *(fbn for fbn in (0, disk.size_blocks - 1, *beside) if fbn < disk.size_blocks)})
+            wanted = sorted(
+                {
+                    *disk.cells,
+                    *(fbn for fbn in (0, disk.size_blocks - 1, *beside) if fbn < disk.size_blocks),
+                }
+            )
             for first, count in runs_of(wanted):
                 found = await self.read(disk, first, count)
                 if found is None:
@@ -198,12 +257,19 @@ class Lives:
         if found is not None:
             return bytes(found)
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        volume.read(first * BLOCK_BYTES, count * BLOCK_BYTES, lambda found, error: answer.set_result((found, error)))
+        volume.read(
+            first * BLOCK_BYTES,
+            count * BLOCK_BYTES,
+            lambda found, error: answer.set_result((found, error)),
+        )
         data, error = await session.patiently(f"reading {disk.full_name}", as_coroutine(answer))
         if isinstance(error, VolumeClosed) and disk.marked:
             return None
         if error is not None:
-            raise Wrong(f"blocks {first}+{count} of {disk.full_name} cannot be read: {type(error).__name__}: {error}") from error
+            raise Wrong(
+                f"blocks {first}+{count} of {disk.full_name} cannot be read:"
+                f" {type(error).__name__}: {error}"
+            ) from error
         return bytes(data)
 
     async def check(self) -> None:
@@ -221,7 +287,7 @@ class Lives:
         if not report["ok"]:
             raise Wrong(f"the check says: {report['errors'][:3]}")
 
-    # --- At rest ---------------------------------------------------------------------------------------------------------------
+    # --- At rest ----------------------------------------------------------------------------------
 
     async def quiet(self, everything: bool = True) -> None:
         """Nothing is under way: all is as it was acknowledged, counts included."""
@@ -251,9 +317,11 @@ class Lives:
                 continue  # a marked snapshot that went when the last split had ended
             used = volume.usage().used_bytes // BLOCK_BYTES
             if used != len(disk.cells):
-                raise Wrong(f"{disk.full_name} is said to use {used} blocks, and has {len(disk.cells)}")
+                raise Wrong(
+                    f"{disk.full_name} is said to use {used} blocks, and has {len(disk.cells)}"
+                )
 
-    # --- Control -----------------------------------------------------------------------------------------------------------------
+    # --- Control ----------------------------------------------------------------------------------
 
     async def control(self, operation: Operation) -> None:
         session = self.session
@@ -301,9 +369,15 @@ class Lives:
         """Many commands to a few blocks in one wake-up."""
         session = self.session
         for step in range(2 + operation.b % 24):
-            kind = (plans.WRITE, plans.PARTIAL, plans.READ, plans.PARTIAL)[(operation.c >> step) % 4]
+            kind = (plans.WRITE, plans.PARTIAL, plans.READ, plans.PARTIAL)[
+                (operation.c >> step) % 4
+            ]
             number = operation.b ^ (step % 3 << 12)
-            session.data.begin(Operation(kind, 0.0, operation.a & ~3, number, operation.c * 2654435761 + step * 40503))
+            session.data.begin(
+                Operation(
+                    kind, 0.0, operation.a & ~3, number, operation.c * 2654435761 + step * 40503
+                )
+            )
 
     async def race(self, operation: Operation) -> None:
         """A split, and clients who write, trim and ask just where it works."""
@@ -336,7 +410,9 @@ class Lives:
                 await session.drain(session.plan.depth + 4)
 
     async def squeeze(self, operation: Operation) -> None:
-        """On a pool that is nearly full: slow reads that pin freed blocks, overwrites that free some, and snapshots meanwhile."""
+        """On a pool that is nearly full: slow reads that pin freed blocks, overwrites that free
+        some, and snapshots meanwhile.
+        """
         session, data = self.session, self.session.data
         if operation.b & 1:
             await self.fill(operation)
@@ -345,7 +421,13 @@ class Lives:
             disk = data.vdisk(number)
             if disk is None or session.stopped or data.volume(disk) is None:
                 return
-            drawn = Operation(plans.READ, 0.0, number, session.random.getrandbits(32), session.random.getrandbits(32))
+            drawn = Operation(
+                plans.READ,
+                0.0,
+                number,
+                session.random.getrandbits(32),
+                session.random.getrandbits(32),
+            )
             match number >> 20 & 7:
                 case 0:
                     session.admin.snapshot(drawn)
@@ -375,7 +457,12 @@ class Lives:
             return
         session.no_trouble()
         refused, fbn = session.tally.refused, 0
-        while session.tally.refused == refused and fbn < disk.size_blocks and not disk.gone and not session.read_only:
+        while (
+            session.tally.refused == refused
+            and fbn < disk.size_blocks
+            and not disk.gone
+            and not session.read_only
+        ):
             if session.data.volume(disk) is None:
                 return
             count = min(32, disk.size_blocks - fbn)
@@ -397,7 +484,9 @@ class Lives:
         leaves = max(1, disk.size_blocks // 256)
         for step in range(REFUSED_WRITES):
             fbn = session.random.randrange(leaves) * 256
-            session.data.write(plans.WRITE, disk, fbn * SECTORS, min(SECTORS * (1 + step % 2), SECTORS), 1 << 8)
+            session.data.write(
+                plans.WRITE, disk, fbn * SECTORS, min(SECTORS * (1 + step % 2), SECTORS), 1 << 8
+            )
             await session.drain()
         if session.tally.refused < refused + REFUSED_WRITES:
             return
@@ -407,7 +496,10 @@ class Lives:
             more = (after["used_bytes"] - before["used_bytes"]) // BLOCK_BYTES
             raise Wrong(f"{REFUSED_WRITES} refused writes to a full pool have taken {more} blocks")
         if after["cp_number"] > before["cp_number"] + 3:
-            raise Wrong(f"{REFUSED_WRITES} refused writes took {after['cp_number'] - before['cp_number']} consistency points")
+            raise Wrong(
+                f"{REFUSED_WRITES} refused writes took {after['cp_number'] - before['cp_number']}"
+                " consistency points"
+            )
 
     @staticmethod
     async def ignoring_full(work: Any) -> None:
@@ -416,7 +508,7 @@ class Lives:
         except PoolFull:
             return
 
-    # --- The end -------------------------------------------------------------------------------------------------------------------
+    # --- The end ----------------------------------------------------------------------------------
 
     async def finish(self) -> None:
         """Look at everything; delete everything, and see that nothing is left; close."""
@@ -433,11 +525,16 @@ class Lives:
         await self.close()
 
     async def empty(self) -> None:
-        """Delete in any order that is allowed; then the pool is as a new one, and takes writes again."""
+        """Delete in any order that is allowed; then the pool is as a new one, and takes writes
+        again.
+        """
         session, world, pool = self.session, self.session.world, self.session.pool
         while world.all():
             disks = [disk for disk in world.vdisks.values() if not world.snapshots_of(disk)]
-            ready = [*disks, *(snapshot for snapshot in world.snapshots if not world.standing_on(snapshot))]
+            ready = [
+                *disks,
+                *(snapshot for snapshot in world.snapshots if not world.standing_on(snapshot)),
+            ]
             if not ready:
                 raise Wrong(f"nothing can be deleted of {[disk.full_name for disk in world.all()]}")
             disk = session.random.choice(ready)
@@ -453,8 +550,14 @@ class Lives:
         for _ in range(3):
             await session.patiently("a consistency point", point(pool))
         left = (pool.show()["used_bytes"] - self.empty_bytes) // BLOCK_BYTES
-        if pool.show()["deleted_images"] or left > GROWN_BLOCKS + session.plan.pool_bytes // BLOCK_BYTES // 1024:
-            raise Wrong(f"everything is deleted, and {left} blocks are left, {pool.show()['deleted_images']} deleted images")
+        if (
+            pool.show()["deleted_images"]
+            or left > GROWN_BLOCKS + session.plan.pool_bytes // BLOCK_BYTES // 1024
+        ):
+            raise Wrong(
+                f"everything is deleted, and {left} blocks are left,"
+                f" {pool.show()['deleted_images']} deleted images"
+            )
         await pool.vdisk_create("last", 64 * BLOCK_BYTES)
         world.vdisks["last"] = disk = Disk("last", 64)
         session.data.volume(disk)
@@ -467,7 +570,11 @@ class Lives:
 
     async def delete(self, disk: Disk) -> StorageError | None:
         pool = self.session.pool
-        work = pool.snapshot_delete(disk.origin.name, disk.name) if disk.origin is not None else pool.vdisk_delete(disk.name)
+        work = (
+            pool.snapshot_delete(disk.origin.name, disk.name)
+            if disk.origin is not None
+            else pool.vdisk_delete(disk.name)
+        )
         try:
             await self.session.patiently(f"deleting {disk.full_name}", work)
         except StorageError as error:
@@ -475,8 +582,12 @@ class Lives:
         return None
 
     async def compare_gone(self, disk: Disk, error: StorageError | None) -> None:
-        if error is not None and not (disk.marked or (disk.is_snapshot and "there is no snapshot" in str(error))):
-            raise Wrong(f"{disk.full_name} cannot be deleted: {type(error).__name__}: {error}") from error
+        if error is not None and not (
+            disk.marked or (disk.is_snapshot and "there is no snapshot" in str(error))
+        ):
+            raise Wrong(
+                f"{disk.full_name} cannot be deleted: {type(error).__name__}: {error}"
+            ) from error
         if disk.marked and disk.gone:
             return
         self.session.world.forget(disk)

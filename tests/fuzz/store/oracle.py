@@ -1,13 +1,15 @@
 """What every block of every image may hold, said without any of the store's code.
 
-An image is a dict of blocks. A block that nobody is changing is its 4096 bytes; one that is being changed, or whose last change may still
-be lost with the power, is a `History`: a base, and the writes since. From the moments at which a write began and ended two rules follow:
+An image is a dict of blocks. A block that nobody is changing is its 4096 bytes; one that is being
+changed, or whose last change may still be lost with the power, is a `History`: a base, and the
+writes since. From the moments at which a write began and ended two rules follow:
 
-- a value may be *read* unless a later write (begun after the value's own write had ended) was acknowledged;
+- a value may be *read* unless a later write (begun after the value's own write had ended) was
+  acknowledged;
 - a value may be *found after a power loss* unless a later write was acknowledged as durable.
 
-Moments are numbers of events, so no two are equal. All of it works block by block, with a bit a sector; sectors are only looked at one by
-one where several values are possible.
+Moments are numbers of events, so no two are equal. All of it works block by block, with a bit a
+sector; sectors are only looked at one by one where several values are possible.
 """
 
 from dataclasses import dataclass, field
@@ -21,7 +23,8 @@ SECTORS: Final = 8
 ALL: Final = 0xFF
 ZEROS: Final = bytes(BLOCK_BYTES)
 FOREVER: Final = 1 << 62
-# Whole blocks up to here are read, and found after a crash, entirely or not at all (protocol.volume.ATOMIC_WRITE_BYTES_MAX).
+# Whole blocks up to here are read, and found after a crash, entirely or not at all
+# (protocol.volume.ATOMIC_WRITE_BYTES_MAX).
 ATOMIC_BLOCKS: Final = 32
 
 
@@ -30,7 +33,9 @@ class Wrong(AssertionError):
 
 
 def content(version: int, lba: int, sectors: int) -> bytes:
-    """Data for ``sectors`` sectors from ``lba`` on; each says the write that it is of, and its own address."""
+    """Data for ``sectors`` sectors from ``lba`` on; each says the write that it is of, and its own
+    address.
+    """
     tags = np.empty((sectors, SECTOR_BYTES // 8), dtype="<u8")
     tags[:] = (np.arange(lba, lba + sectors, dtype="<u8") | np.uint64(version << 40))[:, None]
     return tags.tobytes()
@@ -41,7 +46,9 @@ def said_by(sector: bytes) -> str:
     tag = int.from_bytes(sector[:8], "little")
     if not tag:
         return "zeros" if not any(sector) else "garbage"
-    return f"write {tag >> 40} for LBA {tag & (1 << 40) - 1}" + ("" if sector == sector[:8] * 64 else " (torn)")
+    return f"write {tag >> 40} for LBA {tag & (1 << 40) - 1}" + (
+        "" if sector == sector[:8] * 64 else " (torn)"
+    )
 
 
 @dataclass(slots=True, eq=False)
@@ -59,7 +66,8 @@ class Write:
     entered: "list[tuple[int, Value]]" = field(default_factory=list)
 
 
-# A value that sectors may have: the write that it is of, a bit for each of its sectors, the block with those sectors in their places.
+# A value that sectors may have: the write that it is of, a bit for each of its sectors, the block
+# with those sectors in their places.
 Value = tuple[Write, int, bytes]
 # What all had before anything happened.
 FIRST: Final = Write(0, -1, "the first", end=-1, acknowledged=True, durable=True)
@@ -92,7 +100,9 @@ class History:
         return found
 
     def settled(self) -> bytes | None:
-        """The block's bytes, if only one value is possible for each sector, whatever happens; forgets what is not possible any more."""
+        """The block's bytes, if only one value is possible for each sector, whatever happens;
+        forgets what is not possible any more.
+        """
         self.values = self.allowed(crashed=True)
         seen = 0
         for write, mask, _ in self.values:
@@ -110,11 +120,14 @@ def merged(values: list[Value]) -> bytes:
     for _, mask, data in values:
         for sector in range(SECTORS):
             if mask >> sector & 1:
-                block[sector * SECTOR_BYTES : (sector + 1) * SECTOR_BYTES] = data[sector * SECTOR_BYTES : (sector + 1) * SECTOR_BYTES]
+                block[sector * SECTOR_BYTES : (sector + 1) * SECTOR_BYTES] = data[
+                    sector * SECTOR_BYTES : (sector + 1) * SECTOR_BYTES
+                ]
     return bytes(block)
 
 
-# A snapshot that was taken while writes were under way has lists of values; what is found first is what it holds for ever.
+# A snapshot that was taken while writes were under way has lists of values; what is found first is
+# what it holds for ever.
 Cell = bytes | History | list[Value]
 
 
@@ -126,7 +139,9 @@ def values_of(cell: Cell, crashed: bool = False) -> list[Value]:
 
 @dataclass(slots=True, eq=False)
 class Moment:
-    """When a group of snapshots was taken: the bounds move closer with everything that is found in them."""
+    """When a group of snapshots was taken: the bounds move closer with everything that is found in
+    them.
+    """
 
     earliest: int
     latest: int = FOREVER
@@ -170,13 +185,14 @@ class Image:
         self.unsettled: set[int] = set()
         self.readings: list[Reading] = []
         self.takings: list[Taking] = []
-        # Trims that are under way: first block, end, the write. A block that is listed meanwhile must hear of them.
+        # Trims that are under way: first block, end, the write. A block that is listed meanwhile
+        # must hear of them.
         self.zeroings: list[tuple[int, int, Write]] = []
         self.under_way: list[Write] = []
         self.undurable: list[Write] = []
         self.moment: Moment | None = None
 
-    # --- Reading -----------------------------------------------------------------------------------------------
+    # --- Reading ----------------------------------------------------------------------------------
 
     def begin_read(self, first: int, count: int, now: int) -> Reading:
         cells = self.cells
@@ -195,7 +211,7 @@ class Image:
     def end_read(self, reading: Reading) -> None:
         self.readings.remove(reading)
 
-    # --- Writing -----------------------------------------------------------------------------------------------
+    # --- Writing ----------------------------------------------------------------------------------
 
     def begin_write(self, write: Write, parts: list[tuple[int, int, bytes]]) -> None:
         """``parts``: block, mask, data."""
@@ -212,16 +228,26 @@ class Image:
                 self.enter(fbn + shift, (write, mask, data))
 
     def begin_zero(self, write: Write, start: int, end: int) -> None:
-        """Zeros for sectors [start, end): of blocks that are listed, and of those that will be while it is under way."""
+        """Zeros for sectors [start, end): of blocks that are listed, and of those that will be
+        while it is under way.
+        """
         first, last = start // SECTORS, -(-end // SECTORS)
         zeroing = (start, end, write)
         self.zeroings.append(zeroing)
         self.under_way.append(write)
-        touched = range(first, last) if last - first <= len(self.cells) else [fbn for fbn in self.cells if first <= fbn < last]
+        touched = (
+            range(first, last)
+            if last - first <= len(self.cells)
+            else [fbn for fbn in self.cells if first <= fbn < last]
+        )
         for fbn in [fbn for fbn in touched if fbn in self.cells]:
             self.enter(fbn, (write, mask_of(fbn, start, end), ZEROS))
         for reading in self.readings:
-            if reading.copy is None or reading.first >= last or first >= reading.first + reading.count:
+            if (
+                reading.copy is None
+                or reading.first >= last
+                or first >= reading.first + reading.count
+            ):
                 continue
             for fbn in reading.cells:  # a copy under way may find zeros now
                 if first <= fbn < last:
@@ -260,7 +286,9 @@ class Image:
         to.enter(fbn + shift, (write, value[1], value[2]))
 
     def end_write(self, write: Write, now: int, outcome: str, durable: bool = False) -> None:
-        """``outcome``: ``done``; ``refused`` (nothing was changed); ``unknown`` (each sector may be old or new)."""
+        """``outcome``: ``done``; ``refused`` (nothing was changed); ``unknown`` (each sector may be
+        old or new).
+        """
         write.end = now
         self.under_way.remove(write)
         self.zeroings = [entry for entry in self.zeroings if entry[2] is not write]
@@ -311,10 +339,12 @@ class Image:
         else:
             self.cells[fbn] = block
 
-    # --- Size --------------------------------------------------------------------------------------------------
+    # --- Size -------------------------------------------------------------------------------------
 
     def resized(self, size_blocks: int, cut: Write | None = None) -> None:
-        """What lies beyond a smaller end is gone; writes that are under way may have been there before, or come when it has grown again."""
+        """What lies beyond a smaller end is gone; writes that are under way may have been there
+        before, or come when it has grown again.
+        """
         if size_blocks < self.size_blocks:
             for fbn in [fbn for fbn in self.cells if fbn >= size_blocks]:
                 del self.cells[fbn]
@@ -330,7 +360,7 @@ class Image:
                             self.enter(fbn, (cut, ALL, ZEROS))
         self.size_blocks = size_blocks
 
-    # --- Snapshots ---------------------------------------------------------------------------------------------
+    # --- Snapshots --------------------------------------------------------------------------------
 
     def begin_taking(self, moment: Moment) -> Taking:
         cells = dict(self.cells)
@@ -361,10 +391,18 @@ class Image:
             self.set(fbn, ZEROS)
 
     def crashed(self, now: int, power: bool) -> None:
-        """The process is gone, or the power: what was under way ends, and nothing of it was acknowledged."""
+        """The process is gone, or the power: what was under way ends, and nothing of it was
+        acknowledged.
+        """
         for write in self.under_way:
             write.end = now
-        self.under_way, self.zeroings, self.readings, self.takings, self.undurable = [], [], [], [], []
+        self.under_way, self.zeroings, self.readings, self.takings, self.undurable = (
+            [],
+            [],
+            [],
+            [],
+            [],
+        )
         for fbn in self.unsettled:
             cell = self.cells[fbn]
             if isinstance(cell, History):
@@ -382,7 +420,7 @@ def mask_of(fbn: int, start: int, end: int) -> int:
     return (1 << high) - (1 << low) if low < high else 0
 
 
-# --- Judging -------------------------------------------------------------------------------------------------------
+# --- Judging --------------------------------------------------------------------------------------
 
 
 class Judge:
@@ -391,7 +429,8 @@ class Judge:
     def __init__(self, image: Image, what: str) -> None:
         self.image = image
         self.what = what
-        # Of writes that must be seen entirely or not at all: where they were seen, and where something older was.
+        # Of writes that must be seen entirely or not at all: where they were seen, and where
+        # something older was.
         self._seen: dict[Write, int] = {}
         self._missed: dict[Write, int] = {}
 
@@ -402,13 +441,23 @@ class Judge:
         for sector in range(SECTORS):
             if mask >> sector & 1:
                 at = slice(sector * SECTOR_BYTES, (sector + 1) * SECTOR_BYTES)
-                self._sector(fbn * SECTORS + sector, [value for value in values if value[1] >> sector & 1], found[at], at)
+                self._sector(
+                    fbn * SECTORS + sector,
+                    [value for value in values if value[1] >> sector & 1],
+                    found[at],
+                    at,
+                )
 
     def _sector(self, lba: int, values: list[Value], found: bytes, at: slice) -> None:
         matching = [value for value in values if value[2][at] == found]
         if not matching:
-            allowed = ", ".join(f"{said_by(value[2][at])} ({value[0].what or value[0].version})" for value in values)
-            raise Wrong(f"{self.what}: LBA {lba} of {self.image.name} holds {said_by(found)}; allowed: {allowed}")
+            allowed = ", ".join(
+                f"{said_by(value[2][at])} ({value[0].what or value[0].version})" for value in values
+            )
+            raise Wrong(
+                f"{self.what}: LBA {lba} of {self.image.name} holds {said_by(found)}; allowed:"
+                f" {allowed}"
+            )
         if len(values) == 1 or len(matching) > 1:
             return
         seen = matching[0][0]
@@ -425,14 +474,26 @@ class Judge:
         if moment is None:
             return
         if seen.start > moment.earliest:
-            moment.earliest, moment.after = seen.start, f"{seen.what} at LBA {lba} of {self.image.name}"
+            moment.earliest, moment.after = (
+                seen.start,
+                f"{seen.what} at LBA {lba} of {self.image.name}",
+            )
         for write, _, _ in values:
             if write.acknowledged and write.start > seen.end and write.end < moment.latest:
-                moment.latest, moment.before = write.end, f"{write.what} at LBA {lba} of {self.image.name}"
+                moment.latest, moment.before = (
+                    write.end,
+                    f"{write.what} at LBA {lba} of {self.image.name}",
+                )
         if moment.earliest > moment.latest:
-            raise Wrong(f"{self.what}: it holds {moment.after}, but not {moment.before}, acknowledged before that began")
+            raise Wrong(
+                f"{self.what}: it holds {moment.after}, but not {moment.before}, acknowledged"
+                " before that began"
+            )
 
     def end(self) -> None:
         for write, lba in self._seen.items():
             if write.atomic and write in self._missed:
-                raise Wrong(f"{self.what}: {write.what} on {self.image.name} is there at LBA {lba} and not at LBA {self._missed[write]}")
+                raise Wrong(
+                    f"{self.what}: {write.what} on {self.image.name} is there at LBA {lba} and not"
+                    f" at LBA {self._missed[write]}"
+                )

@@ -1,7 +1,9 @@
-"""What one seed does: the pool and its circumstances, and a list of operations. Nothing here looks at the store or the oracle.
+"""What one seed does: the pool and its circumstances, and a list of operations. Nothing here looks
+at the store or the oracle.
 
-An operation is a kind, a pause after it, and three numbers from which the session chooses images, addresses and lengths when it comes to
-it. So any part of the list is a list as well, which is what makes shrinking and replaying simple.
+An operation is a kind, a pause after it, and three numbers from which the session chooses images,
+addresses and lengths when it comes to it. So any part of the list is a list as well, which is what
+makes shrinking and replaying simple.
 """
 
 from dataclasses import dataclass
@@ -11,27 +13,39 @@ from typing import Final, NamedTuple
 from tests.fuzz.store.device import Manner
 
 WRITE, PARTIAL, MULTI, LONG, ATOMIC, FUA, READ, FLUSH, UNMAP, ZEROS, COPY, REPORT, COMPARE = (
-    "write", "partial", "multi", "long", "atomic", "fua", "read", "flush", "unmap", "zeros", "copy", "report", "compare",
+    "write", "partial", "multi", "long", "atomic", "fua", "read", "flush", "unmap", "zeros", "copy",
+    "report", "compare",
 )  # fmt: skip
 CREATE, DELETE, SNAPSHOT, SNAPSHOT_RM, CLONE, RENAME, RESIZE, START, PAUSE, RESUME, CANCEL = (
-    "create", "delete", "snapshot", "snapshot-rm", "clone", "rename", "resize", "split", "pause", "resume", "cancel",
+    "create", "delete", "snapshot", "snapshot-rm", "clone", "rename", "resize", "split", "pause",
+    "resume", "cancel",
 )  # fmt: skip
-SHOW, ESTIMATE, LIST, CHECK, SCRUB, CONFIGURE, POINT = "show", "estimate", "list", "check", "scrub", "configure", "point"
+SHOW, ESTIMATE, LIST, CHECK, SCRUB, CONFIGURE, POINT = (
+    "show",
+    "estimate",
+    "list",
+    "check",
+    "scrub",
+    "configure",
+    "point",
+)
 KILL, POWER, REOPEN, QUIET, TROUBLE, FILL, FORGET, SPREAD, BURST, RACE, SQUEEZE = (
-    "kill", "power", "reopen", "quiet", "trouble", "fill", "forget", "spread", "burst", "race", "squeeze",
+    "kill", "power", "reopen", "quiet", "trouble", "fill", "forget", "spread", "burst", "race",
+    "squeeze",
 )  # fmt: skip
 
 DATA: Final = {
-    WRITE: 22, PARTIAL: 10, MULTI: 7, LONG: 1.2, ATOMIC: 3, FUA: 2, READ: 26, FLUSH: 4, UNMAP: 4, ZEROS: 2, COPY: 1.2, REPORT: 4,
-    COMPARE: 2,
+    WRITE: 22, PARTIAL: 10, MULTI: 7, LONG: 1.2, ATOMIC: 3, FUA: 2, READ: 26, FLUSH: 4, UNMAP: 4,
+    ZEROS: 2, COPY: 1.2, REPORT: 4, COMPARE: 2,
 }  # fmt: skip
 ADMIN: Final = {
-    CREATE: 1.5, DELETE: 1.5, SNAPSHOT: 3, SNAPSHOT_RM: 2.5, CLONE: 3, RENAME: 0.7, RESIZE: 1.5, START: 2.5, PAUSE: 0.7, RESUME: 1,
-    CANCEL: 0.5, SHOW: 1, ESTIMATE: 0.7, LIST: 0.4, CHECK: 0.15, SCRUB: 0.15, CONFIGURE: 0.3, POINT: 1.5,
+    CREATE: 1.5, DELETE: 1.5, SNAPSHOT: 3, SNAPSHOT_RM: 2.5, CLONE: 3, RENAME: 0.7, RESIZE: 1.5,
+    START: 2.5, PAUSE: 0.7, RESUME: 1, CANCEL: 0.5, SHOW: 1, ESTIMATE: 0.7, LIST: 0.4, CHECK: 0.15,
+    SCRUB: 0.15, CONFIGURE: 0.3, POINT: 1.5,
 }  # fmt: skip
 CONTROL: Final = {
-    KILL: 0.18, POWER: 0.22, REOPEN: 0.12, QUIET: 0.25, TROUBLE: 0.3, FILL: 0.1, FORGET: 0.15, SPREAD: 0.5, BURST: 0.5,
-    RACE: 0.6, SQUEEZE: 0.15,
+    KILL: 0.18, POWER: 0.22, REOPEN: 0.12, QUIET: 0.25, TROUBLE: 0.3, FILL: 0.1, FORGET: 0.15,
+    SPREAD: 0.5, BURST: 0.5, RACE: 0.6, SQUEEZE: 0.15,
 }  # fmt: skip
 
 # What some seeds do much more often than others.
@@ -73,7 +87,8 @@ class Plan:
     stride: int
     spots: int
     operations: list[Operation]
-    # Numbers of the operations that are left of the seed's own list, and which of many devices carries them out.
+    # Numbers of the operations that are left of the seed's own list, and which of many devices
+    # carries them out.
     kept: list[int]
     kept_max: int
     device: int = 0
@@ -95,7 +110,11 @@ def plan_of(seed: int) -> Plan:
     sparse = random.random() < 0.12
     pool_mib = random.choice(SPARSE_MIB if sparse else POOL_MIB)
     stride = random.choice((1, 1, 1, 3, 256)) if not sparse else random.choice((1, 7, 256))
-    leaves = random.choice((1, 2, 4, 8, 24, 60, 200)) if not sparse else random.choice((24, 200, 600, 4096))
+    leaves = (
+        random.choice((1, 2, 4, 8, 24, 60, 200))
+        if not sparse
+        else random.choice((24, 200, 600, 4096))
+    )
     count = random.choice((200, 400, 600, 900))
     manner = Manner(
         read_misses=random.choice((0.0, 0.02, 0.2, 0.5, 1.0)),
@@ -106,15 +125,20 @@ def plan_of(seed: int) -> Plan:
         at_once=random.choice((0.0, 0.3, 0.7)),
     )
     return Plan(
-        seed, pool_mib << 20, random.choice(CACHE_NODES), random.choice((1, 2, 4, 8, 16, 32)), manner, leaves, stride,
-        random.choice((3, 8, 40, 256)), operations(random, count), list(range(count)), count,
+        seed, pool_mib << 20, random.choice(CACHE_NODES), random.choice((1, 2, 4, 8, 16, 32)),
+        manner, leaves, stride, random.choice((3, 8, 40, 256)), operations(random, count),
+        list(range(count)), count,
     )  # fmt: skip
 
 
 def operations(random: Random, count: int) -> list[Operation]:
     """The seed's own list: a few vdisks first, then what its weights say."""
     weights = {**DATA, **ADMIN, **CONTROL}
-    admin, control, trouble = random.choice((0.2, 1.0, 1.0, 3.0)), random.choice((0.3, 1.0, 2.0)), random.choice((0.0, 0.0, 1.0))
+    admin, control, trouble = (
+        random.choice((0.2, 1.0, 1.0, 3.0)),
+        random.choice((0.3, 1.0, 2.0)),
+        random.choice((0.0, 0.0, 1.0)),
+    )
     for kind in ADMIN:
         weights[kind] *= admin
     for kind in CONTROL:
@@ -124,9 +148,23 @@ def operations(random: Random, count: int) -> list[Operation]:
         weights[kind] *= factor
     for kind in random.sample(sorted(weights), 6):  # what is common here is rare elsewhere
         weights[kind] *= random.choice((0.0, 0.2, 4.0))
-    kinds = [CREATE, CREATE, SPREAD, *random.choices(list(weights), list(weights.values()), k=count)][:count]
+    kinds = [
+        CREATE,
+        CREATE,
+        SPREAD,
+        *random.choices(list(weights), list(weights.values()), k=count),
+    ][:count]
     hurry = random.choice((0.4, 0.7, 0.9))
-    return [Operation(kind, pause(random, hurry), random.getrandbits(32), random.getrandbits(32), random.getrandbits(32)) for kind in kinds]
+    return [
+        Operation(
+            kind,
+            pause(random, hurry),
+            random.getrandbits(32),
+            random.getrandbits(32),
+            random.getrandbits(32),
+        )
+        for kind in kinds
+    ]
 
 
 def pause(random: Random, hurry: float) -> float:
@@ -140,8 +178,9 @@ def kept_of(plan: Plan, kept: list[int], device: int, nodes: int = 0) -> Plan:
     """The same plan with some of its operations only (numbers of the whole list)."""
     whole = plan_of(plan.seed)
     return Plan(
-        plan.seed, plan.pool_bytes, nodes or plan.cache_nodes, plan.depth, plan.manner, plan.leaves, plan.stride, plan.spots,
-        [whole.operations[number] for number in kept], kept, plan.kept_max, device,
+        plan.seed, plan.pool_bytes, nodes or plan.cache_nodes, plan.depth, plan.manner, plan.leaves,
+        plan.stride, plan.spots, [whole.operations[number] for number in kept], kept, plan.kept_max,
+        device,
     )  # fmt: skip
 
 
@@ -158,7 +197,9 @@ def replayed(text: str) -> Plan:
         elif name == "nodes":
             nodes = int(value)
         else:
-            raise ValueError(f"{option}: not keep=NUMBERS, device=NUMBER or nodes=NUMBER (of the cache)")
+            raise ValueError(
+                f"{option}: not keep=NUMBERS, device=NUMBER or nodes=NUMBER (of the cache)"
+            )
     return kept_of(plan, plan.kept if kept is None else kept, device, nodes)
 
 

@@ -1,7 +1,9 @@
 """The fuzzer of the whole store (docs/reliability.md).
 
-    python -m tests.fuzz.store.run [--seconds S] [--seed N] [--jobs J]      for so long, all with seeds of their own
-    python -m tests.fuzz.store.run --replay SEED[:OPTIONS]                  one of them, every step told
+    python -m tests.fuzz.store.run [--seconds S] [--seed N] [--jobs J]
+        for so long, all with seeds of their own
+    python -m tests.fuzz.store.run --replay SEED[:OPTIONS]
+        one of them, every step told
     python -m tests.fuzz.store.run --canaries                               the planted bugs
 
 The seed is printed first. What fails is made short, and printed with the command that repeats it.
@@ -32,8 +34,12 @@ def command(plan: Plan) -> str:
     return f'make fuzz-store ARGS="--replay {plan.text}"'
 
 
-def search(seed: int, step: int, seconds: float, shrink: bool, say: Callable[[str], None]) -> tuple[Tally, int, list[Finding]]:
-    """Seeds one after the other; how many, and what they found. ``seconds`` are of processor time."""
+def search(
+    seed: int, step: int, seconds: float, shrink: bool, say: Callable[[str], None]
+) -> tuple[Tally, int, list[Finding]]:
+    """Seeds one after the other; how many, and what they found. ``seconds`` are of
+    processor time.
+    """
     total, seeds = Tally(), 0
     findings: list[Finding] = []
     began = time.process_time()
@@ -48,7 +54,10 @@ def search(seed: int, step: int, seconds: float, shrink: bool, say: Callable[[st
         total.add(tally)
         seeds += 1
         if wrong is not None:
-            say(f"seed {plan.seed}, after {tally.operations} operations: {type(wrong).__name__}: {wrong}\n  {command(plan)}")
+            say(
+                f"seed {plan.seed}, after {tally.operations} operations: {type(wrong).__name__}:"
+                f" {wrong}\n  {command(plan)}"
+            )
             findings.append((plan.text, str(wrong)))
             if shrink:
                 say_shrunk(shrunk(plan, wrong, say), say)
@@ -58,11 +67,18 @@ def search(seed: int, step: int, seconds: float, shrink: bool, say: Callable[[st
 
 
 def say_shrunk(plan: Plan, say: Callable[[str], None]) -> None:
-    lines = [f"  {number:4} {one.kind:12} {one.a:10} {one.b:10} {one.c:10}" for number, one in zip(plan.kept, plan.operations, strict=True)]
+    lines = [
+        f"  {number:4} {one.kind:12} {one.a:10} {one.b:10} {one.c:10}"
+        for number, one in zip(plan.kept, plan.operations, strict=True)
+    ]
     steps: list[str] = []
     _, wrong = carry_out(plan, steps.append)
     told = "\n".join(["  what happens:", *(f"    {step}" for step in steps[-60:])])
-    say("\n".join([f"shrunk to {len(plan.kept)} operations: {wrong}", *lines, told, f"  {command(plan)}"]))
+    say(
+        "\n".join(
+            [f"shrunk to {len(plan.kept)} operations: {wrong}", *lines, told, f"  {command(plan)}"]
+        )
+    )
 
 
 def worker(arguments: tuple[int, int, float, bool]) -> tuple[Tally, int, list[Finding]]:
@@ -89,9 +105,10 @@ def fuzz(seed: int, jobs: int, seconds: float, shrink: bool) -> int:
 def summary(total: Tally, seeds: int, failed: int) -> str:
     rate = total.operations / total.seconds if total.seconds else 0.0
     return (
-        f"{seeds} seeds, {total.operations} operations ({total.refused} of them refused), {total.kills} kills, "
-        f"{total.power_losses} losses of power, {total.openings} openings, {total.checks} checks with data, "
-        f"{total.seconds:.0f} s of processor time, {rate:.0f} a second; {failed} failures"
+        f"{seeds} seeds, {total.operations} operations ({total.refused} of them refused),"
+        f" {total.kills} kills, {total.power_losses} losses of power, {total.openings} openings,"
+        f" {total.checks} checks with data, {total.seconds:.0f} s of processor time, {rate:.0f} a"
+        f" second; {failed} failures"
     )
 
 
@@ -110,16 +127,24 @@ def canaries() -> int:
     for canary in CANARIES:
         found = seeds_until_found(canary)
         missed += found is None
-        how = "NOT FOUND" if found is None else f"found by seed {found.seed}, after {found.operations} operations: {found.wrong}"
+        how = (
+            "NOT FOUND"
+            if found is None
+            else f"found by seed {found.seed}, after {found.operations} operations: {found.wrong}"
+        )
         print(f"{canary.name:40} {how}", flush=True)
     return missed
 
 
 def main() -> int:
     """Parse the command line and fuzz; 1 where something was found."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seed", type=int, default=secrets.randbits(SEED_BITS))
-    parser.add_argument("--seconds", type=float, default=60.0, help="of processor time, for each process")
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="of processor time, for each process"
+    )
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--replay", metavar="SEED[:OPTIONS]")
     parser.add_argument("--quiet", action="store_true", help="with --replay: only what it found")

@@ -1,4 +1,6 @@
-"""One life after another of one pool, as a plan says: begins commands and judges what they answer."""
+"""One life after another of one pool, as a plan says: begins commands and judges what
+they answer.
+"""
 
 import asyncio
 import gc
@@ -28,10 +30,11 @@ from tests.fuzz.store.oracle import Wrong
 from tests.fuzz.store.plan import Operation, Plan
 from tests.fuzz.store.world import Disk, World
 
-# Virtual seconds in which everything has to be answered. The longest that the store waits by itself is the pause of a background work.
+# Virtual seconds in which everything has to be answered. The longest that the store waits by itself
+# is the pause of a background work.
 PATIENCE_SECONDS: Final = 120.0
-# A pool that has more room than this for data refuses nothing, whatever else is under way. Blocks that are on their way back are waited for
-# by the store itself.
+# A pool that has more room than this for data refuses nothing, whatever else is under way. Blocks
+# that are on their way back are waited for by the store itself.
 SHORT_BLOCKS: Final = 364
 
 
@@ -104,9 +107,18 @@ class Session:
         self.reclaim_failed = False
         self.data, self.admin, self.lives = Data(self), Admin(self), Lives(self)
         # Drawn once, so that the same addresses come again and again.
-        self.spots = [0, 255, 1, 128, 254, 7, *self.random.sample(range(8, 128), 40), *range(129, 254)][: plan.spots]
+        self.spots = [
+            0,
+            255,
+            1,
+            128,
+            254,
+            7,
+            *self.random.sample(range(8, 128), 40),
+            *range(129, 254),
+        ][: plan.spots]
 
-    # --- Time and moments ------------------------------------------------------------------------------------------
+    # --- Time and moments -------------------------------------------------------------------------
 
     def now(self) -> int:
         self.moment += 1
@@ -115,10 +127,19 @@ class Session:
     def seconds(self) -> float:
         return asyncio.get_running_loop().time()
 
-    # --- Commands under way ----------------------------------------------------------------------------------------
+    # --- Commands under way -----------------------------------------------------------------------
 
     def begin(self, kind: str, what: str, disk: Disk | None = None) -> Flight:
-        flight = Flight(kind, what, self.now(), self.seconds(), self.life, self.device.failures, self.pool.space()[1] >> 12, disk)
+        flight = Flight(
+            kind,
+            what,
+            self.now(),
+            self.seconds(),
+            self.life,
+            self.device.failures,
+            self.pool.space()[1] >> 12,
+            disk,
+        )
         if disk is not None:
             flight.disturbed = disk.disturbed
         self.flying[flight.start] = flight
@@ -138,7 +159,9 @@ class Session:
         self.tally.refused += error is not None
         if self.trace is not None:
             text = "" if error is None else f": {type(error).__name__}: {error}"
-            self.trace(f"{self.seconds():10.4f} {self.moment:6d} < {flight.kind} {flight.start}{text}")
+            self.trace(
+                f"{self.seconds():10.4f} {self.moment:6d} < {flight.kind} {flight.start}{text}"
+            )
         self.landed.set()
         return True
 
@@ -176,7 +199,9 @@ class Session:
         self.landed.set()
 
     def settle(self) -> None:
-        """End of a wake-up: volumes carry out what they were given, and the receive buffer is used again."""
+        """End of a wake-up: volumes carry out what they were given, and the receive buffer is used
+        again.
+        """
         volumes, self.unsettled = self.unsettled, {}
         for volume in volumes:
             volume.settle()
@@ -184,13 +209,15 @@ class Session:
             buffer[:] = b"\xee" * len(buffer)
         self.buffers.clear()
 
-    # --- What may be refused -----------------------------------------------------------------------------------------
+    # --- What may be refused ----------------------------------------------------------------------
 
     def judge(self, flight: Flight, error: Exception) -> None:
         """Raise Wrong if nothing that happened explains this refusal."""
         if self.explained(flight, error):
             return
-        raise Wrong(f"{flight.kind} {flight.what} was refused: {type(error).__name__}: {error}") from error
+        raise Wrong(
+            f"{flight.kind} {flight.what} was refused: {type(error).__name__}: {error}"
+        ) from error
 
     def explained(self, flight: Flight, error: Exception) -> bool:
         failed = self.device.failures > flight.failures
@@ -200,9 +227,16 @@ class Session:
         if isinstance(error, DeviceFailed):
             return failed or self.read_only or self.closing
         if isinstance(error, PoolReadOnly):
-            return (self.read_only and self.device.failures > 0) or (disk is not None and disk.is_snapshot)
+            return (self.read_only and self.device.failures > 0) or (
+                disk is not None and disk.is_snapshot
+            )
         if isinstance(error, VolumeClosed | OutOfRange):
-            return self.closing or (disk is not None and (disk.disturbed != flight.disturbed or disk.exclusive or disk.marked or disk.gone))
+            return self.closing or (
+                disk is not None
+                and (
+                    disk.disturbed != flight.disturbed or disk.exclusive or disk.marked or disk.gone
+                )
+            )
         if isinstance(error, PoolFull):
             return flight.available < SHORT_BLOCKS or self.is_short()
         return False
@@ -231,7 +265,7 @@ class Session:
         if event == "pool.read_only" and not self.device.failures:
             self.note(Wrong(f"the pool went read-only, and nothing had failed: {fields}"))
 
-    # --- Waiting -----------------------------------------------------------------------------------------------------
+    # --- Waiting ----------------------------------------------------------------------------------
 
     async def drain(self, below: int = 1) -> None:
         """Wait until fewer than ``below`` commands are under way."""
@@ -246,7 +280,10 @@ class Session:
                 if not self.flying:
                     raise Wrong(f"{self.tasks} do not end") from None
                 oldest = next(iter(self.flying.values()))
-                raise Wrong(f"{oldest.kind} {oldest.what} was not answered in {self.seconds() - oldest.began:.0f} s") from None
+                raise Wrong(
+                    f"{oldest.kind} {oldest.what} was not answered in"
+                    f" {self.seconds() - oldest.began:.0f} s"
+                ) from None
         if self.wrong is not None:
             raise self.wrong
 
@@ -271,7 +308,7 @@ class Session:
                 self.trace(self.waiting())
             raise Wrong(f"{what} did not end in {PATIENCE_SECONDS:.0f} s") from None
 
-    # --- Running -----------------------------------------------------------------------------------------------------
+    # --- Running ----------------------------------------------------------------------------------
 
     async def run(self) -> Tally:
         """Carry the plan out. Raises Wrong, or whatever else the store lets out."""
@@ -319,10 +356,12 @@ class Session:
         self.device.trouble = Trouble()
 
 
-# --- Around it -------------------------------------------------------------------------------------------------------
+# --- Around it ------------------------------------------------------------------------------------
 
 
-def carry_out(plan: Plan, trace: Callable[[str], None] | None = None) -> tuple[Tally, Exception | None]:
+def carry_out(
+    plan: Plan, trace: Callable[[str], None] | None = None
+) -> tuple[Tally, Exception | None]:
     """Run one plan; what it did, and what it found wrong."""
     collecting = gc.isenabled()
     gc.disable()

@@ -1,4 +1,6 @@
-"""Makes what failed short: leaves out operations, as long as the rest still fails in the same way."""
+"""Makes what failed short: leaves out operations, as long as the rest still fails in
+the same way.
+"""
 
 import re
 from collections.abc import Callable
@@ -6,7 +8,8 @@ from collections.abc import Callable
 from tests.fuzz.store.plan import Plan, kept_of
 from tests.fuzz.store.session import carry_out
 
-# With operations left out everything happens at other moments: each candidate is tried on a few devices.
+# With operations left out everything happens at other moments: each candidate is tried on a few
+# devices.
 DEVICES = 3
 RUNS_MAX = 400
 
@@ -22,7 +25,9 @@ def likeness(wrong: Exception | None) -> str | None:
 
 
 def failing(plan: Plan, wanted: str | None) -> Plan | None:
-    """The plan on a device on which it fails like that, cut off after the operation that it failed in; None if it does not."""
+    """The plan on a device on which it fails like that, cut off after the operation that it failed
+    in; None if it does not.
+    """
     for device in range(DEVICES):
         candidate = kept_of(plan, plan.kept, device or plan.device)
         _, wrong = carry_out(candidate)

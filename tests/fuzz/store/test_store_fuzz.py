@@ -1,4 +1,6 @@
-"""A minute of the fuzzer with fresh seeds, and the planted bugs, which must be found (docs/reliability.md)."""
+"""A minute of the fuzzer with fresh seeds, and the planted bugs, which must be found
+(docs/reliability.md).
+"""
 
 import secrets
 import time
@@ -6,7 +8,17 @@ import time
 import pytest
 
 from tests.fuzz.store.canaries import CANARIES, Canary, seeds_until_found
-from tests.fuzz.store.oracle import FOREVER, ZEROS, History, Image, Judge, Moment, Write, Wrong, content
+from tests.fuzz.store.oracle import (
+    FOREVER,
+    ZEROS,
+    History,
+    Image,
+    Judge,
+    Moment,
+    Write,
+    Wrong,
+    content,
+)
 from tests.fuzz.store.plan import kept_of, plan_of, replayed
 from tests.fuzz.store.run import command
 from tests.fuzz.store.session import carry_out
@@ -58,10 +70,12 @@ def test_what_fails_is_made_short() -> None:
         assert len(short.kept) < len(plan.kept) and carry_out(replayed(short.text))[1] is not None
 
 
-# --- The oracle's own rules ------------------------------------------------------------------------------------------
+# --- The oracle's own rules -----------------------------------------------------------------------
 
 
-def written(image: Image, version: int, start: int, end: int = FOREVER, durable: bool = False) -> bytes:
+def written(
+    image: Image, version: int, start: int, end: int = FOREVER, durable: bool = False
+) -> bytes:
     block = content(version, 0, 8)
     write = Write(version, start, f"write {version}")
     image.begin_write(write, [(0, 0xFF, block)])

@@ -1,4 +1,6 @@
-"""The oracle's list of vdisks and snapshots: names, what stands on what, and which of them somebody is changing."""
+"""The oracle's list of vdisks and snapshots: names, what stands on what, and which of them somebody
+is changing.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +16,12 @@ class Disk(Image):
     """A vdisk, or a snapshot (``origin`` is its vdisk then)."""
 
     def __init__(
-        self, name: str, size_blocks: int, cells: dict[int, Cell] | None = None, origin: "Disk | None" = None, backing: "Disk | None" = None
+        self,
+        name: str,
+        size_blocks: int,
+        cells: dict[int, Cell] | None = None,
+        origin: "Disk | None" = None,
+        backing: "Disk | None" = None,
     ) -> None:
         super().__init__(name, size_blocks, cells)
         self.origin = origin
@@ -73,7 +80,9 @@ class World:
         return [disk for disk in self.all() if disk.backing is snapshot]
 
     def surely_standing_on(self, snapshot: Disk) -> list[Disk]:
-        return [disk for disk in self.standing_on(snapshot) if not disk.splitting and not disk.marked]
+        return [
+            disk for disk in self.standing_on(snapshot) if not disk.splitting and not disk.marked
+        ]
 
     def free_name(self, number: int) -> str | None:
         names = [name for name in VDISKS if name not in self.vdisks and name not in self.promised]
@@ -99,7 +108,9 @@ class World:
         return {
             disk.full_name
             for disk in self.all()
-            if not disk.exclusive and not disk.marked and not (disk.origin is not None and disk.origin.exclusive)
+            if not disk.exclusive
+            and not disk.marked
+            and not (disk.origin is not None and disk.origin.exclusive)
         }
 
     def unsure(self) -> Iterator[Disk]:
