@@ -29,7 +29,7 @@ Design section 4; docs/on-disk-format.md says the same in prose.
 import struct
 from typing import Final, NewType
 
-from crc32c import crc32c
+from storage.checksum import crc32c
 
 VBN = NewType("VBN", int)
 FBN = NewType("FBN", int)

@@ -19,9 +19,7 @@ from storage.backdoor.scrub import RATE_BYTES_DEFAULT, Scrub
 from storage.check import check_live
 from storage.consistency.configuration import Configuration
 from storage.consistency.consistency_point import ConsistencyPoints
-from storage.consistency.copies import Copies, read_copies, write_copies
 from storage.consistency.replay import Replay, Replayed
-from storage.consistency.superblock import Superblock
 from storage.device import Device, is_block_device, new_device, open_device
 from storage.device.owner import Owner
 from storage.errors import (
@@ -59,6 +57,8 @@ from storage.log.intent_log import IntentLog
 from storage.split.service import SplitService
 from storage.state.pool_state import EventSink, PoolState
 from storage.state.under_way import UnderWay, ends_at_close
+from storage.superblock.copies import Copies, read_copies, write_copies
+from storage.superblock.superblock import Superblock
 from storage.tree.buffer_tree import BufferTree
 from storage.vdisks.lifecycle import Lifecycle
 from storage.vdisks.listing import Listing

@@ -17,9 +17,13 @@ LAYERS = ("storage", "protocol", "daemon")
 ORDER = {
     "storage": (
         "storage.errors",
+        "storage.checksum",
         "storage.layout",
+        "storage.slicer",
         "storage.device",
+        "storage.superblock",
         "storage.tree",
+        "storage.epoch",
         "storage.state",
         "storage.allocation",
         "storage.log",
@@ -27,8 +31,8 @@ ORDER = {
         "storage.data",
         "storage.consistency",
         "storage.check",
-        "storage.vdisks",
         "storage.backdoor",
+        "storage.vdisks",
         "storage.split",
         "storage.formatting",
         "storage.pool",

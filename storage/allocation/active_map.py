@@ -13,10 +13,11 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 
+from storage.epoch.epoch import Epoch
+from storage.epoch.vbn_arrays import VbnArray, as_array, concatenated
 from storage.layout import BLOCK_BYTES, REGION_BLOCKS, SUMMARIES_PER_BLOCK
-from storage.state.epoch import Epoch
+from storage.slicer import CHUNK, Slicer, in_thread_if_large
 from storage.state.pool_state import PoolState
-from storage.state.slices import CHUNK, Slicer, VbnArray, as_array, concatenated, in_thread_if_large
 from storage.tree.attempt import when_possible
 from storage.tree.buffer_tree import BufferTree
 from storage.tree.node import Hold, Node

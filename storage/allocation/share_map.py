@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from storage.epoch.epoch import Epoch
+from storage.epoch.vbn_arrays import VbnArray, as_array, concatenated
 from storage.errors import RequestError
 from storage.layout import SHARES_CROWDED, SHARES_MAX, SHARES_PER_BLOCK
-from storage.state.epoch import Epoch
-from storage.state.slices import Slicer, VbnArray, as_array, concatenated, in_thread_if_large
+from storage.slicer import Slicer, in_thread_if_large
 from storage.tree.attempt import when_possible
 from storage.tree.buffer_tree import BufferTree
 from storage.tree.node import HOLES, Hold, Node

@@ -21,6 +21,7 @@ import numpy as np
 
 from storage.allocation.active_map import NO_BITS, REGION_SHIFT, ActiveMap, Bits, count_bits
 from storage.allocation.node_stock import NodeStock
+from storage.epoch.epoch import Epoch
 from storage.errors import HostFull, PoolFull
 from storage.layout import (
     BLOCK_BYTES,
@@ -31,7 +32,6 @@ from storage.layout import (
     region_count,
     tree_levels,
 )
-from storage.state.epoch import Epoch
 from storage.tree.node import Hold
 
 if TYPE_CHECKING:

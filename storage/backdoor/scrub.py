@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from crc32c import crc32c
 
+from storage.checksum import crc32c
 from storage.data.read_path import Location, runs
 from storage.device import read_all
 from storage.errors import BlockDamaged, StorageError

@@ -10,6 +10,7 @@ from functools import partial
 
 import msgpack
 
+from storage.epoch.epoch import Epoch
 from storage.errors import BlockDamaged, RequestError
 from storage.layout import (
     BLOCK_BYTES,
@@ -19,9 +20,8 @@ from storage.layout import (
     TREE_LEVELS_MAX,
     tree_levels,
 )
-from storage.state.epoch import Epoch
+from storage.slicer import Slicer
 from storage.state.pool_state import PoolState
-from storage.state.slices import Slicer
 from storage.tree.attempt import when_possible
 from storage.tree.buffer_tree import BufferTree
 

@@ -20,12 +20,11 @@ import asyncio
 from collections.abc import Callable
 from time import perf_counter
 
-from crc32c import crc32c
-
 from storage.allocation.active_map import ActiveMap
+from storage.checksum import crc32c
 from storage.consistency.configuration import Configuration
 from storage.consistency.node_writer import NodeWriter
-from storage.consistency.superblock import MetafileRoot, Superblock
+from storage.epoch.epoch import Epoch
 from storage.errors import (
     HostFull,
     HostStaysFull,
@@ -51,9 +50,9 @@ from storage.layout import (
     tree_levels,
 )
 from storage.log.intent_log import IntentLog
-from storage.state.epoch import Epoch
+from storage.slicer import Slicer, dispose
 from storage.state.pool_state import PoolState
-from storage.state.slices import Slicer, dispose
+from storage.superblock.superblock import MetafileRoot, Superblock
 from storage.tree.attempt import when_possible
 from storage.tree.buffer_tree import BufferTree
 

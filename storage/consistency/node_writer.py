@@ -8,13 +8,12 @@ CRC32C if it names this very location.
 
 import asyncio
 
-from crc32c import crc32c
-
+from storage.checksum import crc32c
+from storage.epoch.epoch import Epoch
 from storage.errors import DeviceFailed, DeviceFull
 from storage.layout import BLOCK_BYTES, FIELDS_MASK, FIELDS_SHIFT, TREE_LEVELS_MAX
-from storage.state.epoch import Epoch
+from storage.slicer import Slicer
 from storage.state.pool_state import PoolState
-from storage.state.slices import Slicer
 from storage.tree.buffer_tree import BufferTree
 from storage.tree.node import Node
 

@@ -22,20 +22,19 @@ from dataclasses import dataclass
 from operator import attrgetter, itemgetter
 from typing import Any
 
-from crc32c import crc32c
-
-from storage.consistency.superblock import Superblock
+from storage.checksum import crc32c
 from storage.data.trim import trim_blocks
 from storage.data.write_path import indexes_of, install, nodes_of, plan_for
+from storage.epoch.epoch import LogEntry as Entry
 from storage.errors import BlockDamaged, DeviceFailed, StorageError
 from storage.images.catalogue import Catalogue
 from storage.images.image import Image
 from storage.layout import BLOCK_BYTES, HOLE, LOG_FIRST_VBN, ZERO_POINTER
 from storage.log.findings import Findings, Place, places
 from storage.log.ring import READ_BLOCKS, Missing, Record, Ring, read_ring, read_singly
-from storage.state.epoch import LogEntry as Entry
+from storage.slicer import Slicer
 from storage.state.pool_state import PoolState
-from storage.state.slices import Slicer
+from storage.superblock.superblock import Superblock
 from storage.tree.attempt import when_possible
 
 # Data writes installed in one step.

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from storage.data.backing import fields_behind, peek_next, visible_slots
 from storage.layout import FIELDS_SHIFT, HOLE, ZERO_POINTER
-from storage.state.slices import Slicer
+from storage.slicer import Slicer
 from storage.tree.attempt import when_possible
 from storage.tree.search import peek_first
 

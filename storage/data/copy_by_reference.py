@@ -21,13 +21,13 @@ from storage.layout import (
     KIND_VDISK,
     ZERO_POINTER,
 )
-from storage.state.slices import Slicer
+from storage.slicer import Slicer
 from storage.tree.attempt import when_possible
 from storage.tree.node import FIELD_DTYPE
 
 if TYPE_CHECKING:
+    from storage.epoch.epoch import Epoch
     from storage.images.image import Image
-    from storage.state.epoch import Epoch
     from storage.tree.node import Node
 
 # Fields of pointer blocks, FIELD_DTYPE.

@@ -10,8 +10,7 @@ from array import array
 from itertools import repeat
 from typing import TYPE_CHECKING
 
-from crc32c import crc32c
-
+from storage.checksum import crc32c
 from storage.data.write_path import (
     Buffer,
     Extents,
@@ -33,8 +32,8 @@ from storage.layout import (
 )
 
 if TYPE_CHECKING:
+    from storage.epoch.epoch import Epoch
     from storage.images.image import Image
-    from storage.state.epoch import Epoch
 
 # What a device writes at once without handing it to its threads
 # (storage.device.descriptor.INLINE_WRITE_BYTES_MAX).

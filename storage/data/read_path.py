@@ -4,8 +4,7 @@ backing stores (design section 5).
 
 from typing import TYPE_CHECKING
 
-from crc32c import crc32c
-
+from storage.checksum import crc32c
 from storage.device import read_all
 from storage.errors import BlockDamaged, DeviceFailed, StorageError
 from storage.layout import (

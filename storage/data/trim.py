@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from storage.layout import FIELDS_MASK, FIELDS_PER_BLOCK, FIELDS_SHIFT, HOLE, ZERO_POINTER
-from storage.state.slices import Slicer
+from storage.slicer import Slicer
 from storage.tree.attempt import when_possible
 from storage.tree.node import Node
 
 if TYPE_CHECKING:
+    from storage.epoch.epoch import Epoch
     from storage.images.image import Image
-    from storage.state.epoch import Epoch
 
 
 async def trim_blocks(image: "Image", first: int, count: int, keep_count: bool = True) -> None:

@@ -12,8 +12,7 @@ step: known to be free if it was born after the image was last shared, else left
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from crc32c import crc32c
-
+from storage.checksum import crc32c
 from storage.errors import OutOfRange, PoolFull, StorageError, VolumeClosed
 from storage.layout import (
     BLOCK_BYTES,
@@ -30,8 +29,8 @@ from storage.tree.buffer_tree import Plan
 from storage.tree.node import Node
 
 if TYPE_CHECKING:
+    from storage.epoch.epoch import Epoch
     from storage.images.image import Image
-    from storage.state.epoch import Epoch
 
 Buffer = bytes | bytearray | memoryview
 Extents = list[tuple[int, int]]

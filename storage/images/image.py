@@ -13,8 +13,8 @@ from storage.layout import BLOCK_BYTES, KIND_SNAPSHOT, KIND_VDISK
 from storage.tree.buffer_tree import BufferTree
 
 if TYPE_CHECKING:
+    from storage.epoch.epoch import Epoch
     from storage.split.job import SplitJob
-    from storage.state.epoch import Epoch
     from storage.state.pool_state import PoolState
 
 KIND_FREE = 0  # the entry is to be cleared; never on disk

@@ -31,12 +31,12 @@ Invariants:
 import asyncio
 from collections.abc import Callable
 
+from storage.epoch.epoch import Epoch
 from storage.errors import DeviceFailed, DeviceFull, as_storage_error
 from storage.layout import BLOCK_BYTES
 from storage.log.record import ENTRIES_PER_RECORD, LogRecord
-from storage.state.epoch import Epoch
+from storage.slicer import Slicer
 from storage.state.pool_state import PoolState
-from storage.state.slices import Slicer
 
 Completion = Callable[[Exception | None], None]
 

@@ -9,8 +9,8 @@ A record without entries is a *durable mark*: written after a sync, without one 
 that what lies before it is durable. It stays open, so the changes that follow go into it.
 """
 
-from crc32c import crc32c
-
+from storage.checksum import crc32c
+from storage.epoch.epoch import LogEntry
 from storage.layout import (
     BLOCK_BYTES,
     LOG_FIRST_VBN,
@@ -20,7 +20,6 @@ from storage.layout import (
     RECORD_MAGIC,
     RECORD_TAIL,
 )
-from storage.state.epoch import LogEntry
 
 TAIL_OFFSET = BLOCK_BYTES - RECORD_TAIL.size
 ENDS_BYTES = RECORD_TAIL.size - 1

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from crc32c import crc32c
 
+from storage.checksum import crc32c
 from storage.data.backing import visible_slots
 from storage.data.read_path import Location, damaged, runs
 from storage.data.write_path import Extents

@@ -32,10 +32,10 @@ from storage.layout import (
     SPLIT_PAUSED,
     SPLIT_RUNNING,
 )
+from storage.slicer import Slicer
 from storage.split import copying
 from storage.split.loading import Holes, holes_at
 from storage.split.progress import Progress
-from storage.state.slices import Slicer
 
 # Level-1 blocks that one message copies: several when idle, so that reads and writes overlap; one
 # under load, to be met seldom.

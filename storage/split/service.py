@@ -23,12 +23,12 @@ from storage.layout import (
     SPLIT_RUNNING,
     SPLIT_STATES,
 )
+from storage.slicer import Slicer
 from storage.split import states
 from storage.split.copying import CopyBuffers
 from storage.split.job import BLOCKS_IDLE, SplitJob
 from storage.split.loading import holes_at
 from storage.state.pool_state import PoolState
-from storage.state.slices import Slicer
 from storage.vdisks.lifecycle import Lifecycle
 
 # What a split copies a second on an idle daemon, for estimates before one has run (measured on the

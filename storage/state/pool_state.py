@@ -11,9 +11,9 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from storage.device import Device
+from storage.epoch.epoch import Epoch
 from storage.errors import PoolReadOnly, StorageError
 from storage.layout import BLOCK_BYTES
-from storage.state.epoch import Epoch
 from storage.state.host_room import HostRoom
 from storage.tree.node import Hold, NodeCache
 

@@ -20,8 +20,8 @@ import asyncio
 from functools import partial
 from typing import TYPE_CHECKING
 
-from crc32c import crc32c
-
+from storage.checksum import crc32c
+from storage.epoch.epoch import Epoch
 from storage.errors import BlockDamaged
 from storage.layout import (
     BLOCK_BYTES,
@@ -32,7 +32,6 @@ from storage.layout import (
     TREE_LEVELS_MAX,
     ZERO_POINTER,
 )
-from storage.state.epoch import Epoch
 from storage.tree.attempt import when_possible
 from storage.tree.node import HOLES, ZEROS, Hold, Node, filled_buffer
 

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from storage.layout import BLOCK_BYTES, FIELDS_PER_BLOCK, ZERO_POINTER
 
 if TYPE_CHECKING:
-    from storage.state.epoch import Epoch
+    from storage.epoch.epoch import Epoch
     from storage.tree.buffer_tree import BufferTree
 
 FIELD_DTYPE = np.dtype([("vbn", "<u8"), ("crc", "<u4"), ("birth", "<u4")])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from storage.layout import FIELDS_PER_BLOCK, SHARES_PER_BLOCK, ZERO_POINTER
-from storage.state.slices import Slicer
+from storage.slicer import Slicer
 from storage.tree.attempt import when_possible
 from storage.tree.node import HOLES, Node
 

@@ -9,8 +9,8 @@ from storage.images.catalogue import Catalogue
 from storage.images.image import Image
 from storage.images.record import ImageRecord
 from storage.layout import BLOCK_BYTES, KIND_SNAPSHOT, KIND_VDISK, SPLIT_STATES
+from storage.slicer import Slicer
 from storage.state.pool_state import PoolState
-from storage.state.slices import Slicer
 from storage.vdisks.exclusive_blocks import exclusive_blocks
 
 

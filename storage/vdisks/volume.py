@@ -15,8 +15,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from crc32c import crc32c
-
+from storage.checksum import crc32c
 from storage.data import read_path, write_path
 from storage.data.allocation_report import allocated_runs
 from storage.data.block_locks import BlockLocks

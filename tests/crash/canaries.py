@@ -11,9 +11,9 @@ from storage.allocation.write_allocator import WriteAllocator
 from storage.consistency.consistency_point import ConsistencyPoints
 from storage.consistency.replay import Replay
 from storage.data import write_path
+from storage.epoch.epoch import Epoch
 from storage.layout import ZERO_POINTER
 from storage.split import copying
-from storage.state.epoch import Epoch
 from tests.crash.recording import done
 
 

@@ -11,12 +11,12 @@ import pytest
 
 from storage.consistency.node_writer import NodeWriter
 from storage.device import Buffer
+from storage.epoch.epoch import Epoch
 from storage.errors import BlockDamaged, DeviceFailed, PoolReadOnly, StorageError
 from storage.layout import BLOCK_BYTES
 from storage.pool import Pool
-from storage.state.epoch import Epoch
+from storage.slicer import Slicer
 from storage.state.pool_state import PoolState
-from storage.state.slices import Slicer
 from tests.storage.crash_device import CrashDevice, Loss
 from tests.storage.devices import SYNC, WRITE, DelayDevice, Fault, FaultyDevice, MemoryDevice
 from tests.storage.pools import LEAF_BYTES, checked_offline, data, new_pool, open_on, opened, within

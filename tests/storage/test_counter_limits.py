@@ -7,10 +7,10 @@ import asyncio
 import numpy as np
 import pytest
 
-from storage.consistency.superblock import decode
 from storage.errors import Conflict, NotByReference, PoolReadOnly, RequestError
 from storage.layout import BLOCK_BYTES, CP_LAST, CP_WARNED_FROM, SHARES_CROWDED, SHARES_MAX
 from storage.pool import Pool
+from storage.superblock.superblock import decode
 from tests.storage.devices import MemoryDevice
 from tests.storage.pools import (
     LEAF_BYTES,

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from storage.device import Buffer, Device
+from storage.epoch.epoch import Epoch, LogEntry
 from storage.errors import StorageError
 from storage.layout import BLOCK_BYTES, LOG_FIRST_VBN
 from storage.log.intent_log import IntentLog
 from storage.log.record import ENTRIES_PER_RECORD, LogRecord
 from storage.log.ring import Ring
-from storage.state.epoch import Epoch, LogEntry
 from storage.state.pool_state import PoolState
 from tests.storage.devices import (
     SYNC,

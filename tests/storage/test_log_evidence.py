@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from crc32c import crc32c
 
-from storage.consistency.superblock import decode
 from storage.device import WritableBuffer
 from storage.errors import BlockDamaged, DeviceFailed, PoolRefused, StorageError
 from storage.layout import BLOCK_BYTES, LOG_FIRST_VBN, RECORD_ENTRY, RECORD_HEAD
 from storage.log.one_bit import flipped_bit
 from storage.log.record import ENTRIES_PER_RECORD
+from storage.superblock.superblock import decode
 from tests.storage.devices import MemoryDevice, WrappedDevice
 from tests.storage.pools import (
     LEAF_BYTES,

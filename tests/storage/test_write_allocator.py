@@ -9,10 +9,10 @@ import pytest
 
 from storage.allocation.active_map import count_bits, packed
 from storage.allocation.write_allocator import WriteAllocator, map_blocks, tree_blocks
+from storage.epoch.epoch import Epoch
 from storage.errors import PoolFull
 from storage.layout import LOG_FIRST_VBN, REGION_BLOCKS, log_blocks
 from storage.pool import Pool
-from storage.state.epoch import Epoch
 from storage.tree.attempt import when_possible
 from storage.tree.node import Hold
 from tests.storage.devices import MemoryDevice

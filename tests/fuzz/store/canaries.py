@@ -16,10 +16,10 @@ from storage.consistency.consistency_point import ConsistencyPoints
 from storage.data import allocation_report, write_path
 from storage.data.backing import fields_behind, visible_slots
 from storage.data.block_locks import BlockLocks
+from storage.epoch.epoch import Epoch
 from storage.images.image import Image
 from storage.layout import FIELDS_MASK, HOLE, ZERO_POINTER
 from storage.log.intent_log import IntentLog
-from storage.state.epoch import Epoch
 from storage.tree.attempt import when_possible
 from storage.tree.buffer_tree import Plan as BufferPlan
 from storage.tree.node import NodeCache

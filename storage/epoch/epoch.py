@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from storage.state.slices import VbnArray
+from storage.epoch.vbn_arrays import VbnArray
 
 if TYPE_CHECKING:
     from storage.images.image import Image
