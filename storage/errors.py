@@ -2,7 +2,7 @@
 status.
 
 The tree has three branches: what the caller asked for cannot be (RequestError), the device or the
-data on it failed (DeviceFailed, BlockDamaged, PoolDamaged), and what a pool cannot do in its
+data on it failed (DeviceFailed, BlockDamaged), and what a pool cannot do in its
 present state (PoolFull, HostFull, PoolReadOnly).
 """
 

@@ -10,6 +10,8 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
+from storage.allocation.share_map import ShareMap
+from storage.allocation.write_allocator import WriteAllocator
 from storage.errors import BlockDamaged, Conflict, NotFound
 from storage.images.image import Image
 from storage.images.record import ImageRecord, decode
@@ -46,11 +48,13 @@ class Catalogue:
     """
 
     __slots__ = (
+        "_allocator",
         "_damaged",
         "_entries",
         "_free_numbers",
         "_live",
         "_next_number",
+        "_share_map",
         "_state",
         "clones",
         "deleted",
@@ -60,8 +64,10 @@ class Catalogue:
         "with_case",
     )
 
-    def __init__(self, state: PoolState) -> None:
+    def __init__(self, state: PoolState, allocator: WriteAllocator, share_map: ShareMap) -> None:
         self._state = state
+        self._allocator = allocator
+        self._share_map = share_map
         self._entries: dict[int, bytes] = {}
         self._live: WeakValueDictionary[int, Image] = WeakValueDictionary()
         self._free_numbers: list[int] = []
@@ -127,14 +133,15 @@ class Catalogue:
         """A new image, from now on listed, and written with the next consistency point."""
         number = heapq.heappop(self._free_numbers) if self._free_numbers else self._next_number
         self._next_number = max(self._next_number, number + 1)
-        image = Image(
-            self._state, number, record, self.image(record.backing) if record.backing else None
-        )
-        self._live[number] = image
+        backing = self.image(record.backing) if record.backing else None
+        image = self._live[number] = self._made(number, record, backing)
         self._entries[number] = b""  # the consistency point fills it in
         self._index(number, record.kind, record.name, record.origin, record.backing)
         image.touch()
         return image
+
+    def _made(self, number: int, record: ImageRecord, backing: Image | None) -> Image:
+        return Image(self._state, self._allocator, self._share_map, number, record, backing)
 
     def entry_written(self, number: int, block: bytes | bytearray | None) -> None:
         """A consistency point has put this entry on disk; None: it was cleared, and the number is
@@ -147,15 +154,15 @@ class Catalogue:
         else:
             self._entries[number] = bytes(block).rstrip(b"\0")
 
-    def revert(self, images: Iterable[Image]) -> None:
+    def revert(self, numbers: Iterable[int]) -> None:
         """The consistency point of these images' changes failed: list them as the last durable one
-        has them, or not at all.
+        has them, or not at all. Their epochs keep them in memory.
 
         Nobody was told that a change of the table was made that is not durable. The trees stay as
         they are in memory: clients may have been told of writes that only the intent log holds, and
         go on reading them.
         """
-        touched = list(images)
+        touched = [self._live[number] for number in numbers]
         for image in touched:
             self._unlist(image)
         for image in touched:
@@ -227,24 +234,23 @@ class Catalogue:
     # --- Finding ----------------------------------------------------------------------------------
 
     def image(self, number: int) -> Image:
-        """The image of that number, made from its entry if nobody has it in hand. Raises
+        """The image of that number, made from its entry if it is not in memory. Raises
         BlockDamaged if its entry could not be read.
         """
         image = self._live.get(number)
         if image is not None:
             return image
-        chain: list[
-            tuple[int, ImageRecord]
-        ] = []  # it and what stands behind it, as far as nobody has that in hand either
+        # It and what stands behind it, as far as that is not in memory either.
+        chain: list[tuple[int, ImageRecord]] = []
         while number and number not in self._live:
             self._check_readable(number)
             record = decode(self._entries[number])
-            assert record is not None, "an image without an entry is always in hand"
+            assert record is not None, "an image without an entry is always in memory"
             chain.append((number, record))
             number = record.backing
         behind = self._live.get(number)
         for number, record in reversed(chain):
-            behind = image = self._live[number] = Image(self._state, number, record, behind)
+            behind = image = self._live[number] = self._made(number, record, behind)
         assert image is not None
         return image
 
@@ -381,7 +387,7 @@ class Catalogue:
         """
         found: dict[bytes, str] = {}
         for name, number in self.vdisks.items():
-            # One that is not written yet is in hand.
+            # One that is not written yet is in memory.
             uuid = (
                 self._entries[number][IMAGE_UUID_OFFSET : IMAGE_UUID_OFFSET + 16]
                 or self._live[number].uuid.bytes

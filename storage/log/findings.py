@@ -2,7 +2,7 @@
 image and block.
 """
 
-from storage.epoch.epoch import LogEntry
+from storage.epoch.log_queue import LogEntry
 from storage.log.ring import Missing
 
 # Image number, first FBN, blocks, VBN of the first.

@@ -10,9 +10,10 @@ that what lies before it is durable. It stays open, so the changes that follow g
 """
 
 from storage.checksum import crc32c
-from storage.epoch.epoch import LogEntry
+from storage.epoch.log_queue import LogEntry
 from storage.layout import (
     BLOCK_BYTES,
+    ENTRIES_PER_RECORD,
     LOG_FIRST_VBN,
     RECORD_CRC_OFFSET,
     RECORD_ENTRY,
@@ -23,8 +24,6 @@ from storage.layout import (
 
 TAIL_OFFSET = BLOCK_BYTES - RECORD_TAIL.size
 ENDS_BYTES = RECORD_TAIL.size - 1
-# A bit for each in the tail.
-ENTRIES_PER_RECORD = 8 * ENDS_BYTES
 
 
 class LogRecord:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from storage.checksum import crc32c
 from storage.device import Device
-from storage.epoch.epoch import LogEntry, follows
+from storage.epoch.log_queue import LogEntry, follows
 from storage.errors import PoolRefused, StorageError
 from storage.layout import (
     BLOCK_BYTES,

@@ -17,11 +17,8 @@ from uuid import UUID
 
 from storage.checksum import crc32c
 from storage.data import read_path, write_path
-from storage.data.allocation_report import allocated_runs
-from storage.data.block_locks import BlockLocks
-from storage.data.copy_by_reference import copy_blocks
+from storage.data.allocation_report import allocated_bytes
 from storage.data.long_write import LONG_BYTES_MIN, PIECE_BYTES, write_long
-from storage.data.trim import trim_blocks
 from storage.errors import (
     BlockDamaged,
     DeviceFailed,
@@ -32,9 +29,12 @@ from storage.errors import (
     VolumeClosed,
     as_storage_error,
 )
+from storage.fields import CRC_MASK
 from storage.images.image import Image
 from storage.layout import (
     BLOCK_BYTES,
+    BLOCK_MASK,
+    BLOCK_SHIFT,
     FIELDS_MASK,
     FIELDS_SHIFT,
     KIND_SNAPSHOT,
@@ -44,7 +44,9 @@ from storage.layout import (
     ZERO_POINTER,
 )
 from storage.log.intent_log import IntentLog
+from storage.state.host_room import HostRoom
 from storage.vdisks.counters import Counters
+from storage.vdisks.range_changes import RangeChanges
 
 Buffer = bytes | bytearray | memoryview
 Completion = Callable[[Exception | None], None]
@@ -52,14 +54,9 @@ ReadCompletion = Callable[[Buffer | None, Exception | None], None]
 AllocationCompletion = Callable[[list[tuple[int, bool]] | None, Exception | None], None]
 Write = tuple[int, Buffer, bool, Completion]
 
-BLOCK_MASK = BLOCK_BYTES - 1
 # A batch above this goes by the I/O threads anyway, and one write at a time, so that no copy of a
 # large batch is made.
 BATCH_BYTES_MAX = 1 << 20
-# Where a full pool lends blocks, what is borrowed must come back before more is, and a write is
-# done in pieces of this many bytes. What is not longer is there entirely or not at all
-# (protocol.volume, ATOMIC_WRITE_BYTES_MAX).
-SHORT_WRITE_BYTES = 128 << 10
 
 
 class VolumeUsage(NamedTuple):
@@ -85,23 +82,33 @@ class Volume:
     """
 
     __slots__ = (
-        "__weakref__", "_batch", "_batch_bytes", "_closed", "_locks", "_log", "_tasks", "counters",
-        "image", "labels", "name", "on_unused", "state",
+        "__weakref__", "_batch", "_batch_bytes", "_changes", "_closed", "_host_room", "_locks",
+        "_log", "_tasks", "_unused", "counters", "image", "labels", "name", "state",
     )  # fmt: skip
 
-    def __init__(self, image: Image, name: str, log: IntentLog, counters: Counters) -> None:
+    def __init__(
+        self,
+        image: Image,
+        name: str,
+        host_room: HostRoom,
+        log: IntentLog,
+        counters: Counters,
+        unused: Callable[[], None],
+    ) -> None:
         self.image = image
         self.state = image.state
         self.name = name
+        self._host_room = host_room
         self._log = log
+        self._changes = RangeChanges(image)
+        self._locks = self._changes.locks
         self._batch: list[Write] = []
         self._batch_bytes = 0
-        self._locks = BlockLocks()
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
         self.labels: set[str] = set()
-        # Told when nobody reads a snapshot any more: it may be waiting for that to be deleted.
-        self.on_unused: Callable[[], None] = lambda: None
+        # Called when nobody reads a snapshot any more: it may be waiting for that to be deleted.
+        self._unused = unused
         self.counters = counters
 
     @property
@@ -123,10 +130,10 @@ class Volume:
         """What the volume takes up in the pool, and what is left for data there, or on its host if
         that has less.
         """
-        state = self.state
+        image = self.image
         return VolumeUsage(
-            self.image.used_blocks * BLOCK_BYTES,
-            state.room.available_bytes(state.allocator.available_bytes),
+            image.used_blocks * BLOCK_BYTES,
+            self._host_room.available_bytes(image.allocator.available_bytes),
         )
 
     def split_state(self) -> "SplitState | None":
@@ -134,7 +141,7 @@ class Volume:
         image = self.image
         if image.backing is None:
             return None
-        if image.job is None:
+        if image.watcher is None:
             return SplitState(None, None, False)
         split = image.split
         remaining = split.holes_remaining if split.flags & SPLIT_FLAG_COUNTED else None
@@ -148,7 +155,7 @@ class Volume:
         """The session has ended."""
         self.labels.discard(label)
         if not self.labels and self.image.kind == KIND_SNAPSHOT:
-            self.on_unused()
+            self._unused()
 
     def close(self) -> None:
         """The image was deleted, or the pool is closing: refuse whatever comes."""
@@ -174,26 +181,26 @@ class Volume:
             if offset_bytes + length_bytes > image.limit_bytes or self._closed:
                 self._refuse(offset_bytes, length_bytes)
             if length_bytes == BLOCK_BYTES and not offset_bytes & BLOCK_MASK:
-                fbn = offset_bytes >> 12
+                fbn = offset_bytes >> BLOCK_SHIFT
                 tree = image.tree
-                node = tree.nodes[1].get(fbn >> FIELDS_SHIFT) or tree.peek(fbn >> FIELDS_SHIFT)
+                node = tree.leaves.get(fbn >> FIELDS_SHIFT) or tree.peek(fbn >> FIELDS_SHIFT)
                 if node is None:
                     return None
-                slot = (fbn & FIELDS_MASK) * 2
+                slot = (fbn & FIELDS_MASK) * 2  # inlines field_at of storage.fields
                 vbn = node.q[slot]
                 if vbn > ZERO_POINTER:
                     data = bytearray(BLOCK_BYTES)
-                    if not self.state.device.try_readv((data,), vbn << 12):
+                    if not self.state.device.try_readv((data,), vbn << BLOCK_SHIFT):
                         return None
-                    if crc32c(data) != node.q[slot + 1] & 0xFFFFFFFF:
+                    if crc32c(data) != node.q[slot + 1] & CRC_MASK:
                         return None  # `read` says so, and where
                     node.referenced = True
                     self._count_read(BLOCK_BYTES)
                     return data
             if not length_bytes:
                 return b""
-            first = offset_bytes >> 12
-            count = (offset_bytes + length_bytes + BLOCK_MASK >> 12) - first
+            first = offset_bytes >> BLOCK_SHIFT
+            count = (offset_bytes + length_bytes + BLOCK_MASK >> BLOCK_SHIFT) - first
             blocks = read_path.try_read_blocks(image, first, count)
             if blocks is None:
                 return None
@@ -245,8 +252,8 @@ class Volume:
         try:
             if offset_bytes + length_bytes > self.image.limit_bytes or self._closed:
                 self._refuse(offset_bytes, length_bytes)
-            first = offset_bytes >> 12
-            count = (offset_bytes + length_bytes + BLOCK_MASK >> 12) - first
+            first = offset_bytes >> BLOCK_SHIFT
+            count = (offset_bytes + length_bytes + BLOCK_MASK >> BLOCK_SHIFT) - first
             blocks = await read_path.read_blocks(self.image, first, count)
             self._check_still_there(offset_bytes, length_bytes)
         except Exception as error:  # noqa: BLE001
@@ -329,13 +336,13 @@ class Volume:
         try:
             self._check(batch)
             for offset, data, _, _ in batch:
-                write_path.split_blocks(offset >> 12, data, targets, buffers)
+                write_path.split_blocks(offset >> BLOCK_SHIFT, data, targets, buffers)
             finished = write_path.write_now(self.image, targets, buffers)
         except Exception as error:  # noqa: BLE001
             if len(batch) == 1:
                 batch[0][3](self._failure(error))
                 return
-            for write in batch:  # what one of them meets is no matter of the others
+            for write in batch:  # one failure must not fail the others
                 self._write_whole([write])
             return
         if finished:
@@ -364,9 +371,9 @@ class Volume:
             self._spawn(self._write_later([(offset, bytes(data), fua, done)]))
 
     def _merge_now(self, offset: int, data: Buffer) -> bool:
-        first = offset >> 12
+        first = offset >> BLOCK_SHIFT
         old = read_path.try_read_blocks(
-            self.image, first, (offset + len(data) + BLOCK_MASK >> 12) - first
+            self.image, first, (offset + len(data) + BLOCK_MASK >> BLOCK_SHIFT) - first
         )
         if old is None:
             return False
@@ -412,7 +419,7 @@ class Volume:
         the pool.
         """
         if isinstance(error, DeviceFull):
-            self.state.room.met(error)
+            self._host_room.met(error)
         return as_storage_error(error)
 
     async def _write_later(self, batch: list[Write]) -> None:
@@ -421,36 +428,11 @@ class Volume:
             try:
                 self._check([write])
                 if data:
-                    await self._write_one(offset, data)
+                    await self._changes.write(offset, data)
             except Exception as error:  # noqa: BLE001
                 done(self._failure(error))
             else:
                 self._written([write])
-
-    async def _write_one(self, offset: int, data: Buffer) -> None:
-        first = offset >> 12
-        count = (offset + len(data) + BLOCK_MASK >> 12) - first
-        partial = (offset | len(data)) & BLOCK_MASK
-        # The lock covers whole blocks too when it is held by somebody who merges: his block must
-        # not go over a newer one.
-        async with self._locks.holding(first, count):
-            if partial:
-                old = await read_path.read_blocks(self.image, first, count)
-                old[offset & BLOCK_MASK : (offset & BLOCK_MASK) + len(data)] = data
-                data = old
-            step = len(data)
-            if (
-                step > SHORT_WRITE_BYTES
-                and self.state.allocator.is_short(count)
-                and await write_path.only_replaces(self.image, first, count)
-            ):
-                step = SHORT_WRITE_BYTES
-            view = memoryview(data)
-            for at in range(0, len(data), step):
-                targets: list[write_path.Target] = []
-                buffers: list[Buffer] = []
-                write_path.split_blocks(first + (at >> 12), view[at : at + step], targets, buffers)
-                await write_path.write_blocks(self.image, targets, buffers)
 
     # --- Trimming and flushing --------------------------------------------------------------------
 
@@ -471,7 +453,7 @@ class Volume:
             self._check([(offset, b"", fua, done)])
             if offset + length > self.image.limit_bytes:
                 self._refuse(offset, length)
-            await self._zero_range(offset, offset + length)
+            await self._changes.write_zeros(offset, offset + length)
             noted = self._log.note()
         except Exception as error:  # noqa: BLE001
             done(self._failure(error))
@@ -484,21 +466,6 @@ class Volume:
             done(None)
         else:
             self._log.when_noted(done)
-
-    async def _zero_range(self, start: int, end: int) -> None:
-        first_whole = (start + BLOCK_MASK) & ~BLOCK_MASK
-        end_whole = end & ~BLOCK_MASK
-        if first_whole >= end_whole:
-            # No whole block: at most two partial ones.
-            first_whole = end_whole = min(first_whole, end)
-        if start < first_whole:
-            await self._write_one(start, bytes(first_whole - start))
-        if first_whole < end_whole:
-            first, count = first_whole >> 12, end_whole - first_whole >> 12
-            async with self._locks.holding(first, count):
-                await trim_blocks(self.image, first, count)
-        if end_whole < end:
-            await self._write_one(end_whole, bytes(end - end_whole))
 
     def allocation(
         self, offset_bytes: int, length_bytes: int, runs_max: int, done: AllocationCompletion
@@ -513,19 +480,11 @@ class Volume:
     ) -> None:
         try:
             self.check_range(offset, length)
-            first = offset >> 12
-            blocks = await allocated_runs(
-                self.image, first, (offset + length + BLOCK_MASK >> 12) - first, runs_max
-            )
+            runs = await allocated_bytes(self.image, offset, length, runs_max)
             self._check_still_there(offset, length)
         except Exception as error:  # noqa: BLE001
             done(None, as_storage_error(error))
             return
-        runs, at = [], first << 12
-        for count, allocated in blocks:
-            following = at + (count << 12)
-            runs.append((min(following, offset + length) - max(at, offset), allocated))
-            at = following
         done(runs, None)
 
     def copy_from(
@@ -560,13 +519,10 @@ class Volume:
                 self._refuse(offset, length)
             source.check_range(source_offset, length)
             self.check_range(offset, length)
-            async with self._locks.holding(offset >> 12, length >> 12):
-                await copy_blocks(
-                    source.image, source_offset >> 12, self.image, offset >> 12, length >> 12
-                )
+            await self._changes.copy(source.image, source_offset, offset, length)
             # The log cannot say it: so that not even a crash of the process loses it, it is durable
             # before it is answered.
-            await asyncio.shield(self._log.durable_by_cp())
+            await self._log.durable_by_point()
         except Exception as error:  # noqa: BLE001
             done(as_storage_error(error))
             return

@@ -75,7 +75,7 @@ async def served(path: Path) -> AsyncIterator[Served]:
         }
     )
     daemon = Daemon(config)
-    with capture_logs() as log, mock.patch("storage.pool.open_device", open_faulty):
+    with capture_logs() as log, mock.patch("storage.pool.pool.open_device", open_faulty):
         await daemon.start()
         assert daemon._pool is not None and daemon._iscsi is not None
         try:
