@@ -12,9 +12,7 @@ from storage import layout
 from storage.check.steps import Block
 from storage.check.uses import Crcs, Mask, Vbns
 from storage.checksum import crc32c
-
-FIELD_DTYPE = np.dtype([("vbn", "<u8"), ("crc", "<u4"), ("birth", "<u4")])
-assert FIELD_DTYPE.itemsize == layout.FIELD_BYTES
+from storage.fields import FIELD_DTYPE
 
 Label = Callable[[int], str]
 

@@ -15,6 +15,7 @@ from storage.allocation.write_allocator import WriteAllocator
 from storage.errors import BlockDamaged, Conflict, NotFound
 from storage.images.image import Image
 from storage.images.record import ImageRecord, decode
+from storage.images.vdisk_names import VdiskNames
 from storage.layout import (
     IMAGE_FLAG_DELETE_AFTER_SPLIT,
     IMAGE_SPLIT_OFFSET,
@@ -41,10 +42,7 @@ class Catalogue:
     """All images of a pool.
 
     ``vdisks`` maps names to numbers; ``snapshots`` and ``clones`` map the number of a vdisk or
-    snapshot to what hangs on it. A vdisk's name becomes part of an iSCSI name, and those have no
-    case: no two new vdisks get names that differ in case alone. Pools of earlier versions may have
-    such names, and keep them. ``with_case`` maps the lower case of names that have upper-case
-    letters to those names.
+    snapshot to what hangs on it.
     """
 
     __slots__ = (
@@ -61,7 +59,6 @@ class Catalogue:
         "releasing",
         "snapshots",
         "vdisks",
-        "with_case",
     )
 
     def __init__(self, state: PoolState, allocator: WriteAllocator, share_map: ShareMap) -> None:
@@ -73,8 +70,7 @@ class Catalogue:
         self._free_numbers: list[int] = []
         self._damaged: set[int] = set()
         self._next_number = 1
-        self.vdisks: dict[str, int] = {}
-        self.with_case: dict[str, set[str]] = {}
+        self.vdisks = VdiskNames()
         self.snapshots: dict[int, dict[str, int]] = {}
         self.clones: dict[int, set[int]] = {}
         self.deleted: set[int] = set()
@@ -109,25 +105,13 @@ class Catalogue:
 
     def _index(self, number: int, kind: int, name: str, origin: int, backing: int) -> None:
         if kind == KIND_VDISK:
-            self._list_vdisk(name, number)
+            self.vdisks.add(name, number)
         elif kind == KIND_SNAPSHOT:
             self.snapshots.setdefault(origin, {})[name] = number
         elif kind == KIND_DELETED:
             self.deleted.add(number)
         if backing:
             self.clones.setdefault(backing, set()).add(number)
-
-    def _list_vdisk(self, name: str, number: int) -> None:
-        self.vdisks[name] = number
-        if (folded := name.lower()) != name:
-            self.with_case.setdefault(folded, set()).add(name)
-
-    def _unlist_vdisk(self, name: str) -> None:
-        del self.vdisks[name]
-        if (folded := name.lower()) != name:
-            self.with_case[folded].discard(name)
-            if not self.with_case[folded]:
-                del self.with_case[folded]
 
     def add(self, record: ImageRecord) -> Image:
         """A new image, from now on listed, and written with the next consistency point."""
@@ -180,10 +164,10 @@ class Catalogue:
         """Give a vdisk another name; one that differs in case alone is another name, too."""
         self.check_free(name, image.name)
         image.touch()
-        self._unlist_vdisk(image.name)
+        self.vdisks.remove(image.name)
         image.name = name
         image.tree.label = image.label
-        self._list_vdisk(name, image.number)
+        self.vdisks.add(name, image.number)
 
     def mark_deleted(self, image: Image) -> None:
         """Take away its name and its backing store; the tree is left for the background reclaim."""
@@ -214,7 +198,7 @@ class Catalogue:
     def _unlist(self, image: Image) -> None:
         """Take away its name, and its place among the clones of what is behind it."""
         if image.kind == KIND_VDISK:
-            self._unlist_vdisk(image.name)
+            self.vdisks.remove(image.name)
         elif image.kind == KIND_SNAPSHOT:
             names = self.snapshots[image.origin]
             del names[image.name]
@@ -275,7 +259,7 @@ class Catalogue:
         """The vdisk of that name. Raises NotFound."""
         number = self.vdisks.get(name)
         if number is None:
-            alike = ", ".join(self.names_alike(name))
+            alike = ", ".join(self.vdisks.alike(name))
             raise NotFound(
                 f"there is no vdisk {name}{f', but {alike}' if alike else ''}: `cleavectl vdisk ls`"
                 " shows those there are"
@@ -298,19 +282,12 @@ class Catalogue:
         """
         if name in self.vdisks:
             raise Conflict(f"a vdisk {name} exists already: choose another name")
-        alike = [found for found in self.names_alike(name) if found != renamed]
+        alike = [found for found in self.vdisks.alike(name) if found != renamed]
         if alike:
             raise Conflict(
                 f"a vdisk {alike[0]} exists already, and iSCSI names have no case: {name} would be"
                 " the same target; choose another name"
             )
-
-    def names_alike(self, name: str) -> list[str]:
-        """Names of the vdisks whose names are this one in any case, sorted."""
-        folded = name.lower()
-        return sorted(
-            [*self.with_case.get(folded, ()), *([folded] if folded in self.vdisks else [])]
-        )
 
     def full_name(self, image: Image) -> str:
         """``VDISK`` or ``VDISK@SNAPSHOT``."""

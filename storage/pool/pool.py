@@ -219,13 +219,13 @@ class Pool:
 
     def names_alike(self, name: str) -> list[str]:
         """Names of the vdisks whose names are this one in any case, sorted."""
-        return self._catalogue.names_alike(name)
+        return self._catalogue.vdisks.alike(name)
 
     def names_with_case(self) -> Collection[str]:
         """Names, in lower case, for which there are vdisks whose names have upper-case letters;
         mostly none.
         """
-        return self._catalogue.with_case.keys()
+        return self._catalogue.vdisks.with_case.keys()
 
     def volume(self, name: str) -> Volume:
         """The volume of ``NAME`` or ``NAME@SNAP``. Raises NotFound."""

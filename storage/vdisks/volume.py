@@ -10,10 +10,7 @@ merged and written in one step, or under the block's lock when it has to wait; w
 lock, because they replace a pointer in one step.
 """
 
-import asyncio
-from collections.abc import Callable, Coroutine
-from typing import Any, NamedTuple
-from uuid import UUID
+from collections.abc import Callable
 
 from storage.checksum import crc32c
 from storage.data import read_path, write_path
@@ -24,7 +21,6 @@ from storage.errors import (
     DeviceFailed,
     DeviceFull,
     NotByReference,
-    OutOfRange,
     PoolReadOnly,
     VolumeClosed,
     as_storage_error,
@@ -37,15 +33,13 @@ from storage.layout import (
     BLOCK_SHIFT,
     FIELDS_MASK,
     FIELDS_SHIFT,
-    KIND_SNAPSHOT,
     KIND_VDISK,
-    SPLIT_FLAG_COUNTED,
-    SPLIT_RUNNING,
     ZERO_POINTER,
 )
 from storage.log.intent_log import IntentLog
 from storage.state.host_room import HostRoom
 from storage.vdisks.counters import Counters
+from storage.vdisks.open_image import OpenImage
 from storage.vdisks.range_changes import RangeChanges
 
 Buffer = bytes | bytearray | memoryview
@@ -59,32 +53,10 @@ Write = tuple[int, Buffer, bool, Completion]
 BATCH_BYTES_MAX = 1 << 20
 
 
-class VolumeUsage(NamedTuple):
-    """Bytes that a volume's own blocks take in the pool, and bytes still free there for data."""
+class Volume(OpenImage):
+    """One image, as clients read and write it."""
 
-    used_bytes: int
-    available_bytes: int
-
-
-class SplitState(NamedTuple):
-    """Blocks still read from the backing store (None: not counted), the same when the split began,
-    whether it is running.
-    """
-
-    holes_remaining_blocks: int | None
-    holes_total_blocks: int | None
-    running: bool
-
-
-class Volume:
-    """One image, as clients read and write it. ``counters`` are the image's, and stay when the
-    volume goes.
-    """
-
-    __slots__ = (
-        "__weakref__", "_batch", "_batch_bytes", "_changes", "_closed", "_host_room", "_locks",
-        "_log", "_tasks", "_unused", "counters", "image", "labels", "name", "state",
-    )  # fmt: skip
+    __slots__ = ("_batch", "_batch_bytes", "_changes", "_locks", "_log")
 
     def __init__(
         self,
@@ -95,80 +67,12 @@ class Volume:
         counters: Counters,
         unused: Callable[[], None],
     ) -> None:
-        self.image = image
-        self.state = image.state
-        self.name = name
-        self._host_room = host_room
+        super().__init__(image, name, host_room, counters, unused)
         self._log = log
-        self._changes = RangeChanges(image)
-        self._locks = self._changes.locks
         self._batch: list[Write] = []
         self._batch_bytes = 0
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._closed = False
-        self.labels: set[str] = set()
-        # Called when nobody reads a snapshot any more: it may be waiting for that to be deleted.
-        self._unused = unused
-        self.counters = counters
-
-    @property
-    def uuid(self) -> UUID:
-        """Identity for life."""
-        return self.image.uuid
-
-    @property
-    def size_bytes(self) -> int:
-        """Size now, in bytes."""
-        return self.image.limit_bytes
-
-    @property
-    def read_only(self) -> bool:
-        """True for snapshots, and for every volume of a pool that stopped taking writes."""
-        return self.image.kind != KIND_VDISK or self.state.read_only_reason is not None
-
-    def usage(self) -> "VolumeUsage":
-        """What the volume takes up in the pool, and what is left for data there, or on its host if
-        that has less.
-        """
-        image = self.image
-        return VolumeUsage(
-            image.used_blocks * BLOCK_BYTES,
-            self._host_room.available_bytes(image.allocator.available_bytes),
-        )
-
-    def split_state(self) -> "SplitState | None":
-        """How far a clone is from standing on its own; None where there is no backing store."""
-        image = self.image
-        if image.backing is None:
-            return None
-        if image.watcher is None:
-            return SplitState(None, None, False)
-        split = image.split
-        remaining = split.holes_remaining if split.flags & SPLIT_FLAG_COUNTED else None
-        return SplitState(remaining, split.holes_total or None, split.state == SPLIT_RUNNING)
-
-    def attach(self, label: str) -> None:
-        """A session uses the volume now; it cannot be deleted meanwhile."""
-        self.labels.add(label)
-
-    def detach(self, label: str) -> None:
-        """The session has ended."""
-        self.labels.discard(label)
-        if not self.labels and self.image.kind == KIND_SNAPSHOT:
-            self._unused()
-
-    def close(self) -> None:
-        """The image was deleted, or the pool is closing: refuse whatever comes."""
-        self._closed = True
-
-    def reopen(self) -> None:
-        """The image stays after all."""
-        self._closed = False
-
-    async def drain(self) -> None:
-        """Wait for everything that is under way."""
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+        self._changes = RangeChanges(image)
+        self._locks = self._changes.locks
 
     # --- Reading ----------------------------------------------------------------------------------
 
@@ -179,7 +83,7 @@ class Volume:
         try:
             image = self.image
             if offset_bytes + length_bytes > image.limit_bytes or self._closed:
-                self._refuse(offset_bytes, length_bytes)
+                self.refuse(offset_bytes, length_bytes)
             if length_bytes == BLOCK_BYTES and not offset_bytes & BLOCK_MASK:
                 fbn = offset_bytes >> BLOCK_SHIFT
                 tree = image.tree
@@ -222,40 +126,18 @@ class Volume:
             return blocks
         return memoryview(blocks)[start : start + length_bytes]
 
-    def check_range(self, offset_bytes: int, length_bytes: int) -> None:
-        """Raise OutOfRange for a range that is not within the volume, VolumeClosed when the volume
-        is gone.
-        """
-        if offset_bytes + length_bytes > self.image.limit_bytes or self._closed:
-            self._refuse(offset_bytes, length_bytes)
-
-    def _refuse(self, offset_bytes: int, length_bytes: int) -> None:
-        if self._closed:
-            raise VolumeClosed(f"{self.name} is no longer there")
-        raise OutOfRange(
-            f"{self.name}: bytes {offset_bytes} to {offset_bytes + length_bytes} do not lie within"
-            f" its {self.image.limit_bytes} bytes"
-        )
-
-    def _check_still_there(self, offset_bytes: int, length_bytes: int) -> None:
-        """After a wait: of an image that was deleted meanwhile, what was found may be what reclaim
-        has left of it. Raises VolumeClosed.
-        """
-        if self._closed and self.image.kind not in {KIND_VDISK, KIND_SNAPSHOT}:
-            self._refuse(offset_bytes, length_bytes)
-
     def read(self, offset_bytes: int, length_bytes: int, done: ReadCompletion) -> None:
         """Read by way of the I/O threads, then call ``done``."""
-        self._spawn(self._read(offset_bytes, length_bytes, done))
+        self.spawn(self._read(offset_bytes, length_bytes, done))
 
     async def _read(self, offset_bytes: int, length_bytes: int, done: ReadCompletion) -> None:
         try:
             if offset_bytes + length_bytes > self.image.limit_bytes or self._closed:
-                self._refuse(offset_bytes, length_bytes)
+                self.refuse(offset_bytes, length_bytes)
             first = offset_bytes >> BLOCK_SHIFT
             count = (offset_bytes + length_bytes + BLOCK_MASK >> BLOCK_SHIFT) - first
             blocks = await read_path.read_blocks(self.image, first, count)
-            self._check_still_there(offset_bytes, length_bytes)
+            self.check_still_there(offset_bytes, length_bytes)
         except Exception as error:  # noqa: BLE001
             failure = as_storage_error(error)
             await read_path.locate_failure(self.image, offset_bytes, length_bytes, failure)
@@ -282,7 +164,7 @@ class Volume:
             return
         self._batch, self._batch_bytes = [], 0
         if total > BATCH_BYTES_MAX or self._locks.held:
-            self._spawn(
+            self.spawn(
                 self._write_later(
                     [(offset, bytes(data), fua, done) for offset, data, fua, done in batch]
                 )
@@ -323,7 +205,7 @@ class Volume:
             self._written([write])
             return
         self.counters.written_bytes += written
-        self._spawn(
+        self.spawn(
             self._write_later([(offset + written, bytes(memoryview(data)[written:]), fua, done)])
         )
 
@@ -348,7 +230,7 @@ class Volume:
         if finished:
             self._written(batch)
         else:
-            self._spawn(
+            self.spawn(
                 self._write_later(
                     [(offset, bytes(data), fua, done) for offset, data, fua, done in batch]
                 )
@@ -368,7 +250,7 @@ class Volume:
         if finished:
             self._written([write])
         else:
-            self._spawn(self._write_later([(offset, bytes(data), fua, done)]))
+            self.spawn(self._write_later([(offset, bytes(data), fua, done)]))
 
     def _merge_now(self, offset: int, data: Buffer) -> bool:
         first = offset >> BLOCK_SHIFT
@@ -387,7 +269,7 @@ class Volume:
         """Raise for a batch that cannot be written: PoolReadOnly, VolumeClosed, OutOfRange."""
         image = self.image
         if self._closed:
-            self._refuse(0, 0)
+            self.refuse(0, 0)
         if image.kind != KIND_VDISK:
             raise PoolReadOnly(
                 f"{self.name} is a snapshot, which never changes: clone it, and write to the clone"
@@ -395,7 +277,7 @@ class Volume:
         self.state.check_writable()
         for offset, data, _, _ in batch:
             if offset + len(data) > image.limit_bytes:
-                self._refuse(offset, len(data))
+                self.refuse(offset, len(data))
 
     def _written(self, batch: list[Write]) -> None:
         """Installed: note it in the log, and acknowledge, after a sync where durability was asked
@@ -446,13 +328,13 @@ class Volume:
         self, offset_bytes: int, length_bytes: int, fua: bool, done: Completion
     ) -> None:
         """Make the range zeros, stored as zero pointers."""
-        self._spawn(self._write_zeros(offset_bytes, length_bytes, fua, done))
+        self.spawn(self._write_zeros(offset_bytes, length_bytes, fua, done))
 
     async def _write_zeros(self, offset: int, length: int, fua: bool, done: Completion) -> None:
         try:
             self._check([(offset, b"", fua, done)])
             if offset + length > self.image.limit_bytes:
-                self._refuse(offset, length)
+                self.refuse(offset, length)
             await self._changes.write_zeros(offset, offset + length)
             noted = self._log.note()
         except Exception as error:  # noqa: BLE001
@@ -473,7 +355,7 @@ class Volume:
         """Which runs from the offset on are allocated, in order; it may end early. What shows
         through holes counts as allocated.
         """
-        self._spawn(self._allocation(offset_bytes, length_bytes, runs_max, done))
+        self.spawn(self._allocation(offset_bytes, length_bytes, runs_max, done))
 
     async def _allocation(
         self, offset: int, length: int, runs_max: int, done: AllocationCompletion
@@ -481,7 +363,7 @@ class Volume:
         try:
             self.check_range(offset, length)
             runs = await allocated_bytes(self.image, offset, length, runs_max)
-            self._check_still_there(offset, length)
+            self.check_still_there(offset, length)
         except Exception as error:  # noqa: BLE001
             done(None, as_storage_error(error))
             return
@@ -499,7 +381,7 @@ class Volume:
         EOPNOTSUPP: not a volume of this pool.
         """
         if isinstance(source, Volume) and source.state is self.state:
-            self._spawn(
+            self.spawn(
                 self._copy_from(source, source_offset_bytes, offset_bytes, length_bytes, done)
             )
         else:
@@ -516,7 +398,7 @@ class Volume:
         try:
             self._check([(offset, b"", False, done)])
             if (source_offset | offset | length) & BLOCK_MASK:
-                self._refuse(offset, length)
+                self.refuse(offset, length)
             source.check_range(source_offset, length)
             self.check_range(offset, length)
             await self._changes.copy(source.image, source_offset, offset, length)
@@ -540,8 +422,3 @@ class Volume:
             done(None)
             return
         self._log.flush(done)
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
