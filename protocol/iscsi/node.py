@@ -12,7 +12,7 @@ from uuid import UUID
 from protocol.iscsi.chap import Challenges, ChapSecrets
 from protocol.iscsi.errors import OutOfResources
 from protocol.scsi.limits import FIRST_TARGET_PORT, PHYSICAL_BLOCK_EXPONENT
-from protocol.scsi.logical_unit import LogicalUnit, Nexus, Sanitization
+from protocol.scsi.logical_unit import LogicalUnit, Nexus, Sanitization, TransportTask
 from protocol.scsi.turns import Turns
 from protocol.volume import BlockVolume, Completion
 
@@ -109,8 +109,8 @@ SessionKey = tuple[str, int, str]
 class NodeSession(SessionView, Protocol):
     """A session as the node keeps it, for reinstatement."""
 
-    def reinstated(self, drained: Callable[[], None]) -> None:
-        """End at once, and call ``drained`` when no command of this session can touch a volume any
+    def reinstated(self, quiet: Callable[[], None]) -> None:
+        """End at once, and call ``quiet`` when no command of this session can touch a volume any
         more.
         """
 
@@ -189,9 +189,13 @@ class TargetNode:
             unit.keep_reservations = lambda done: keeper.keep(volume.uuid, _to_keep(unit), done)
         return unit
 
-    def open_nexus(self, definition: TargetDefinition, initiator_port: str) -> Nexus:
-        """A nexus with all LUNs of the target mapped."""
-        nexus = Nexus(initiator_port, definition.name, definition.port)
+    def open_nexus(
+        self, definition: TargetDefinition, initiator_port: str, tasks: Collection[TransportTask]
+    ) -> Nexus:
+        """A nexus with all LUNs of the target mapped. ``tasks`` are its commands under way, as the
+        session's table has them.
+        """
+        nexus = Nexus(initiator_port, definition.name, definition.port, tasks)
         for lun, volume in sorted(definition.luns.items()):
             nexus.map(lun, self.unit_for(volume))
         return nexus

@@ -44,8 +44,7 @@ FINAL: Final = 0x80
 # SCSI Command flags (11.3.1).
 READ: Final = 0x40
 WRITE: Final = 0x20
-ATTRIBUTE_MASK: Final = 0x07
-ATTRIBUTE: Final = 0x07  # RFC 7143 11.3.1: how the command may be ordered
+TASK_ATTRIBUTE: Final = 0x07
 SIMPLE: Final = 1
 # SCSI Response and Data-In flags (11.4.1, 11.7.1).
 OVERFLOW: Final = 0x04

@@ -10,7 +10,7 @@ fast path asks this one flag.
 from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 from uuid import UUID
 
 from protocol.scsi import sense
@@ -25,6 +25,36 @@ from protocol.scsi.reservations import NexusId, Reservations
 from protocol.scsi.sense import Sense
 from protocol.scsi.turns import Turns
 from protocol.volume import BlockVolume, Completion
+
+
+class TransportTask(Protocol):
+    """What is asked here of a transport's task: a command under way, of any session that uses the
+    logical unit.
+    """
+
+    @property
+    def busy(self) -> bool:
+        """A volume holds one of its reads or writes."""
+
+    @property
+    def changes(self) -> bool:
+        """It alters sectors."""
+
+    @property
+    def mapped(self) -> "UnitNexus | None":
+        """The nexus that it came by."""
+
+    watchers: "tuple[TaskWatcher, ...]"
+
+    def abort(self) -> None:
+        """Go silent; end now, or when the volume has completed what it holds of this task."""
+
+
+class TaskWatcher(Protocol):
+    """Is told when a task has ended."""
+
+    def task_ended(self, task: TransportTask) -> None:
+        """No volume holds anything of ``task`` any more."""
 
 
 def _nothing() -> None:
@@ -195,6 +225,12 @@ class LogicalUnit:
         for nexus in self.nexuses:
             nexus.update()
 
+    def task_set(self) -> list[TransportTask]:
+        """The commands under way, of all nexuses (the control mode page says TST 000b: one task
+        set).
+        """
+        return [task for nexus in self.nexuses for task in nexus.tasks()]
+
 
 class UnitNexus:
     """One I_T_L nexus. Create it with `Nexus.map`; the flags are kept by `update`."""
@@ -227,6 +263,10 @@ class UnitNexus:
         self.update()
         return cause
 
+    def tasks(self) -> list[TransportTask]:
+        """Commands under way that came by this nexus."""
+        return [task for task in self.nexus.tasks if task.mapped is self]
+
     def update(self) -> None:
         """Recompute ``plain_read`` and ``plain_write`` from what they depend on."""
         unit = self.unit
@@ -254,16 +294,22 @@ class CopyProgress:
 
 
 class Nexus:
-    """One I_T nexus: an initiator port, a target port, and the logical units between them."""
+    """One I_T nexus: an initiator port, a target port, and the logical units between them.
+
+    ``tasks`` are the commands under way, which the transport keeps: task management reaches those
+    of other sessions through it.
+    """
 
     __slots__ = ("copies", "id", "target_name", "tasks", "units")
 
     def __init__(
-        self, initiator_port: str, target_name: str, target_port: int = FIRST_TARGET_PORT
+        self,
+        initiator_port: str,
+        target_name: str,
+        target_port: int = FIRST_TARGET_PORT,
+        tasks: Collection[TransportTask] = (),
     ) -> None:
-        # The transport puts here what lists this nexus's tasks: task management reaches those of
-        # other sessions by it.
-        self.tasks: Callable[[], list[Any]] = list
+        self.tasks = tasks
         self.id = NexusId(initiator_port, target_port)
         self.target_name = target_name
         self.units: dict[int, UnitNexus] = {}

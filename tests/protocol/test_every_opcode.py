@@ -151,7 +151,7 @@ def sent_in(state: State, first: int, chunk: int) -> tuple[bytes, bool]:
     other = Coupling(node, settings(isid=0x42)).login()
     peer = state(node)
     phase = peer.connection._phase
-    feed(peer.connection, build(first, 5 if phase is None else phase.exp_cmd_sn), chunk)
+    feed(peer.connection, build(first, 5 if phase is None else phase.session.exp_cmd_sn), chunk)
     disk(node).hold_reads = False
     disk(node).release()
     peer.connection.flush_output()

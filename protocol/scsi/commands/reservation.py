@@ -8,10 +8,10 @@ from struct import Struct
 from typing import Final
 
 from protocol.scsi import reservations, sense, transport_id
-from protocol.scsi.abort import Abort, AbortedTask, tasks_of
+from protocol.scsi.abort import Abort
 from protocol.scsi.command import NO_DATA, Command, Request, cut, usage
 from protocol.scsi.errors import CheckCondition, ReservationConflict, ScsiError
-from protocol.scsi.logical_unit import LogicalUnit
+from protocol.scsi.logical_unit import LogicalUnit, TransportTask
 from protocol.scsi.plan import Operation, Plan
 from protocol.scsi.reservations import KINDS, NexusId, Reservations
 from protocol.scsi.sense import Sense
@@ -110,7 +110,7 @@ class _Out:
     target_ports: tuple[int, ...]
     unregisters: bool = False
     # What PREEMPT AND ABORT aborts: the status waits for the end of it.
-    aborted: list[AbortedTask] = field(default_factory=list)
+    aborted: list[TransportTask] = field(default_factory=list)
 
     @property
     def unit(self) -> LogicalUnit:
@@ -246,7 +246,7 @@ def _preempt(out: _Out) -> None:
     if out.request.cdb[1] & 0x1F == PREEMPT_AND_ABORT:
         for mapped in out.unit.nexuses:
             if mapped.nexus.id in removed:
-                out.aborted.extend(tasks_of(mapped))
+                out.aborted.extend(mapped.tasks())
 
 
 _ACTIONS: Final[dict[int, Callable[[_Out], None]]] = {
