@@ -21,6 +21,7 @@ from protocol.iscsi.login import LoginPhase, LoginResult, refusal
 from protocol.iscsi.node import SessionKey, TargetNode
 from protocol.iscsi.pdu import LOGIN_REQUEST, SERIAL_MASK, Pdu
 from protocol.iscsi.session import NO_SESSION, Session, Task
+from protocol.names import initiator_port
 from protocol.scsi.logical_unit import LogicalUnit, Nexus
 from protocol.volume import Buffer
 
@@ -233,7 +234,7 @@ class TargetConnection:
                 " its login"
             )
             return
-        port = f"{result.initiator_name},i,0x{result.isid:012x}"
+        port = initiator_port(result.initiator_name, result.isid)
         tasks: dict[int, Task] = {}
         nexus = self.node.open_nexus(target, port, tasks.values())
         self._enter(result, stat_sn, nexus, tasks)

@@ -13,9 +13,10 @@ from protocol.iscsi.errors import ProtocolError
 from protocol.iscsi.pdu import FINAL, HEADER, R2T, RESERVED_TAG, Pdu
 from protocol.iscsi.session import Session, Task
 from protocol.scsi import sense
-from protocol.scsi.logical_unit import LogicalUnit, TransportTask, UnitNexus
+from protocol.scsi.logical_unit import LogicalUnit, UnitNexus
 from protocol.scsi.plan import Operation
 from protocol.scsi.sense import Sense
+from protocol.scsi.task import TransportTask
 from protocol.volume import Buffer
 
 

@@ -27,8 +27,6 @@ KEY_VALUE_BYTES_MAX: Final = 8192
 # An initiator offers about 25 keys; each unknown one is answered, so that their number bounds the
 # answer.
 KEYS_MAX: Final = 128
-# RFC 7143 4.2.7.1.
-ISCSI_NAME_BYTES_MAX: Final = 223
 
 # The CmdSN window. 128 is open-iscsi's default queue depth; it bounds the tasks of a session.
 COMMAND_WINDOW: Final = 128

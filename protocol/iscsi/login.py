@@ -14,7 +14,7 @@ from protocol.iscsi.chap import ChapSecrets, TargetExchange
 from protocol.iscsi.keys import Parameters
 from protocol.iscsi.node import TargetDefinition, TargetNode
 from protocol.iscsi.pdu import CONTINUE, LOGIN_RESPONSE, TRANSIT, Pdu, pack
-from protocol.names import fold
+from protocol.names import NAME_BYTES_MAX, fold
 
 SECURITY: Final = 0
 OPERATIONAL: Final = 1
@@ -118,7 +118,7 @@ class LoginPhase:
     def _identify(self, pairs: dict[str, str]) -> list[tuple[str, str]]:
         """Who wants what: names and session type of the leading request."""
         name = pairs.get("InitiatorName", "")
-        if not name or len(name.encode()) > limits.ISCSI_NAME_BYTES_MAX:
+        if not name or len(name.encode()) > NAME_BYTES_MAX:
             raise errors.MissingParameter("InitiatorName is missing or too long")
         kind = pairs.get("SessionType", "Normal")
         if kind not in _SESSION_TYPES:

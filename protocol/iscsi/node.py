@@ -6,15 +6,18 @@ A daemon implements `TargetDirectory` and makes one `TargetNode` over it.
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from functools import partial
+from typing import Protocol
 from uuid import UUID
 
 from protocol.iscsi.chap import Challenges, ChapSecrets
 from protocol.iscsi.errors import OutOfResources
+from protocol.scsi.kept_state import StateKeeper, keeping, restore
 from protocol.scsi.limits import FIRST_TARGET_PORT, PHYSICAL_BLOCK_EXPONENT
-from protocol.scsi.logical_unit import LogicalUnit, Nexus, Sanitization, TransportTask
-from protocol.scsi.turns import Turns
-from protocol.volume import BlockVolume, Completion
+from protocol.scsi.logical_unit import LogicalUnit, Nexus
+from protocol.scsi.task import TransportTask
+from protocol.turns import Turns
+from protocol.volume import BlockVolume
 
 _TSIH_MAX = 0xFFFF
 
@@ -81,28 +84,6 @@ class TargetDirectory(Protocol):
         """The session has ended, and none of its commands can touch a volume any more."""
 
 
-class ReservationKeeper(Protocol):
-    """Keeps over restarts: persistent reservations (APTPL, SPC-4 5.13.5), the saved caching mode
-    page, an unfinished sanitize operation.
-
-    State is what `Reservations.export` gives, with ``write_cache`` (missing: True) and
-    ``sanitize_unrestricted_exit`` (missing: there is no such operation) beside it.
-    """
-
-    def kept(self, uuid: UUID) -> dict[str, Any] | None:
-        """State of an earlier run; None for nothing."""
-
-    def keep(self, uuid: UUID, state: dict[str, Any] | None, done: Completion) -> None:
-        """Make the state durable (None: nothing is to be kept), then call ``done``."""
-
-
-# What is kept where nobody is registered.
-NO_RESERVATIONS: Final[dict[str, Any]] = {
-    "registrations": {},
-    "holder": None,
-    "kind": 0,
-    "generation": 0,
-}
 SessionKey = tuple[str, int, str]
 
 
@@ -138,7 +119,7 @@ class TargetNode:
     # Addresses to tell an initiator that asks through one of them (SendTargets); that one comes
     # first.
     portals: Callable[[str], list[str]] = lambda portal: [portal]
-    reservations: ReservationKeeper | None = None
+    keeper: StateKeeper | None = None
     # What initiators are told of physical blocks (`LogicalUnit`). There are some that take no disk
     # with other ones than of 512 bytes.
     physical_block_exponent: int = PHYSICAL_BLOCK_EXPONENT
@@ -178,15 +159,16 @@ class TargetNode:
         return unit
 
     def _new_unit(self, volume: BlockVolume) -> LogicalUnit:
-        unit = LogicalUnit(volume, self.physical_block_exponent, self.turns)
-        directory, uuid = self.directory, volume.uuid
-        unit.target_ports = lambda: directory.target_ports(uuid)
-        keeper = self.reservations
-        if keeper is not None:
-            kept = keeper.kept(volume.uuid)
-            if kept is not None:
-                _restore(unit, **kept)
-            unit.keep_reservations = lambda done: keeper.keep(volume.uuid, _to_keep(unit), done)
+        unit = LogicalUnit(
+            volume,
+            self.physical_block_exponent,
+            self.turns,
+            partial(self.directory.target_ports, volume.uuid),
+            None if self.keeper is None else keeping(self.keeper),
+        )
+        kept = None if self.keeper is None else self.keeper.kept(volume.uuid)
+        if kept is not None:
+            restore(unit, **kept)
         return unit
 
     def open_nexus(
@@ -280,29 +262,3 @@ class TargetNode:
         unit = self.units.get(volume.uuid)
         if unit is not None:
             unit.refresh_capacity()
-
-
-def _to_keep(unit: LogicalUnit) -> dict[str, Any] | None:
-    reservations, beside = unit.reservations, dict[str, Any]()
-    if not unit.saved_write_cache:
-        beside["write_cache"] = False
-    if unit.sanitization is not None:
-        beside["sanitize_unrestricted_exit"] = unit.sanitization.unrestricted_exit
-    if reservations.survives_power_loss and reservations.registrations:
-        return reservations.export() | beside
-    return NO_RESERVATIONS | beside if beside else None
-
-
-def _restore(
-    unit: LogicalUnit,
-    write_cache: bool = True,
-    sanitize_unrestricted_exit: bool | None = None,
-    **reservations: Any,
-) -> None:
-    unit.write_cache = unit.saved_write_cache = write_cache
-    if sanitize_unrestricted_exit is not None:
-        unit.sanitization = Sanitization(
-            sanitize_unrestricted_exit, failed=True
-        )  # it was broken off: SBC-3 4.11.4
-    if reservations["registrations"]:
-        unit.reservations.restore(**reservations, target_ports=unit.target_ports())

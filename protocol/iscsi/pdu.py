@@ -11,8 +11,6 @@ so that one Struct packs and unpacks them all; the properties of `Pdu` name the 
 from struct import Struct
 from typing import Final
 
-from protocol.volume import Buffer
-
 HEADER_BYTES: Final = 48
 HEADER: Final = Struct(">BBBBIQIIIIIIII")
 IMMEDIATE: Final = 0x40
@@ -211,28 +209,3 @@ def pack(
 def serial_after(left: int, right: int) -> bool:
     """True when ``left`` is later than ``right`` in 32-bit serial arithmetic (RFC 1982)."""
     return 0 < (left - right) & SERIAL_MASK < SERIAL_HALF
-
-
-def padding(length: int) -> bytes:
-    """What fills ``length`` bytes up to a multiple of four."""
-    return bytes(-length % 4)
-
-
-_PERIPHERAL: Final = 0
-_FLAT: Final = 1
-NO_LUN: Final = -1
-
-
-def decode_lun(raw: int) -> int:
-    """The number in an 8-byte LUN (SAM-5 4.7): single-level peripheral or flat addressing, else
-    NO_LUN.
-    """
-    method, value, rest = raw >> 62, (raw >> 48) & 0x3FFF, raw & 0xFFFFFFFFFFFF
-    if rest or method > _FLAT or (method == _PERIPHERAL and value > 0xFF):
-        return NO_LUN
-    return value
-
-
-def joined(*parts: Buffer) -> bytes:
-    """Parts as one bytes object, for small data."""
-    return b"".join(parts)

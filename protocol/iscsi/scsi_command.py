@@ -14,11 +14,11 @@ from protocol.iscsi.pdu import (
     TASK_ATTRIBUTE,
     WRITE,
     Pdu,
-    decode_lun,
 )
 from protocol.iscsi.session import Session, Task
 from protocol.scsi import dispatch, opcodes, sense
 from protocol.scsi.errors import CheckCondition, ScsiError
+from protocol.scsi.lun import decode_lun
 from protocol.scsi.plan import Operation, Plan, Query, ReadExtent, Reply
 
 _BATCHED: Final = frozenset(

@@ -34,10 +34,11 @@ from protocol.iscsi.pdu import (
     pack,
 )
 from protocol.scsi import sense
-from protocol.scsi.commands.inquiry import encode_lun
 from protocol.scsi.errors import STATUS_CHECK_CONDITION, STATUS_GOOD, ReservationConflict, sense_of
-from protocol.scsi.logical_unit import LogicalUnit, Nexus, TaskWatcher, UnitNexus
+from protocol.scsi.logical_unit import LogicalUnit, Nexus, UnitNexus
+from protocol.scsi.lun import encode_lun
 from protocol.scsi.sense import Sense
+from protocol.scsi.task import TaskWatcher
 from protocol.volume import BlockVolume
 
 _TRANSFER_TAG_MASK: Final = 0x7FFFFFFF  # so that no tag is the reserved one

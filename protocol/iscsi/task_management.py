@@ -10,11 +10,12 @@ from typing import ClassVar, Final
 
 from protocol.iscsi.limits import TASK_MANAGEMENT_WAITING_MAX
 from protocol.iscsi.node import TargetNode
-from protocol.iscsi.pdu import REJECT_IMMEDIATE, TASK_MANAGEMENT_RESPONSE, Pdu, decode_lun
+from protocol.iscsi.pdu import REJECT_IMMEDIATE, TASK_MANAGEMENT_RESPONSE, Pdu
 from protocol.iscsi.session import Session
 from protocol.scsi import sense
-from protocol.scsi.abort import Abort
-from protocol.scsi.logical_unit import LogicalUnit, TransportTask, UnitNexus
+from protocol.scsi.logical_unit import LogicalUnit, UnitNexus
+from protocol.scsi.lun import decode_lun
+from protocol.scsi.task import Abort, TransportTask
 
 ABORT_TASK: Final = 1
 ABORT_TASK_SET: Final = 2
@@ -105,8 +106,9 @@ class TaskManagement:
         if mapped is None:
             return
         tasks = mapped.unit.task_set()
-        for nexus in {task.mapped for task in tasks if task.mapped is not None} - {mapped}:
-            nexus.attention(sense.COMMANDS_CLEARED_BY_ANOTHER)
+        for nexus in mapped.unit.nexuses:
+            if nexus is not mapped and nexus.tasks():
+                nexus.attention(sense.COMMANDS_CLEARED_BY_ANOTHER)
         self._abort(pdu.itt, tasks)
 
     def _reset(self, units: Iterable[LogicalUnit]) -> list[TransportTask]:

@@ -3,7 +3,7 @@ be negotiated then.
 
 A request may be continued over several PDUs (C bit), and an answer that does not fit the
 initiator's data segment is given piece by piece, each fetched with the target transfer tag of the
-last. A piece is made when it is fetched, in a turn of the event loop (`protocol.scsi.turns`): a
+last. A piece is made when it is fetched, in a turn of the event loop (`protocol.turns`): a
 list of all targets, asked for again and again, takes no session's time, and has no greatest length.
 """
 

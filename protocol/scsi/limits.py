@@ -50,7 +50,7 @@ THRESHOLD_EXPONENT: Final = 11
 LBA_STATUS_SECTORS_MAX: Final = 1 << 21
 LBA_STATUS_DESCRIPTORS_MAX: Final = 255
 # One piece of a command that takes long, and has a turn of the event loop for each
-# (`protocol.scsi.turns`).
+# (`protocol.turns`).
 PIECE_BYTES: Final = 256 * 1024
 # Less than this takes no turn: as many as a session may have under way (COMMAND_WINDOW) are a few
 # milliseconds, and COMPARE AND WRITE, on which clusters wait, is answered in the wake-up that

@@ -10,7 +10,6 @@ fast path asks this one flag.
 from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Protocol
 from uuid import UUID
 
 from protocol.scsi import sense
@@ -23,46 +22,15 @@ from protocol.scsi.limits import (
 )
 from protocol.scsi.reservations import NexusId, Reservations
 from protocol.scsi.sense import Sense
-from protocol.scsi.turns import Turns
+from protocol.scsi.task import TransportTask
+from protocol.turns import Turns
 from protocol.volume import BlockVolume, Completion
 
-
-class TransportTask(Protocol):
-    """What is asked here of a transport's task: a command under way, of any session that uses the
-    logical unit.
-    """
-
-    @property
-    def busy(self) -> bool:
-        """A volume holds one of its reads or writes."""
-
-    @property
-    def changes(self) -> bool:
-        """It alters sectors."""
-
-    @property
-    def mapped(self) -> "UnitNexus | None":
-        """The nexus that it came by."""
-
-    watchers: "tuple[TaskWatcher, ...]"
-
-    def abort(self) -> None:
-        """Go silent; end now, or when the volume has completed what it holds of this task."""
+Keep = Callable[["LogicalUnit", Completion], None]
 
 
-class TaskWatcher(Protocol):
-    """Is told when a task has ended."""
-
-    def task_ended(self, task: TransportTask) -> None:
-        """No volume holds anything of ``task`` any more."""
-
-
-def _nothing() -> None:
-    """Where no nexus is left that would have to know."""
-
-
-def _keep_nothing(done: Completion) -> None:
-    """Where nobody keeps reservations, they last as long as the process."""
+def _keep_nothing(_unit: "LogicalUnit", done: Completion) -> None:
+    """Without a keeper, state lasts as long as the process."""
     done(None)
 
 
@@ -85,14 +53,15 @@ class LogicalUnit:
     """One disk as SCSI sees it: a volume, its state, and everyone who uses it.
 
     ``physical_block_exponent`` is what clients are told: a physical block is two to this power of
-    sectors.
+    sectors. ``target_ports()`` are the relative identifiers of all target ports through which the
+    unit can be reached. ``keep`` makes durable what has to outlive a restart (`kept_state`).
     """
 
     __slots__ = (
+        "_keep",
         "capacity_bytes",
         "descriptor_sense",
         "gate",
-        "keep_reservations",
         "nexuses",
         "physical_block_exponent",
         "reservations",
@@ -111,6 +80,8 @@ class LogicalUnit:
         volume: BlockVolume,
         physical_block_exponent: int = PHYSICAL_BLOCK_EXPONENT,
         turns: Turns | None = None,
+        target_ports: Callable[[], Collection[int]] = lambda: (FIRST_TARGET_PORT,),
+        keep: Keep | None = None,
     ) -> None:
         self.volume = volume
         self.turns = Turns() if turns is None else turns
@@ -127,12 +98,8 @@ class LogicalUnit:
         self.sanitization: Sanitization | None = None  # one that runs, or that has failed
         self.gate = Gate(self.state_changed)
         self.reservations = Reservations(self.state_changed)
-        # Relative identifiers of the target ports through which it can be reached, whether anybody
-        # does or not.
-        self.target_ports: Callable[[], Collection[int]] = lambda: (FIRST_TARGET_PORT,)
-        # Called with the completion of each change of what has to outlive a restart, which it makes
-        # durable: reservations (APTPL) and saved mode pages.
-        self.keep_reservations: Callable[[Completion], None] = _keep_nothing
+        self.target_ports = target_ports
+        self._keep = _keep_nothing if keep is None else keep
 
     @property
     def in_use(self) -> bool:
@@ -187,6 +154,12 @@ class LogicalUnit:
 
         return changed
 
+    def keep(self, done: Completion) -> None:
+        """Make durable what has to outlive a restart: reservations (APTPL), saved mode pages, that
+        a sanitize operation has begun.
+        """
+        self._keep(self, done)
+
     def attention(self, cause: Sense, except_for: "UnitNexus | None" = None) -> None:
         """Queue a unit attention for every nexus, or for every other one."""
         for nexus in self.nexuses:
@@ -201,7 +174,7 @@ class LogicalUnit:
         self.software_write_protect = False
         self.descriptor_sense = False
         self.write_cache = self.saved_write_cache
-        self.reservations.plain_holder = None
+        self.reservations.spc2_holder = None
         self.attention(sense.BUS_DEVICE_RESET)
 
     def retire(self) -> None:
@@ -209,8 +182,8 @@ class LogicalUnit:
         volume.
         """
         self.gate.retire()
-        self.reservations.changed = _nothing
-        self.keep_reservations = _keep_nothing
+        self.reservations.retire()
+        self._keep = _keep_nothing
 
     def soft_threshold_reached(self) -> None:
         """The pool is filling up: every nexus is told (SBC-3 4.7.3.7, THIN PROVISIONING SOFT
@@ -280,7 +253,7 @@ class UnitNexus:
         """End of the nexus."""
         self.plain_read = self.plain_write = False
         self.unit.nexuses.remove(self)
-        self.unit.reservations.release_plainly(self.nexus.id)
+        self.unit.reservations.release_spc2(self.nexus.id)
 
 
 @dataclass(slots=True)

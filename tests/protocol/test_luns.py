@@ -214,7 +214,7 @@ def keys(pair: Coupling) -> bytes:
 def kept_node(keeper: Keeper) -> tuple[RecordedNode, MemoryVolume]:
     disk = volume(1)
     node = recorded({0: disk})
-    node.reservations = keeper
+    node.keeper = keeper
     return node, disk
 
 

@@ -33,7 +33,7 @@ from protocol.iscsi.pdu import (
     Pdu,
     pack,
 )
-from protocol.scsi.commands.inquiry import encode_lun
+from protocol.scsi.lun import encode_lun
 from protocol.volume import Buffer
 
 LoginDone = Callable[[IscsiError | None], None]

@@ -6,12 +6,12 @@ WRITE ATOMIC (SBC-4 5.48): a write that is there entirely or not at all, whateve
 
 from typing import Final
 
-from protocol.scsi import limits, sense
-from protocol.scsi.command import NO_DATA, Command, Request, check_range, usage
+from protocol.scsi import limits, opcodes, sense
+from protocol.scsi.command import NO_DATA, Command, Request, check_range
+from protocol.scsi.commands.scan import Comparison, Scan
 from protocol.scsi.errors import CheckCondition
 from protocol.scsi.limits import SECTOR_SHIFT
 from protocol.scsi.plan import Operation, Plan
-from protocol.scsi.scan import Comparison, Scan
 from protocol.volume import Buffer, Completion
 
 _FUA: Final = 0x08
@@ -99,22 +99,25 @@ def write_atomic(request: Request) -> Plan:
 COMMANDS: Final = (
     # Bytes 10 and 11 are the atomic boundary, which is 0: no boundary splits a write.
     Command(
+        opcodes.WRITE_ATOMIC_16,
         "WRITE ATOMIC(16)",
-        usage("9c18ffffffffffffffff0000ffff3f00"),
+        "18ffffffffffffffff0000ffff3f00",
         write_atomic,
         needs_medium=True,
         writes=True,
     ),
     Command(
+        opcodes.COMPARE_AND_WRITE,
         "COMPARE AND WRITE",
-        usage("8918ffffffffffffffff000000ff3f00"),
+        "18ffffffffffffffff000000ff3f00",
         compare_and_write,
         needs_medium=True,
         writes=True,
     ),
     Command(
+        opcodes.ORWRITE_16,
         "ORWRITE(16)",
-        usage("8b18ffffffffffffffffffffffff3f00"),
+        "18ffffffffffffffffffffffff3f00",
         or_write,
         needs_medium=True,
         writes=True,

@@ -8,7 +8,7 @@ from struct import Struct
 from typing import Final
 
 from protocol.scsi import opcodes, sense
-from protocol.scsi.command import NO_DATA, Command, Request, cut, usage
+from protocol.scsi.command import NO_DATA, Command, Request, cut
 from protocol.scsi.errors import CheckCondition
 from protocol.scsi.limits import SECTOR_BYTES
 from protocol.scsi.logical_unit import LogicalUnit
@@ -218,7 +218,7 @@ def _save(unit: LogicalUnit, done: Completion) -> None:
             unit.saved_write_cache = before
         done(error)
 
-    unit.keep_reservations(kept)
+    unit.keep(kept)
 
 
 def mode_select_6(request: Request) -> Plan:
@@ -234,9 +234,14 @@ def mode_select_10(request: Request) -> Plan:
 
 
 COMMANDS: Final = (
-    Command("MODE SENSE(6)", usage("1a08ffffff00"), mode_sense_6),
-    Command("MODE SENSE(10)", usage("5a18ffff000000ffff00"), mode_sense_10),
-    Command("MODE SELECT(6)", usage("15110000ff00"), mode_select_6, reserved=True),
-    Command("MODE SELECT(10)", usage("551100000000" + "00ffff00"), mode_select_10, reserved=True),
+    Command(opcodes.MODE_SENSE_6, "MODE SENSE(6)", "08ffffff00", mode_sense_6),
+    Command(opcodes.MODE_SENSE_10, "MODE SENSE(10)", "18ffff000000ffff00", mode_sense_10),
+    Command(opcodes.MODE_SELECT_6, "MODE SELECT(6)", "110000ff00", mode_select_6, reserved=True),
+    Command(
+        opcodes.MODE_SELECT_10,
+        "MODE SELECT(10)",
+        "110000000000ffff00",
+        mode_select_10,
+        reserved=True,
+    ),
 )
-assert COMMANDS[0].opcode == opcodes.MODE_SENSE_6

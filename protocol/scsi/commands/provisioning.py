@@ -6,7 +6,7 @@ from struct import Struct
 from typing import Final
 
 from protocol.scsi import limits, opcodes, sense
-from protocol.scsi.command import NO_DATA, Command, Request, check_range, usage
+from protocol.scsi.command import NO_DATA, Command, Request, check_range
 from protocol.scsi.errors import CheckCondition
 from protocol.scsi.limits import AT_ONCE_BYTES_MAX, PIECE_BYTES, SECTOR_BYTES, SECTOR_SHIFT
 from protocol.scsi.logical_unit import LogicalUnit
@@ -204,19 +204,27 @@ def get_lba_status(request: Request) -> Plan:
 
 COMMANDS: Final = (
     Command(
+        opcodes.SERVICE_ACTION_IN_16,
         "GET LBA STATUS",
-        usage("9e1fffffffffffffffffffffffff0000"),
+        "1fffffffffffffffffffffffff0000",
         get_lba_status,
         service_action=opcodes.GET_LBA_STATUS,
         needs_medium=True,
+        despite_reservation=True,
     ),
-    Command("UNMAP", usage("420000000000" + "3fffff00"), unmap, needs_medium=True, writes=True),
+    Command(opcodes.UNMAP, "UNMAP", "00000000003fffff00", unmap, needs_medium=True, writes=True),
     Command(
-        "WRITE SAME(10)", usage("4118ffffffff3fffff00"), write_same, needs_medium=True, writes=True
+        opcodes.WRITE_SAME_10,
+        "WRITE SAME(10)",
+        "18ffffffff3fffff00",
+        write_same,
+        needs_medium=True,
+        writes=True,
     ),
     Command(
+        opcodes.WRITE_SAME_16,
         "WRITE SAME(16)",
-        usage("9319ffffffffffffffffffffffff3f00"),
+        "19ffffffffffffffffffffffff3f00",
         write_same,
         needs_medium=True,
         writes=True,

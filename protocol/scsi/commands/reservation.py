@@ -7,19 +7,22 @@ from dataclasses import dataclass, field
 from struct import Struct
 from typing import Final
 
-from protocol.scsi import reservations, sense, transport_id
-from protocol.scsi.abort import Abort
-from protocol.scsi.command import NO_DATA, Command, Request, cut, usage
+from protocol.scsi import opcodes, reservations, sense
+from protocol.scsi.command import NO_DATA, Command, Request, cut
+from protocol.scsi.commands.reservation_transport_id import (
+    BadTransportId,
+    TransportId,
+    decode_transport_ids,
+    encode_transport_id,
+)
 from protocol.scsi.errors import CheckCondition, ReservationConflict, ScsiError
-from protocol.scsi.logical_unit import LogicalUnit, TransportTask
+from protocol.scsi.logical_unit import LogicalUnit
 from protocol.scsi.plan import Operation, Plan
 from protocol.scsi.reservations import KINDS, NexusId, Reservations
 from protocol.scsi.sense import Sense
-from protocol.scsi.transport_id import BadTransportId, TransportId
+from protocol.scsi.task import Abort, TransportTask
 from protocol.volume import Buffer, Completion
 
-PERSISTENT_RESERVE_IN: Final = 0x5E
-PERSISTENT_RESERVE_OUT: Final = 0x5F
 READ_KEYS, READ_RESERVATION, REPORT_CAPABILITIES, READ_FULL_STATUS = range(4)
 (
     REGISTER,
@@ -69,7 +72,7 @@ def _capabilities(state: Reservations) -> bytes:
 def _full_status(state: Reservations) -> bytes:
     body = b""
     for nexus, key in state.registrations.items():
-        holds, transport = state.holds(nexus), transport_id.encode(nexus.initiator_port)
+        holds, transport = state.holds(nexus), encode_transport_id(nexus.initiator_port)
         # ALL_TG_PT is clear: each descriptor is of one nexus, and names its target port.
         body += (
             _FULL_STATUS.pack(
@@ -267,7 +270,7 @@ def _initiators(data: bytes, at: int, length: int) -> list[TransportId]:
     if length != len(data) - at or length == 0:
         raise CheckCondition(sense.PARAMETER_LIST_LENGTH_ERROR)
     try:
-        return transport_id.decode_list(data[at:])
+        return decode_transport_ids(data[at:])
     except BadTransportId as error:
         raise CheckCondition(sense.invalid_field_in_parameter_list(at + error.at)) from None
 
@@ -346,21 +349,21 @@ def reserve_out(request: Request) -> Plan:
             return
         # SPC-4 5.12.11.2.6: who preempts may take over the disk with GOOD, so no write of the
         # preempted may follow it.
-        Abort(lambda: request.unit.keep_reservations(done)).start(out.aborted)
+        Abort(lambda: request.unit.keep(done)).start(out.aborted)
 
     return Operation(length, start, writing=False)
 
 
 def reserve_6(request: Request) -> Plan:
     """RESERVE(6) of the whole unit for this nexus."""
-    if not request.unit.reservations.reserve_plainly(request.nexus.id):
+    if not request.unit.reservations.reserve_spc2(request.nexus.id):
         raise ReservationConflict
     return NO_DATA
 
 
 def release_6(request: Request) -> Plan:
     """RELEASE(6); GOOD also for whoever does not hold the reservation (SPC-2 7.20)."""
-    request.unit.reservations.release_plainly(request.nexus.id)
+    request.unit.reservations.release_spc2(request.nexus.id)
     return NO_DATA
 
 
@@ -381,12 +384,13 @@ _OUT_NAMES: Final = {
     REGISTER_AND_MOVE: "REGISTER AND MOVE",
 }
 COMMANDS: Final = (
-    Command("RESERVE(6)", usage("160000000000"), reserve_6),
-    Command("RELEASE(6)", usage("170000000000"), release_6, despite_exclusion=True),
+    Command(opcodes.RESERVE_6, "RESERVE(6)", "0000000000", reserve_6),
+    Command(opcodes.RELEASE_6, "RELEASE(6)", "0000000000", release_6, despite_exclusion=True),
     *(
         Command(
+            opcodes.PERSISTENT_RESERVE_IN,
             f"PERSISTENT RESERVE IN, {name}",
-            usage("5e1f0000000000ffff00"),
+            "1f0000000000ffff00",
             reserve_in,
             service_action=action,
         )
@@ -394,8 +398,9 @@ COMMANDS: Final = (
     ),
     *(
         Command(
+            opcodes.PERSISTENT_RESERVE_OUT,
             f"PERSISTENT RESERVE OUT, {name}",
-            usage("5f1fff0000ffffffff00"),
+            "1fff0000ffffffff00",
             reserve_out,
             service_action=action,
         )

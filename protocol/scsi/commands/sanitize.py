@@ -3,7 +3,7 @@ else is possible meanwhile.
 
 The operation belongs to the logical unit and not to the command or the session that began it:
 resets, aborts and the end of the session leave it alone, and one that a restart of the daemon broke
-off has failed (`ReservationKeeper` keeps that it began). It goes through the volume in steps, each
+off has failed (`StateKeeper` keeps that it began). It goes through the volume in steps, each
 made durable before the next begins, so that the event loop is given back. A pool writes nothing in
 place: that the old blocks are unreachable is what is promised, and snapshots keep theirs.
 """
@@ -11,7 +11,7 @@ place: that the old blocks are unreachable is what is promised, and snapshots ke
 from typing import Final
 
 from protocol.scsi import limits, opcodes, sense
-from protocol.scsi.command import NO_DATA, Command, Request, usage
+from protocol.scsi.command import NO_DATA, Command, Request
 from protocol.scsi.errors import CheckCondition
 from protocol.scsi.limits import SECTOR_BYTES
 from protocol.scsi.logical_unit import LogicalUnit, Sanitization
@@ -105,7 +105,7 @@ class _Sanitizing:
             self._kept(error)
             return
         self._unit.sanitization = None
-        self._unit.keep_reservations(self._kept)
+        self._unit.keep(self._kept)
 
     def _kept(self, error: Exception | None) -> None:
         """A failure stays with the unit until another operation succeeds, or the client gives up
@@ -137,7 +137,7 @@ def _begin(request: Request, sector: bytes | None, done: Completion) -> None:
         else:
             _Sanitizing(unit, state, sector, done).start()
 
-    unit.keep_reservations(kept)
+    unit.keep(kept)
 
 
 def _tell_nobody(_error: Exception | None) -> None:
@@ -201,15 +201,16 @@ def exit_failure_mode(request: Request) -> Plan:
     def start(_data: Buffer, done: Completion) -> None:
         unit.sanitization = None
         unit.state_changed()
-        unit.keep_reservations(done)
+        unit.keep(done)
 
     return Operation(0, start, writing=False)
 
 
 COMMANDS: Final = tuple(
     Command(
+        opcodes.SANITIZE,
         f"SANITIZE, {name}",
-        usage("48bf0000000000ffff00"),
+        "bf0000000000ffff00",
         handler,
         service_action=action,
         needs_medium=True,
@@ -222,4 +223,3 @@ COMMANDS: Final = tuple(
         (EXIT_FAILURE_MODE, "EXIT FAILURE MODE", exit_failure_mode),
     )
 )
-assert COMMANDS[0].opcode == opcodes.SANITIZE

@@ -4,8 +4,8 @@ SBC-3 5.25).
 
 from typing import Final
 
-from protocol.scsi import sense
-from protocol.scsi.command import NO_DATA, Command, Request, cut, usage
+from protocol.scsi import opcodes, sense
+from protocol.scsi.command import NO_DATA, Command, Request, cut
 from protocol.scsi.logical_unit import LogicalUnit
 from protocol.scsi.plan import Operation, Plan
 from protocol.scsi.sense import Sense
@@ -62,10 +62,29 @@ def prevent_allow_medium_removal(_request: Request) -> Plan:
 
 
 COMMANDS: Final = (
-    Command("TEST UNIT READY", usage("000000000000"), unit_ready, needs_medium=True),
     Command(
-        "REQUEST SENSE", usage("03010000ff00"), request_sense, any_lun=True, despite_attention=True
+        opcodes.TEST_UNIT_READY,
+        "TEST UNIT READY",
+        "0000000000",
+        unit_ready,
+        needs_medium=True,
+        despite_reservation=True,
     ),
-    Command("START STOP UNIT", usage("1b01000ff700"), start_stop_unit, reserved=True),
-    Command("PREVENT ALLOW MEDIUM REMOVAL", usage("1e0000000300"), prevent_allow_medium_removal),
+    Command(
+        opcodes.REQUEST_SENSE,
+        "REQUEST SENSE",
+        "010000ff00",
+        request_sense,
+        any_lun=True,
+        despite_attention=True,
+    ),
+    Command(
+        opcodes.START_STOP_UNIT, "START STOP UNIT", "01000ff700", start_stop_unit, reserved=True
+    ),
+    Command(
+        opcodes.PREVENT_ALLOW_MEDIUM_REMOVAL,
+        "PREVENT ALLOW MEDIUM REMOVAL",
+        "0000000300",
+        prevent_allow_medium_removal,
+    ),
 )

@@ -12,9 +12,9 @@ from struct import Struct
 from typing import Final
 
 from protocol.scsi import limits, opcodes, sense
-from protocol.scsi.command import NO_DATA, Command, Request, cut, usage
-from protocol.scsi.commands.inquiry import is_designated
-from protocol.scsi.copy_job import CopyJob, Segment
+from protocol.scsi.command import NO_DATA, Command, Request, cut
+from protocol.scsi.commands.copy_job import CopyJob, Segment
+from protocol.scsi.commands.identity import is_designated
 from protocol.scsi.errors import CheckCondition, ReservationConflict, ScsiError
 from protocol.scsi.limits import SECTOR_BYTES, SECTOR_SHIFT
 from protocol.scsi.logical_unit import CopyProgress, LogicalUnit, Nexus
@@ -260,24 +260,22 @@ _REPORTS: Final[tuple[tuple[int, str, Callable[[Request], Plan]], ...]] = (
 )
 COMMANDS: Final = (
     Command(
+        opcodes.EXTENDED_COPY,
         "EXTENDED COPY(LID1)",
-        usage("831f0000000000000000ffffffff0000"),
+        "1f0000000000000000ffffffff0000",
         extended_copy,
         service_action=0,
         reserved=True,
     ),
     *(
         Command(
+            opcodes.RECEIVE_COPY_RESULTS,
             f"RECEIVE COPY RESULTS, {name}",
-            usage("841fff00000000000000ffffffff0000"),
+            "1fff00000000000000ffffffff0000",
             handler,
             service_action=action,
             despite_exclusion=True,
         )
         for action, name, handler in _REPORTS
     ),
-)
-assert (
-    COMMANDS[0].opcode == opcodes.EXTENDED_COPY
-    and COMMANDS[1].opcode == opcodes.RECEIVE_COPY_RESULTS
 )

@@ -12,7 +12,7 @@ from struct import Struct
 from typing import Final
 
 from protocol.scsi import opcodes, sense
-from protocol.scsi.command import Command, Request, cut, usage
+from protocol.scsi.command import Command, Request, cut
 from protocol.scsi.errors import CheckCondition
 from protocol.scsi.limits import SECTOR_SHIFT, THRESHOLD_EXPONENT
 from protocol.scsi.logical_unit import LogicalUnit
@@ -121,6 +121,5 @@ def log_sense(request: Request) -> Plan:
 
 
 COMMANDS: Final = (
-    Command("LOG SENSE", usage("4d00ffff00ffffffff00"), log_sense, despite_sanitize=True),
+    Command(opcodes.LOG_SENSE, "LOG SENSE", "00ffff00ffffffff00", log_sense, despite_sanitize=True),
 )
-assert COMMANDS[0].opcode == opcodes.LOG_SENSE

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from struct import Struct
 from typing import Final
 
+from protocol.names import target_port
 from protocol.scsi import limits, opcodes, sense
-from protocol.scsi.command import Command, Request, cut, usage
+from protocol.scsi.command import Command, Request, cut
 from protocol.scsi.errors import CheckCondition
 from protocol.scsi.logical_unit import LogicalUnit, Nexus
+from protocol.scsi.lun import encode_lun
 from protocol.scsi.plan import Plan
 
 VENDOR: Final = b"CLEAVED "
@@ -120,7 +122,7 @@ def _serial(request: Request) -> bytes:
 
 def _device_identification(request: Request) -> bytes:
     unit = request.unit
-    port_name = f"{request.nexus.target_name},t,0x{_PORT_GROUP:04x}".encode() + b"\0"
+    port_name = target_port(request.nexus.target_name, _PORT_GROUP).encode() + b"\0"
     port_name += bytes(-len(port_name) % 4)
     return b"".join(
         (
@@ -210,13 +212,6 @@ _SELECT_REPORTS: Final = frozenset((0x00, 0x01, 0x02))
 _REPORT_LUNS_ALLOCATION_MIN: Final = 16
 
 
-def encode_lun(lun: int) -> int:
-    """The 8-byte LUN as an integer: peripheral addressing below 256, flat addressing above (SAM-5
-    4.7).
-    """
-    return lun << 48 if lun < 256 else (0x4000 | lun) << 48
-
-
 def _luns(nexus: Nexus) -> bytes:
     entries = b"".join(encode_lun(lun).to_bytes(8, "big") for lun in sorted(nexus.units))
     return len(entries).to_bytes(4, "big") + bytes(4) + entries
@@ -234,13 +229,15 @@ def report_luns(request: Request) -> Plan:
 
 
 COMMANDS: Final = (
-    Command("INQUIRY", usage("1201ffffff00"), inquiry, any_lun=True, despite_attention=True),
     Command(
+        opcodes.INQUIRY, "INQUIRY", "01ffffff00", inquiry, any_lun=True, despite_attention=True
+    ),
+    Command(
+        opcodes.REPORT_LUNS,
         "REPORT LUNS",
-        usage("a000ff000000ffffffff0000"),
+        "00ff000000ffffffff0000",
         report_luns,
         any_lun=True,
         despite_attention=True,
     ),
 )
-assert COMMANDS[0].opcode == opcodes.INQUIRY and COMMANDS[1].opcode == opcodes.REPORT_LUNS
