@@ -361,11 +361,6 @@ class TargetConnection:
         """The client does not drain: nothing is to be read."""
         return self._sender.paused
 
-    @property
-    def commands_in_flight(self) -> int:
-        """Commands between their PDU and their status."""
-        return len(self._phase.session.tasks) if self._phase is not None else 0
-
     def describe(self) -> dict[str, object]:
         """What ``session ls`` shows; keys are stable, counters are plain ints."""
         session = self._phase.session if self._phase is not None else None

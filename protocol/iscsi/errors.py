@@ -2,10 +2,6 @@
 connection ends, if anything.
 """
 
-from typing import Final
-
-STATUS_SUCCESS: Final = 0x0000
-
 
 class IscsiError(Exception):
     """Root of what a peer's bytes can raise inside the protocol; `TargetConnection` catches it and
@@ -41,12 +37,6 @@ class AuthenticationFailed(LoginRefused):
     status = 0x0201
 
 
-class AuthorizationFailed(LoginRefused):
-    """The initiator may not use this target."""
-
-    status = 0x0202
-
-
 class TargetNotFound(LoginRefused):
     """There is no target of that name (or none that this initiator may know of)."""
 
@@ -57,12 +47,6 @@ class UnsupportedVersion(LoginRefused):
     """The range of versions does not include 0."""
 
     status = 0x0205
-
-
-class TooManyConnections(LoginRefused):
-    """A session has one connection here (MaxConnections=1)."""
-
-    status = 0x0206
 
 
 class MissingParameter(LoginRefused):
@@ -87,12 +71,6 @@ class InvalidDuringLogin(LoginRefused):
     """A request that does not belong into this stage."""
 
     status = 0x020B
-
-
-class ServiceUnavailable(LoginRefused):
-    """The target exists but cannot be used now."""
-
-    status = 0x0301
 
 
 class OutOfResources(LoginRefused):

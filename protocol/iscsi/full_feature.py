@@ -40,8 +40,8 @@ from protocol.iscsi.session import Session
 from protocol.iscsi.task_management import TaskManagement
 from protocol.iscsi.text_exchange import TextExchange
 
-LOGOUT_CLOSE_SESSION: Final = 0
-LOGOUT_CLOSE_CONNECTION: Final = 1
+# Reasons of a logout (RFC 7143 11.14.1): 0 closes the session, 2 asks for a recovery.
+_CLOSE_CONNECTION: Final = 1
 _LOGOUT_DONE: Final = 0
 _LOGOUT_NO_CONNECTION: Final = 1
 _LOGOUT_NO_RECOVERY: Final = 2
@@ -154,9 +154,9 @@ class FullFeaturePhase:
         session.settle()  # what came before is answered before
         reason = pdu.flags & 0x7F
         outcome = _LOGOUT_DONE
-        if reason == LOGOUT_CLOSE_CONNECTION and pdu.word20 >> 16 != self._cid:
+        if reason == _CLOSE_CONNECTION and pdu.word20 >> 16 != self._cid:
             outcome = _LOGOUT_NO_CONNECTION
-        elif reason > LOGOUT_CLOSE_CONNECTION:
+        elif reason > _CLOSE_CONNECTION:
             outcome = _LOGOUT_NO_RECOVERY
         if outcome != _LOGOUT_DONE:
             session.sender.put(session.response_header(LOGOUT_RESPONSE, pdu.itt, byte2=outcome))

@@ -80,7 +80,6 @@ class Pdu:
         "header",
         "immediate",
         "itt",
-        "lengths",
         "lun",
         "opcode",
         "word20",
@@ -95,7 +94,6 @@ class Pdu:
     flags: int
     byte2: int
     byte3: int
-    lengths: int
     lun: int
     itt: int
     word20: int
@@ -118,7 +116,7 @@ class Pdu:
             self.flags,
             self.byte2,
             self.byte3,
-            self.lengths,
+            _,  # lengths
             self.lun,
             self.itt,
             self.word20,

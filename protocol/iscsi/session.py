@@ -189,6 +189,10 @@ class Session:
         self.discovery = login.discovery
         self.target_name = login.target.name if login.target is not None else ""
         self.parameters = login.parameters
+        # Nothing is sent again, and a task has one R2T at a time, whatever the initiator offered.
+        assert (
+            self.parameters.error_recovery_level == 0 and self.parameters.max_outstanding_r2t == 1
+        )
         self.nexus = nexus
         # The same units by the eight bytes of a LUN, as one number.
         self.units: dict[int, UnitNexus] = {

@@ -19,7 +19,6 @@ from protocol.scsi.task import Abort, TransportTask
 
 ABORT_TASK: Final = 1
 ABORT_TASK_SET: Final = 2
-CLEAR_ACA: Final = 3
 CLEAR_TASK_SET: Final = 4
 LOGICAL_UNIT_RESET: Final = 5
 TARGET_WARM_RESET: Final = 6

@@ -74,9 +74,9 @@ def test_every_command():
 
 
 def test_every_page():
-    assert pages("VPD") == sorted(identity.PAGE_CODES)
+    assert pages("VPD") == sorted(identity.PAGES)
     assert pages("mode") == [page.code for page in mode.PAGES]
-    assert pages("log") == sorted(log.PAGE_CODES)
+    assert pages("log") == sorted((log.SUPPORTED_PAGES, *log.PAGES))
 
 
 def test_every_row_has_a_state_and_tests_that_exist():

@@ -104,7 +104,7 @@ def busy(node: RecordedNode) -> Peer:
     peer, volume = ready(node)
     volume.hold_reads = True
     feed(peer.connection, command_pdu(0xC1, TASK_TAG, 0x28, cmd_sn=5))
-    assert peer.connection.commands_in_flight == 1
+    assert peer.connection.describe()["commands_in_flight"] == 1
     return peer
 
 
@@ -158,7 +158,7 @@ def sent_in(state: State, first: int, chunk: int) -> tuple[bytes, bool]:
     outcome = bytes(peer.take()), peer.closed
     other.command(bytes((0x12, 0, 0, 0, 96, 0)), read_bytes=96)
     peer.connection.connection_lost()
-    assert not peer.connection.commands_in_flight
+    assert not peer.connection.describe()["commands_in_flight"]
     assert peer.connection not in [
         session for session in node.directory.opened if session not in node.directory.closed
     ]

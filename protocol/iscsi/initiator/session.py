@@ -148,7 +148,6 @@ class InitiatorSession:
             if parameters.immediate_data
             else 0
         )
-        command.immediate_bytes = immediate
         asked_first = parameters.initial_r2t or not self._unsolicited_data
         unsolicited = immediate if asked_first else min(size, parameters.unsolicited_bytes)
         more = unsolicited > immediate

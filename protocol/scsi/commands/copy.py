@@ -31,13 +31,7 @@ _BLOCK_TO_BLOCK: Final = 0x02
 _BLOCK_TO_BLOCK_BYTES: Final = 28
 _SEGMENT: Final = Struct(">BBHHH2xHQQ")
 # Where the fields of a segment descriptor lie, for the field pointer of sense data.
-_LENGTH_AT, _SOURCE_INDEX_AT, _DESTINATION_INDEX_AT, _SOURCE_LBA_AT, _DESTINATION_LBA_AT = (
-    2,
-    4,
-    6,
-    12,
-    20,
-)
+_LENGTH_AT, _SOURCE_LBA_AT, _DESTINATION_LBA_AT = 2, 12, 20
 _SEGMENT_SECTORS_MAX: Final = 0xFFFF  # what the field can say
 _NO_LIST_ID: Final = 3
 _USAGE_RESERVED: Final = 1

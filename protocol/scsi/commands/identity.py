@@ -113,7 +113,7 @@ def _unit_designators(unit: LogicalUnit) -> tuple[tuple[int, int, bytes], ...]:
 
 
 def _supported_pages(_request: Request) -> bytes:
-    return bytes(sorted(_PAGES))
+    return bytes(sorted(PAGES))
 
 
 def _serial(request: Request) -> bytes:
@@ -172,7 +172,7 @@ def _provisioning(_request: Request) -> bytes:
     return bytes((limits.THRESHOLD_EXPONENT, _PROVISIONING_FLAGS, _PROVISIONING_THIN, 0))
 
 
-_PAGES: Final[dict[int, Callable[[Request], bytes]]] = {
+PAGES: Final[dict[int, Callable[[Request], bytes]]] = {
     0x00: _supported_pages,
     0x80: _serial,
     0x83: _device_identification,
@@ -181,11 +181,10 @@ _PAGES: Final[dict[int, Callable[[Request], bytes]]] = {
     0xB1: _block_characteristics,
     0xB2: _provisioning,
 }
-PAGE_CODES: Final = frozenset(_PAGES)
 
 
 def _vital_product_data(request: Request, code: int) -> bytes:
-    page = _PAGES.get(code)
+    page = PAGES.get(code)
     if page is None:
         raise CheckCondition(sense.invalid_field_in_cdb(2))
     if request.mapped is None:

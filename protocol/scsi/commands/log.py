@@ -73,22 +73,20 @@ def _clone(unit: LogicalUnit) -> list[tuple[int, bytes]]:
     return [*told, _parameter(STATE, (SPLITTING if found.running else BACKED).to_bytes(8, "big"))]
 
 
-_PAGES: Final[dict[int, Callable[[LogicalUnit], list[tuple[int, bytes]]]]] = {
+PAGES: Final[dict[int, Callable[[LogicalUnit], list[tuple[int, bytes]]]]] = {
     LOGICAL_BLOCK_PROVISIONING: _provisioning,
     CLONE: _clone,
 }
 
-PAGE_CODES: Final = frozenset((SUPPORTED_PAGES, *_PAGES))
-
 
 def _supported(with_subpages: bool) -> bytes:
-    codes = (SUPPORTED_PAGES, *sorted(_PAGES))
+    codes = (SUPPORTED_PAGES, *sorted(PAGES))
     if not with_subpages:
         return _HEAD.pack(SUPPORTED_PAGES, 0, len(codes)) + bytes(codes)
     pairs = [
         (SUPPORTED_PAGES, 0),
         (SUPPORTED_PAGES, _ALL_SUBPAGES),
-        *((code, 0) for code in sorted(_PAGES)),
+        *((code, 0) for code in sorted(PAGES)),
     ]
     return _HEAD.pack(SUPPORTED_PAGES | 0x40, _ALL_SUBPAGES, 2 * len(pairs)) + bytes(
         byte for pair in pairs for byte in pair
@@ -106,7 +104,7 @@ def log_sense(request: Request) -> Plan:
         raise CheckCondition(sense.invalid_field_in_cdb(2, 7))
     if code == SUPPORTED_PAGES and subpage in (0, _ALL_SUBPAGES):
         return cut(_supported(subpage == _ALL_SUBPAGES), allocation)
-    page = _PAGES.get(code)
+    page = PAGES.get(code)
     if page is None:
         raise CheckCondition(sense.invalid_field_in_cdb(2, 5))
     if subpage:
