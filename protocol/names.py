@@ -8,19 +8,21 @@ from typing import Final
 
 # RFC 7143 4.2.7.1.
 NAME_BYTES_MAX: Final = 223
-# What stands between a node's name and the rest of a port's name.
+# Between a node's name and the rest of a port's name.
 INITIATOR_PORT: Final = ",i,0x"
 TARGET_PORT: Final = ",t,0x"
 ISID_DIGITS: Final = 12
+# All addresses of the daemon are one portal group.
+PORTAL_GROUP_TAG: Final = 1
 _TARGET_PORT_DIGITS: Final = 4
 
 
 def fold(name: str) -> str:
     """An iSCSI name in the form in which it is compared.
 
-    Of RFC 3722, lower case is all that a name needs which somebody configured here: those are ASCII
-    (`control.methods.ISCSI_NAME`). What an initiator claims may have other characters; such a name
-    is on no list, and only has to be the same each time.
+    Configured names are ASCII (`control.methods.ISCSI_NAME`), for which RFC 3722 is just lower
+    case. An initiator may claim a name with other characters: that is on no access list, and only
+    has to be the same each time.
     """
     return name.lower()
 

@@ -27,8 +27,8 @@ from protocol.volume import Buffer
 
 
 class Timeouts:
-    """What time ends a connection: a login or a discovery session that takes too long, and an
-    initiator that gives no sign of life. ``heard`` is set by each sign of life.
+    """The timeouts of a connection: for login, for a discovery session, and for an initiator that
+    is silent. ``heard`` is set by each sign of life.
     """
 
     __slots__ = ("_asked", "_began_seconds", "_silent_since_seconds", "heard")
@@ -68,8 +68,8 @@ class Timeouts:
 
 
 class TargetConnection:
-    """One connection. The daemon gives three callables and calls the methods; the addresses are
-    only reported.
+    """One connection. The daemon passes three callables and calls the methods; the addresses are
+    only for reports.
 
     ``send(buffers)`` hands over what is to be written, in order. ``wake()`` asks for one
     ``flush_output()`` soon. ``close()`` asks to close the transport once everything sent has been
@@ -185,11 +185,11 @@ class TargetConnection:
         self._sender.paused = True
 
     def resume_writing(self) -> None:
-        """The client drains: go on with reads under way, then with what has been received.
+        """The client drains: continue reads under way, then process what has been received.
 
-        That may call `pause_writing` again: whether to read is for ``paused`` to say.
+        That may call `pause_writing` again: look at ``paused`` before reading on.
         """
-        # It takes what it is sent: a sign of life, though nothing is read of it meanwhile.
+        # The peer takes what it is sent. That is a sign of life, even if it sends nothing.
         self._timeouts.heard = True
         self._sender.resume()
         self._process()
@@ -219,9 +219,10 @@ class TargetConnection:
         self.node.reinstate(self._key, self, lambda: self._open_session(result, login.stat_sn))
 
     def _open_session(self, result: LoginResult, stat_sn: int) -> None:
-        """No older session is in the way: make the nexus and answer the login.
+        """Make the nexus and answer the login, now that no older session of this initiator port
+        exists.
 
-        The target is looked up again: its LUNs and whom it is for may have changed since the login
+        The target is looked up again: its LUNs and access list may have changed since the login
         began.
         """
         assert result.target is not None and self._key is not None
@@ -270,7 +271,7 @@ class TargetConnection:
         if self._sender.closed:
             return
         if self._phase is not None:
-            # The writes of this wake-up are answered while that is possible.
+            # Answer the writes of this wake-up while the connection is still open.
             self._phase.session.settle()
         self._sender.flush()
         self._close_session()
@@ -300,8 +301,8 @@ class TargetConnection:
             self._receive.release()
 
     def reinstated(self, quiet: Callable[[], None]) -> None:
-        """The same initiator port has logged in again: end at once (RFC 7143 6.3.5), and say when
-        nothing touches a volume.
+        """The same initiator port has logged in again: end at once (RFC 7143 6.3.5), and call
+        ``quiet`` when no command of this session can touch a volume.
         """
         phase = self._phase
         self._end()
@@ -348,7 +349,7 @@ class TargetConnection:
 
     @property
     def logged_in(self) -> bool:
-        """The login has ended well."""
+        """The login has succeeded."""
         return self._phase is not None
 
     @property
@@ -358,7 +359,7 @@ class TargetConnection:
 
     @property
     def paused(self) -> bool:
-        """The client does not drain: nothing is to be read."""
+        """The client does not drain, so do not read from it."""
         return self._sender.paused
 
     def describe(self) -> dict[str, object]:

@@ -102,7 +102,7 @@ class QueryAnswer:
         self._flags = flags
 
     def start(self, query: Query) -> None:
-        """Ask."""
+        """Start the query."""
         self._task.busy = True
         query.start(self._answered)
 

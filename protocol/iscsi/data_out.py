@@ -1,9 +1,9 @@
 """The data-out half of a task: immediate, unsolicited and solicited data (RFC 7143 4.2.5.2, 11.7,
 11.8).
 
-All data of a command gather in one buffer of its own, in order (DataPDUInOrder and
-DataSequenceInOrder are Yes), except fully immediate data, which are handed on from the receive
-buffer without a copy.
+The data of a command are collected in its own buffer, in order (DataPDUInOrder and
+DataSequenceInOrder are Yes). Data that are all immediate are passed on from the receive buffer
+without a copy.
 """
 
 from collections import deque
@@ -47,7 +47,7 @@ class WriteAllowance:
         task.solicit()
 
     def task_ended(self, task: TransportTask) -> None:
-        """A task that had room has ended: others get theirs."""
+        """A task that had room has ended: give its room to those that wait."""
         assert isinstance(task, WriteTask) and task.reserved_bytes
         self._reserved -= task.reserved_bytes
         task.reserved_bytes = 0
@@ -65,9 +65,7 @@ class WriteAllowance:
 
 
 class GatedStart:
-    """The start of a task that its logical unit's gate decides on, and the watcher of those that it
-    waits for.
-    """
+    """Starts a task when its logical unit's gate opens; watches the tasks that it waits for."""
 
     __slots__ = ("_data", "_task", "_unit")
 
@@ -77,8 +75,8 @@ class GatedStart:
         self._data = data
 
     def enter(self, exclusive: bool) -> None:
-        """Queue at the gate. Where it was open, the changes under way, of all sessions, are counted
-        and watched.
+        """Queue at the gate. If it was open, count and watch the changes under way, of all
+        sessions.
         """
         gate, under_way = self._unit.gate, list[TransportTask]()
         if not gate.closed:
@@ -98,9 +96,8 @@ class GatedStart:
             return
         task.watchers = (*task.watchers, self)
         if sanitization is not None and not (sanitization.failed and task.detached):
-            task.refuse(
-                sanitization.cause()
-            )  # it began while this command waited, and nothing may be written any more
+            # It began while this command waited: nothing may be written any more.
+            task.refuse(sanitization.cause())
             return
         task.start(self._data)
         self._unit.volume.settle()  # the turn may have come in another session's wake-up
@@ -138,7 +135,7 @@ class WriteTask(Task):
         self.wanted_bytes = operation.data_bytes
         self.raw_lun = pdu.lun
         self.buffer = bytearray()
-        self.collecting = True  # until all data are there; what comes later is dropped
+        self.collecting = True  # until all data have come; later PDUs are dropped
         self.r2t_count = 0
         self.reserved_bytes = 0  # of the session's allowance
         self._allowance = allowance
@@ -158,7 +155,7 @@ class WriteTask(Task):
 
     @property
     def detached(self) -> bool:
-        """A sanitize operation, which does not end with its command."""
+        """True for a sanitize operation, which outlives its command."""
         return self._operation.detached
 
     def begin(self, pdu: Pdu) -> None:
@@ -175,8 +172,8 @@ class WriteTask(Task):
             self._allowance.solicit(self)
 
     def take(self, pdu: Pdu) -> None:
-        """One Data-Out PDU. What breaks the sequence ends the task with the sense that RFC 7143
-        11.4.7.2 names.
+        """Take one Data-Out PDU. A PDU out of sequence ends the task with the sense data of RFC
+        7143 11.4.7.2.
         """
         if pdu.ttt != self._ttt:
             self._out_of_sequence(pdu)
@@ -197,9 +194,8 @@ class WriteTask(Task):
         if offset + size > limit:
             self.end(self.r2t_count, sense.INCORRECT_AMOUNT_OF_DATA, moved=self._received)
             return
-        usable = max(
-            0, min(size, self._total - offset)
-        )  # the PDU may announce more than the CDB wants
+        # The PDU may announce more than the CDB wants.
+        usable = max(0, min(size, self._total - offset))
         self.buffer[offset : offset + usable] = pdu.data[:usable]
         self._received = offset + size
         self._data_sn += 1
@@ -225,9 +221,8 @@ class WriteTask(Task):
         """Send one R2T for the next burst."""
         session = self.session
         size = min(session.parameters.max_burst_bytes, self._total - self._received)
-        if (
-            len(self.buffer) < self._total
-        ):  # only now: a task that waits for its turn has memory for what it was sent, not more
+        # Only now, so that a waiting task holds memory only for what it has received.
+        if len(self.buffer) < self._total:
             whole = bytearray(self._total)
             whole[: self._received] = memoryview(self.buffer)[: self._received]
             self.buffer = whole

@@ -1,17 +1,15 @@
-"""Errors of an iSCSI connection. Each class says by its attributes what goes on the wire before the
-connection ends, if anything.
+"""Errors that end an iSCSI connection. A class with a ``status`` sends that in a login response
+first.
 """
 
 
 class IscsiError(Exception):
-    """Root of what a peer's bytes can raise inside the protocol; `TargetConnection` catches it and
-    ends that connection.
-    """
+    """Root of the errors that a peer's bytes can cause; the connection catches it and ends."""
 
 
 class ProtocolError(IscsiError):
-    """The peer broke the protocol so that the stream cannot be trusted: the connection
-    is closed.
+    """The peer broke the protocol in a way that leaves the stream unusable: the connection is
+    closed.
     """
 
 
@@ -68,7 +66,7 @@ class SessionDoesNotExist(LoginRefused):
 
 
 class InvalidDuringLogin(LoginRefused):
-    """A request that does not belong into this stage."""
+    """A request that this stage of the login does not allow."""
 
     status = 0x020B
 

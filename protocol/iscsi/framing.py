@@ -1,5 +1,4 @@
-"""Where bytes become PDUs, and PDUs become bytes: the receive buffer, the outgoing list, digests
-and padding.
+"""Bytes to PDUs and back: the receive buffer, the output list, digests and padding.
 
 `ReceiveBuffer` invariant: ``0 <= start <= end <= len(storage)``; bytes before ``start`` were
 handled. After `compact` the free part is never empty and the PDU that is under way fits.
@@ -54,7 +53,7 @@ class ReceiveBuffer:
         return self.view[self.end :]
 
     def grow(self, size_bytes: int, data_bytes_max: int) -> None:
-        """Go over to a larger buffer, unhandled bytes included."""
+        """Move to a larger buffer, with the unhandled bytes."""
         rest = self.view[self.start : self.end]
         self.storage = bytearray(size_bytes)
         self.view = memoryview(self.storage)
@@ -63,17 +62,15 @@ class ReceiveBuffer:
         self.data_bytes_max = data_bytes_max
 
     def release(self) -> None:
-        """Nothing will be received any more: half a megabyte goes back now, whoever still holds
-        this object.
+        """Nothing will be received any more: free half a megabyte now, even while this object is
+        referenced.
         """
         self.storage = bytearray()
         self.view = memoryview(self.storage)
         self.start = self.end = 0
 
     def compact(self) -> None:
-        """Move an incomplete tail to the front, but only where its PDU could not be completed
-        behind it.
-        """
+        """Move an incomplete tail to the front, but only if its PDU would not fit where it is."""
         start, end = self.start, self.end
         if start == end:
             self.start = self.end = 0

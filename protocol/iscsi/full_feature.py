@@ -151,7 +151,7 @@ class FullFeaturePhase:
 
     def _logout(self, pdu: Pdu) -> None:
         session = self.session
-        session.settle()  # what came before is answered before
+        session.settle()  # requests that came before are answered first
         reason = pdu.flags & 0x7F
         outcome = _LOGOUT_DONE
         if reason == _CLOSE_CONNECTION and pdu.word20 >> 16 != self._cid:
@@ -200,7 +200,7 @@ class FullFeaturePhase:
         )
 
     def release(self) -> None:
-        """Nothing can happen any more: drop the volumes."""
+        """Drop the references to the volumes: nothing can happen any more."""
         self._leave_fast_path()
         self.session.units.clear()
 

@@ -1,5 +1,4 @@
-"""The iSCSI target node: what all connections share. Which targets there are, which sessions, and
-their logical units.
+"""The iSCSI target node: what all connections share, that is targets, sessions and logical units.
 
 A daemon implements `TargetDirectory` and makes one `TargetNode` over it.
 """
@@ -116,15 +115,15 @@ class TargetNode:
     """
 
     directory: TargetDirectory
-    # Addresses to tell an initiator that asks through one of them (SendTargets); that one comes
+    # Addresses that SendTargets tells an initiator, by the one that it asks through, which comes
     # first.
     portals: Callable[[str], list[str]] = lambda portal: [portal]
     keeper: StateKeeper | None = None
-    # What initiators are told of physical blocks (`LogicalUnit`). There are some that take no disk
-    # with other ones than of 512 bytes.
+    # What initiators are told of physical blocks (`LogicalUnit`). Some accept only disks whose
+    # physical blocks have 512 bytes.
     physical_block_exponent: int = PHYSICAL_BLOCK_EXPONENT
-    # Told before a session is ended because its initiator port logs in again: the session, and the
-    # one that comes.
+    # Called before a session is ended because its initiator port logs in again, with the old
+    # session and the new one.
     taken_over: Callable[[SessionView, SessionView], None] = lambda _older, _newer: None
     # The daemon gives it the event loop's ``call_soon``.
     turns: Turns = field(default_factory=Turns)
@@ -135,7 +134,7 @@ class TargetNode:
     _tsihs: set[int] = field(default_factory=set)
 
     def take_tsih(self) -> int:
-        """A session handle that no session has. Raises OutOfResources."""
+        """A free TSIH (target session identifying handle). Raises OutOfResources."""
         if len(self._tsihs) >= _TSIH_MAX:
             raise OutOfResources("no session handle is free")
         while True:
@@ -145,7 +144,7 @@ class TargetNode:
                 return self._last_tsih
 
     def release_tsih(self, tsih: int) -> None:
-        """The session of this handle has ended."""
+        """The session with this TSIH has ended."""
         self._tsihs.discard(tsih)
 
     def unit_for(self, volume: BlockVolume) -> LogicalUnit:
@@ -154,7 +153,7 @@ class TargetNode:
         if unit is None or not unit.in_use:
             unit = self.units[volume.uuid] = self._new_unit(volume)
         elif not unit.nexuses:
-            unit.volume = volume  # nobody used the unit; the daemon may have opened its volume anew
+            unit.volume = volume  # the unit was unused; the daemon may have opened its volume anew
             unit.refresh_capacity()
         return unit
 
@@ -183,7 +182,7 @@ class TargetNode:
         return nexus
 
     def close_nexus(self, nexus: Nexus) -> None:
-        """Unmap, and forget units that nobody uses any more."""
+        """Unmap all LUNs, and forget units that are not in use any more."""
         units = [mapped.unit for mapped in nexus.units.values()]
         nexus.close()
         for unit in units:
@@ -195,7 +194,7 @@ class TargetNode:
             unit.retire()
 
     def volume_deleted(self, uuid: UUID) -> None:
-        """What its unit held beyond its sessions (`LogicalUnit.in_use`) is for nobody any more."""
+        """Drop its unit, with the state that outlives sessions (`LogicalUnit.in_use`)."""
         unit = self.units.pop(uuid, None)
         if unit is not None:
             unit.retire()
@@ -228,8 +227,8 @@ class TargetNode:
         if older is None:
             ready()
         else:
-            # It stays registered until it has drained, and another login of the port may have come
-            # first by then.
+            # It stays registered until it is quiet; by then another login of the port may have come
+            # first.
             self.taken_over(older, newer)
             older.reinstated(lambda: self.reinstate(key, newer, ready))
 
@@ -239,7 +238,7 @@ class TargetNode:
         self.directory.session_opened(session)
 
     def unregister(self, key: SessionKey, session: NodeSession, tsih: int) -> None:
-        """A registered session has ended and drained."""
+        """A registered session has ended, and is quiet."""
         if self.sessions.get(key) is session:
             del self.sessions[key]
         self.release_tsih(tsih)

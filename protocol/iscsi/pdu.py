@@ -52,6 +52,11 @@ STATUS_PRESENT: Final = 0x01
 TRANSIT: Final = 0x80
 CONTINUE: Final = 0x40
 
+# Login stages (11.12.3).
+SECURITY_STAGE: Final = 0
+OPERATIONAL_STAGE: Final = 1
+FULL_FEATURE: Final = 3
+
 # Reject reasons (11.17.1).
 REJECT_DATA_DIGEST: Final = 0x02
 REJECT_SNACK: Final = 0x03

@@ -1,5 +1,5 @@
-"""SCSI Command PDUs (RFC 7143 11.3): what one announces is checked against what login has agreed on
-and against what its CDB asks for, and that is carried out.
+"""SCSI Command PDUs (RFC 7143 11.3): check what a PDU announces against the negotiated parameters
+and the CDB, and execute the command.
 """
 
 from typing import Final
@@ -74,8 +74,8 @@ def execute(session: Session, allowance: WriteAllowance, pdu: Pdu) -> None:
         pdu.header[_OPERATION_CODE_AT] not in _BATCHED
         or pdu.flags & TASK_ATTRIBUTE not in _UNORDERED
     ):
-        # What changes or reports more than sectors, or is to come in order, must see the writes
-        # before it.
+        # Commands that change or report more than sectors, or are ordered, must see the writes
+        # before them.
         session.settle()
     lun = decode_lun(pdu.lun)
     mapped = session.nexus.units.get(lun)

@@ -188,11 +188,9 @@ class Session:
         self.initiator_name = login.initiator_name
         self.discovery = login.discovery
         self.target_name = login.target.name if login.target is not None else ""
-        self.parameters = login.parameters
+        self.parameters = parameters = login.parameters
         # Nothing is sent again, and a task has one R2T at a time, whatever the initiator offered.
-        assert (
-            self.parameters.error_recovery_level == 0 and self.parameters.max_outstanding_r2t == 1
-        )
+        assert parameters.error_recovery_level == 0 and parameters.max_outstanding_r2t == 1
         self.nexus = nexus
         # The same units by the eight bytes of a LUN, as one number.
         self.units: dict[int, UnitNexus] = {

@@ -1,8 +1,7 @@
-"""Task management (RFC 7143 11.5, 11.6; SAM-5 clause 7): abort and reset, answered only when it is
-true.
+"""Task management (RFC 7143 11.5, 11.6; SAM-5 clause 7): abort and reset.
 
-An aborted command that a volume still holds may yet change the disk; the answer waits until the
-last of them has ended.
+A function is answered when the last of its aborted commands has ended: one that a volume still
+holds may change the disk until then.
 """
 
 from collections.abc import Callable, Iterable

@@ -1,10 +1,10 @@
-"""Text requests in the full feature phase (RFC 7143 11.10, 11.11): SendTargets, and what little may
-be negotiated then.
+"""Text requests in the full feature phase (RFC 7143 11.10, 11.11): SendTargets, and the one key
+that may be renegotiated.
 
 A request may be continued over several PDUs (C bit), and an answer that does not fit the
 initiator's data segment is given piece by piece, each fetched with the target transfer tag of the
-last. A piece is made when it is fetched, in a turn of the event loop (`protocol.turns`): a
-list of all targets, asked for again and again, takes no session's time, and has no greatest length.
+last. A piece is made when it is fetched, in a turn of the event loop (`protocol.turns`): a long
+list of targets does not delay other sessions, and its length is not limited.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,7 +13,6 @@ from typing import Final
 
 from protocol.iscsi import keys, limits, text
 from protocol.iscsi.errors import TextError
-from protocol.iscsi.login import PORTAL_GROUP
 from protocol.iscsi.node import TargetNode
 from protocol.iscsi.pdu import (
     CONTINUE,
@@ -24,7 +23,7 @@ from protocol.iscsi.pdu import (
     Pdu,
 )
 from protocol.iscsi.session import Session
-from protocol.names import fold
+from protocol.names import PORTAL_GROUP_TAG, fold
 
 ALL: Final = "All"
 # The only operational key that may be declared again in the full feature phase (RFC 7143 13.12).
@@ -35,8 +34,8 @@ _EXCHANGE_TAG: Final = 1
 class TextExchange:
     """One exchange at a time, as the standard allows no more on a connection.
 
-    ``_records`` is what is still to be answered, ``_rest`` what of it was made and not sent;
-    ``_waiting``: a turn was asked for.
+    ``_records`` yields what is left of the answer, ``_rest`` is what of it was made and not sent;
+    ``_waiting`` is True while a turn was asked for.
     """
 
     __slots__ = (
@@ -59,8 +58,8 @@ class TextExchange:
         self._waiting = False
 
     def handle(self, pdu: Pdu) -> None:
-        """Take one text request and answer it; Reject where it is no text, or comes before the last
-        one is answered.
+        """Take one text request and answer it. Send a Reject if it is no text, or comes before the
+        last one was answered.
         """
         session = self._session
         if self._waiting:
@@ -105,9 +104,7 @@ class TextExchange:
         self._session.sender.put(header, data)
 
     def _send(self, pdu: Pdu) -> None:
-        """The next piece. A byte more than it holds is made, so that it is known whether it is the
-        last.
-        """
+        """Send the next piece. One byte more than fits is made, to know whether it is the last."""
         self._waiting = False
         session = self._session
         segment = min(session.parameters.peer_data_segment_bytes, limits.TEXT_PIECE_BYTES)
@@ -149,7 +146,7 @@ class TextExchange:
             names = [own] if fold(wanted) in ("", fold(own)) else []
         addresses = text.encode(
             [
-                ("TargetAddress", f"{address},{PORTAL_GROUP}")
+                ("TargetAddress", f"{address},{PORTAL_GROUP_TAG}")
                 for address in node.portals(self._portal)
             ]
         )

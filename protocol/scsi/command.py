@@ -140,8 +140,8 @@ NO_DATA: Final = Reply()
 def check_range(unit: LogicalUnit, lba: int, sectors: int) -> tuple[int, int]:
     """Offset and length in bytes of a range of sectors; LBA OUT OF RANGE where it passes the end.
 
-    A length of zero is no error, but its LBA must lie on the disk (SBC-3 5.11: iscsi clients test
-    for it), the end included.
+    A length of zero is no error, but its LBA must still lie on the disk (SBC-3 5.11; libiscsi's
+    suite tests it).
     """
     total = unit.sectors
     if lba > total or sectors > total - lba or (sectors == 0 and lba == total):

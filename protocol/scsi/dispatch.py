@@ -22,7 +22,7 @@ from protocol.scsi.logical_unit import LogicalUnit, Nexus, UnitNexus
 from protocol.scsi.plan import Plan
 
 TABLE: Final = CommandTable()
-# In the order in which REPORT SUPPORTED OPERATION CODES tells them.
+# In the order of REPORT SUPPORTED OPERATION CODES.
 for _family in (
     readiness.COMMANDS,
     identity.COMMANDS,
@@ -71,7 +71,7 @@ def _check_sanitize(unit: LogicalUnit, command: Command) -> None:
 
 
 def prepare(nexus: Nexus, lun: int, cdb: bytes) -> Plan:
-    """Check a command, in the order of SAM-5 5.14 and SPC-4 4.2, and return what it wants of its
+    """Check a command, in the order of SAM-5 5.14 and SPC-4 4.2, and return the plan for its
     transport.
 
     ``cdb`` is 16 bytes or more. Raises `ScsiError` with the status to send.

@@ -1,5 +1,5 @@
-"""What of a logical unit outlives a restart: persistent reservations (APTPL, SPC-4 5.13.5), the
-saved caching mode page, and that a sanitize operation has not ended.
+"""The state of a logical unit that outlives a restart: persistent reservations (APTPL, SPC-4
+5.13.5), the saved caching mode page, and that a sanitize operation has not ended.
 
 The state is a dict: the keys of `Reservations.export`, and beside them ``write_cache`` (missing:
 True) and ``sanitize_unrestricted_exit`` (missing: there is no such operation).
@@ -11,7 +11,7 @@ from uuid import UUID
 from protocol.scsi.logical_unit import Keep, LogicalUnit, Sanitization
 from protocol.volume import Completion
 
-# What is kept where nobody is registered.
+# Kept for a unit without registrations.
 NO_RESERVATIONS: Final[dict[str, Any]] = {
     "registrations": {},
     "holder": None,
@@ -56,7 +56,7 @@ def restore(
     """Give a new unit the state of an earlier run."""
     unit.write_cache = unit.saved_write_cache = write_cache
     if sanitize_unrestricted_exit is not None:
-        # The restart broke it off: SBC-3 4.11.4.
+        # The restart interrupted it: SBC-3 4.11.4.
         unit.sanitization = Sanitization(sanitize_unrestricted_exit, failed=True)
     if reservations["registrations"]:
         unit.reservations.restore(**reservations, target_ports=unit.target_ports())

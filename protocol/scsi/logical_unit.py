@@ -36,8 +36,8 @@ def _keep_nothing(_unit: "LogicalUnit", done: Completion) -> None:
 
 @dataclass(slots=True)
 class Sanitization:
-    """A sanitize operation of a logical unit (SBC-3 4.11): commands that are not about the unit
-    itself fail while it is there.
+    """A sanitize operation of a logical unit (SBC-3 4.11): while it is there, commands that need
+    the medium fail.
     """
 
     unrestricted_exit: bool  # AUSE: after a failure EXIT FAILURE MODE may give up
@@ -50,7 +50,7 @@ class Sanitization:
 
 
 class LogicalUnit:
-    """One disk as SCSI sees it: a volume, its state, and everyone who uses it.
+    """One disk as SCSI sees it: a volume, its state, and its nexuses.
 
     ``physical_block_exponent`` is what clients are told: a physical block is two to this power of
     sectors. ``target_ports()`` are the relative identifiers of all target ports through which the
@@ -92,8 +92,8 @@ class LogicalUnit:
         self.software_write_protect = False
         self.descriptor_sense = False
         self.write_cache = True
-        # What a reset goes back to. A client that switched the cache off for good sends no more
-        # flushes: forgetting it would lose data.
+        # A reset restores this. A client that saved the cache as switched off sends no flushes any
+        # more: forgetting that would lose data.
         self.saved_write_cache = True
         self.sanitization: Sanitization | None = None  # one that runs, or that has failed
         self.gate = Gate(self.state_changed)
@@ -104,7 +104,7 @@ class LogicalUnit:
     @property
     def in_use(self) -> bool:
         """Whether this object holds more than its volume does: nexuses, registrations (SPC-4 5.13),
-        a sanitize operation, a write cache that is not as it was saved.
+        a sanitize operation, a write cache that differs from what was saved.
         """
         registered = self.reservations.registrations
         return bool(
@@ -140,8 +140,8 @@ class LogicalUnit:
             self.attention(sense.CAPACITY_DATA_CHANGED)
 
     def durably(self, done: Completion) -> Completion:
-        """What to give to a change that cannot ask for FUA: ``done`` itself, or with the write
-        cache switched off a flush before it.
+        """The completion for a change without a FUA bit: ``done`` itself, or, with the write cache
+        switched off, a flush and then ``done``.
         """
         if self.write_cache:
             return done
@@ -178,8 +178,8 @@ class LogicalUnit:
         self.attention(sense.BUS_DEVICE_RESET)
 
     def retire(self) -> None:
-        """Nobody will use this object again: end the ring of references, in which it would keep its
-        volume.
+        """Break the reference cycles, which would keep the volume alive: this object is not used
+        again.
         """
         self.gate.retire()
         self.reservations.retire()
@@ -287,7 +287,7 @@ class Nexus:
         self.target_name = target_name
         self.units: dict[int, UnitNexus] = {}
         # Third-party copies by their list identifier, a byte: those that run, and those whose
-        # outcome nobody has asked for yet.
+        # outcome was not reported yet.
         self.copies: dict[int, CopyProgress] = {}
 
     def map(self, lun: int, unit: LogicalUnit) -> UnitNexus:
@@ -310,7 +310,7 @@ class Nexus:
                 mapped.attention(cause)
 
     def close(self) -> None:
-        """Let go of all units."""
+        """Detach all units."""
         for mapped in self.units.values():
             mapped.detach()
         self.units.clear()

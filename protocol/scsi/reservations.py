@@ -1,5 +1,5 @@
-"""Reservations of one logical unit (SPC-4 5.13; RESERVE(6) of SPC-2 8.1): who is registered, who
-holds what, what that forbids.
+"""Reservations of one logical unit (SPC-4 5.13; RESERVE(6) of SPC-2 8.1): registrations, holders,
+and what they forbid.
 
 Registrations belong to an I_T nexus (`NexusId`): initiator port (iSCSI name and ISID) and target
 port. An initiator port that reaches the unit through two targets has two. They outlive sessions.
@@ -30,11 +30,11 @@ EXCLUSIVE_KINDS: Final = frozenset(
 )
 KINDS: Final = REGISTRANTS_KINDS | EXCLUSIVE_KINDS | {WRITE_EXCLUSIVE}
 _GENERATION_MASK: Final = 0xFFFFFFFF
-# A cluster has tens of nodes with a few paths each; a stranger must not fill memory with
+# A cluster has tens of nodes with a few paths each; an initiator must not fill memory with
 # registrations.
 REGISTRATIONS_MAX: Final = 1024
-# Of a holder that an earlier version stored: it registered initiator ports for all target ports
-# together.
+# The target port of a holder that an earlier version stored, which registered an initiator port for
+# all target ports together.
 ANY_TARGET_PORT: Final = 0
 
 
@@ -62,7 +62,7 @@ class NexusId(NamedTuple):
 
 
 def _nothing() -> None:
-    """Where no nexus is left that would have to know."""
+    """The callback of reservations whose unit is not used any more."""
 
 
 @dataclass(slots=True)
@@ -109,9 +109,8 @@ class Reservations:
         return next(key for nexus, key in self.registrations.items() if self.held_by(nexus))
 
     def held_by(self, nexus: NexusId) -> bool:
-        """Whether ``nexus`` is the one that took the reservation, or was given it. Which nexus of
-        its port that was, earlier versions did not store: then it is each of them, as it was to
-        those versions.
+        """Whether ``nexus`` is the one that took the reservation, or was given it. Earlier versions
+        did not store which nexus of its port that was: then it is each of them.
         """
         return self.holder in (nexus, (nexus.initiator_port, ANY_TARGET_PORT))
 
@@ -203,7 +202,7 @@ class Reservations:
         self.holder, self.kind = None, 0
 
     def reserve(self, nexus: NexusId, kind: int) -> bool:
-        """Take the reservation; False where another one is in the way."""
+        """Take the reservation; False if there is another one."""
         if self.kind:
             return self.holds(nexus) and self.kind == kind
         self.holder, self.kind = nexus, kind
@@ -255,7 +254,7 @@ class Reservations:
         return removed, takes and before != kind
 
     def retire(self) -> None:
-        """Changes have no effect on nexuses any more."""
+        """Stop calling ``changed``: the unit is not used any more."""
         self.changed = _nothing
 
     def export(self) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Sense data (SPC-4 4.5): what was wrong, in the fixed and in the descriptor format."""
+"""Sense data (SPC-4 4.5), in the fixed and in the descriptor format."""
 
 from dataclasses import dataclass
 from struct import Struct
@@ -137,7 +137,7 @@ INLINE_DATA_LENGTH_EXCEEDED: Final = Sense(ILLEGAL_REQUEST, 0x26, 0x0B)
 COPY_TARGET_NOT_REACHABLE: Final = Sense(COPY_ABORTED, 0x0D, 0x02)
 THIRD_PARTY_DEVICE_FAILURE: Final = Sense(COPY_ABORTED, 0x0D, 0x01)
 INTERNAL_TARGET_FAILURE: Final = Sense(HARDWARE_ERROR, 0x44, 0x00)
-# RFC 7143 11.4.7.2 names these three for what goes wrong in the data phase.
+# For errors in the data phase (RFC 7143 11.4.7.2).
 UNEXPECTED_UNSOLICITED_DATA: Final = Sense(ABORTED_COMMAND, 0x0C, 0x0C)
 INCORRECT_AMOUNT_OF_DATA: Final = Sense(ABORTED_COMMAND, 0x0C, 0x0D)
 PROTOCOL_SERVICE_CRC_ERROR: Final = Sense(ABORTED_COMMAND, 0x47, 0x05)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from random import Random
 from typing import Final
 
-from protocol.iscsi import chap, login, pdu, text
+from protocol.iscsi import chap, pdu, text
 from protocol.iscsi.chap import ChapSecrets
 from protocol.iscsi.errors import IscsiError
 from protocol.iscsi.pdu import pack
@@ -347,7 +347,7 @@ _LOGIN_BODY: Final = text.encode(
         ("InitialR2T", "No"),
     ]
 )
-_LOGIN: Final = _login_pdu(_LOGIN_BODY, pdu.TRANSIT | login.OPERATIONAL << 2 | login.FULL_FEATURE)
+_LOGIN: Final = _login_pdu(_LOGIN_BODY, pdu.TRANSIT | pdu.OPERATIONAL_STAGE << 2 | pdu.FULL_FEATURE)
 _OPCODES: Final = (0, 1, 1, 1, 1, 2, 4, 5, 5, 6, 0x10)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from protocol.iscsi import login, pdu
+from protocol.iscsi import pdu
 from protocol.iscsi.chap import ChapSecrets
 from protocol.iscsi.pdu import FINAL, RESERVED_TAG, pack
 from tests.protocol.coupling import Coupling, Peer, feed, settings
@@ -52,24 +52,24 @@ def untouched(node: RecordedNode) -> Peer:
 
 def security_begun(node: RecordedNode) -> Peer:
     node.directory.chap = None
-    return connected(node, request(HELLO, login.SECURITY, None))
+    return connected(node, request(HELLO, pdu.SECURITY_STAGE, None))
 
 
 def challenged(node: RecordedNode) -> Peer:
     node.directory.chap = SECRETS
     return connected(
         node,
-        request(HELLO, login.SECURITY, None),
-        request([("CHAP_A", "7,5")], login.SECURITY, None),
+        request(HELLO, pdu.SECURITY_STAGE, None),
+        request([("CHAP_A", "7,5")], pdu.SECURITY_STAGE, None),
     )
 
 
 def operational(node: RecordedNode) -> Peer:
-    return connected(node, request(NAMES, login.OPERATIONAL, None))
+    return connected(node, request(NAMES, pdu.OPERATIONAL_STAGE, None))
 
 
 def text_continued(node: RecordedNode) -> Peer:
-    return connected(node, request(b"Initiat", login.OPERATIONAL, None, flags=pdu.CONTINUE))
+    return connected(node, request(b"Initiat", pdu.OPERATIONAL_STAGE, None, flags=pdu.CONTINUE))
 
 
 def full_feature(node: RecordedNode) -> Peer:

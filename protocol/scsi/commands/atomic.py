@@ -1,7 +1,7 @@
 """COMPARE AND WRITE and ORWRITE (SBC-3 5.2, 5.17): a read and a write that depends on it, as one
 operation.
 
-WRITE ATOMIC (SBC-4 5.48): a write that is there entirely or not at all, whatever happens.
+WRITE ATOMIC (SBC-4 5.48): a write that is durable as a whole or not at all.
 """
 
 from typing import Final
@@ -76,10 +76,10 @@ def or_write(request: Request) -> Plan:
 
 
 def write_atomic(request: Request) -> Plan:
-    """WRITE ATOMIC(16): whole blocks only, for a volume takes those over in one step
+    """WRITE ATOMIC(16): whole blocks only, which a volume writes in one step
     (`protocol.volume.ATOMIC_WRITE_BYTES_MAX`).
 
-    Data that are cut short by the client are refused: part of an atomic write is no atomic write.
+    A client that announces less data is refused: part of an atomic write would not be atomic.
     """
     cdb, unit = request.cdb, request.unit
     lba, sectors = int.from_bytes(cdb[2:10], "big"), int.from_bytes(cdb[12:14], "big")

@@ -1,4 +1,4 @@
-"""LOG SENSE (SPC-4 6.8, 7.3; SBC-3 6.4.5): what the volume takes up in its pool, and how much of a
+"""LOG SENSE (SPC-4 6.8, 7.3; SBC-3 6.4.5): how much of its pool a volume uses, and how much of a
 clone is still backed.
 
 The clone page is ours (page code 30h, in the vendor specific range). Its parameters, each a number
@@ -27,7 +27,7 @@ HOLES_TOTAL: Final = 0x0002
 STATE: Final = 0x0003
 NOT_BACKED, BACKED, SPLITTING = range(3)
 _ALL_SUBPAGES: Final = 0xFF
-_CUMULATIVE: Final = 1  # page control 01b; there are no thresholds and no defaults to tell of
+_CUMULATIVE: Final = 1  # page control 01b; there are no thresholds and no defaults
 _HEAD: Final = Struct(">BBH")
 _PARAMETER_HEAD: Final = Struct(">HBB")
 _BINARY_LIST: Final = 0x03  # format and linking: a list parameter in binary
@@ -111,9 +111,8 @@ def log_sense(request: Request) -> Plan:
         raise CheckCondition(sense.invalid_field_in_cdb(3))
     parameters = page(request.unit)
     if first and (not parameters or first > parameters[-1][0]):
-        raise CheckCondition(
-            sense.invalid_field_in_cdb(5)
-        )  # SPC-4 6.8: a pointer above the highest code that there is
+        # SPC-4 6.8: a pointer above the highest code that there is.
+        raise CheckCondition(sense.invalid_field_in_cdb(5))
     body = b"".join(encoded for number, encoded in parameters if number >= first)
     return cut(_HEAD.pack(code, 0, len(body)) + body, allocation)
 

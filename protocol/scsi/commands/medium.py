@@ -1,5 +1,5 @@
-"""Commands that move or check sectors: READ, WRITE, VERIFY, SYNCHRONIZE CACHE, and READ CAPACITY
-and their like (SBC-3 clause 5).
+"""Access to the medium (SBC-3 clause 5): READ, WRITE, VERIFY, SYNCHRONIZE CACHE, READ CAPACITY and
+related commands.
 """
 
 from struct import Struct
@@ -32,10 +32,8 @@ def _range(request: Request) -> tuple[int, int]:
     lba = int.from_bytes(cdb[lba_at:lba_end], "big")
     sectors = int.from_bytes(cdb[length_at:length_end], "big")
     if size == 6:
-        return (
-            lba & 0x1FFFFF,
-            sectors or 256,
-        )  # zero means 256 in the six-byte form only (SBC-3 5.8)
+        # Zero means 256 in the six-byte form only (SBC-3 5.8).
+        return lba & 0x1FFFFF, sectors or 256
     return lba, sectors
 
 
@@ -52,7 +50,7 @@ def _extent(request: Request) -> tuple[int, int]:
 
 
 def read(request: Request) -> Plan:
-    """READ(6, 10, 12, 16). FUA and DPO need nothing: what is acknowledged is what is read."""
+    """READ(6, 10, 12, 16). FUA and DPO change nothing: a read returns every acknowledged write."""
     offset, length = _extent(request)
     return ReadExtent(offset, length) if length else NO_DATA
 
@@ -82,7 +80,7 @@ def write(request: Request) -> Plan:
 
 
 def verify(request: Request) -> Plan:
-    """VERIFY(10, 12, 16): read everything (checksums are verified below), and with BYTCHK compare
+    """VERIFY(10, 12, 16): read everything (the store verifies checksums), and with BYTCHK compare
     it with the client's data.
     """
     offset, length = _extent(request)
@@ -140,8 +138,8 @@ def synchronize_cache(request: Request) -> Plan:
 
 
 def prefetch(request: Request) -> Plan:
-    """PRE-FETCH(10, 16): the range is checked; what is worth keeping in memory is decided below.
-    GOOD: nothing was promised.
+    """PRE-FETCH(10, 16): only the range is checked, since the store decides what it caches. GOOD
+    promises nothing.
     """
     lba, sectors = _range(request)
     check_range(request.unit, lba, sectors or max(1, request.unit.sectors - lba))
@@ -149,7 +147,7 @@ def prefetch(request: Request) -> Plan:
 
 
 def read_defect_data(request: Request) -> Plan:
-    """READ DEFECT DATA(10, 12): there are no defects to tell of, in any format."""
+    """READ DEFECT DATA(10, 12): an empty list, in any format."""
     cdb = request.cdb
     wide = cdb[0] == opcodes.READ_DEFECT_DATA_12
     asked = cdb[1] if wide else cdb[2]

@@ -32,8 +32,8 @@ def request_sense(request: Request) -> Plan:
 
 
 def _condition(unit: LogicalUnit) -> Sense:
-    """What is to be said of a unit without unit attentions; of a sanitize operation also its
-    progress (SPC-4 5.11).
+    """The state of a unit without unit attentions; for a sanitize operation with its progress
+    (SPC-4 5.11).
     """
     if unit.sanitization is not None:
         return unit.sanitization.cause()
@@ -46,7 +46,7 @@ def start_stop_unit(request: Request) -> Plan:
     """
     unit, flags = request.unit, request.cdb[4]
     if flags & _POWER_CONDITION:
-        return NO_DATA  # power conditions are a matter of the host's disks, not of a vdisk
+        return NO_DATA  # a vdisk has no power conditions
     unit.started = bool(flags & _START)
     unit.state_changed()
     if unit.started or flags & _NO_FLUSH:
@@ -55,9 +55,7 @@ def start_stop_unit(request: Request) -> Plan:
 
 
 def prevent_allow_medium_removal(_request: Request) -> Plan:
-    """PREVENT ALLOW MEDIUM REMOVAL: the medium cannot be removed, so that there is nothing to
-    prevent.
-    """
+    """PREVENT ALLOW MEDIUM REMOVAL: the medium cannot be removed anyway."""
     return NO_DATA
 
 

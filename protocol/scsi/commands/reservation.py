@@ -135,7 +135,7 @@ class _Out:
             raise CheckCondition(sense.INSUFFICIENT_REGISTRATION_RESOURCES)
 
     def through_ports(self, initiator_ports: list[str]) -> list[NexusId]:
-        """The nexuses of these initiator ports with the target ports that are meant."""
+        """The nexuses of these initiator ports with ``target_ports``."""
         return [
             NexusId(port, target_port)
             for port in initiator_ports
@@ -143,8 +143,8 @@ class _Out:
         ]
 
     def nexuses_named(self) -> list[NexusId]:
-        """What the TransportIDs stand for. Raises CheckCondition where one names a device without a
-        known port.
+        """The nexuses that the TransportIDs name. Raises CheckCondition if one names a device
+        without a known port.
         """
         known = {mapped.nexus.id.initiator_port for mapped in self.unit.nexuses}
         known |= {nexus.initiator_port for nexus in self.state.registrations}
@@ -171,8 +171,8 @@ class _Out:
 def _register(out: _Out) -> None:
     """REGISTER: the present key, if any, must be given (0 for a nexus that is not registered).
 
-    With ALL_TG_PT this is as if it came through each target port (SPC-4 6.16.3). A nexus of another
-    one that is not registered gets registered; one that is registered by another key is a conflict.
+    With ALL_TG_PT it counts as sent through each target port (SPC-4 6.16.3): a nexus with another
+    target port is registered too, and a conflict if it is registered with another key.
     """
     known = out.state.registrations
     if known.get(out.nexus, 0) != out.key:
@@ -183,9 +183,8 @@ def _register(out: _Out) -> None:
     ):
         raise ReservationConflict
     if out.initiators and out.nexus in known:
-        raise CheckCondition(
-            sense.INVALID_FIELD_IN_CDB
-        )  # SPC-4 5.12.7, table of register behaviours: SPEC_I_PT of one who is registered
+        # SPC-4 5.12.7, table of register behaviours: SPEC_I_PT from a registered nexus.
+        raise CheckCondition(sense.INVALID_FIELD_IN_CDB)
     _register_any(out)
 
 
@@ -222,7 +221,7 @@ def _reserve(out: _Out) -> None:
 def _release(out: _Out) -> None:
     out.check_registered()
     if not out.state.holds(out.nexus):
-        return  # releasing what one does not hold is no error (SPC-4 5.13.11.2.2)
+        return  # no error: SPC-4 5.13.11.2.2
     if out.state.kind != out.kind:
         raise CheckCondition(sense.INVALID_RELEASE)
     if out.state.release():
@@ -347,8 +346,8 @@ def reserve_out(request: Request) -> Plan:
         except ScsiError as error:
             done(error)
             return
-        # SPC-4 5.12.11.2.6: who preempts may take over the disk with GOOD, so no write of the
-        # preempted may follow it.
+        # SPC-4 5.12.11.2.6: with GOOD the preempting initiator may take over the disk, so no write
+        # of a preempted one may follow.
         Abort(lambda: request.unit.keep(done)).start(out.aborted)
 
     return Operation(length, start, writing=False)
@@ -362,7 +361,7 @@ def reserve_6(request: Request) -> Plan:
 
 
 def release_6(request: Request) -> Plan:
-    """RELEASE(6); GOOD also for whoever does not hold the reservation (SPC-2 7.20)."""
+    """RELEASE(6); GOOD also if this nexus does not hold the reservation (SPC-2 7.20)."""
     request.unit.reservations.release_spc2(request.nexus.id)
     return NO_DATA
 

@@ -37,8 +37,8 @@ class TransportId:
     isid: str | None
 
     def ports(self, known: Iterable[str]) -> list[str]:
-        """The initiator ports that it stands for: the one it names, whether it is known or not;
-        those known of a device.
+        """The initiator ports that it names: one port, known or not, or all known ports of a
+        device.
         """
         if self.isid is not None:
             return [f"{self.node_name}{INITIATOR_PORT}{self.isid}"]
@@ -71,9 +71,8 @@ def decode_transport_ids(data: bytes) -> list[TransportId]:
 
 def _decode(first: int, padded: bytes, at: int) -> TransportId:
     if first not in (_ISCSI | _DEVICE_FORMAT, _ISCSI | _PORT_FORMAT):
-        raise BadTransportId(
-            at
-        )  # another protocol's initiator cannot come through a port of this one
+        # An initiator of another protocol cannot come through a port of this one.
+        raise BadTransportId(at)
     name, zero, padding = padded.partition(b"\0")
     try:
         node, separator, isid = fold(name.decode()).partition(INITIATOR_PORT)

@@ -81,7 +81,7 @@ def report_operation_codes(table: CommandTable, request: Request) -> Plan:
 
 
 def report_task_management(request: Request) -> Plan:
-    """Which task management functions are answered."""
+    """Which task management functions are carried out."""
     extended = bool(request.cdb[2] & 0x80)
     data = (
         _TASK_MANAGEMENT_SUPPORTED
