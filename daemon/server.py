@@ -77,9 +77,7 @@ class Daemon:
         self._reservations = ReservationStore(self._pool)
         await targets.load()
         exponent = (config.physical_block_bytes // SECTOR_BYTES).bit_length() - 1
-        node = TargetNode(
-            targets, reservations=self._reservations, physical_block_exponent=exponent
-        )
+        node = TargetNode(targets, keeper=self._reservations, physical_block_exponent=exponent)
         shares = _shares(config)
         full = (
             f"{shares.iscsi} connections, as many as the limit of open files allows"

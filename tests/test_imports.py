@@ -36,6 +36,7 @@ ORDER = {
     "protocol": (
         "protocol.names",
         "protocol.volume",
+        "protocol.turns",
         "protocol.control",
         "protocol.scsi",
         "protocol.scsi.commands",

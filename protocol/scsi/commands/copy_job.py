@@ -1,8 +1,8 @@
 """One EXTENDED COPY under way: its segments one after the other, by reference where the volumes
 can, else piece by piece.
 
-The copy manager has no state but this object and its `CopyProgress`. Each change goes through the
-gate of the unit that it changes (`Gate.enter_outside`), so that COMPARE AND WRITE there stays one
+The copy manager has no state but this object and its `CopyProgress`. Each change passes the gate of
+the unit that it changes (`Gate.enter_outside`), so that a COMPARE AND WRITE there stays one
 operation, and is settled at once. Each piece has a turn of the event loop of its own.
 """
 
@@ -21,8 +21,7 @@ _BLOCK_BYTES: Final = PHYSICAL_BLOCK_SECTORS * SECTOR_BYTES
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """``length_bytes`` of ``source`` are to be found in ``destination`` afterwards. Both ranges
-    have been checked.
+    """A copy of ``length_bytes`` from ``source`` to ``destination``. Both ranges have been checked.
 
     ``count``: how many segments of the client's list this is.
     """
@@ -36,10 +35,10 @@ class Segment:
 
 
 def joined(segments: list[Segment]) -> list[Segment]:
-    """The same copies with as few segments: a descriptor says 32 MiB at most, and each copy by
-    reference has to be made durable.
+    """The same copies in as few segments as possible: a descriptor holds at most 32 MiB, and each
+    copy by reference has to be made durable.
 
-    Within one unit they are left alone: there a segment may read what the one before it wrote.
+    Segments within one unit are not joined: one may read what the one before it wrote.
     """
     found: list[Segment] = []
     for following in segments:
@@ -81,11 +80,11 @@ def _cut_up(start: int, end: int) -> list[_Piece]:
 
 
 def pieces_of(segment: Segment, by_reference: bool) -> list[_Piece]:
-    """Steps of one segment: whole aligned blocks as one, what is before and behind them, or all of
-    it, in pieces.
+    """The steps of one segment: aligned whole blocks as one step, the rest (or everything) in
+    pieces.
 
-    Where a range overlaps its own copy behind it, the last piece comes first, so that nothing is
-    read after it was overwritten.
+    Where a range overlaps its copy at a higher address, the last piece comes first, so that nothing
+    is overwritten before it is read.
     """
     length = segment.length_bytes
     shift = segment.offset - segment.source_offset
@@ -131,9 +130,8 @@ class CopyJob:
         """It is this piece's turn at the gate of the destination."""
         segment, piece = self._segments[-1], self._pieces[-1]
         if segment.destination.sanitization is not None or segment.destination.write_protected:
-            self._ended(
-                CheckCondition(sense.THIRD_PARTY_DEVICE_FAILURE)
-            )  # since the command was checked
+            # Since the command was checked.
+            self._ended(CheckCondition(sense.THIRD_PARTY_DEVICE_FAILURE))
             return
         target, source = segment.destination.volume, segment.source.volume
         source.settle()  # writes that came before the copy

@@ -1,5 +1,5 @@
-"""Commands that take long take turns: one piece of one of them in each turn of the event loop,
-however many they are and whose.
+"""Long commands take turns: each turn of the event loop runs one piece of one of them, of whatever
+session.
 
 A piece is at most `protocol.scsi.limits.PIECE_BYTES`, some tenths of a millisecond; between two of
 them every session is served.

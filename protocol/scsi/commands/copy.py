@@ -1,9 +1,9 @@
 """EXTENDED COPY (LID1) and RECEIVE COPY RESULTS (SPC-4 6.4, 6.18 to 6.21, 5.17): copies between
-disks without the client's wires.
+disks that do not pass through the client.
 
 Block to block (segment descriptor 02h) between logical units that identification descriptors (E4h)
-name. They are looked for only among the logical units of the nexus that asks: a client can copy
-nothing that it could not read and write itself, whatever it names.
+name. Only logical units of the requesting nexus are found, so that a client can copy nothing that
+it could not read and write itself.
 """
 
 from collections.abc import Callable
@@ -12,9 +12,9 @@ from struct import Struct
 from typing import Final
 
 from protocol.scsi import limits, opcodes, sense
-from protocol.scsi.command import NO_DATA, Command, Request, cut, usage
-from protocol.scsi.commands.inquiry import is_designated
-from protocol.scsi.copy_job import CopyJob, Segment
+from protocol.scsi.command import NO_DATA, Command, Request, cut
+from protocol.scsi.commands.copy_job import CopyJob, Segment
+from protocol.scsi.commands.identity import is_designated
 from protocol.scsi.errors import CheckCondition, ReservationConflict, ScsiError
 from protocol.scsi.limits import SECTOR_BYTES, SECTOR_SHIFT
 from protocol.scsi.logical_unit import CopyProgress, LogicalUnit, Nexus
@@ -31,13 +31,7 @@ _BLOCK_TO_BLOCK: Final = 0x02
 _BLOCK_TO_BLOCK_BYTES: Final = 28
 _SEGMENT: Final = Struct(">BBHHH2xHQQ")
 # Where the fields of a segment descriptor lie, for the field pointer of sense data.
-_LENGTH_AT, _SOURCE_INDEX_AT, _DESTINATION_INDEX_AT, _SOURCE_LBA_AT, _DESTINATION_LBA_AT = (
-    2,
-    4,
-    6,
-    12,
-    20,
-)
+_LENGTH_AT, _SOURCE_LBA_AT, _DESTINATION_LBA_AT = 2, 12, 20
 _SEGMENT_SECTORS_MAX: Final = 0xFFFF  # what the field can say
 _NO_LIST_ID: Final = 3
 _USAGE_RESERVED: Final = 1
@@ -63,8 +57,8 @@ class _List:
 
 
 def _parse(data: bytes) -> _List:
-    """Take the list apart. Raises CheckCondition where its lengths are not what is there, or above
-    the limits.
+    """Split the list into its parts. Raises CheckCondition if its lengths do not match the data, or
+    exceed the limits.
     """
     if len(data) < _HEAD.size:
         raise CheckCondition(sense.PARAMETER_LIST_LENGTH_ERROR)
@@ -90,7 +84,7 @@ def _parse(data: bytes) -> _List:
 
 
 def _check_targets(targets: bytes) -> None:
-    """Types first, for the type says the length; then the number."""
+    """Check the types first, because a type determines the length, then the number."""
     for at in range(0, len(targets), _IDENTIFICATION_BYTES):
         if targets[at] != _IDENTIFICATION:
             raise CheckCondition(sense.UNSUPPORTED_TARGET_DESCRIPTOR)
@@ -115,9 +109,8 @@ def _find_unit(nexus: Nexus, descriptor: bytes, at: int) -> LogicalUnit:
     the list.
     """
     if descriptor[1] & 0x1F:
-        raise CheckCondition(
-            sense.invalid_field_in_parameter_list(at + 1, 4)
-        )  # not a direct access block device
+        # Not a direct access block device.
+        raise CheckCondition(sense.invalid_field_in_parameter_list(at + 1, 4))
     if int.from_bytes(descriptor[29:32], "big") != SECTOR_BYTES:
         raise CheckCondition(sense.invalid_field_in_parameter_list(at + 29))
     code_set, kind, size = descriptor[4] & 0x0F, descriptor[5] & 0x3F, descriptor[7]
@@ -137,9 +130,7 @@ def _units(nexus: Nexus, targets: bytes) -> list[LogicalUnit]:
 
 
 def _check_access(nexus: Nexus, unit: LogicalUnit, writes: bool) -> None:
-    """What a READ or WRITE of this nexus would meet meets its copy (SPC-4 5.17.3: the copy manager
-    is no way around).
-    """
+    """Refuse a copy where a READ or WRITE of this nexus would be refused (SPC-4 5.17.3)."""
     if unit.reservations.forbids(nexus.id, writes):
         raise ReservationConflict
     if not unit.started or unit.sanitization is not None:
@@ -196,8 +187,8 @@ def _begin(request: Request, data: bytes, done: Completion) -> None:
 
 
 def extended_copy(request: Request) -> Plan:
-    """EXTENDED COPY(LID1). It is no change of the unit that it is given to: what it changes, it
-    changes through the gates.
+    """EXTENDED COPY(LID1). It does not count as a change of the unit that receives it: its writes
+    pass the gates of the units that they change.
     """
     list_bytes = int.from_bytes(request.cdb[_ALLOCATION_LID1], "big")
     if list_bytes == 0:
@@ -215,8 +206,8 @@ def extended_copy(request: Request) -> Plan:
 
 
 def copy_status(request: Request) -> Plan:
-    """RECEIVE COPY RESULTS, COPY STATUS: how far a copy is. The outcome of one that has ended is
-    told once (SPC-4 6.18).
+    """RECEIVE COPY RESULTS, COPY STATUS: how far a copy is. The outcome of a copy that has ended is
+    reported once (SPC-4 6.18).
     """
     list_id = request.cdb[2]
     found = request.nexus.copies.get(list_id)
@@ -260,24 +251,22 @@ _REPORTS: Final[tuple[tuple[int, str, Callable[[Request], Plan]], ...]] = (
 )
 COMMANDS: Final = (
     Command(
+        opcodes.EXTENDED_COPY,
         "EXTENDED COPY(LID1)",
-        usage("831f0000000000000000ffffffff0000"),
+        "1f0000000000000000ffffffff0000",
         extended_copy,
         service_action=0,
         reserved=True,
     ),
     *(
         Command(
+            opcodes.RECEIVE_COPY_RESULTS,
             f"RECEIVE COPY RESULTS, {name}",
-            usage("841fff00000000000000ffffffff0000"),
+            "1fff00000000000000ffffffff0000",
             handler,
             service_action=action,
             despite_exclusion=True,
         )
         for action, name, handler in _REPORTS
     ),
-)
-assert (
-    COMMANDS[0].opcode == opcodes.EXTENDED_COPY
-    and COMMANDS[1].opcode == opcodes.RECEIVE_COPY_RESULTS
 )

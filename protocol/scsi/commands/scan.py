@@ -1,5 +1,5 @@
-"""Reading a range piece by piece and looking at it: what VERIFY, WRITE AND VERIFY and COMPARE AND
-WRITE share.
+"""Reading a range piece by piece and checking it, for VERIFY, WRITE AND VERIFY, COMPARE AND WRITE
+and ORWRITE.
 """
 
 from collections.abc import Callable
@@ -15,8 +15,8 @@ Check = Callable[[int, Buffer], None]
 
 
 class Comparison:
-    """Compares pieces of a volume with the client's data, or with one sector of it
-    again and again.
+    """Compares pieces of a volume with the client's data, or each sector with the first one of the
+    data.
     """
 
     __slots__ = ("_data", "_repeated")
@@ -86,14 +86,14 @@ class Scan:
         self._position = 0
 
     def start(self) -> None:
-        """Begin: little is looked at now."""
+        """Begin. A short range is read at once, a longer one in turns."""
         if self._length <= AT_ONCE_BYTES_MAX:
             self._step()
         else:
             self._turns.take(self._step)
 
     def _step(self) -> None:
-        """Look at the next piece if it is at hand, or wait for it."""
+        """Read the next piece, at once or by way of the I/O threads."""
         at, size = self._offset + self._position, min(PIECE_BYTES, self._length - self._position)
         try:
             piece = self._volume.try_read(at, size)

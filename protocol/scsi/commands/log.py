@@ -1,4 +1,4 @@
-"""LOG SENSE (SPC-4 6.8, 7.3; SBC-3 6.4.5): what the volume takes up in its pool, and how much of a
+"""LOG SENSE (SPC-4 6.8, 7.3; SBC-3 6.4.5): how much of its pool a volume uses, and how much of a
 clone is still backed.
 
 The clone page is ours (page code 30h, in the vendor specific range). Its parameters, each a number
@@ -12,7 +12,7 @@ from struct import Struct
 from typing import Final
 
 from protocol.scsi import opcodes, sense
-from protocol.scsi.command import Command, Request, cut, usage
+from protocol.scsi.command import Command, Request, cut
 from protocol.scsi.errors import CheckCondition
 from protocol.scsi.limits import SECTOR_SHIFT, THRESHOLD_EXPONENT
 from protocol.scsi.logical_unit import LogicalUnit
@@ -27,7 +27,7 @@ HOLES_TOTAL: Final = 0x0002
 STATE: Final = 0x0003
 NOT_BACKED, BACKED, SPLITTING = range(3)
 _ALL_SUBPAGES: Final = 0xFF
-_CUMULATIVE: Final = 1  # page control 01b; there are no thresholds and no defaults to tell of
+_CUMULATIVE: Final = 1  # page control 01b; there are no thresholds and no defaults
 _HEAD: Final = Struct(">BBH")
 _PARAMETER_HEAD: Final = Struct(">HBB")
 _BINARY_LIST: Final = 0x03  # format and linking: a list parameter in binary
@@ -73,22 +73,20 @@ def _clone(unit: LogicalUnit) -> list[tuple[int, bytes]]:
     return [*told, _parameter(STATE, (SPLITTING if found.running else BACKED).to_bytes(8, "big"))]
 
 
-_PAGES: Final[dict[int, Callable[[LogicalUnit], list[tuple[int, bytes]]]]] = {
+PAGES: Final[dict[int, Callable[[LogicalUnit], list[tuple[int, bytes]]]]] = {
     LOGICAL_BLOCK_PROVISIONING: _provisioning,
     CLONE: _clone,
 }
 
-PAGE_CODES: Final = frozenset((SUPPORTED_PAGES, *_PAGES))
-
 
 def _supported(with_subpages: bool) -> bytes:
-    codes = (SUPPORTED_PAGES, *sorted(_PAGES))
+    codes = (SUPPORTED_PAGES, *sorted(PAGES))
     if not with_subpages:
         return _HEAD.pack(SUPPORTED_PAGES, 0, len(codes)) + bytes(codes)
     pairs = [
         (SUPPORTED_PAGES, 0),
         (SUPPORTED_PAGES, _ALL_SUBPAGES),
-        *((code, 0) for code in sorted(_PAGES)),
+        *((code, 0) for code in sorted(PAGES)),
     ]
     return _HEAD.pack(SUPPORTED_PAGES | 0x40, _ALL_SUBPAGES, 2 * len(pairs)) + bytes(
         byte for pair in pairs for byte in pair
@@ -106,21 +104,19 @@ def log_sense(request: Request) -> Plan:
         raise CheckCondition(sense.invalid_field_in_cdb(2, 7))
     if code == SUPPORTED_PAGES and subpage in (0, _ALL_SUBPAGES):
         return cut(_supported(subpage == _ALL_SUBPAGES), allocation)
-    page = _PAGES.get(code)
+    page = PAGES.get(code)
     if page is None:
         raise CheckCondition(sense.invalid_field_in_cdb(2, 5))
     if subpage:
         raise CheckCondition(sense.invalid_field_in_cdb(3))
     parameters = page(request.unit)
     if first and (not parameters or first > parameters[-1][0]):
-        raise CheckCondition(
-            sense.invalid_field_in_cdb(5)
-        )  # SPC-4 6.8: a pointer above the highest code that there is
+        # SPC-4 6.8: a pointer above the highest code that there is.
+        raise CheckCondition(sense.invalid_field_in_cdb(5))
     body = b"".join(encoded for number, encoded in parameters if number >= first)
     return cut(_HEAD.pack(code, 0, len(body)) + body, allocation)
 
 
 COMMANDS: Final = (
-    Command("LOG SENSE", usage("4d00ffff00ffffffff00"), log_sense, despite_sanitize=True),
+    Command(opcodes.LOG_SENSE, "LOG SENSE", "00ffff00ffffffff00", log_sense, despite_sanitize=True),
 )
-assert COMMANDS[0].opcode == opcodes.LOG_SENSE

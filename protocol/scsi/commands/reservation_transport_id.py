@@ -6,22 +6,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from protocol.names import fold
+from protocol.names import INITIATOR_PORT, ISID_DIGITS, NAME_BYTES_MAX, fold
 
 _ISCSI: Final = 0x05
 _DEVICE_FORMAT: Final = 0x00
 _PORT_FORMAT: Final = 0x40
 _HEAD_BYTES: Final = 4
-# Where an initiator port's name (RFC 7143 4.2.7.1; SPC-4 table 508) divides into the node's name
-# and the ISID.
-_SEPARATOR: Final = ",i,0x"
-_ISID_DIGITS: Final = 12
 # The name is padded with zeros so that the additional length is a multiple of four, and at least
 # this.
 _NAME_BYTES_MIN: Final = 20
-# RFC 7143 4.2.7.1.
-_NODE_NAME_BYTES_MAX: Final = 223
-_NAME_BYTES_MAX: Final = 244  # the longest node name, separator, ISID, a zero, padding
+# The longest node name, separator, ISID, a zero, padding.
+_NAME_BYTES_MAX: Final = -(-(NAME_BYTES_MAX + len(INITIATOR_PORT) + ISID_DIGITS + 1) // 4) * 4
 
 
 class BadTransportId(Exception):
@@ -42,22 +37,24 @@ class TransportId:
     isid: str | None
 
     def ports(self, known: Iterable[str]) -> list[str]:
-        """The initiator ports that it stands for: the one it names, whether it is known or not;
-        those known of a device.
+        """The initiator ports that it names: one port, known or not, or all known ports of a
+        device.
         """
         if self.isid is not None:
-            return [f"{self.node_name}{_SEPARATOR}{self.isid}"]
-        return sorted({port for port in known if port.partition(_SEPARATOR)[0] == self.node_name})
+            return [f"{self.node_name}{INITIATOR_PORT}{self.isid}"]
+        return sorted(
+            {port for port in known if port.partition(INITIATOR_PORT)[0] == self.node_name}
+        )
 
 
-def encode(port: str) -> bytes:
+def encode_transport_id(port: str) -> bytes:
     """TransportID of an initiator port."""
     name = port.encode() + b"\0"
     name += bytes(max(_NAME_BYTES_MIN - len(name), -len(name) % 4))
     return bytes((_PORT_FORMAT | _ISCSI, 0)) + len(name).to_bytes(2, "big") + name
 
 
-def decode_list(data: bytes) -> list[TransportId]:
+def decode_transport_ids(data: bytes) -> list[TransportId]:
     """All TransportIDs of a parameter list. Raises BadTransportId."""
     found, at = [], 0
     while at < len(data):
@@ -74,22 +71,21 @@ def decode_list(data: bytes) -> list[TransportId]:
 
 def _decode(first: int, padded: bytes, at: int) -> TransportId:
     if first not in (_ISCSI | _DEVICE_FORMAT, _ISCSI | _PORT_FORMAT):
-        raise BadTransportId(
-            at
-        )  # another protocol's initiator cannot come through a port of this one
+        # An initiator of another protocol cannot come through a port of this one.
+        raise BadTransportId(at)
     name, zero, padding = padded.partition(b"\0")
     try:
-        node, separator, isid = fold(name.decode()).partition(_SEPARATOR)
+        node, separator, isid = fold(name.decode()).partition(INITIATOR_PORT)
     except UnicodeDecodeError:
         raise BadTransportId(at + _HEAD_BYTES) from None
     if (
         not zero
         or any(padding)
         or not node
-        or len(node.encode()) > _NODE_NAME_BYTES_MAX
+        or len(node.encode()) > NAME_BYTES_MAX
         or bool(separator) != bool(first & _PORT_FORMAT)
     ):
         raise BadTransportId(at + _HEAD_BYTES)
-    if separator and (len(isid) != _ISID_DIGITS or not set(isid) <= set("0123456789abcdef")):
+    if separator and (len(isid) != ISID_DIGITS or not set(isid) <= set("0123456789abcdef")):
         raise BadTransportId(at + _HEAD_BYTES)
     return TransportId(node, isid if separator else None)

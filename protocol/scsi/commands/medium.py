@@ -1,16 +1,16 @@
-"""Commands that move or check sectors: READ, WRITE, VERIFY, SYNCHRONIZE CACHE, and READ CAPACITY
-and their like (SBC-3 clause 5).
+"""Access to the medium (SBC-3 clause 5): READ, WRITE, VERIFY, SYNCHRONIZE CACHE, READ CAPACITY and
+related commands.
 """
 
 from struct import Struct
 from typing import Final
 
 from protocol.scsi import opcodes, sense
-from protocol.scsi.command import NO_DATA, Command, Request, check_range, cut, usage
+from protocol.scsi.command import NO_DATA, Command, Request, check_range, cut
+from protocol.scsi.commands.scan import Comparison, Scan
 from protocol.scsi.errors import CheckCondition
 from protocol.scsi.limits import SECTOR_BYTES, TRANSFER_SECTORS_MAX
 from protocol.scsi.plan import Operation, Plan, ReadExtent
-from protocol.scsi.scan import Comparison, Scan
 from protocol.volume import Buffer, Completion
 
 _FUA: Final = 0x08
@@ -32,10 +32,8 @@ def _range(request: Request) -> tuple[int, int]:
     lba = int.from_bytes(cdb[lba_at:lba_end], "big")
     sectors = int.from_bytes(cdb[length_at:length_end], "big")
     if size == 6:
-        return (
-            lba & 0x1FFFFF,
-            sectors or 256,
-        )  # zero means 256 in the six-byte form only (SBC-3 5.8)
+        # Zero means 256 in the six-byte form only (SBC-3 5.8).
+        return lba & 0x1FFFFF, sectors or 256
     return lba, sectors
 
 
@@ -52,7 +50,7 @@ def _extent(request: Request) -> tuple[int, int]:
 
 
 def read(request: Request) -> Plan:
-    """READ(6, 10, 12, 16). FUA and DPO need nothing: what is acknowledged is what is read."""
+    """READ(6, 10, 12, 16). FUA and DPO change nothing: a read returns every acknowledged write."""
     offset, length = _extent(request)
     return ReadExtent(offset, length) if length else NO_DATA
 
@@ -82,7 +80,7 @@ def write(request: Request) -> Plan:
 
 
 def verify(request: Request) -> Plan:
-    """VERIFY(10, 12, 16): read everything (checksums are verified below), and with BYTCHK compare
+    """VERIFY(10, 12, 16): read everything (the store verifies checksums), and with BYTCHK compare
     it with the client's data.
     """
     offset, length = _extent(request)
@@ -140,8 +138,8 @@ def synchronize_cache(request: Request) -> Plan:
 
 
 def prefetch(request: Request) -> Plan:
-    """PRE-FETCH(10, 16): the range is checked; what is worth keeping in memory is decided below.
-    GOOD: nothing was promised.
+    """PRE-FETCH(10, 16): only the range is checked, since the store decides what it caches. GOOD
+    promises nothing.
     """
     lba, sectors = _range(request)
     check_range(request.unit, lba, sectors or max(1, request.unit.sectors - lba))
@@ -149,7 +147,7 @@ def prefetch(request: Request) -> Plan:
 
 
 def read_defect_data(request: Request) -> Plan:
-    """READ DEFECT DATA(10, 12): there are no defects to tell of, in any format."""
+    """READ DEFECT DATA(10, 12): an empty list, in any format."""
     cdb = request.cdb
     wide = cdb[0] == opcodes.READ_DEFECT_DATA_12
     asked = cdb[1] if wide else cdb[2]
@@ -189,74 +187,112 @@ def read_capacity_16(request: Request) -> Plan:
 
 
 COMMANDS: Final = (
-    Command("READ(6)", usage("081fffffff00"), read, needs_medium=True),
-    Command("READ(10)", usage("2818ffffffff3fffff00"), read, needs_medium=True),
-    Command("READ(12)", usage("a818ffffffffffffffff3f00"), read, needs_medium=True),
-    Command("READ(16)", usage("8818ffffffffffffffffffffffff3f00"), read, needs_medium=True),
-    Command("WRITE(6)", usage("0a1fffffff00"), write, needs_medium=True, writes=True),
-    Command("WRITE(10)", usage("2a18ffffffff3fffff00"), write, needs_medium=True, writes=True),
-    Command("WRITE(12)", usage("aa18ffffffffffffffff3f00"), write, needs_medium=True, writes=True),
+    Command(opcodes.READ_6, "READ(6)", "1fffffff00", read, needs_medium=True),
+    Command(opcodes.READ_10, "READ(10)", "18ffffffff3fffff00", read, needs_medium=True),
+    Command(opcodes.READ_12, "READ(12)", "18ffffffffffffffff3f00", read, needs_medium=True),
+    Command(opcodes.READ_16, "READ(16)", "18ffffffffffffffffffffffff3f00", read, needs_medium=True),
+    Command(opcodes.WRITE_6, "WRITE(6)", "1fffffff00", write, needs_medium=True, writes=True),
     Command(
-        "WRITE(16)",
-        usage("8a18ffffffffffffffffffffffff3f00"),
+        opcodes.WRITE_10, "WRITE(10)", "18ffffffff3fffff00", write, needs_medium=True, writes=True
+    ),
+    Command(
+        opcodes.WRITE_12,
+        "WRITE(12)",
+        "18ffffffffffffffff3f00",
         write,
         needs_medium=True,
         writes=True,
     ),
     Command(
+        opcodes.WRITE_16,
+        "WRITE(16)",
+        "18ffffffffffffffffffffffff3f00",
+        write,
+        needs_medium=True,
+        writes=True,
+    ),
+    Command(
+        opcodes.WRITE_AND_VERIFY_10,
         "WRITE AND VERIFY(10)",
-        usage("2e16ffffffff3fffff00"),
+        "16ffffffff3fffff00",
         write_and_verify,
         needs_medium=True,
         writes=True,
     ),
     Command(
+        opcodes.WRITE_AND_VERIFY_12,
         "WRITE AND VERIFY(12)",
-        usage("ae16ffffffffffffffff3f00"),
+        "16ffffffffffffffff3f00",
         write_and_verify,
         needs_medium=True,
         writes=True,
     ),
     Command(
+        opcodes.WRITE_AND_VERIFY_16,
         "WRITE AND VERIFY(16)",
-        usage("8e16ffffffffffffffffffffffff3f00"),
+        "16ffffffffffffffffffffffff3f00",
         write_and_verify,
         needs_medium=True,
         writes=True,
     ),
-    Command("VERIFY(10)", usage("2f16ffffffff3fffff00"), verify, needs_medium=True),
-    Command("VERIFY(12)", usage("af16ffffffffffffffff3f00"), verify, needs_medium=True),
-    Command("VERIFY(16)", usage("8f16ffffffffffffffffffffffff3f00"), verify, needs_medium=True),
+    Command(opcodes.VERIFY_10, "VERIFY(10)", "16ffffffff3fffff00", verify, needs_medium=True),
+    Command(opcodes.VERIFY_12, "VERIFY(12)", "16ffffffffffffffff3f00", verify, needs_medium=True),
     Command(
-        "SYNCHRONIZE CACHE(10)", usage("3506ffffffff3fffff00"), synchronize_cache, needs_medium=True
+        opcodes.VERIFY_16, "VERIFY(16)", "16ffffffffffffffffffffffff3f00", verify, needs_medium=True
     ),
     Command(
-        "SYNCHRONIZE CACHE(16)",
-        usage("9106ffffffffffffffffffffffff3f00"),
+        opcodes.SYNCHRONIZE_CACHE_10,
+        "SYNCHRONIZE CACHE(10)",
+        "06ffffffff3fffff00",
         synchronize_cache,
         needs_medium=True,
     ),
-    Command("PRE-FETCH(10)", usage("3402ffffffff3fffff00"), prefetch, needs_medium=True),
     Command(
-        "PRE-FETCH(16)", usage("9002ffffffffffffffffffffffff3f00"), prefetch, needs_medium=True
+        opcodes.SYNCHRONIZE_CACHE_16,
+        "SYNCHRONIZE CACHE(16)",
+        "06ffffffffffffffffffffffff3f00",
+        synchronize_cache,
+        needs_medium=True,
     ),
     Command(
-        "READ DEFECT DATA(10)", usage("37001f00000000ffff00"), read_defect_data, needs_medium=True
+        opcodes.PRE_FETCH_10, "PRE-FETCH(10)", "02ffffffff3fffff00", prefetch, needs_medium=True
     ),
     Command(
-        "READ DEFECT DATA(12)",
-        usage("b71fffffffffffffffff0000"),
+        opcodes.PRE_FETCH_16,
+        "PRE-FETCH(16)",
+        "02ffffffffffffffffffffffff3f00",
+        prefetch,
+        needs_medium=True,
+    ),
+    Command(
+        opcodes.READ_DEFECT_DATA_10,
+        "READ DEFECT DATA(10)",
+        "001f00000000ffff00",
         read_defect_data,
         needs_medium=True,
     ),
     Command(
-        "READ CAPACITY(10)", usage("2500ffffffff00000000"), read_capacity_10, needs_medium=True
+        opcodes.READ_DEFECT_DATA_12,
+        "READ DEFECT DATA(12)",
+        "1fffffffffffffffff0000",
+        read_defect_data,
+        needs_medium=True,
     ),
     Command(
+        opcodes.READ_CAPACITY_10,
+        "READ CAPACITY(10)",
+        "00ffffffff00000000",
+        read_capacity_10,
+        needs_medium=True,
+        despite_reservation=True,
+    ),
+    Command(
+        opcodes.SERVICE_ACTION_IN_16,
         "READ CAPACITY(16)",
-        usage("9e1fffffffffffffffffffffffff0000"),
+        "1fffffffffffffffffffffffff0000",
         read_capacity_16,
         service_action=opcodes.READ_CAPACITY_16,
         needs_medium=True,
+        despite_reservation=True,
     ),
 )

@@ -6,19 +6,20 @@ from collections.abc import Callable
 from struct import Struct
 from typing import Final
 
+from protocol.names import PORTAL_GROUP_TAG, target_port
 from protocol.scsi import limits, opcodes, sense
-from protocol.scsi.command import Command, Request, cut, usage
+from protocol.scsi.command import Command, Request, cut
 from protocol.scsi.errors import CheckCondition
 from protocol.scsi.logical_unit import LogicalUnit, Nexus
+from protocol.scsi.lun import encode_lun
 from protocol.scsi.plan import Plan
 
 VENDOR: Final = b"CLEAVED "
 PRODUCT: Final = b"VDISK           "
 REVISION: Final = b"0001"
 
-_NO_UNIT: Final = (
-    0x7F  # peripheral qualifier 011b, device type 1Fh: no logical unit can be at this LUN
-)
+# Peripheral qualifier 011b, device type 1Fh: no logical unit can be at this LUN.
+_NO_UNIT: Final = 0x7F
 _VERSION_SPC4: Final = 0x06
 _HISUP_FORMAT_2: Final = 0x12
 _CMDQUE: Final = 0x02
@@ -27,16 +28,16 @@ _STANDARD: Final = Struct(">BBBBBBBB8s16s4s22x8H22x")
 # SAM-5, iSCSI, SPC-4, SBC-3 without a version claimed (SPC-4 table 142).
 _VERSION_DESCRIPTORS: Final = (0x00A0, 0x0960, 0x0460, 0x04C0, 0, 0, 0, 0)
 # NAA 6 has no form without an IEEE company id, and this project has registered none. So it is one
-# that IEEE gives nobody: the U/L bit (02h of the first octet) says that it is locally administered,
-# and the lower digit 2 puts it into the quadrant that IEEE 802c leaves to local administrators
-# (AAI; the ids that IEEE does assign there, CIDs, have the digit A). So it is no registered
-# company's, and the bits of the UUID behind it keep disks apart.
+# that IEEE does not assign: the U/L bit (02h of the first octet) says that it is locally
+# administered, and the lower digit 2 puts it into the quadrant that IEEE 802c leaves to local
+# administrators (AAI; the ids that IEEE does assign there, CIDs, have the digit A). So it is no
+# registered company's, and the bits of the UUID behind it keep disks apart.
 _COMPANY_ID: Final = 0xC2EAED
 _PAGE_HEAD: Final = Struct(">BBH")
 _DESIGNATOR_HEAD: Final = Struct(">BBxB")
 _ISCSI_PROTOCOL: Final = 0x50
 _ASSOCIATION_PORT: Final = 0x90  # PIV set, association: target port
-_PORT_GROUP: Final = 1
+_PORT_GROUP: Final = 1  # target port group
 _BLOCK_LIMITS: Final = Struct(">BBHIIIIIIIQIII8x")
 # WSNZ: a WRITE SAME of length zero, which would reach to the end, is refused. libiscsi's suite
 # expects of the other choice that UNMAP with a pattern of ones reads as zeros; SBC-3 4.7.3.4.4
@@ -75,9 +76,9 @@ def _naa_registered_extended(unit: LogicalUnit) -> bytes:
     """NAA 6 (SPC-4 7.8.6.6.5): company id, then 100 bits of the UUID, random ones in one of version
     4.
 
-    It comes first, and scsi_id, sg3_utils' rules for udev and multipath all prefer it to every
-    other designator, so that all three call a disk by one name. Of the others each prefers another
-    one: scsi_id NAA 3, the rules T10.
+    It comes first. scsi_id, the udev rules of sg3_utils, and multipath all prefer it to every other
+    designator, so that a disk has one name in all three. Without it each would choose another one:
+    scsi_id NAA 3, the udev rules T10.
     """
     digits = unit.uuid.hex
     return bytes.fromhex(f"6{_COMPANY_ID:06x}{digits[:12]}{digits[13:16]}{digits[22:]}")
@@ -99,8 +100,8 @@ def is_designated(unit: LogicalUnit, code_set: int, kind: int, value: bytes) -> 
 
 
 def _unit_designators(unit: LogicalUnit) -> tuple[tuple[int, int, bytes], ...]:
-    """Code set, type and value of what names the unit itself, and not a port. Disks keep their
-    names: none of these may change or go.
+    """Code set, type and value of the designators that name the unit itself, not a port. None of
+    these may ever change or be removed: disks are known by them.
     """
     return (
         (1, 3, _naa_registered_extended(unit)),
@@ -111,7 +112,7 @@ def _unit_designators(unit: LogicalUnit) -> tuple[tuple[int, int, bytes], ...]:
 
 
 def _supported_pages(_request: Request) -> bytes:
-    return bytes(sorted(_PAGES))
+    return bytes(sorted(PAGES))
 
 
 def _serial(request: Request) -> bytes:
@@ -120,7 +121,7 @@ def _serial(request: Request) -> bytes:
 
 def _device_identification(request: Request) -> bytes:
     unit = request.unit
-    port_name = f"{request.nexus.target_name},t,0x{_PORT_GROUP:04x}".encode() + b"\0"
+    port_name = target_port(request.nexus.target_name, PORTAL_GROUP_TAG).encode() + b"\0"
     port_name += bytes(-len(port_name) % 4)
     return b"".join(
         (
@@ -134,11 +135,9 @@ def _device_identification(request: Request) -> bytes:
 
 def _extended_inquiry(_request: Request) -> bytes:
     body = bytearray(60)
-    body[1] = (
-        # SIMPSUP alone: ordered commands are taken, but what waits for data or the disk is not
-        # waited for.
-        0x01
-    )
+    # SIMPSUP alone: ordered commands are accepted, but do not wait for commands that wait for data
+    # or the disk.
+    body[1] = 0x01
     body[2] = 0x01  # V_SUP: there is a write cache
     return bytes(body)
 
@@ -170,7 +169,7 @@ def _provisioning(_request: Request) -> bytes:
     return bytes((limits.THRESHOLD_EXPONENT, _PROVISIONING_FLAGS, _PROVISIONING_THIN, 0))
 
 
-_PAGES: Final[dict[int, Callable[[Request], bytes]]] = {
+PAGES: Final[dict[int, Callable[[Request], bytes]]] = {
     0x00: _supported_pages,
     0x80: _serial,
     0x83: _device_identification,
@@ -179,11 +178,10 @@ _PAGES: Final[dict[int, Callable[[Request], bytes]]] = {
     0xB1: _block_characteristics,
     0xB2: _provisioning,
 }
-PAGE_CODES: Final = frozenset(_PAGES)
 
 
 def _vital_product_data(request: Request, code: int) -> bytes:
-    page = _PAGES.get(code)
+    page = PAGES.get(code)
     if page is None:
         raise CheckCondition(sense.invalid_field_in_cdb(2))
     if request.mapped is None:
@@ -193,8 +191,8 @@ def _vital_product_data(request: Request, code: int) -> bytes:
 
 
 def inquiry(request: Request) -> Plan:
-    """INQUIRY: identity, or a vital product data page; for a LUN without a unit it says so instead
-    of failing.
+    """INQUIRY: identity, or a vital product data page. For a LUN without a unit the answer says so,
+    and the command succeeds.
     """
     cdb = request.cdb
     allocation = int.from_bytes(cdb[3:5], "big")
@@ -208,13 +206,6 @@ def inquiry(request: Request) -> Plan:
 _WELL_KNOWN_ONLY: Final = 0x01
 _SELECT_REPORTS: Final = frozenset((0x00, 0x01, 0x02))
 _REPORT_LUNS_ALLOCATION_MIN: Final = 16
-
-
-def encode_lun(lun: int) -> int:
-    """The 8-byte LUN as an integer: peripheral addressing below 256, flat addressing above (SAM-5
-    4.7).
-    """
-    return lun << 48 if lun < 256 else (0x4000 | lun) << 48
 
 
 def _luns(nexus: Nexus) -> bytes:
@@ -234,13 +225,15 @@ def report_luns(request: Request) -> Plan:
 
 
 COMMANDS: Final = (
-    Command("INQUIRY", usage("1201ffffff00"), inquiry, any_lun=True, despite_attention=True),
     Command(
+        opcodes.INQUIRY, "INQUIRY", "01ffffff00", inquiry, any_lun=True, despite_attention=True
+    ),
+    Command(
+        opcodes.REPORT_LUNS,
         "REPORT LUNS",
-        usage("a000ff000000ffffffff0000"),
+        "00ff000000ffffffff0000",
         report_luns,
         any_lun=True,
         despite_attention=True,
     ),
 )
-assert COMMANDS[0].opcode == opcodes.INQUIRY and COMMANDS[1].opcode == opcodes.REPORT_LUNS

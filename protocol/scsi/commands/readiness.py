@@ -4,8 +4,8 @@ SBC-3 5.25).
 
 from typing import Final
 
-from protocol.scsi import sense
-from protocol.scsi.command import NO_DATA, Command, Request, cut, usage
+from protocol.scsi import opcodes, sense
+from protocol.scsi.command import NO_DATA, Command, Request, cut
 from protocol.scsi.logical_unit import LogicalUnit
 from protocol.scsi.plan import Operation, Plan
 from protocol.scsi.sense import Sense
@@ -32,8 +32,8 @@ def request_sense(request: Request) -> Plan:
 
 
 def _condition(unit: LogicalUnit) -> Sense:
-    """What is to be said of a unit without unit attentions; of a sanitize operation also its
-    progress (SPC-4 5.11).
+    """The state of a unit without unit attentions; for a sanitize operation with its progress
+    (SPC-4 5.11).
     """
     if unit.sanitization is not None:
         return unit.sanitization.cause()
@@ -46,7 +46,7 @@ def start_stop_unit(request: Request) -> Plan:
     """
     unit, flags = request.unit, request.cdb[4]
     if flags & _POWER_CONDITION:
-        return NO_DATA  # power conditions are a matter of the host's disks, not of a vdisk
+        return NO_DATA  # a vdisk has no power conditions
     unit.started = bool(flags & _START)
     unit.state_changed()
     if unit.started or flags & _NO_FLUSH:
@@ -55,17 +55,34 @@ def start_stop_unit(request: Request) -> Plan:
 
 
 def prevent_allow_medium_removal(_request: Request) -> Plan:
-    """PREVENT ALLOW MEDIUM REMOVAL: the medium cannot be removed, so that there is nothing to
-    prevent.
-    """
+    """PREVENT ALLOW MEDIUM REMOVAL: the medium cannot be removed anyway."""
     return NO_DATA
 
 
 COMMANDS: Final = (
-    Command("TEST UNIT READY", usage("000000000000"), unit_ready, needs_medium=True),
     Command(
-        "REQUEST SENSE", usage("03010000ff00"), request_sense, any_lun=True, despite_attention=True
+        opcodes.TEST_UNIT_READY,
+        "TEST UNIT READY",
+        "0000000000",
+        unit_ready,
+        needs_medium=True,
+        despite_reservation=True,
     ),
-    Command("START STOP UNIT", usage("1b01000ff700"), start_stop_unit, reserved=True),
-    Command("PREVENT ALLOW MEDIUM REMOVAL", usage("1e0000000300"), prevent_allow_medium_removal),
+    Command(
+        opcodes.REQUEST_SENSE,
+        "REQUEST SENSE",
+        "010000ff00",
+        request_sense,
+        any_lun=True,
+        despite_attention=True,
+    ),
+    Command(
+        opcodes.START_STOP_UNIT, "START STOP UNIT", "01000ff700", start_stop_unit, reserved=True
+    ),
+    Command(
+        opcodes.PREVENT_ALLOW_MEDIUM_REMOVAL,
+        "PREVENT ALLOW MEDIUM REMOVAL",
+        "0000000300",
+        prevent_allow_medium_removal,
+    ),
 )
