@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from daemon.process.config import Address, Chap, ConfigError, build, load_file, parse_address
+from daemon.process.addresses import Address, parse_address
+from daemon.process.config import Chap, ConfigError, build, load_file
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -8,24 +8,33 @@ import click
 import pytest
 
 from daemon.admin.cli import cleavectl
+from daemon.iscsi.listener import IscsiListener
+from daemon.pool.events import EVENT_LEVELS
 from daemon.process.config import ChapSection, ControlSection, IscsiSection, LogSection, PoolSection
-from daemon.server import EVENT_LEVELS
 from protocol.control.errors import EXIT_CODES
 from storage.layout import SPLIT_STATES
+from tests.daemon import document_keys
 from tests.daemon.programs import ROOT
 
+LAYERS = ("storage", "daemon")
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
 EMITTERS = re.compile(
-    r'(?:on_event|log_event|log(?:\(\))?\.(?:info|warning|error))\(\s*f?"([a-z_]+\.[a-z_{]+)'
+    r"(?:on_event|log_event|log(?:\(\))?\.(?:info|warning|error)|Repeats)\("
+    r'\s*f?"([a-z_]+\.[a-z_{]+)'
 )
+# Events that each protocol has by its own name.
+OF_A_PROTOCOL = re.compile(r'f"\{[\w.]*protocol\}\.([a-z_]+)"')
+PROTOCOLS = (IscsiListener.protocol,)
 
 
 def events() -> list[str]:
-    found = {
-        name
-        for layer in ("storage", "daemon")
-        for path in (ROOT / layer).rglob("*.py")
-        for name in EMITTERS.findall(path.read_text())
+    texts = [path.read_text() for layer in LAYERS for path in (ROOT / layer).rglob("*.py")]
+    found = {name for text in texts for name in EMITTERS.findall(text)}
+    found |= {
+        f"{protocol}.{name}"
+        for text in texts
+        for name in OF_A_PROTOCOL.findall(text)
+        for protocol in PROTOCOLS
     }
     # Names made of a split's state.
     return sorted(
@@ -36,7 +45,8 @@ def events() -> list[str]:
 
 
 def test_the_search_finds_events_of_both_layers() -> None:
-    assert {"pool.opened", "daemon.ready", "session.opened", "split.paused"} <= set(events())
+    expected = {"pool.opened", "daemon.ready", "split.paused", "iscsi.failed", "iscsi.refused"}
+    assert expected <= set(events())
 
 
 @pytest.mark.parametrize("event", events())
@@ -62,6 +72,12 @@ def test_every_error_code_is_documented(code: str) -> None:
 def test_every_option_is_documented(section: str, fields: tuple[str, ...]) -> None:
     for field in fields:
         assert f"`{section}.{field}" in OPERATIONS or f"`.{field}`" in OPERATIONS, field
+
+
+def test_the_table_of_keys_is_that_of_the_definitions() -> None:
+    assert document_keys.written() == document_keys.table(), (
+        "write it anew: python -m tests.daemon.document_keys"
+    )
 
 
 def test_every_command_is_documented() -> None:

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.control import errors, limits, methods
-from protocol.control.client import ClientConnection
+from protocol.control import calls, errors, limits, methods
+from protocol.control.client_connection import ClientConnection, hello
 from protocol.control.errors import ControlError, FramingError
 from protocol.control.frames import (
     FrameReader,
@@ -22,7 +22,7 @@ from protocol.control.frames import (
     encode_request,
     encode_response,
 )
-from protocol.control.server import Call, ServerConnection, State
+from protocol.control.server_connection import Call, ServerConnection, State
 
 ITEMS = st.recursive(
     st.none()
@@ -96,7 +96,7 @@ def test_any_bytes_are_messages_or_a_framing_error(data: bytes) -> None:
 @given(
     st.lists(
         st.tuples(
-            st.sampled_from(sorted(methods.METHODS)),
+            st.sampled_from(sorted(calls.METHODS)),
             ITEMS | st.dictionaries(st.sampled_from(["name", "snapshot", "size_bytes"]), ITEMS),
         )
     )
@@ -222,10 +222,10 @@ def test_bad_params_are_named(method: str, params: Any, words: str) -> None:
 
 def test_params_may_be_a_map_or_an_array_of_one_map() -> None:
     for params in ({"name": "a"}, [{"name": "a"}]):
-        assert methods.validate("vdisk.show", params) == methods.Named(name="a")
+        assert calls.validate("vdisk.show", params) == methods.VdiskShow(name="a")
     nothings: list[Any] = [None, [], {}, [{}]]
     for nothing in nothings:
-        assert methods.validate("vdisk.ls", nothing) == methods.Params()
+        assert calls.validate("vdisk.ls", nothing) == methods.VdiskList()
 
 
 def test_an_unknown_method_is_answered() -> None:
@@ -250,9 +250,7 @@ def test_requests_above_the_pending_limit_are_refused_and_the_others_answered() 
 
 def test_a_request_id_in_use_is_refused() -> None:
     server = ready_server()
-    assert list(server.receive(encode_request(5, "vdisk.ls", {}))) == [
-        Call(5, "vdisk.ls", methods.Params())
-    ]
+    assert list(server.receive(encode_request(5, "vdisk.ls", {}))) == [Call(5, methods.VdiskList())]
     assert "5" in refusal(server, encode_request(5, "vdisk.ls", {}))["message"]
 
 
@@ -281,7 +279,7 @@ def test_rpc_list_describes_every_method() -> None:
     (response,) = reader().feed(server.take_output())
     assert isinstance(response, Response)
     described = {entry["method"]: entry for entry in response.result}
-    assert set(described) == set(methods.METHODS)
+    assert set(described) == set(calls.METHODS)
     assert all(entry["summary"] for entry in described.values())
     params = {param["name"]: param for param in described["split.start"]["params"]}
     assert params["name"]["required"]
@@ -291,13 +289,13 @@ def test_rpc_list_describes_every_method() -> None:
 
 def test_both_sides_in_memory() -> None:
     client, server = ClientConnection(), ServerConnection()
-    greeting_id, greeting = client.hello("test")
+    greeting_id, greeting = client.request(hello("test"))
     (call,) = server.receive(greeting)
     assert server.client == "test"
     assert list(client.receive(b"".join(server.answer(call.request_id, {"server": "x"})))) == [
         Response(greeting_id, None, {"server": "x"})
     ]
-    request_id, request = client.request("vdisk.show", {"name": "none"})
+    request_id, request = client.request(methods.VdiskShow(name="none"))
     (call,) = server.receive(request)
     refused = b"".join(
         server.refuse(
