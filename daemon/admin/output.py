@@ -4,7 +4,6 @@ JSON is what the daemon answered, key for key (docs/operations.md). Text follows
 row (`protocol.control.rows`): its columns, and the unit that stands last in a key's name.
 """
 
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -29,6 +28,8 @@ def print_answer(method: type[AnyMethod], answer: Any, output: str) -> None:
 
 def print_json(value: Any) -> None:
     """One JSON document."""
+    import json  # noqa: PLC0415 -- only where it is wanted
+
     sys.stdout.write(json.dumps(msgspec.to_builtins(value), indent=2) + "\n")
 
 

@@ -34,7 +34,7 @@ class IscsiSessions(Protocol):
 
 class Context(NamedTuple):
     """``listeners`` are those of all protocols, ``iscsi`` among them; ``space`` knows from when on
-    those who want more are warned.
+    requests for more are answered with warnings.
     """
 
     pool: Pool

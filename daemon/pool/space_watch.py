@@ -98,8 +98,8 @@ def percent_used(used_bytes: int, available_bytes: int) -> float:
 def space_warnings(
     used_bytes: int, available_bytes: int, deleted_images: int, threshold_percent: int
 ) -> list[str]:
-    """What to tell somebody who asks for more on a pool that is full or nearly so: sentences, or
-    nothing.
+    """Warnings for a request that will want room, where the pool is full or nearly so: sentences,
+    or nothing.
     """
     percent = percent_used(used_bytes, available_bytes)
     has_room = available_bytes >= FULL_BYTES

@@ -93,7 +93,7 @@ class Targets:
         ]
 
     def discovery_chap(self, initiator_name: str) -> ChapSecrets | None:
-        """Names are shown to those only who prove who they are, where that is asked of them."""
+        """What an initiator must prove before it is shown names; None: nothing."""
         return self.access.secrets_for(initiator_name)
 
     def session_opened(self, session: SessionView) -> None:

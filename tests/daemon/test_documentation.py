@@ -11,6 +11,7 @@ from daemon.admin.cli import cleavectl
 from daemon.iscsi.listener import IscsiListener
 from daemon.pool.events import EVENT_LEVELS
 from daemon.process.config import ChapSection, ControlSection, IscsiSection, LogSection, PoolSection
+from protocol.control.calls import METHODS
 from protocol.control.errors import EXIT_CODES
 from storage.layout import SPLIT_STATES
 from tests.daemon import document_keys
@@ -80,9 +81,24 @@ def test_the_table_of_keys_is_that_of_the_definitions() -> None:
     )
 
 
+def commands(group: click.Group) -> dict[str, click.Command]:
+    context = click.Context(group)
+    found = {name: group.get_command(context, name) for name in group.list_commands(context)}
+    return {name: command for name, command in found.items() if command is not None}
+
+
 def test_every_command_is_documented() -> None:
-    for name, command in cleavectl.commands.items():
-        subcommands = list(command.commands) if isinstance(command, click.Group) else []
+    for name, command in commands(cleavectl).items():
         assert re.search(rf"`{name}\b", OPERATIONS), name
-        for subcommand in subcommands:
+        for subcommand in commands(command) if isinstance(command, click.Group) else ():
             assert re.search(rf"\b{subcommand}\b", OPERATIONS), f"{name} {subcommand}"
+
+
+def test_every_method_has_a_command_of_its_name() -> None:
+    for method in set(METHODS.values()) - document_keys.WITHOUT_COMMAND:
+        *groups, name = method.METHOD.partition("_")[0].split(".")
+        found: click.Command = cleavectl
+        for words in (*groups, name):
+            assert isinstance(found, click.Group)
+            assert words in commands(found), method.METHOD
+            found = commands(found)[words]

@@ -27,7 +27,7 @@ from protocol.control.parameters import SplitMode
 from protocol.iscsi.errors import IscsiError
 from tests.daemon.programs import Daemon
 
-# A hundred where time is no matter; fewer for whoever waits at a terminal.
+# A hundred where there is time; fewer where somebody waits at a terminal.
 CYCLES = 100 if os.environ.get("CI") == "true" or os.environ.get("CLEAVED_LONG") else 10
 BLOCKS = 512
 BLOCK_BYTES = 4096

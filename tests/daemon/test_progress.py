@@ -1,4 +1,4 @@
-"""What those see who wait for a split or watch counters, on a virtual clock."""
+"""What is shown while a command waits for a split or watches counters, on a virtual clock."""
 
 from typing import Any
 

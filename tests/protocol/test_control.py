@@ -6,12 +6,14 @@ import contextlib
 from typing import Any
 
 import msgpack
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.control import calls, errors, limits, methods
-from protocol.control.client_connection import ClientConnection, hello
+from protocol.control import calls, errors, limits, methods, rows
+from protocol.control.client_connection import ClientConnection, event_in, hello, result_in
+from protocol.control.definition import AnyMethod, result_type, row_type
 from protocol.control.errors import ControlError, FramingError
 from protocol.control.frames import (
     FrameReader,
@@ -327,3 +329,45 @@ def test_a_code_of_a_newer_daemon_counts_as_failed() -> None:
         ControlError.from_object({"code": "haunted", "message": "boo"}).exit_code
         == errors.EXIT_FAILED
     )
+
+
+@pytest.mark.parametrize("method", calls.METHODS.values(), ids=calls.METHODS)
+def test_a_definition_is_whole(method: type[AnyMethod]) -> None:
+    assert method.__doc__, "rpc.list would have nothing to say"
+    if method is methods.Subscribe:
+        return  # answers names, no rows
+    kind = row_type(method)
+    assert set(kind.COLUMNS) <= set(kind.__struct_fields__)
+    assert kind.COLUMNS or result_type(method) is kind or method is methods.ListMethods
+
+
+def test_rows_take_exactly_their_keys() -> None:
+    found: dict[str, Any] = {"path": "/p", "uuid": "u", "size_bytes": 1}
+    assert rows.row_of(rows.NewPool, found) == rows.NewPool(path="/p", uuid="u", size_bytes=1)
+    with pytest.raises(AssertionError, match="exactly"):
+        rows.row_of(rows.NewPool, {**found, "more": 1})
+    for wrong in ({"path": "/p", "uuid": "u"}, {**found, "size_bytes": "1"}):
+        with pytest.raises(msgspec.ValidationError):
+            rows.row_of(rows.NewPool, wrong)
+
+
+def test_a_client_passes_over_what_a_newer_daemon_says_in_addition() -> None:
+    answer = {"name": "a", "deleted": True, "moon": "full"}
+    found = result_in(Response(1, None, answer), methods.VdiskDelete)
+    assert found == rows.Deleted(name="a", deleted=True)
+    assert event_in(Notification("moon.rise", {})) is None
+
+
+def test_a_client_says_so_where_it_does_not_understand_the_answer() -> None:
+    with pytest.raises(ControlError, match=r"vdisk\.rm cannot be understood") as caught:
+        result_in(Response(1, None, {"name": "a"}), methods.VdiskDelete)
+    assert caught.value.next_step is not None
+    assert "daemon's version" in caught.value.next_step
+    assert event_in(Notification(methods.SPLIT_PROGRESS, {"name": "a"})) is None
+
+
+def test_what_is_left_out_of_a_call_is_not_sent() -> None:
+    """A daemon that does not know a newer parameter takes the call all the same."""
+    client = ClientConnection()
+    _, request = client.request(methods.SnapshotDelete(snapshot="a@s"))
+    assert list(reader().feed(request)) == [Request(1, "snapshot.rm", {"snapshot": "a@s"})]

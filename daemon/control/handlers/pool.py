@@ -12,7 +12,7 @@ from protocol.control.rows import row_of
 
 @answers
 async def hello(context: Context, call: methods.Hello) -> rows.Greeting:
-    """Who answers."""
+    """This daemon, and its pool."""
     return rows.Greeting(
         server="cleaved",
         version=VERSION,

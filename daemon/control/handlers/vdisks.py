@@ -11,8 +11,8 @@ from protocol.control.rows import row_of
 
 
 def _warnings(context: Context) -> list[str]:
-    """For those who asked for something that will want room. It was made all the same: it is writes
-    that take the room.
+    """For a request that will want room. What it asks for is made all the same: writes are what
+    takes the room.
     """
     shown = context.pool.show()
     return space_warnings(
