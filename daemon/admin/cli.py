@@ -8,7 +8,8 @@ to stderr.
 
 import os
 import sys
-from importlib import import_module
+from collections.abc import Callable
+from types import ModuleType
 from typing import Final
 
 import click
@@ -17,21 +18,6 @@ from daemon import CONTROL_PATH_DEFAULT
 from daemon.admin.client import Unreachable
 from daemon.admin.command import OUTPUT_KINDS, Settings
 from protocol.control.errors import EXIT_FAILED, EXIT_UNREACHABLE, ControlError
-
-# The module of daemon.admin.commands that has each of them, by its own name.
-COMMANDS: Final = {
-    "vdisk": "vdisks",
-    "snapshot": "vdisks",
-    "clone": "vdisks",
-    "split": "splits",
-    "pool": "pool",
-    "target": "access",
-    "acl": "access",
-    "chap": "access",
-    "session": "sessions",
-    "stats": "sessions",
-    "connect": "sessions",
-}
 
 
 class Commands(click.Group):
@@ -43,11 +29,57 @@ class Commands(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command or group of this name."""
-        if cmd_name not in COMMANDS:
+        find = COMMANDS.get(cmd_name)
+        if find is None:
             return None
-        module = import_module(f"daemon.admin.commands.{COMMANDS[cmd_name]}")
-        found: click.Command = getattr(module, cmd_name)
+        found: click.Command = getattr(find(), cmd_name)
         return found
+
+
+def _vdisks() -> ModuleType:
+    from daemon.admin.commands import vdisks  # noqa: PLC0415 -- see Commands
+
+    return vdisks
+
+
+def _splits() -> ModuleType:
+    from daemon.admin.commands import splits  # noqa: PLC0415
+
+    return splits
+
+
+def _pool() -> ModuleType:
+    from daemon.admin.commands import pool  # noqa: PLC0415
+
+    return pool
+
+
+def _access() -> ModuleType:
+    from daemon.admin.commands import access  # noqa: PLC0415
+
+    return access
+
+
+def _sessions() -> ModuleType:
+    from daemon.admin.commands import sessions  # noqa: PLC0415
+
+    return sessions
+
+
+# The module that has each of them, by its own name.
+COMMANDS: Final[dict[str, Callable[[], ModuleType]]] = {
+    "vdisk": _vdisks,
+    "snapshot": _vdisks,
+    "clone": _vdisks,
+    "split": _splits,
+    "pool": _pool,
+    "target": _access,
+    "acl": _access,
+    "chap": _access,
+    "session": _sessions,
+    "stats": _sessions,
+    "connect": _sessions,
+}
 
 
 @click.group(

@@ -1,25 +1,27 @@
-"""Which function carries out which method: each handler says so by its annotations."""
+"""Which function carries out which method."""
 
 from collections.abc import Awaitable, Callable
-from typing import Any, Final, TypeVar, get_type_hints
+from typing import Any, Final, get_type_hints
 
 from daemon.control.context import Context
-from protocol.control.definition import AnyMethod, result_type
+from protocol.control.definition import AnyMethod, Method, Result, result_type
 
-Call = TypeVar("Call", bound=AnyMethod)
-Answer = TypeVar("Answer")
-Handler = Callable[[Context, Call], Awaitable[Answer]]
+Handler = Callable[[Context, Any], Awaitable[Result]]
 
-HANDLERS: Final[dict[type[AnyMethod], Handler[Any, Any]]] = {}
+HANDLERS: Final[dict[type[AnyMethod], Handler[Any]]] = {}
 
 
-def answers(handler: Handler[Call, Answer]) -> Handler[Call, Answer]:
-    """Decorates the function that carries out the method which its parameter ``call`` is of. It
-    gives the method's result, and raises ControlError or what the pool raises.
+def answers(method: type[Method[Result]]) -> Callable[[Handler[Result]], Handler[Result]]:
+    """Decorates the function that carries out a method: it takes the call, gives the method's
+    result, and raises ControlError or what the pool raises.
     """
-    types = get_type_hints(handler)
-    method = types["call"]
-    assert method not in HANDLERS, f"{method.METHOD} has two handlers"
-    assert types["return"] == result_type(method), f"{method.METHOD} answers {result_type(method)}"
-    HANDLERS[method] = handler
-    return handler
+
+    def register(handler: Handler[Result]) -> Handler[Result]:
+        types = get_type_hints(handler)
+        assert types["call"] is method, f"the handler of {method.METHOD} takes another call"
+        assert types["return"] == result_type(method), f"{method.METHOD} has another result"
+        assert method not in HANDLERS, f"{method.METHOD} has two handlers"
+        HANDLERS[method] = handler
+        return handler
+
+    return register

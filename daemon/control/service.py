@@ -5,7 +5,13 @@ from typing import Any, Final
 
 from daemon.control.answering import HANDLERS
 from daemon.control.context import Context
-from daemon.control.handlers import access, pool, sessions, splits, vdisks
+from daemon.control.handlers import (  # noqa: F401 -- each registers its functions
+    access,
+    pool,
+    sessions,
+    splits,
+    vdisks,
+)
 from protocol.control import errors
 from protocol.control.definition import AnyMethod
 from protocol.control.errors import ControlError
@@ -21,9 +27,6 @@ from storage.errors import (
     StorageError,
     VolumeClosed,
 )
-
-# They register their functions when they are imported.
-HANDLER_MODULES: Final = (vdisks, splits, pool, access, sessions)
 
 # Most specific first: the first class that fits gives the code.
 ERROR_CODES: Final[Mapping[type[StorageError], str]] = {

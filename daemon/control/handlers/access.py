@@ -20,21 +20,21 @@ def _end_sessions(context: Context) -> int:
 # --- Targets --------------------------------------------------------------------------------------
 
 
-@answers
+@answers(methods.TargetCreate)
 async def target_create(context: Context, call: methods.TargetCreate) -> rows.Target:
     """Its name is not a vdisk's."""
     created = await context.administration.create(call.target)
     return created_target(context.targets, created.name)
 
 
-@answers
+@answers(methods.TargetList)
 async def target_list(context: Context, call: methods.TargetList) -> list[rows.Target]:
     """By name."""
     targets = context.targets
     return [created_target(targets, name) for name in sorted(targets.table.targets)]
 
 
-@answers
+@answers(methods.TargetDelete)
 async def target_delete(context: Context, call: methods.TargetDelete) -> rows.DeletedTarget:
     """Its list goes too, so its vdisks may be for others than before."""
     name = await context.administration.remove(call.target)
@@ -42,7 +42,7 @@ async def target_delete(context: Context, call: methods.TargetDelete) -> rows.De
     return rows.DeletedTarget(target=name, deleted=True)
 
 
-@answers
+@answers(methods.TargetMap)
 async def target_map(context: Context, call: methods.TargetMap) -> rows.Target:
     """Open sessions are told. The target's list counts for the vdisk's own target, too."""
     volume = context.pool.volume(call.vdisk)
@@ -52,7 +52,7 @@ async def target_map(context: Context, call: methods.TargetMap) -> rows.Target:
     return created_target(context.targets, name)
 
 
-@answers
+@answers(methods.TargetUnmap)
 async def target_unmap(context: Context, call: methods.TargetUnmap) -> rows.Target:
     """Open sessions are told."""
     if (call.vdisk is None) == (call.lun is None):
@@ -66,19 +66,19 @@ async def target_unmap(context: Context, call: methods.TargetUnmap) -> rows.Targ
 # --- Access lists ---------------------------------------------------------------------------------
 
 
-@answers
+@answers(methods.AclAdd)
 async def acl_add(context: Context, call: methods.AclAdd) -> rows.ChangedAccessList:
     """From the first one on, the target is for nobody else."""
     return _changed(context, await context.administration.allow(call.target, call.initiators))
 
 
-@answers
+@answers(methods.AclRemove)
 async def acl_remove(context: Context, call: methods.AclRemove) -> rows.ChangedAccessList:
     """An empty list stays, and lets nobody in."""
     return _changed(context, await context.administration.disallow(call.target, call.initiator))
 
 
-@answers
+@answers(methods.AclClear)
 async def acl_clear(context: Context, call: methods.AclClear) -> rows.ChangedAccessList:
     """Without a list, the target is as open as the configuration says."""
     return _changed(context, await context.administration.clear_list(call.target))
@@ -94,7 +94,7 @@ def _changed(context: Context, target: Found) -> rows.ChangedAccessList:
     )
 
 
-@answers
+@answers(methods.AclList)
 async def acl_list(context: Context, call: methods.AclList) -> list[rows.AccessList]:
     """By target."""
     found = access_lists(context.targets)
@@ -107,7 +107,7 @@ async def acl_list(context: Context, call: methods.AclList) -> list[rows.AccessL
 # --- CHAP -----------------------------------------------------------------------------------------
 
 
-@answers
+@answers(methods.ChapSet)
 async def chap_set(context: Context, call: methods.ChapSet) -> rows.ChapUser:
     """They count from the next login on."""
     if (call.mutual_user is None) != (call.mutual_secret is None):
@@ -125,14 +125,14 @@ async def chap_set(context: Context, call: methods.ChapSet) -> rows.ChapUser:
     return _shown(fold(call.initiator), given)
 
 
-@answers
+@answers(methods.ChapDelete)
 async def chap_delete(context: Context, call: methods.ChapDelete) -> rows.DeletedChapUser:
     """Those of the configuration file, if any, are asked of it then."""
     await context.targets.access.remove_chap(call.initiator)
     return rows.DeletedChapUser(initiator=fold(call.initiator), deleted=True)
 
 
-@answers
+@answers(methods.ChapList)
 async def chap_list(context: Context, call: methods.ChapList) -> list[rows.ChapUser]:
     """By initiator."""
     found = sorted(context.targets.access.chap.items())

@@ -16,13 +16,13 @@ from protocol.iscsi.limits import LOGOUT_SECONDS
 SESSION_END_SECONDS: Final = LOGOUT_SECONDS + 10
 
 
-@answers
+@answers(methods.SessionList)
 async def session_list(context: Context, call: methods.SessionList) -> list[rows.Session]:
     """By target and initiator."""
     return context.targets.sessions.rows()
 
 
-@answers
+@answers(methods.SessionEnd)
 async def session_end(context: Context, call: methods.SessionEnd) -> rows.EndedSession:
     """Returns when none of its commands can touch a disk any more."""
     session = context.targets.sessions.find(call.id)
@@ -41,7 +41,7 @@ async def session_end(context: Context, call: methods.SessionEnd) -> rows.EndedS
     return rows.EndedSession(id=call.id, initiator=initiator, target=target, ended=True)
 
 
-@answers
+@answers(methods.Stats)
 async def stats(context: Context, call: methods.Stats) -> rows.Stats:
     """Of all protocols together; ``sessions`` are those of iSCSI."""
     counters = context.pool.volume(call.name).counters
@@ -52,7 +52,7 @@ async def stats(context: Context, call: methods.Stats) -> rows.Stats:
     )
 
 
-@answers
+@answers(methods.Connect)
 async def connect(context: Context, call: methods.Connect) -> rows.Portal:
     """The vdisk's own target."""
     volume = context.pool.volume(call.name)

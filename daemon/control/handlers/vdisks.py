@@ -26,7 +26,7 @@ def _warnings(context: Context) -> list[str]:
 # --- Vdisks ---------------------------------------------------------------------------------------
 
 
-@answers
+@answers(methods.VdiskCreate)
 async def vdisk_create(context: Context, call: methods.VdiskCreate) -> rows.NewVdisk:
     """Empty, and thin."""
     with context.administration.claim(VDISK, call.name):
@@ -34,19 +34,19 @@ async def vdisk_create(context: Context, call: methods.VdiskCreate) -> rows.NewV
     return row_of(rows.NewVdisk, {**created, "warnings": _warnings(context)})
 
 
-@answers
+@answers(methods.VdiskList)
 async def vdisk_list(context: Context, call: methods.VdiskList) -> list[rows.Vdisk]:
     """By name."""
     return await all_rows(rows.Vdisk, await context.pool.vdisk_list())
 
 
-@answers
+@answers(methods.VdiskShow)
 async def vdisk_show(context: Context, call: methods.VdiskShow) -> rows.VdiskDetail:
     """Exact as of a consistency point that this takes."""
     return row_of(rows.VdiskDetail, await context.pool.vdisk_show(call.name))
 
 
-@answers
+@answers(methods.VdiskResize)
 async def vdisk_resize(context: Context, call: methods.VdiskResize) -> rows.ResizedVdisk:
     """The clients of all protocols are told."""
     pool = context.pool
@@ -76,7 +76,7 @@ def _would_cut(name: str, before_bytes: int, after_bytes: int) -> ControlError:
     )
 
 
-@answers
+@answers(methods.VdiskRename)
 async def vdisk_rename(context: Context, call: methods.VdiskRename) -> rows.VdiskDetail:
     """Open sessions go on."""
     pool = context.pool
@@ -85,7 +85,7 @@ async def vdisk_rename(context: Context, call: methods.VdiskRename) -> rows.Vdis
     return row_of(rows.VdiskDetail, await pool.vdisk_show(call.new_name))
 
 
-@answers
+@answers(methods.VdiskDelete)
 async def vdisk_delete(context: Context, call: methods.VdiskDelete) -> rows.Deleted:
     """Everything that was kept for it goes too: its access list, its reservations."""
     volume = context.pool.volume(call.name)
@@ -101,7 +101,7 @@ async def vdisk_delete(context: Context, call: methods.VdiskDelete) -> rows.Dele
 # --- Snapshots and clones -------------------------------------------------------------------------
 
 
-@answers
+@answers(methods.SnapshotCreate)
 async def snapshot_create(context: Context, call: methods.SnapshotCreate) -> list[rows.NewSnapshot]:
     """All of one moment, or none."""
     pairs = [_two_names(reference) for reference in call.snapshots]
@@ -110,13 +110,13 @@ async def snapshot_create(context: Context, call: methods.SnapshotCreate) -> lis
     return await all_rows(rows.NewSnapshot, [{**row, "warnings": warnings} for row in created])
 
 
-@answers
+@answers(methods.SnapshotList)
 async def snapshot_list(context: Context, call: methods.SnapshotList) -> list[rows.Snapshot]:
     """By name."""
     return await all_rows(rows.Snapshot, await context.pool.snapshot_list(call.vdisk))
 
 
-@answers
+@answers(methods.SnapshotDelete)
 async def snapshot_delete(context: Context, call: methods.SnapshotDelete) -> rows.Deleted:
     """At once, or when the last clone has been split."""
     vdisk, snapshot = _two_names(call.snapshot)
@@ -124,7 +124,7 @@ async def snapshot_delete(context: Context, call: methods.SnapshotDelete) -> row
     return rows.Deleted(name=call.snapshot, deleted=deleted)
 
 
-@answers
+@answers(methods.CloneCreate)
 async def clone_create(context: Context, call: methods.CloneCreate) -> rows.NewVdisk:
     """In the same time, whatever its size."""
     vdisk, snapshot = _two_names(call.snapshot)
