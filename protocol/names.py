@@ -15,14 +15,24 @@ ISID_DIGITS: Final = 12
 # All addresses of the daemon are one portal group.
 PORTAL_GROUP_TAG: Final = 1
 _TARGET_PORT_DIGITS: Final = 4
+# A vdisk's name ends an iSCSI name, where RFC 7143 4.2.7.1 allows letters, digits, dash, dot and
+# colon; the underscore is an addition that initiators take too. Nothing else, so that names need no
+# quoting in URLs and shells.
+NAME: Final = r"[A-Za-z0-9][A-Za-z0-9._:-]*"
+# RFC 7143 4.2.7.2, in the characters that need no preparation (4.2.7.1), and the underscore, which
+# initiators use too.
+ISCSI_NAME: Final = (
+    rf"(?:[iI][qQ][nN]\.[0-9]{{4}}-[0-9]{{2}}\.{NAME}"
+    r"|[eE][uU][iI]\.[0-9A-Fa-f]{16}|[nN][aA][aA]\.[0-9A-Fa-f]{16}(?:[0-9A-Fa-f]{16})?)"
+)
 
 
 def fold(name: str) -> str:
     """An iSCSI name in the form in which it is compared.
 
-    Configured names are ASCII (`control.methods.ISCSI_NAME`), for which RFC 3722 is just lower
-    case. An initiator may claim a name with other characters: that is on no access list, and only
-    has to be the same each time.
+    Lower case is all of RFC 3722 that a configured name can need, since those are ASCII
+    (`ISCSI_NAME`). The name that an initiator claims may have other characters; such a name is on
+    no list, and only has to be the same each time.
     """
     return name.lower()
 

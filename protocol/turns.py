@@ -21,8 +21,8 @@ class Turns:
 
     __slots__ = ("_going", "_steps", "call_soon")
 
-    def __init__(self) -> None:
-        self.call_soon: Callable[[Step], object] | None = None
+    def __init__(self, call_soon: Callable[[Step], object] | None = None) -> None:
+        self.call_soon = call_soon
         self._steps: deque[Step] = deque()
         self._going = False
 

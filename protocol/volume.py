@@ -139,9 +139,7 @@ class ReportsUsage(Protocol):
     """
 
     def usage(self) -> VolumeUsage:
-        """Bytes that the volume's own blocks take in the pool, and bytes still free in the pool.
-        Returns at once.
-        """
+        """Returns at once."""
 
 
 class SplitState(Protocol):

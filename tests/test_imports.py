@@ -47,11 +47,12 @@ ORDER = {
     "daemon": (
         "daemon",
         "daemon.process",
+        "daemon.admin",  # as a client it knows nothing of the rooms of the server
         "daemon.pool",
-        "daemon.iscsi",
         "daemon.targets",
+        "daemon.tcp",
+        "daemon.iscsi",
         "daemon.control",
-        "daemon.admin",
         "daemon.server",
         "daemon.cli",
         "daemon.demo",

@@ -11,7 +11,7 @@ from tests.protocol.test_scsi_identity import fails, page
 BAD_CDB = (5, 0x24, 0)
 
 
-class VolumeUsage(NamedTuple):
+class Usage(NamedTuple):
     used_bytes: int
     available_bytes: int
 
@@ -29,8 +29,8 @@ class ThinClone(MemoryVolume):
         super().__init__(1 << 20)
         self.state = state
 
-    def usage(self) -> VolumeUsage:
-        return VolumeUsage((3 << 20) + 1, 10 << 20)
+    def usage(self) -> Usage:
+        return Usage((3 << 20) + 1, 10 << 20)
 
     def split_state(self) -> SplitState | None:
         return self.state

@@ -2,15 +2,16 @@
 
 States: a connection is NEW until ``hello`` was answered, then READY, and CLOSED once its bytes
 could not be followed. Calls come out of ``receive`` validated; each is answered exactly once by
-``answer`` or ``refuse``, in any order. What needs no pool (``hello``'s refusals, ``rpc.list``,
-``rpc.subscribe``, malformed requests) is answered here.
+``answer`` or ``refuse``, in any order. What needs no pool is answered here (``rpc.list``,
+``rpc.subscribe``, ``hello``'s refusals, malformed requests).
 """
 
 import enum
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from protocol.control import methods
+from protocol.control import calls, methods
+from protocol.control.definition import AnyMethod
 from protocol.control.errors import (
     HELLO_FIRST,
     INVALID_REQUEST,
@@ -36,11 +37,10 @@ class State(enum.Enum):
 
 
 class Call(NamedTuple):
-    """One validated request for the service."""
+    """One validated request for the service. ``method`` is the call with its parameters."""
 
     request_id: int
-    method: str
-    params: methods.Params
+    method: AnyMethod
 
 
 class ServerConnection:
@@ -88,46 +88,35 @@ class ServerConnection:
                 f"{REQUESTS_PENDING_MAX} requests of this connection wait for their answers"
                 " already",
             )
-        params = methods.validate(request.method, request.params)
-        if self.state is State.NEW and request.method != "hello":
+        method = calls.validate(request.method, request.params)
+        if self.state is State.NEW and not isinstance(method, methods.Hello):
             raise ControlError(
                 HELLO_FIRST,
                 f"{request.method} came before hello",
                 "call hello with client and protocol first",
             )
-        if request.method == "hello":
-            self._greet(params)
-        elif request.method in self._OWN_METHODS:
-            self._write(request.request_id, None, self._OWN_METHODS[request.method](self, params))
+        if isinstance(method, methods.ListMethods):
+            self._write(request.request_id, None, calls.describe())
             return None
+        if isinstance(method, methods.Subscribe):
+            self.subscriptions = frozenset(method.events)
+            self._write(request.request_id, None, sorted(self.subscriptions))
+            return None
+        if isinstance(method, methods.Hello):
+            self._greet(method)
         self._pending.add(request.request_id)
-        return Call(request.request_id, request.method, params)
+        return Call(request.request_id, method)
 
-    def _greet(self, params: methods.Params) -> None:
-        assert isinstance(params, methods.Hello)
-        if params.protocol != PROTOCOL_VERSION:
+    def _greet(self, hello: methods.Hello) -> None:
+        if hello.protocol != PROTOCOL_VERSION:
             raise ControlError(
                 INVALID_REQUEST,
-                f"the client speaks control protocol {params.protocol}, this daemon"
+                f"the client speaks control protocol {hello.protocol}, this daemon"
                 f" {PROTOCOL_VERSION}",
                 "use a cleavectl of the daemon's version",
             )
-        self.client = params.client
+        self.client = hello.client
         self.state = State.READY
-
-    def _subscribe(self, params: methods.Params) -> list[str]:
-        assert isinstance(params, methods.Subscribe)
-        self.subscriptions = frozenset(params.events)
-        return sorted(self.subscriptions)
-
-    def _list_methods(self, params: methods.Params) -> list[dict[str, Any]]:
-        assert type(params) is methods.Params
-        return methods.describe()
-
-    _OWN_METHODS: Mapping[str, Callable[["ServerConnection", methods.Params], Any]] = {
-        "rpc.list": _list_methods,
-        "rpc.subscribe": _subscribe,
-    }
 
     def answer(self, request_id: int, result: Any) -> Iterator[bytes]:
         """Bytes of a response, in parts that each cost the event loop little. They must reach the

@@ -1,9 +1,9 @@
 """Which TCP connections are taken, and how fast: a bound on all of them, and one on those of each
 address that have not logged in.
 
-The second keeps a stranger from holding every place: his connections end with the time that a login
-may take, and until then others find room beside them. The pace keeps a flood from taking the event
-loop's time: a login costs half a millisecond of it, in which no session is served.
+The second keeps a stranger from holding every place: those connections end with the time that a
+login may take, and until then others find room beside them. The pace keeps a flood from taking the
+event loop's time: a login costs half a millisecond of it, in which no session is served.
 """
 
 from typing import Final, Protocol
@@ -39,20 +39,21 @@ class Admitted(Protocol):
 
 
 class Admission:
-    """``connections_max`` bounds all connections; ``full`` is why no more are taken.
+    """``connections_max`` bounds all connections of a protocol; ``full`` is why no more are taken.
 
     Invariant: ``_logging_in`` holds every one that has not logged in, by address.
     """
 
-    def __init__(self, connections_max: int, full: str | None = None) -> None:
+    def __init__(self, protocol: str, connections_max: int, full: str | None = None) -> None:
+        self.protocol = protocol
         self.connections_max = connections_max
-        self._full = full or f"iscsi.connections_max {connections_max}"
+        self._full = full or f"{protocol}.connections_max {connections_max}"
         self._pace = max(PACE_MIN, connections_max / RETURN_SECONDS)
         self._credit = float(BURST)
         self._seen_seconds = 0.0
         self._connections = 0
         self._logging_in: dict[str, set[Admitted]] = {}
-        self._refusals = Repeats("iscsi.refused")
+        self._refusals = Repeats(f"{protocol}.refused")
 
     def wait_seconds(self, now_seconds: float) -> float:
         """How long the next connection has to wait for its turn; 0: not at all. ``now_seconds`` is

@@ -12,53 +12,45 @@ from typing import Any, Final, cast
 
 from daemon.process.descriptors import CONTROL_MAX
 from daemon.process.logs import get_log
-from protocol.control import methods
+from protocol.control.definition import AnyMethod
 from protocol.control.errors import INTERNAL, ControlError
-from protocol.control.server import Call, ServerConnection, State
+from protocol.control.server_connection import Call, ServerConnection, State
 
 CONTROL_MODE: Final = 0o660
 BACKLOG: Final = 64
 
-CallMethod = Callable[[str, methods.Params], Awaitable[Any]]
+CallMethod = Callable[[AnyMethod], Awaitable[Any]]
 
 
 class ControlPathBusy(Exception):
     """The control path cannot be listened on; the message says why and what to do."""
 
 
-class ControlServer:
+class ControlListener:
     """All control connections of the daemon."""
 
     def __init__(self, path: str, call: CallMethod, connections_max: int = CONTROL_MAX) -> None:
         self.path = path
         self.call = call
         self.connections_max = connections_max
-        self.connections: set[ControlProtocol] = set()
+        self.connections: set[ControlConnection] = set()
         self.tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
         self._bound: tuple[int, int] | None = None
 
     async def start(self) -> None:
         """Listen. Raises ControlPathBusy."""
-        listener = _bind(self.path)
+        bound = _bind(self.path)
         status = os.stat(self.path)
         self._bound = (status.st_dev, status.st_ino)
-        loop = asyncio.get_running_loop()
-        self._server = await loop.create_unix_server(
-            lambda: ControlProtocol(self), sock=listener, backlog=min(BACKLOG, self.connections_max)
+        self._server = await asyncio.get_running_loop().create_unix_server(
+            lambda: ControlConnection(self), sock=bound, backlog=min(BACKLOG, self.connections_max)
         )
 
     def notify(self, event: str, params: Any) -> None:
         """Send a notification to those that subscribed to it."""
         for connection in self.connections:
             connection.notify(event, params)
-
-    @property
-    def wanted(self) -> frozenset[str]:
-        """Notifications that anybody subscribed to."""
-        return frozenset().union(
-            *(connection.state.subscriptions for connection in self.connections)
-        )
 
     def stop_accepting(self) -> None:
         """Close the listener and remove the socket, unless somebody put another in its place."""
@@ -87,45 +79,45 @@ class ControlServer:
             connection.close()
 
 
-class ControlProtocol(asyncio.Protocol):
+class ControlConnection(asyncio.Protocol):
     """One connection. Answers go out whole and in the order in which they were made, whatever is
     awaited between their parts.
     """
 
-    def __init__(self, server: ControlServer) -> None:
-        self.state = ServerConnection()
-        self._server = server
+    def __init__(self, listener: ControlListener) -> None:
+        self.protocol = ServerConnection()
+        self._listener = listener
         self._transport: asyncio.Transport | None = None
         self._slow_reader = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A client came."""
         transport = cast("asyncio.Transport", transport)  # uvloop's is one by shape, not by class
-        if len(self._server.connections) >= self._server.connections_max:
+        if len(self._listener.connections) >= self._listener.connections_max:
             get_log().warning(
-                "control.refused", reason=f"{self._server.connections_max} connections are open"
+                "control.refused", reason=f"{self._listener.connections_max} connections are open"
             )
             transport.abort()
             return
         self._transport = transport
-        self._server.connections.add(self)
+        self._listener.connections.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client went. Its calls end by themselves: what was begun on the pool is not torn in
         the middle.
         """
-        self._server.connections.discard(self)
+        self._listener.connections.discard(self)
         self._transport = None
 
     def data_received(self, data: bytes) -> None:
         """Bytes came: start a task for each call."""
-        for call in self.state.receive(data):
+        for call in self.protocol.receive(data):
             task = asyncio.get_running_loop().create_task(self._carry_out(call))
-            self._server.tasks.add(task)
-            task.add_done_callback(self._server.tasks.discard)
-        self._write(self.state.take_output())
-        if self.state.state is State.CLOSED:
-            get_log().warning("control.malformed", client=self.state.client)
+            self._listener.tasks.add(task)
+            task.add_done_callback(self._listener.tasks.discard)
+        self._write(self.protocol.take_output())
+        if self.protocol.state is State.CLOSED:
+            get_log().warning("control.malformed", client=self.protocol.client)
             self.close()
 
     def pause_writing(self) -> None:
@@ -147,7 +139,7 @@ class ControlProtocol(asyncio.Protocol):
         replaced by the next.
         """
         if not self._slow_reader:
-            self._write(self.state.notification(event, params) or b"")
+            self._write(self.protocol.notification(event, params) or b"")
 
     def close(self) -> None:
         """Close when everything written has gone out."""
@@ -156,19 +148,19 @@ class ControlProtocol(asyncio.Protocol):
 
     async def _carry_out(self, call: Call) -> None:
         try:
-            result = await self._server.call(call.method, call.params)
+            result = await self._listener.call(call.method)
         except ControlError as error:
-            parts = self.state.refuse(call.request_id, error)
+            parts = self.protocol.refuse(call.request_id, error)
         except Exception as error:  # noqa: BLE001 -- a bug in one call is answered and logged; the daemon goes on serving disks
-            get_log().error("control.internal_error", method=call.method, exc_info=error)
+            get_log().error("control.internal_error", method=call.method.METHOD, exc_info=error)
             failure = ControlError(
                 INTERNAL,
-                f"{call.method} failed inside the daemon: {error!r}",
+                f"{call.method.METHOD} failed inside the daemon: {error!r}",
                 "see the daemon's log",
             )
-            parts = self.state.refuse(call.request_id, failure)
+            parts = self.protocol.refuse(call.request_id, failure)
         else:
-            parts = self.state.answer(call.request_id, result)
+            parts = self.protocol.answer(call.request_id, result)
         # All parts at once, so that no other answer comes between; not joined, as copying a long
         # list would stall the event loop.
         encoded = await _gather(parts)

@@ -12,9 +12,9 @@ import socket
 from collections.abc import Callable
 from typing import Final
 
-from daemon.iscsi.admission import Admission
-from daemon.process.config import Address
+from daemon.process.addresses import Address
 from daemon.process.logs import get_log
+from daemon.tcp.admission import Admission
 
 # The last of so many waits for 6 s at the slowest pace: an initiator gives a login 15 s.
 BACKLOG: Final = 256
@@ -106,14 +106,13 @@ class Acceptor:
             taken, where = listening.accept()
         except OSError as error:
             if error.errno in _EXHAUSTED:
-                get_log().error("iscsi.accept_failed", reason=error.strerror)
+                get_log().error(f"{self._admission.protocol}.accept_failed", reason=error.strerror)
                 self._pause(EXHAUSTED_SECONDS)
             return  # or the client went away before its turn
         peer = Address(*where[:2])
         if _gone(taken):
-            self._admission.spend(
-                taken=False
-            )  # who connects only to go away keeps others waiting little longer
+            # A client that connects only to go away keeps others waiting little longer.
+            self._admission.spend(taken=False)
             taken.close()
             return
         reason = self._admission.refusal(peer.host)

@@ -7,28 +7,36 @@ USER, SECRET, SECRETFILE and INITIATOR stand in the lines for what cannot be kno
 from collections.abc import Callable, Mapping
 from html import escape
 from shlex import quote
-from typing import Any, Final
+from typing import Final
 
 from protocol.control.errors import CONFLICT, FAILED, ControlError
+from protocol.control.rows import Portal
 
-Row = dict[str, Any]
+
+class ClientLines(Portal, frozen=True, kw_only=True):
+    """What ``connect -o json`` prints."""
+
+    client: str
+    lines: list[str]
+    notes: list[str]
+
 
 # So many of a list of initiators are named in a note.
 INITIATORS_NAMED_MAX: Final = 5
 
 
-def check_reachable(where: Row) -> None:
+def check_reachable(where: Portal) -> None:
     """Raise ControlError where no line for a client could work, with what would help."""
-    name, initiator = where["name"], where.get("initiator")
-    if not where["portals"]:
+    name, initiator = where.name, where.initiator
+    if not where.portals:
         raise ControlError(
             FAILED,
             "the daemon listens on no iSCSI address",
             "set iscsi.listen, or start it with --iscsi HOST:PORT",
         )
-    if where.get("allowed", True):
+    if where.allowed:
         return
-    listed = where["initiators"]
+    listed = where.initiators
     if listed and initiator is not None:
         cause = f"{initiator} is not on the access list of {name}"
     elif listed is not None:
@@ -43,14 +51,14 @@ def check_reachable(where: Row) -> None:
     )
 
 
-def notes(where: Row) -> list[str]:
-    """What the lines leave to whoever uses them."""
+def notes(where: Portal) -> list[str]:
+    """What the lines leave open."""
     found = []
-    listed, initiator = where.get("initiators"), where.get("initiator")
+    listed, initiator = where.initiators, where.initiator
     if listed and initiator is None:
         more = len(listed) - INITIATORS_NAMED_MAX
         names = ", ".join(listed[:INITIATORS_NAMED_MAX]) + (
-            f" and {more} more (cleavectl acl ls {where['name']})" if more > 0 else ""
+            f" and {more} more (cleavectl acl ls {where.name})" if more > 0 else ""
         )
         found.append(
             f"INITIATOR is the client's iSCSI name, one of {names}: --initiator writes it into the"
@@ -58,19 +66,19 @@ def notes(where: Row) -> list[str]:
         )
     elif listed:
         found.append(
-            f"{where['name']} is for those on its access list: the client's iSCSI name must be"
+            f"{where.name} is for those on its access list: the client's iSCSI name must be"
             f" {initiator}"
         )
-    if where["chap"]:
+    if where.chap:
         user = (
             "USER is the client's CHAP user (cleavectl chap ls); "
-            if where.get("chap_user") is None
+            if where.chap_user is None
             else ""
         )
         found.append(
             f"{user}SECRET and SECRETFILE stand for its CHAP secret, and for a file that holds it"
         )
-    if all(map(_is_loopback, where["portals"])):
+    if all(map(_is_loopback, where.portals)):
         found.append(
             "the daemon listens on loopback only: the lines work on this machine alone (set"
             " iscsi.listen for others)"
@@ -82,37 +90,35 @@ def _is_loopback(portal: str) -> bool:
     return portal.startswith(("127.", "[::1]:", "localhost:"))
 
 
-def portal_of(where: Row) -> str:
+def portal_of(where: Portal) -> str:
     """The first address that other machines can reach, as this one can too; the first of all where
     there is none.
     """
-    portals: list[str] = where["portals"]
-    return next((portal for portal in portals if not _is_loopback(portal)), portals[0])
+    return next((portal for portal in where.portals if not _is_loopback(portal)), where.portals[0])
 
 
-def _initiator(where: Row) -> str | None:
+def _initiator(where: Portal) -> str | None:
     """What the client must call itself; None: whatever it likes."""
-    found: str | None = where.get("initiator")
-    return "INITIATOR" if found is None and where.get("initiators") else found
+    return "INITIATOR" if where.initiator is None and where.initiators else where.initiator
 
 
-def _user(where: Row) -> str:
-    return where.get("chap_user") or "USER"
+def _user(where: Portal) -> str:
+    return where.chap_user or "USER"
 
 
-def url(where: Row) -> str:
+def url(where: Portal) -> str:
     """``iscsi://HOST:PORT/TARGET/LUN``, as libiscsi and QEMU take it. A vdisk's name has no
     character that a URL would change.
     """
-    return f"iscsi://{portal_of(where)}/{where['target']}/{where['lun']}"
+    return f"iscsi://{portal_of(where)}/{where.target}/{where.lun}"
 
 
-def qemu(where: Row) -> list[str]:
+def qemu(where: Portal) -> list[str]:
     """A drive for a virtual machine; -iscsi carries the names that the login needs."""
     lines, login, initiator = [], [], _initiator(where)
     if initiator is not None:
         login.append(f"initiator-name={initiator}")
-    if where["chap"]:
+    if where.chap:
         lines.append("-object secret,id=chap,file=SECRETFILE")
         login.append(f"user={_qemu_value(_user(where))},password-secret=chap")
     if login:
@@ -125,16 +131,16 @@ def _qemu_value(text: str) -> str:
     return quote(text.replace(",", ",,"))
 
 
-def open_iscsi(where: Row) -> list[str]:
+def open_iscsi(where: Portal) -> list[str]:
     """Login with iscsiadm, after discovery, or where that asks for CHAP too, of a node that is
     written down by hand.
     """
-    portal, target, initiator = portal_of(where), where["target"], _initiator(where)
+    portal, target, initiator = portal_of(where), where.target, _initiator(where)
     node = f"iscsiadm -m node -T {target} -p {portal}"
     lines = []
     if initiator is not None:
         lines.append(f"# /etc/iscsi/initiatorname.iscsi must say: InitiatorName={initiator}")
-    if not where["chap"]:
+    if not where.chap:
         lines.append(f"iscsiadm -m discovery -t sendtargets -p {portal}")
     else:
         lines.append(f"{node} -o new")
@@ -147,19 +153,19 @@ def open_iscsi(where: Row) -> list[str]:
     return [*lines, f"{node} --login"]
 
 
-def libiscsi(where: Row) -> list[str]:
+def libiscsi(where: Portal) -> list[str]:
     """The URL, and a first command to try it with. The initiator's name is no part of a URL."""
     found, initiator = url(where), _initiator(where)
-    if where["chap"]:
+    if where.chap:
         found = found.replace("iscsi://", f"iscsi://{_user(where)}%SECRET@")
     option = "" if initiator is None else f"-i {initiator} "
     return [found, f"iscsi-inq {option}{quote(found)}"]
 
 
-def libvirt(where: Row) -> list[str]:
+def libvirt(where: Portal) -> list[str]:
     """A disk element for a domain."""
     host, _, port = portal_of(where).rpartition(":")
-    name, initiator = escape(f"{where['target']}/{where['lun']}"), _initiator(where)
+    name, initiator = escape(f"{where.target}/{where.lun}"), _initiator(where)
     auth = (
         [
             (
@@ -167,7 +173,7 @@ def libvirt(where: Row) -> list[str]:
                 " usage='cleaved'/></auth>"
             )
         ]
-        if where["chap"]
+        if where.chap
         else []
     )
     if initiator is not None:
@@ -184,7 +190,7 @@ def libvirt(where: Row) -> list[str]:
     ]
 
 
-CLIENTS: Final[Mapping[str, Callable[[Row], list[str]]]] = {
+CLIENTS: Final[Mapping[str, Callable[[Portal], list[str]]]] = {
     "qemu": qemu,
     "open-iscsi": open_iscsi,
     "libiscsi": libiscsi,

@@ -4,17 +4,17 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Final
 
 from daemon.process.units import format_size
+from protocol.control.rows import COUNTERS, Stats
 
-COLUMNS: Final = ("reads", "writes", "read_bytes", "written_bytes", "trims", "flushes")
 HEADER_LINES: Final = (
     20  # the names come again after so many lines, so that they stay on the screen
 )
 
 
-def watch_stats(sample: Callable[[], dict[str, Any]], interval_seconds: float, output: str) -> None:
+def watch_stats(sample: Callable[[], Stats], interval_seconds: float, output: str) -> None:
     """Print until interrupted."""
     before, since = sample(), time.monotonic()
     lines = 0
@@ -27,17 +27,17 @@ def watch_stats(sample: Callable[[], dict[str, Any]], interval_seconds: float, o
                 sys.stdout.write(json.dumps(rates) + "\n")
             else:
                 if lines % HEADER_LINES == 0:
-                    sys.stdout.write(_line([f"{column}/s" for column in COLUMNS]))
-                sys.stdout.write(_line([_cell(column, rates[column]) for column in COLUMNS]))
+                    sys.stdout.write(_line([f"{column}/s" for column in COUNTERS]))
+                sys.stdout.write(_line([_cell(column, rates[column]) for column in COUNTERS]))
             sys.stdout.flush()
             before, since, lines = now, moment, lines + 1
     except KeyboardInterrupt:
         return
 
 
-def rates_between(before: dict[str, Any], now: dict[str, Any], seconds: float) -> dict[str, float]:
+def rates_between(before: Stats, now: Stats, seconds: float) -> dict[str, float]:
     """What happened a second, counter by counter."""
-    return {column: round((now[column] - before[column]) / seconds, 1) for column in COLUMNS}
+    return {key: round((getattr(now, key) - getattr(before, key)) / seconds, 1) for key in COUNTERS}
 
 
 def _cell(column: str, rate: float) -> str:
