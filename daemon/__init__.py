@@ -6,3 +6,4 @@ clocks and the event loop.
 """
 
 VERSION = "0.1.0"
+CONTROL_PATH_DEFAULT = "/run/cleaved/control.sock"

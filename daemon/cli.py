@@ -6,11 +6,12 @@ created.
 """
 
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
 
 import click
 
-from daemon import VERSION
+from daemon import CONTROL_PATH_DEFAULT, VERSION
 from daemon.process import runtime
 from daemon.process.config import (
     Config,
@@ -23,6 +24,12 @@ from daemon.process.config import (
 from protocol.control.errors import EXIT_CONFLICT, EXIT_FAILED, EXIT_USAGE
 from storage.errors import Conflict, PoolLocked, StorageError
 
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+# Stands for the dot between section and key where a Python name is wanted.
+_DOT: Final = "__"
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(VERSION)
@@ -32,41 +39,53 @@ def cleaved() -> None:
     """
 
 
+def setting(option: str, place: str, **more: Any) -> Callable[[Command], Command]:
+    """An option that stands for ``SECTION.KEY`` of the configuration file."""
+    return click.option(option, place.replace(".", _DOT), **more)
+
+
 @cleaved.command()
 @click.option(
     "--config", "config_path", metavar="FILE", help="TOML file; the other options win over it"
 )
-@click.option("--pool", metavar="PATH", help="the pool: an ordinary file or a block device")
-@click.option(
+@setting("--pool", "pool.path", metavar="PATH", help="the pool: an ordinary file or a block device")
+@setting(
     "--pool-size",
+    "pool.size",
     metavar="SIZE",
     help=(
         "create the pool with this size, as in 64GiB, when no file is there yet, or a blank block"
         " device"
     ),
 )
-@click.option(
+@setting(
     "--iscsi",
+    "iscsi.listen",
     metavar="HOST:PORT",
     multiple=True,
     help="listen here; port 0 for any free one  [default: 127.0.0.1:3260]",
 )
-@click.option(
+@setting(
     "--advertise",
+    "iscsi.advertise",
     metavar="HOST:PORT",
     multiple=True,
     help="tell initiators this address instead of the local ones (behind NAT)",
 )
-@click.option(
+@setting(
     "--open-access/--no-open-access",
+    "iscsi.open_access",
     default=None,
     help="whether targets without a list of initiators are for everybody",
 )
-@click.option(
-    "--control", metavar="PATH", help="control socket  [default: /run/cleaved/control.sock]"
+@setting(
+    "--control",
+    "control.path",
+    metavar="PATH",
+    help=f"control socket  [default: {CONTROL_PATH_DEFAULT}]",
 )
-@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]))
-@click.option("--log-format", type=click.Choice(["auto", "json", "text"]))
+@setting("--log-level", "log.level", type=click.Choice(["debug", "info", "warning", "error"]))
+@setting("--log-format", "log.format", type=click.Choice(["auto", "json", "text"]))
 def serve(config_path: str | None, **options: Any) -> None:
     """Serve one pool until SIGTERM (or Ctrl-C, or the terminal is closed). Prints one line that
     names every listener when it is ready.
@@ -77,10 +96,10 @@ def serve(config_path: str | None, **options: Any) -> None:
     import uvloop  # noqa: PLC0415 -- check-config and --help need none of what follows
 
     from daemon import server  # noqa: PLC0415
-    from daemon.control.socket import ControlPathBusy  # noqa: PLC0415
-    from daemon.iscsi.listener import ListenFailed  # noqa: PLC0415
+    from daemon.control.listener import ControlPathBusy  # noqa: PLC0415
     from daemon.process import logs  # noqa: PLC0415
     from daemon.process.descriptors import TooFewDescriptors  # noqa: PLC0415
+    from daemon.tcp.listener import ListenFailed  # noqa: PLC0415
 
     logs.set_up(config.log_level, config.log_format)
     try:
@@ -117,11 +136,11 @@ def create(path: str, size: str | None, overwrite: bool, output: str) -> None:
     behind that a new one, or `serve --pool-size`, stumbles over.
     """
     from daemon.admin.output import print_json, print_record  # noqa: PLC0415 -- not for serve
+    from protocol.control.rows import NewPool, row_of  # noqa: PLC0415
     from storage.pool import Pool  # noqa: PLC0415
 
-    made = Pool.create(
-        path, None if size is None else pool_size_bytes("--size", size), overwrite=overwrite
-    )
+    size_bytes = None if size is None else pool_size_bytes("--size", size)
+    made = row_of(NewPool, Pool.create(path, size_bytes, overwrite=overwrite))
     (print_json if output == "json" else print_record)(made)
 
 
@@ -157,41 +176,32 @@ def check_config(config_path: str) -> None:
 def check(path: str, verify_data: bool, copy: bool, output: str) -> None:
     """Check a pool that is not served; nothing is changed. Exit 1 when something is wrong."""
     from daemon.admin.output import print_json, print_record  # noqa: PLC0415 -- not for serve
+    from protocol.control.rows import CheckReport, row_of  # noqa: PLC0415
     from storage.check import check_path  # noqa: PLC0415
 
-    report = check_path(path, verify_data=verify_data, is_copy=copy).as_dict()
+    found = check_path(path, verify_data=verify_data, is_copy=copy)
+    report = row_of(CheckReport, found.as_dict())
     if output == "json":
         print_json(report)
     else:
-        errors = report.pop("errors")
-        print_record(report)
-        for error in errors:
+        print_record(report, without=("errors",))
+        for error in report.errors:
             click.echo(error)
-    if not report["ok"]:
+    if not report.ok:
         sys.exit(EXIT_FAILED)
 
 
 def read_config(path: str | None, options: dict[str, Any]) -> Config:
     """The file, if any, with the command line laid over it. Raises ConfigError."""
     tables: dict[str, Any] = {} if path is None else load_file(path)
-    places = {
-        "pool": ("pool", "path"),
-        "pool_size": ("pool", "size"),
-        "iscsi": ("iscsi", "listen"),
-        "advertise": ("iscsi", "advertise"),
-        "open_access": ("iscsi", "open_access"),
-        "control": ("control", "path"),
-        "log_level": ("log", "level"),
-        "log_format": ("log", "format"),
-    }
-    if path is None and options.get("pool") is None:
+    given = {place: value for place, value in options.items() if value not in {None, ()}}
+    if path is None and f"pool{_DOT}path" not in given:
         raise ConfigError("--pool is missing; give --pool PATH, or --config FILE")
-    for option, (section, key) in places.items():
-        value = options.get(option)
-        if value is not None and value != ():
-            table = tables.setdefault(section, {})
-            if isinstance(table, dict):  # what is no table is refused by build, which says so
-                table[key] = list(value) if isinstance(value, tuple) else value
+    for place, value in given.items():
+        section, key = place.split(_DOT)
+        table = tables.setdefault(section, {})
+        if isinstance(table, dict):  # what is no table is refused by build, which says so
+            table[key] = list(value) if isinstance(value, tuple) else value
     config = build(tables)
     if path is not None and config.chap is not None:
         check_private(path)

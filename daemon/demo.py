@@ -20,7 +20,7 @@ from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Final, Self
 
 from rich.console import Console
 from rich.table import Table
@@ -30,9 +30,12 @@ from daemon.admin.progress import progress_view
 from daemon.iscsi.initiator import Initiator
 from daemon.process.units import format_size, parse_size
 from daemon.targets.names import TARGET_PREFIX
+from protocol.control import methods
+from protocol.control.definition import Method, Result
+from protocol.control.limits import BLOCK_BYTES
+from protocol.control.rows import Split
 
 MIB: Final = 1 << 20
-BLOCK_BYTES: Final = 4096
 PIECE_BYTES: Final = MIB
 PIECES_IN_FLIGHT: Final = 8
 CLONE_WRITES: Final = 2000
@@ -49,7 +52,7 @@ class DemoFailed(Exception):
     """Something did not hold; the message says what."""
 
 
-class Daemon:
+class DaemonProcess:
     """The daemon as a process of its own."""
 
     def __init__(self, directory: Path, pool_size_bytes: int) -> None:
@@ -116,10 +119,10 @@ class Daemon:
                 f"the daemon stopped with exit status {status}\n{self.log_path.read_text()}"
             )
 
-    def call(self, method: str, **params: Any) -> Any:
+    def call(self, call: Method[Result]) -> Result:
         """One call of the control socket."""
         with ControlClient(str(self.control_path)) as client:
-            return client.call(method, **params)
+            return client.call(call)
 
     async def connect(self, vdisk: str) -> Initiator:
         """An iSCSI session with a vdisk."""
@@ -243,26 +246,25 @@ class Load:
             self.writes += 1
 
 
-def watch_split(daemon: Daemon, name: str) -> dict[str, Any]:
+def watch_split(daemon: DaemonProcess, name: str) -> Split:
     """Start a split and show its progress to the end. Blocking: runs in a thread while the clients
     work.
     """
     with ControlClient(str(daemon.control_path)) as client, progress_view(name) as view:
-        client.call("rpc.subscribe", events=["split.progress"])
-        split: dict[str, Any] = client.call(
-            "split.start", name=name, rate_max_bytes=SPLIT_RATE_BYTES
-        )
-        while split["state"] == "running":
-            update = client.notification(1.0)
-            split = client.call("split.show", name=name) if update is None else update.params
+        client.call(methods.Subscribe(events=[methods.SPLIT_PROGRESS]))
+        split = client.call(methods.SplitStart(name=name, rate_max_bytes=SPLIT_RATE_BYTES))
+        while split.state == "running":
+            update = client.event(1.0)
+            show = methods.SplitShow(name=name)
+            split = update if isinstance(update, Split) else client.call(show)
             view.update(split)
-    if split["state"] != "done":
-        raise DemoFailed(f"the split of {name} is {split['state']}: {split.get('reason')}")
+    if split.state != "done":
+        raise DemoFailed(f"the split of {name} is {split.state}: {split.reason}")
     return split
 
 
 async def split_under_load(
-    daemon: Daemon, disk: Initiator, expected: bytearray, report: Report
+    daemon: DaemonProcess, disk: Initiator, expected: bytearray, report: Report
 ) -> None:
     """Split the clone while clients read, write and verify."""
     load = Load(disk, expected)
@@ -275,16 +277,16 @@ async def split_under_load(
     seconds = time.perf_counter() - begun
     report.add(
         "split, copy mode",
-        f"{split['blocks_copied']} blocks in {seconds:.1f} s (ceiling"
+        f"{split.blocks_copied} blocks in {seconds:.1f} s (ceiling"
         f" {format_size(SPLIT_RATE_BYTES)}/s)",
     )
     report.add("client I/O meanwhile", f"{load.reads} reads and {load.writes} writes, all verified")
 
 
-async def wait_for_space(daemon: Daemon, used_bytes_max: int) -> int:
+async def wait_for_space(daemon: DaemonProcess, used_bytes_max: int) -> int:
     """Wait until the background reclaim has brought the used space down; what is used then."""
     for _ in range(200):
-        used: int = daemon.call("pool.show")["used_bytes"]
+        used = daemon.call(methods.PoolShow()).used_bytes
         if used <= used_bytes_max:
             return used
         await asyncio.sleep(0.1)
@@ -294,22 +296,22 @@ async def wait_for_space(daemon: Daemon, used_bytes_max: int) -> int:
     )
 
 
-def check_pool(daemon: Daemon, when: str, report: Report) -> None:
+def check_pool(daemon: DaemonProcess, when: str, report: Report) -> None:
     """The pool's own check, with all checksums."""
-    found = daemon.call("pool.check", verify_data=True)
-    if not found["ok"]:
-        raise DemoFailed(f"pool check {when}: " + "; ".join(found["errors"]))
+    found = daemon.call(methods.PoolCheck(verify_data=True))
+    if not found.ok:
+        raise DemoFailed(f"pool check {when}: " + "; ".join(found.errors))
     report.add(f"pool check {when}", "clean")
 
 
-async def clone_and_split(daemon: Daemon, golden: bytearray, report: Report) -> bytearray:
+async def clone_and_split(daemon: DaemonProcess, golden: bytearray, report: Report) -> bytearray:
     """The middle of the demo: snapshot, clone, split, release. Gives what the clone must hold at
     the end.
     """
     with report.milliseconds("snapshot golden@v1"):
-        daemon.call("snapshot.create", snapshots=["golden@v1"])
+        daemon.call(methods.SnapshotCreate(snapshots=["golden@v1"]))
     with report.milliseconds("clone web1 of golden@v1"):
-        daemon.call("clone.create", snapshot="golden@v1", name="web1")
+        daemon.call(methods.CloneCreate(snapshot="golden@v1", name="web1"))
     web1 = bytearray(golden)
     async with await daemon.connect("web1") as clone, await daemon.connect("golden") as disk:
         console.print("[bold]Writing to the clone and to its origin: neither sees the other[/bold]")
@@ -324,17 +326,17 @@ async def clone_and_split(daemon: Daemon, golden: bytearray, report: Report) -> 
         with report.rate("clone read and verified after the split", len(web1)):
             await verify_all(clone, web1, "the clone after the split")
         await verify_all(disk, golden, "the origin after the split")
-    if daemon.call("vdisk.show", name="web1")["backing"] is not None:
+    if daemon.call(methods.VdiskShow(name="web1")).backing is not None:
         raise DemoFailed("the clone still has a backing store after its split")
-    daemon.call("snapshot.rm", snapshot="golden@v1")
+    daemon.call(methods.SnapshotDelete(snapshot="golden@v1"))
     report.add("backing store", "released and deleted")
     return web1
 
 
-async def demonstrate(daemon: Daemon, size_bytes: int, report: Report) -> None:
+async def demonstrate(daemon: DaemonProcess, size_bytes: int, report: Report) -> None:
     """All steps, in order. Raises DemoFailed or what the steps raise."""
     console.print(f"[bold]Writing {format_size(size_bytes)} to vdisk golden over iSCSI[/bold]")
-    daemon.call("vdisk.create", name="golden", size_bytes=size_bytes)
+    daemon.call(methods.VdiskCreate(name="golden", size_bytes=size_bytes))
     golden = seeded_data("golden", size_bytes)
     async with await daemon.connect("golden") as disk:
         with report.rate("written over iSCSI", size_bytes):
@@ -368,7 +370,7 @@ def run(size_bytes: int) -> int:
             return 1
         console.print(f"[bold]Starting the daemon on an embedded pool in {name}[/bold]")
         try:
-            with Daemon(Path(name), 8 * size_bytes) as daemon:
+            with DaemonProcess(Path(name), 8 * size_bytes) as daemon:
                 asyncio.run(demonstrate(daemon, size_bytes, report))
         except Exception as error:  # noqa: BLE001 -- whatever it is, the demo failed, and says how
             _explain(error, Path(name) / "log")

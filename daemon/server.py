@@ -1,160 +1,162 @@
-"""One daemon: start in order (pool, listeners, control socket, ready), stop in the reverse order
+"""One daemon: start in order (pool, control socket, listeners, ready), stop in the reverse order
 within STOP_SECONDS.
 """
 
 import asyncio
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Any, Final, Self
 
+from daemon.control.context import Context
+from daemon.control.listener import ControlListener
 from daemon.control.service import ControlService
-from daemon.control.socket import ControlServer
 from daemon.control.split_progress import TICK_SECONDS, SplitProgress, log_fields
 from daemon.iscsi.listener import IscsiListener
+from daemon.pool.events import PoolEvents
 from daemon.pool.space_watch import SpaceWatch
 from daemon.process import logs, runtime, signals
+from daemon.process.addresses import Address
 from daemon.process.config import Config
 from daemon.process.descriptors import PER_LISTENER, Shares, open_now, raise_limit, share_out
-from daemon.process.logs import get_log, log_at
-from daemon.process.notify import notify
+from daemon.process.logs import get_log
+from daemon.targets.administration import TargetAdministration
 from daemon.targets.directory import Targets
 from daemon.targets.reservation_store import ReservationStore
+from daemon.tcp.listener import Listener
 from protocol.control.methods import SPLIT_PROGRESS
-from protocol.iscsi.node import TargetNode
+from protocol.control.rows import Split, row_of, rows_of
 from protocol.scsi.limits import SECTOR_BYTES
 from storage.device import is_vacant, remove_leftover
 from storage.errors import NotFound
 from storage.pool import Pool
 
-# An orderly stop takes at most 10 s in all: initiators and control calls get these, the rest is for
+# An orderly stop takes at most 10 s in all: clients and control calls get these, the rest is for
 # the last consistency point.
-ISCSI_STOP_SECONDS: Final = 3.0
+LISTENER_STOP_SECONDS: Final = 3.0
 CONTROL_STOP_SECONDS: Final = 2.0
-
-# Events of the pool that somebody should look at; all others are logged at level info.
-EVENT_LEVELS: Final = {
-    "pool.read_only": "error",
-    "pool.host_full": "error",
-    "pool.closed_on_full_host": "warning",
-    "block.damaged": "error",
-    "image.damaged": "error",
-    "log.record_damaged": "error",
-    "log.record_mended": "warning",
-    "log.unreadable": "warning",
-    "references.crowded": "warning",
-    "pool.cp_number_high": "warning",
-    "reclaim.failed": "error",
-    "scrub.damaged": "error",
-    "scrub.failed": "error",
-    "split.failed": "error",
-    "split.lost": "error",
-    "log.unknown_image": "warning",
-    "superblock.repaired": "warning",
-    "device.discard_failed": "warning",
-}
 
 
 class Daemon:
-    """A pool and everything around it. `start` and `stop` are called once each, on one
-    event loop.
+    """A pool and everything around it, made by `open`. `start` and `stop` are called once each, on
+    one event loop.
     """
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
-        self._pool: Pool | None = None
-        self._reservations: ReservationStore | None = None
-        self._iscsi: IscsiListener | None = None
-        self._control: ControlServer | None = None
+    def __init__(self, config: Config, pool: Pool, events: PoolEvents) -> None:
+        """Raises TooFewDescriptors, SectionUnreadable."""
+        self._pool = pool
+        self._targets = Targets(pool, config.chap, config.open_access)
+        self._reservations = ReservationStore(pool)
+        shares = _shares(config)
+        iscsi = _iscsi_listener(config, self._targets, self._reservations, shares.iscsi)
+        # A new protocol is one more item here.
+        self._listeners: list[tuple[Listener, Sequence[Address]]] = [(iscsi, config.iscsi_listen)]
+        self._space = SpaceWatch(config.soft_threshold_percent, self._tell_space_low)
+        context = Context(
+            pool=pool,
+            pool_path=config.pool_path,
+            targets=self._targets,
+            administration=TargetAdministration(self._targets),
+            reservations=self._reservations,
+            iscsi=iscsi,
+            listeners=[listener for listener, _ in self._listeners],
+            space=self._space,
+        )
+        service = ControlService(context)
+        self._control = ControlListener(config.control_path, service.call, shares.control)
+        self._progress = SplitProgress(self._show_split, self._notify_progress, log_progress)
         self._ticker: asyncio.TimerHandle | None = None
-        self._progress: SplitProgress | None = None
-        self._space: SpaceWatch | None = None
+        events.watch(self._on_event)
+
+    @classmethod
+    async def open(cls, config: Config) -> Self:
+        """Open the pool. Raises StorageError (PoolRefused, PoolLocked, SectionUnreadable),
+        TooFewDescriptors.
+        """
+        events = PoolEvents()
+        pool = await Pool.open(config.pool_path, config.cache_bytes, events)
+        try:
+            return cls(config, pool, events)
+        except BaseException:
+            await pool.close()
+            raise
 
     async def start(self) -> None:
-        """Raises StorageError (PoolRefused, PoolLocked), ListenFailed, ControlPathBusy,
-        TooFewDescriptors; `stop` undoes what was done.
-        """
-        config = self._config
-        self._pool = await Pool.open(config.pool_path, config.cache_bytes, self._on_event)
-        targets = Targets(self._pool, config.chap, config.open_access)
-        self._reservations = ReservationStore(self._pool)
-        await targets.load()
-        exponent = (config.physical_block_bytes // SECTOR_BYTES).bit_length() - 1
-        node = TargetNode(
-            targets, reservations=self._reservations, physical_block_exponent=exponent
-        )
-        shares = _shares(config)
-        full = (
-            f"{shares.iscsi} connections, as many as the limit of open files allows"
-            if shares.iscsi < config.connections_max
-            else None
-        )
-        self._iscsi = IscsiListener(node, shares.iscsi, advertise=config.iscsi_advertise, full=full)
-        self._space = SpaceWatch(
-            config.soft_threshold_percent, self._iscsi.node.soft_threshold_reached
-        )
-        service = ControlService(
-            self._pool, config.pool_path, targets, self._reservations, self._iscsi, self._space
-        )
-        self._control = ControlServer(config.control_path, service.call, shares.control)
+        """Raises ListenFailed, ControlPathBusy; `stop` undoes what was done."""
+        self._targets.load()
         await self._control.start()
-        for address in config.iscsi_listen:
-            await self._iscsi.listen(address)
-        self._progress = SplitProgress(self._show_split, self._notify_progress, log_progress)
+        for listener, addresses in self._listeners:
+            for address in addresses:
+                await listener.listen(address)
         self._look_regularly()
 
     def ready_line(self) -> str:
         """Names every listener, with the ports that were really taken."""
-        assert self._iscsi is not None
-        listeners = [f"iscsi {address}" for address in self._iscsi.addresses] + [
-            f"control {self._config.control_path}"
+        listening = [
+            f"{listener.protocol} {address}"
+            for listener, _ in self._listeners
+            for address in listener.addresses
         ]
-        return f"cleaved ready: {', '.join(listeners)}"
+        return f"cleaved ready: {', '.join([*listening, f'control {self._control.path}'])}"
 
     async def stop(self) -> None:
         """Stop accepting, let end what is in flight, take a consistency point, release the pool."""
         if self._ticker is not None:
             self._ticker.cancel()
-        if self._pool is not None:
-            self._pool.close_soon()
-        if self._iscsi is not None:
-            await self._iscsi.stop(ISCSI_STOP_SECONDS)
-        if self._control is not None:
-            await self._control.stop(CONTROL_STOP_SECONDS)
-        if self._reservations is not None:
-            await self._reservations.drain()
-        if self._pool is not None:
-            await self._pool.close()
+        self._pool.close_soon()
+        await asyncio.gather(
+            *(listener.stop(LISTENER_STOP_SECONDS) for listener, _ in self._listeners)
+        )
+        await self._control.stop(CONTROL_STOP_SECONDS)
+        await self._reservations.drain()
+        await self._pool.close()
 
-    def _on_event(self, event: str, **fields: Any) -> None:
-        log_event(event, **fields)
-        if event == "pool.host_full" and self._iscsi is not None:
-            self._iscsi.node.soft_threshold_reached()
-        if event.startswith("split.") and self._progress is not None:
-            # Whoever waits for a split learns of its beginning and end at once, not at the next
+    def _on_event(self, event: str, fields: dict[str, Any]) -> None:
+        if event == "pool.host_full":
+            self._tell_space_low()
+        if event.startswith("split."):
+            # Those that wait for a split learn of its beginning and end at once, not at the next
             # look.
             self._progress.expect(fields["vdisk"])
             asyncio.get_running_loop().call_soon(self._look)
 
-    def _show_split(self, name: str) -> dict[str, Any] | None:
-        assert self._pool is not None
+    def _tell_space_low(self) -> None:
+        for listener, _ in self._listeners:
+            listener.space_low()
+
+    def _show_split(self, name: str) -> Split | None:
         try:
-            return self._pool.split_show(name)
+            return row_of(Split, self._pool.split_show(name))
         except NotFound:
             return None
 
-    def _notify_progress(self, row: dict[str, Any]) -> None:
-        assert self._control is not None
+    def _notify_progress(self, row: Split) -> None:
         self._control.notify(SPLIT_PROGRESS, row)
 
     def _look_regularly(self) -> None:
-        assert self._pool is not None
-        assert self._space is not None
         self._ticker = asyncio.get_running_loop().call_later(TICK_SECONDS, self._look_regularly)
         self._look()
         self._space.look(*self._pool.space())
 
     def _look(self) -> None:
-        assert self._pool is not None
-        assert self._progress is not None
-        self._progress.look(self._pool.split_list(), asyncio.get_running_loop().time())
+        rows = rows_of(Split, self._pool.split_list())
+        self._progress.look(rows, asyncio.get_running_loop().time())
+
+
+def _iscsi_listener(
+    config: Config, targets: Targets, reservations: ReservationStore, connections_max: int
+) -> IscsiListener:
+    full = (
+        f"{connections_max} connections, as many as the limit of open files allows"
+        if connections_max < config.connections_max
+        else None
+    )
+    return IscsiListener(
+        targets,
+        connections_max,
+        keeper=reservations,
+        physical_block_exponent=(config.physical_block_bytes // SECTOR_BYTES).bit_length() - 1,
+        advertise=config.iscsi_advertise,
+        full=full,
+    )
 
 
 def _shares(config: Config) -> Shares:
@@ -187,15 +189,7 @@ def create_pool(config: Config) -> None:
         remove_leftover(config.pool_path)
 
 
-def log_event(event: str, **fields: Any) -> None:
-    """The pool's events are the log's: same names, same fields."""
-    level = EVENT_LEVELS.get(event, "info")
-    if event == "split.paused" and fields.get("reason"):
-        level = "warning"  # not by an operator
-    log_at(level, event, **fields)
-
-
-def log_progress(row: dict[str, Any]) -> None:
+def log_progress(row: Split) -> None:
     """How far a split is."""
     get_log().info("split.progress", **log_fields(row))
 
@@ -210,24 +204,24 @@ def log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> 
 
 
 async def run(config: Config) -> None:
-    """Serve until a signal says stop (`daemon.process.signals`). Raises what
-    `Daemon.start` raises.
+    """Serve until a signal says stop (`daemon.process.signals`). Raises what `Daemon.open` and
+    `Daemon.start` raise.
     """
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(log_loop_error)
     stopping: asyncio.Queue[str] = asyncio.Queue()
     signals.take_over(loop, stopping.put_nowait)
-    daemon = Daemon(config)
+    daemon = await Daemon.open(config)
     try:
         await daemon.start()
         runtime.tune_memory()
         logs.write_ready_line(daemon.ready_line())
-        notify("READY=1")
+        runtime.notify_systemd("READY=1")
         get_log().info(
             "daemon.ready", pool=config.pool_path, listeners=daemon.ready_line().partition(": ")[2]
         )
         by = await stopping.get()
-        notify("STOPPING=1")
+        runtime.notify_systemd("STOPPING=1")
         get_log().info("daemon.stopping", signal=by)
     finally:
         await daemon.stop()

@@ -3,8 +3,8 @@
 
 Rules that make the hot path possible (design section 3):
 
-- ``try_read`` and ``write`` + ``settle`` make no Task, Future or coroutine when the data is at
-  hand.
+- ``try_read`` and ``write`` + ``settle`` make no Task, Future or coroutine when nothing has to be
+  waited for.
 - A completion is called exactly once; it may be called before the method that took it returns.
 - Errors are given to completions (or raised by ``try_read``), and each carries an ``errno``
   attribute (EIO: the block's checksum failed or the device did; ENOSPC: the pool is full; EROFS:
@@ -14,7 +14,6 @@ Rules that make the hot path possible (design section 3):
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final, Protocol, runtime_checkable
 from uuid import UUID
 
@@ -121,12 +120,16 @@ class CopiesByReference(Protocol):
         """
 
 
-@dataclass(frozen=True, slots=True)
-class VolumeUsage:
-    """What a thin volume takes up, and what is left for it and others."""
+class VolumeUsage(Protocol):
+    """The space that a thin volume uses, and what is free in its pool."""
 
-    used_bytes: int
-    available_bytes: int
+    @property
+    def used_bytes(self) -> int:
+        """What the volume's own blocks take."""
+
+    @property
+    def available_bytes(self) -> int:
+        """What is free in its pool."""
 
 
 @runtime_checkable
@@ -136,20 +139,23 @@ class ReportsUsage(Protocol):
     """
 
     def usage(self) -> VolumeUsage:
-        """Bytes that the volume's own blocks take in the pool, and bytes still free in the pool.
-        Returns at once.
-        """
+        """Returns at once."""
 
 
-@dataclass(frozen=True, slots=True)
-class SplitState:
-    """How far a clone is from standing on its own."""
+class SplitState(Protocol):
+    """How far the split of a clone is."""
 
-    holes_remaining_blocks: (
-        int | None
-    )  # blocks of 4096 bytes still read from the backing store; None: not counted yet
-    holes_total_blocks: int | None  # the same when the split began; None where no split was started
-    running: bool
+    @property
+    def holes_remaining_blocks(self) -> int | None:
+        """Blocks of 4096 bytes still read from the backing store; None: not counted yet."""
+
+    @property
+    def holes_total_blocks(self) -> int | None:
+        """The same when the split began; None where no split was started."""
+
+    @property
+    def running(self) -> bool:
+        """A split is running."""
 
 
 @runtime_checkable

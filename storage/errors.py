@@ -94,12 +94,11 @@ class VolumeClosed(StorageError):
 
 
 class DeviceFailed(StorageError):
-    """The device refused a read, a write or a sync. ``cause_errno`` is what the operating system
-    said of it.
+    """The device refused a read, a write or a sync. ``__cause__`` is what the operating system said
+    of it.
     """
 
     errno = errno.EIO
-    cause_errno: int = errno
 
 
 class DeviceFull(DeviceFailed):
@@ -108,7 +107,6 @@ class DeviceFull(DeviceFailed):
     """
 
     errno = errno.ENOSPC
-    cause_errno: int = errno
 
 
 class BlockDamaged(StorageError):

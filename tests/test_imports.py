@@ -40,6 +40,7 @@ ORDER = {
     "protocol": (
         "protocol.names",
         "protocol.volume",
+        "protocol.turns",
         "protocol.control",
         "protocol.scsi",
         "protocol.scsi.commands",
@@ -50,11 +51,12 @@ ORDER = {
     "daemon": (
         "daemon",
         "daemon.process",
+        "daemon.admin",  # as a client it knows nothing of the rooms of the server
         "daemon.pool",
-        "daemon.iscsi",
         "daemon.targets",
+        "daemon.tcp",
+        "daemon.iscsi",
         "daemon.control",
-        "daemon.admin",
         "daemon.server",
         "daemon.cli",
         "daemon.demo",

@@ -3,11 +3,13 @@
 import os
 import select
 import socket
-from typing import Any, Final, Self
+from typing import Final, Self
 
-from protocol.control.client import ClientConnection
+from protocol.control.client_connection import ClientConnection, event_in, hello, result_in
+from protocol.control.definition import Method, Result
 from protocol.control.errors import ControlError, FramingError
 from protocol.control.frames import Notification, Response
+from protocol.control.rows import Row
 
 RECEIVE_BYTES: Final = 1 << 18
 
@@ -34,7 +36,7 @@ class ControlClient:
                 f"no daemon answers at {path}: {error.strerror or error}; start it (cleaved serve),"
                 " or name its socket with --control"
             ) from error
-        self.server = self._call(*self._connection.hello(f"cleavectl[{os.getpid()}]"))
+        self.call(hello(f"cleavectl[{os.getpid()}]"))
 
     def __enter__(self) -> Self:
         return self
@@ -46,23 +48,23 @@ class ControlClient:
         """Close the connection."""
         self._socket.close()
 
-    def call(self, method: str, **params: Any) -> Any:
+    def call(self, call: Method[Result]) -> Result:
         """The result. Raises ControlError when the daemon refuses, Unreachable when it
         goes away.
         """
-        return self._call(*self._connection.request(method, params))
+        return result_in(self._response(*self._connection.request(call)), type(call))
 
-    def notification(self, timeout_seconds: float) -> Notification | None:
-        """The next notification, or None when none came in time. Raises Unreachable when the daemon
-        goes away.
+    def event(self, timeout_seconds: float) -> Row | None:
+        """What the next notification carries, or None when none came in time. Raises Unreachable
+        when the daemon goes away.
         """
         if not self._notifications and select.select([self._socket], [], [], timeout_seconds)[0]:
             self._notifications += [
                 message for message in self._receive() if isinstance(message, Notification)
             ]
-        return self._notifications.pop(0) if self._notifications else None
+        return event_in(self._notifications.pop(0)) if self._notifications else None
 
-    def _call(self, request_id: int, request: bytes) -> Any:
+    def _response(self, request_id: int, request: bytes) -> Response:
         try:
             self._socket.sendall(request)
         except OSError as error:
@@ -79,9 +81,7 @@ class ControlClient:
                 elif message.error is not None:
                     raise ControlError.from_object(message.error)
             if answer is not None:
-                if answer.error is not None:
-                    raise ControlError.from_object(answer.error)
-                return answer.result
+                return answer
 
     def _receive(self) -> list[Response | Notification]:
         try:

@@ -4,15 +4,12 @@ import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Protocol, Self
+from typing import Final, Protocol, Self
 
 from daemon.process.units import format_duration, format_size
+from protocol.control.limits import BLOCK_BYTES
+from protocol.control.rows import Split
 
-if TYPE_CHECKING:
-    from rich.progress import Task
-    from rich.text import Text
-
-BLOCK_BYTES: Final = 4096
 # A plain line is written after this long or after this much progress, whichever comes first, so
 # that a log stays short.
 LINE_SECONDS: Final = 5.0
@@ -50,7 +47,7 @@ class ProgressView(Protocol):
         trace: TracebackType | None,
     ) -> None: ...
 
-    def update(self, split: dict[str, Any]) -> None:
+    def update(self, split: Split) -> None:
         """Show a newer state."""
 
 
@@ -74,12 +71,12 @@ class PlainView:
     ) -> None:
         return None
 
-    def update(self, split: dict[str, Any]) -> None:
+    def update(self, split: Split) -> None:
         """Write a line when it is time for one."""
-        if split["state"] == "running" and not split["counted"]:
+        if split.state == "running" and not split.counted:
             return  # the holes are being counted: nothing to show yet
         rate = self._meter.rate_bytes(done_bytes(split))
-        percent, state = split["percent"], split["state"]
+        percent, state = split.percent, split.state
         due = (
             self._now() - self._last_seconds >= LINE_SECONDS
             or percent - self._last_percent >= LINE_PERCENT
@@ -87,13 +84,13 @@ class PlainView:
         if not due and state == "running":
             return
         self._last_seconds, self._last_percent = self._now(), percent
-        remaining = format_size(split["holes_remaining"] * BLOCK_BYTES)
+        remaining = format_size(split.holes_remaining * BLOCK_BYTES)
         line = (
-            f"split {split['name']}: {state}, {percent:.1f} %, {remaining} remaining,"
+            f"split {split.name}: {state}, {percent:.1f} %, {remaining} remaining,"
             f" {format_size(rate)}/s"
         )
-        if split.get("eta_seconds") is not None:
-            line += f", ETA {format_duration(split['eta_seconds'])}"
+        if split.eta_seconds is not None:
+            line += f", ETA {format_duration(split.eta_seconds)}"
         sys.stderr.write(line + "\n")
         sys.stderr.flush()
 
@@ -103,14 +100,20 @@ class BarView:
 
     def __init__(self, name: str) -> None:
         from rich.console import Console  # noqa: PLC0415 -- costs 60 ms: only where a bar is drawn
-        from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn  # noqa: PLC0415
+        from rich.progress import (  # noqa: PLC0415
+            BarColumn,
+            Progress,
+            ProgressColumn,
+            Task,
+            TextColumn,
+        )
         from rich.table import Column  # noqa: PLC0415
         from rich.text import Text  # noqa: PLC0415
 
         class Fields(ProgressColumn):
             """Rate, remaining and ETA as the daemon counts them."""
 
-            def render(self, task: "Task") -> "Text":
+            def render(self, task: Task) -> Text:
                 return Text(str(task.fields.get("shown", "")))
 
         self._meter = RateMeter()
@@ -138,19 +141,18 @@ class BarView:
     ) -> None:
         self._progress.stop()
 
-    def update(self, split: dict[str, Any]) -> None:
+    def update(self, split: Split) -> None:
         """Redraw the bar."""
-        if split["state"] == "running" and not split["counted"]:
+        if split.state == "running" and not split.counted:
             self._progress.update(self._task, shown="counting")
             return
         rate = self._meter.rate_bytes(done_bytes(split))
-        eta = split.get("eta_seconds")
+        eta = split.eta_seconds
         shown = (
-            f"{format_size(rate)}/s, {format_size(split['holes_remaining'] * BLOCK_BYTES)}"
-            " remaining"
+            f"{format_size(rate)}/s, {format_size(split.holes_remaining * BLOCK_BYTES)} remaining"
         )
         shown += "" if eta is None else f", ETA {format_duration(eta)}"
-        self._progress.update(self._task, completed=split["percent"], shown=shown)
+        self._progress.update(self._task, completed=split.percent, shown=shown)
 
 
 def progress_view(name: str) -> ProgressView:
@@ -158,7 +160,6 @@ def progress_view(name: str) -> ProgressView:
     return BarView(name) if sys.stderr.isatty() else PlainView()
 
 
-def done_bytes(split: dict[str, Any]) -> int:
+def done_bytes(split: Split) -> int:
     """How much of the split is done, in bytes of the clone."""
-    holes: int = split["holes_total"] - split["holes_remaining"]
-    return holes * BLOCK_BYTES
+    return (split.holes_total - split.holes_remaining) * BLOCK_BYTES

@@ -1,1 +1,1 @@
-"""The control service: its Unix socket, and each of its methods carried out."""
+"""The control service: its Unix socket, and each of its methods carried out (`handlers`)."""

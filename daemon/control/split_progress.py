@@ -3,10 +3,10 @@
 Where no control client waits, the log alone tells how far a split is.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-Row = dict[str, Any]
+from protocol.control.rows import Split
 
 # How often splits are looked at; a progress bar seems alive at this rate.
 TICK_SECONDS: Final = 0.25
@@ -41,9 +41,9 @@ class SplitProgress:
 
     def __init__(
         self,
-        show: Callable[[str], Row | None],
-        notify: Callable[[Row], None],
-        log: Callable[[Row], None],
+        show: Callable[[str], Split | None],
+        notify: Callable[[Split], None],
+        log: Callable[[Split], None],
     ) -> None:
         self._show = show
         self._notify = notify
@@ -57,9 +57,9 @@ class SplitProgress:
         """
         self._expected.add(name)
 
-    def look(self, rows: list[Row], now_seconds: float) -> None:
+    def look(self, rows: Sequence[Split], now_seconds: float) -> None:
         """Take the splits that are under way at this moment."""
-        names = {row["name"] for row in rows}
+        names = {row.name for row in rows}
         for row in rows:
             self._look_at(row, now_seconds)
         for name in (self._seen.keys() | self._expected) - names:
@@ -69,10 +69,10 @@ class SplitProgress:
                 self._notify(last)
         self._expected.clear()
 
-    def _look_at(self, row: Row, now_seconds: float) -> None:
+    def _look_at(self, row: Split, now_seconds: float) -> None:
         # Before the holes have been counted, all that is known of are replaced: no progress to
         # speak of.
-        name, state, percent = row["name"], row["state"], row["percent"] if row["counted"] else 0.0
+        name, state, percent = row.name, row.state, row.percent if row.counted else 0.0
         seen = self._seen.get(name)
         if seen is None:
             seen = self._seen[name] = _Seen(now_seconds, percent)
@@ -88,6 +88,6 @@ class SplitProgress:
             seen.logged_seconds, seen.logged_percent = now_seconds, percent
 
 
-def log_fields(row: Row) -> Row:
+def log_fields(row: Split) -> dict[str, Any]:
     """What a line of the log holds of a row."""
-    return {field: row[field] for field in FIELDS_LOGGED if field in row}
+    return {field: getattr(row, field) for field in FIELDS_LOGGED}

@@ -1,1 +1,1 @@
-"""iSCSI over TCP: listening sockets, admission, connections, and an asyncio initiator."""
+"""iSCSI over TCP: the daemon's listener with its connections, and an initiator of our own."""

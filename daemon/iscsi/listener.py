@@ -11,14 +11,18 @@ from collections.abc import Callable, Sequence
 from typing import Final, cast
 from uuid import UUID
 
-from daemon.iscsi.acceptor import Acceptor
-from daemon.iscsi.admission import Admission
 from daemon.process import runtime
-from daemon.process.config import WILDCARDS, Address, is_link_local, is_loopback
+from daemon.process.addresses import WILDCARDS, Address, is_link_local, is_loopback
 from daemon.process.logs import Repeats, get_log
+from daemon.tcp.acceptor import Acceptor
+from daemon.tcp.admission import Admission
+from daemon.tcp.listener import ListenFailed
 from protocol.iscsi import limits
 from protocol.iscsi.connection import TargetConnection
-from protocol.iscsi.node import SessionView, TargetNode
+from protocol.iscsi.node import SessionView, TargetDirectory, TargetNode
+from protocol.scsi.kept_state import StateKeeper
+from protocol.scsi.limits import PHYSICAL_BLOCK_EXPONENT
+from protocol.turns import Turns
 from protocol.volume import BlockVolume, Buffer
 
 # Time comes to the connections in ticks: login and keep-alive timeouts are whole seconds.
@@ -38,24 +42,36 @@ TAKEOVER_TICKS: Final = 60
 ENDED_MAX: Final = 200
 
 
-class ListenFailed(Exception):
-    """An address cannot be listened on; the message says which, why, and what to do."""
-
-
 class IscsiListener:
-    """All iSCSI listeners and connections of the daemon."""
+    """All iSCSI listeners and connections of the daemon. Satisfies `daemon.tcp.listener.Listener`.
+
+    ``advertise``: addresses that initiators are told instead of the local ones; ``full``: why there
+    can be no more than ``connections_max`` connections, where that is not the configuration's wish;
+    ``collect`` is called when sessions have ended and nobody is served.
+    """
+
+    protocol: Final = "iscsi"
 
     def __init__(
         self,
-        node: TargetNode,
+        directory: TargetDirectory,
         connections_max: int,
-        collect: Callable[[], None] = runtime.collect_old,
+        keeper: StateKeeper | None = None,
+        physical_block_exponent: int = PHYSICAL_BLOCK_EXPONENT,
         advertise: Sequence[Address] = (),
         full: str | None = None,
+        collect: Callable[[], None] = runtime.collect_old,
     ) -> None:
-        self.node = node
+        self.node = TargetNode(
+            directory,
+            portals=self.portals_beside,
+            keeper=keeper,
+            physical_block_exponent=physical_block_exponent,
+            taken_over=self._session_taken_over,
+            turns=Turns(asyncio.get_running_loop().call_soon),
+        )
         self._advertise = advertise
-        self.admission = Admission(connections_max, full)
+        self.admission = Admission(self.protocol, connections_max, full)
         self.connections: set[IscsiProtocol] = set()
         self.addresses: list[Address] = []
         self._acceptor = Acceptor(self.admission, lambda: IscsiProtocol(self))
@@ -64,9 +80,6 @@ class IscsiListener:
         self._collect = collect
         self._failures = Repeats("iscsi.failed")
         self._takeovers = Repeats("session.taken_over", TAKEOVER_TICKS)
-        node.taken_over = self._session_taken_over
-        node.portals = self.portals_beside
-        node.turns.call_soon = asyncio.get_running_loop().call_soon
         self._ended = 0
         self._commands_seen = -1
 
@@ -97,9 +110,9 @@ class IscsiListener:
         """What to tell an initiator that came by ``portal``: that one first, then the others that
         it can be expected to reach.
 
-        Wildcards are no addresses, who came from outside cannot reach loopback, and who came by no
-        link-local address may be on another link. Where addresses are configured to be told, those
-        alone are: behind NAT none of the others is of use.
+        Wildcards are no addresses; an initiator from outside cannot reach loopback, and one that
+        came by no link-local address may be on another link. Where addresses are configured to be
+        told, only those are: behind NAT none of the others is of use.
         """
         if self._advertise:
             return [str(at) for at in self._advertise]
@@ -114,7 +127,11 @@ class IscsiListener:
         ]
         return list(dict.fromkeys([portal, *map(str, others)]))
 
-    # --- What the control service asks ------------------------------------------------------------
+    # --- What initiators are told -----------------------------------------------------------------
+
+    def space_low(self) -> None:
+        """Tell every session by a unit attention: the soft threshold is reached."""
+        self.node.soft_threshold_reached()
 
     def volume_resized(self, volume: BlockVolume) -> None:
         """Tell every session of it."""

@@ -1,1 +1,1 @@
-"""What the daemon asks of a pool, what it keeps in it, and the watch over its space."""
+"""The pool as the daemon sees it: its volumes, its configuration, its events and its space."""

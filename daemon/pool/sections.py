@@ -2,7 +2,7 @@
 at each change.
 
 Invariant: ``value`` is what the pool holds durably. Changes of one section follow one another, each
-on the result of the last; whoever awaits ``change`` goes on in the same turn of the event loop in
+on the result of the last; a caller that awaits ``change`` goes on in the turn of the event loop in
 which ``value`` changed.
 """
 

@@ -2,14 +2,13 @@
 the log and to every initiator.
 
 Clients wrote what they were promised room for; the pool has less. The earlier somebody learns of
-that, the more can be done. A threshold that was reached is told again only after the use was well
-below it.
+that, the more can be done. A threshold that was reached is reported again only after the use was
+well below it.
 """
 
 from collections.abc import Callable
 from typing import Any, Final
 
-from daemon.pool.interface import Row
 from daemon.process.logs import log_at
 from daemon.process.units import format_size
 
@@ -81,7 +80,7 @@ class SpaceWatch:
             self._reached()
 
     def shown(self) -> dict[str, Any]:
-        """The rows of ``pool show``: whether the pool is full, and the highest of the warnings'
+        """Two keys of ``pool show``: whether the pool is full, and the highest of the warnings'
         thresholds that it is above.
         """
         reached = [percent for percent in WARNING_PERCENTS if self._percent >= percent]
@@ -96,32 +95,30 @@ def percent_used(used_bytes: int, available_bytes: int) -> float:
     return 100 * used_bytes / max(1, used_bytes + available_bytes)
 
 
-def space_warnings(shown: Row, threshold_percent: int) -> list[str]:
-    """What to tell somebody who asks for more on a pool (as ``show`` describes it) that is full or
-    nearly so: sentences, or nothing.
+def space_warnings(
+    used_bytes: int, available_bytes: int, deleted_images: int, threshold_percent: int
+) -> list[str]:
+    """Warnings for a request that will want room, where the pool is full or nearly so: sentences,
+    or nothing.
     """
-    available = shown["available_bytes"]
-    percent = percent_used(shown["used_bytes"], available)
-    has_room = available >= FULL_BYTES
+    percent = percent_used(used_bytes, available_bytes)
+    has_room = available_bytes >= FULL_BYTES
     if has_room and percent < threshold_percent:
         return []
     if has_room:
         cause = (
             f"the pool is {percent:.0f} % full: writes will be refused when the last"
-            f" {format_size(available)} are taken"
+            f" {format_size(available_bytes)} are taken"
         )
     else:
         cause = "the pool is full: writes will be refused until there is room"
-    if shown["deleted_images"]:
-        return [
-            (
-                f"{cause}; what was deleted is still being freed: cleavectl pool show tells when"
-                " there is room"
-            )
-        ]
-    return [
-        (
-            f"{cause}; delete snapshots or vdisks that nobody needs: cleavectl snapshot ls and"
+    if deleted_images:
+        remedy = (
+            "what was deleted is still being freed: cleavectl pool show tells when there is room"
+        )
+    else:
+        remedy = (
+            "delete snapshots or vdisks that nobody needs: cleavectl snapshot ls and"
             " cleavectl vdisk ls show them"
         )
-    ]
+    return [f"{cause}; {remedy}"]

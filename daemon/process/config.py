@@ -4,28 +4,26 @@ Every mistake is a ConfigError, one sentence that names the option, the value an
 right. docs/operations.md lists the options; deploy/cleaved.toml is a sample.
 """
 
-import ipaddress
 import os
 import re
 import stat
 import tomllib
-from collections.abc import Callable
-from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar, get_args
 
 import msgspec
 
+from daemon import CONTROL_PATH_DEFAULT
+from daemon.process.addresses import WILDCARDS, Address, is_loopback, parse_address
 from daemon.process.units import parse_size
 from protocol.control.limits import CHAP_CHARACTERS_MAX, CHAP_SECRET_CHARACTERS_MIN
 from storage.layout import BLOCK_BYTES, POOL_BLOCKS_MIN
 
-CONTROL_PATH_DEFAULT: Final = "/run/cleaved/control.sock"
 CACHE_BYTES_MIN: Final = (
     8 << 20
 )  # below this a single consistency point would push the working set out
 # A Unix socket's address holds 108 bytes with the final zero (unix(7)).
 CONTROL_PATH_BYTES_MAX: Final = 107
-# All addresses of a family: to listen on, not to connect to.
-WILDCARDS: Final = frozenset(("0.0.0.0", "::"))
 _POOL_BYTES_MIN: Final = POOL_BLOCKS_MIN * BLOCK_BYTES
 
 Value = TypeVar("Value")
@@ -35,23 +33,6 @@ class ConfigError(Exception):
     """The configuration or the command line is wrong; the message names option, value, and what
     would be right.
     """
-
-
-class Address(NamedTuple):
-    """Where to listen. Port 0: any free one. A link-local IPv6 host has its interface behind a
-    percent sign (RFC 4007 11).
-    """
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-    @property
-    def unscoped(self) -> "Address":
-        """Without the interface, which is a name of this machine's alone."""
-        return Address(self.host.partition("%")[0], self.port)
 
 
 class _Section(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -198,53 +179,6 @@ def option_value(option: str, text: str, parse: Callable[[str], Value]) -> Value
         raise ConfigError(f"{option}: {error}") from None
 
 
-def parse_address(text: str) -> Address:
-    """``HOST:PORT``, with an IPv6 host in brackets. Raises ValueError with what would be right."""
-    matched = re.fullmatch(r"(?:\[([^\[\]\s]+)\]|([^:\[\]\s]+)):([0-9]{1,5})", text, re.ASCII)
-    if (
-        matched is None
-        or int(matched[3]) > 65535
-        or not (matched[1] is None or _is_ipv6(matched[1]))
-    ):
-        raise ValueError(
-            f"{text!r} is not HOST:PORT; write 127.0.0.1:3260 or [::1]:3260, port 0 for any"
-            " free one"
-        )
-    found = Address(matched[1] or matched[2], int(matched[3]))
-    if is_link_local(found.host) and found.unscoped == found and ":" in found.host:
-        raise ValueError(
-            f"{text!r} is link-local, and so needs its interface; write"
-            f" [{found.host}%eth0]:{found.port} with the right one"
-        )
-    return found
-
-
-def _is_ipv6(host: str) -> bool:
-    try:
-        ipaddress.IPv6Address(host)
-    except ValueError:
-        return False
-    return True
-
-
-def is_link_local(host: str) -> bool:
-    """Only machines on the same link can reach it."""
-    try:
-        return ipaddress.ip_address(host).is_link_local
-    except ValueError:
-        return False
-
-
-def is_loopback(host: str) -> bool:
-    """Only this machine can reach it. Of names, only ``localhost`` (RFC 6761 6.3): what others
-    stand for is the resolver's to say.
-    """
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
-
-
 def _listen(texts: tuple[str, ...]) -> tuple[Address, ...]:
     """At least one, and each once; port 0 is another one each time."""
     addresses = tuple(option_value("iscsi.listen", text, parse_address) for text in texts)
@@ -367,16 +301,24 @@ def _explain(message: str, tables: dict[str, Any]) -> str:
 
 
 def _options(path: list[str]) -> str:
-    sections: dict[str, type[_Section]] = {
-        "": FileLayout,
-        "pool": PoolSection,
-        "iscsi": IscsiSection,
-        "iscsi.chap": ChapSection,
-    }
-    sections |= {"control": ControlSection, "log": LogSection}
-    name = ".".join(path)
-    place = f"[{name}]" if name else "the file"
-    return (
-        f"{place} has"
-        f" {', '.join(field.encode_name for field in msgspec.structs.fields(sections[name]))}"
-    )
+    """What there is at this place of the file."""
+    section: type[_Section] = FileLayout
+    for part in path:
+        section = SECTIONS[section, part]
+    place = f"[{'.'.join(path)}]" if path else "the file"
+    options = ", ".join(field.encode_name for field in msgspec.structs.fields(section))
+    return f"{place} has {options}"
+
+
+def _sections(
+    within: type[_Section],
+) -> Iterator[tuple[tuple[type[_Section], str], type[_Section]]]:
+    for field in msgspec.structs.fields(within):
+        for kind in (field.type, *get_args(field.type)):
+            if isinstance(kind, type) and issubclass(kind, _Section):
+                yield (within, field.encode_name), kind
+                yield from _sections(kind)
+
+
+# Each section by the one that holds it and its name there.
+SECTIONS: Final = dict(_sections(FileLayout))

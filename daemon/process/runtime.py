@@ -1,9 +1,10 @@
-"""How the interpreter is tuned for one event loop thread that must not stall, and a few I/O
-threads.
+"""The process as the interpreter and the system see it: tuned for one event loop thread that must
+not stall and a few I/O threads, with standard descriptors that are safe, and in touch with systemd.
 """
 
 import gc
 import os
+import socket
 import sys
 from typing import Final
 
@@ -16,8 +17,6 @@ SWITCH_INTERVAL_SECONDS: Final = 0.0005
 # (about 1 ms), twice that at most with the middle generation, and the old never by themselves, but
 # when nobody is served (`collect_old`).
 GC_THRESHOLDS: Final = (5_000, 1, 1_000_000)
-
-
 _STANDARD_DESCRIPTORS: Final = 3
 
 
@@ -53,3 +52,19 @@ def tune_memory() -> None:
 def collect_old() -> None:
     """Collect everything, in up to 50 ms: call it when no client waits."""
     gc.collect()
+
+
+def notify_systemd(state: str) -> None:
+    """Send ``READY=1``, ``STOPPING=1`` or the like (sd_notify(3)); without NOTIFY_SOCKET, nothing.
+    An unreachable socket is not our failure: systemd notices by its own timeout.
+    """
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    if address.startswith("@"):  # an abstract socket
+        address = "\0" + address[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as notifier:
+        try:
+            notifier.sendto(state.encode(), address)
+        except FileNotFoundError:
+            return

@@ -11,7 +11,7 @@ them has to be renamed.
 from collections.abc import Collection
 from typing import Final, NamedTuple
 
-from daemon.pool.interface import Volumes
+from daemon.pool.volumes import Volumes
 from daemon.process.logs import get_log
 from daemon.targets.table import TargetTable
 from protocol.names import fold

@@ -1,7 +1,7 @@
 """Persistent reservations (and saved mode pages) that outlive a restart (APTPL), in the pool's
 configuration, section ``reservations``.
 
-Satisfies `protocol.iscsi.node.ReservationKeeper`. Changes that come while one is being written are
+Satisfies `protocol.scsi.kept_state.StateKeeper`. Changes that come while one is being written are
 written together.
 """
 

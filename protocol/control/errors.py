@@ -8,7 +8,6 @@ cannot be followed any further). ``EXIT_CODES`` maps each code to the exit statu
 from collections.abc import Mapping
 from typing import Any, Final
 
-EXIT_DONE: Final = 0
 EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
 EXIT_NOT_FOUND: Final = 3

@@ -1,9 +1,14 @@
-"""Frames: bytes to messages, messages to bytes. The one place that calls msgpack."""
+"""Frames: bytes to messages, messages to bytes. The one place that knows msgpack.
+
+msgpack reads, since it can take a stream in pieces and bound what it holds; msgspec writes, since
+it knows `Row` and `Method`.
+"""
 
 from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
 import msgpack
+import msgspec
 
 from protocol.control.errors import FramingError
 from protocol.control.limits import ITEMS_PER_PART, REQUEST_ID_MAX
@@ -11,6 +16,8 @@ from protocol.control.limits import ITEMS_PER_PART, REQUEST_ID_MAX
 REQUEST: Final = 0
 RESPONSE: Final = 1
 NOTIFICATION: Final = 2
+
+_pack: Final = msgspec.msgpack.Encoder().encode
 
 
 class Request(NamedTuple):
@@ -112,19 +119,8 @@ def encode_response(request_id: int, error: Any, result: Any) -> Iterator[bytes]
     if error is not None or not isinstance(result, list) or len(result) <= ITEMS_PER_PART:
         yield _pack([RESPONSE, request_id, error, result])
         return
-    packer = msgpack.Packer()
-    head = (
-        packer.pack_array_header(4),
-        packer.pack(RESPONSE),
-        packer.pack(request_id),
-        packer.pack(None),
-    )
-    yield b"".join((*head, packer.pack_array_header(len(result))))
+    header_of = msgpack.Packer().pack_array_header
+    head = (header_of(4), _pack(RESPONSE), _pack(request_id), _pack(None))
+    yield b"".join((*head, header_of(len(result))))
     for first in range(0, len(result), ITEMS_PER_PART):
-        yield b"".join(map(packer.pack, result[first : first + ITEMS_PER_PART]))
-
-
-def _pack(frame: list[Any]) -> bytes:
-    packed = msgpack.packb(frame)
-    assert isinstance(packed, bytes)
-    return packed
+        yield b"".join(map(_pack, result[first : first + ITEMS_PER_PART]))

@@ -16,6 +16,8 @@ REQUESTS_PENDING_MAX: Final = 64
 # Items of a list encoded in one part: about half a millisecond of the event loop (design invariant
 # 8).
 ITEMS_PER_PART: Final = 256
+# What rows count in blocks.
+BLOCK_BYTES: Final = 4096
 # Vdisk, snapshot and target names are at most 200 bytes each; VDISK@SNAPSHOT has two and the sign
 # between.
 NAME_CHARACTERS_MAX: Final = 200

@@ -1,8 +1,7 @@
 """CHAP for iSCSI (RFC 1994, RFC 7143 12.1.3): responses, challenges, and the two sides of the
 exchange.
 
-The secret never leaves this module in any form but a response, and comparison takes the same time
-whatever differs.
+A secret leaves this module only as a response, and is compared in constant time.
 """
 
 import hmac
@@ -34,8 +33,8 @@ _HEX_DIGITS: Final = frozenset("0123456789abcdefABCDEF")
 
 @dataclass(frozen=True, slots=True)
 class ChapSecrets:
-    """What one initiator must prove (``user``, ``secret``), and what the target proves in return
-    when it is asked to.
+    """What an initiator has to prove (``user``, ``secret``), and what the target proves in return
+    if asked.
 
     ``user_is_iscsi_name``: the user is the initiator's own name, which has no case.
     """
@@ -85,10 +84,10 @@ def choose_algorithm(offered: str) -> str:
 
 
 class Challenges:
-    """The challenges that this node has sent of late, on all connections.
+    """The challenges that this node sent last, on all connections.
 
-    A peer that wants our response to our own challenge (reflection, RFC 7143 9.2.1) must present it
-    to us, on this or on another connection; what is remembered here is refused.
+    A peer that wants our response to our own challenge (reflection, RFC 7143 9.2.1) has to send it
+    back to us, on this or another connection. A challenge that is remembered here is refused.
     """
 
     __slots__ = ("_order", "_recent")

@@ -13,21 +13,63 @@ after ``close`` was called nothing is sent any more; no exception but our own mi
 
 from collections.abc import Callable
 
-from protocol.iscsi import fast_path, limits
+from protocol.iscsi import limits
 from protocol.iscsi.errors import IscsiError, LoginRefused, ProtocolError, TextError
 from protocol.iscsi.framing import ReceiveBuffer, Sender
-from protocol.iscsi.full_feature import FullFeature
+from protocol.iscsi.full_feature import FullFeaturePhase
 from protocol.iscsi.login import LoginPhase, LoginResult, refusal
 from protocol.iscsi.node import SessionKey, TargetNode
-from protocol.iscsi.pdu import LOGIN_REQUEST, Pdu
-from protocol.iscsi.text_exchange import TextExchange
+from protocol.iscsi.pdu import LOGIN_REQUEST, SERIAL_MASK, Pdu
+from protocol.iscsi.session import NO_SESSION, Session, Task
+from protocol.names import initiator_port
 from protocol.scsi.logical_unit import LogicalUnit, Nexus
 from protocol.volume import Buffer
 
 
+class Timeouts:
+    """The timeouts of a connection: for login, for a discovery session, and for an initiator that
+    is silent. ``heard`` is set by each sign of life.
+    """
+
+    __slots__ = ("_asked", "_began_seconds", "_silent_since_seconds", "heard")
+
+    def __init__(self) -> None:
+        self._began_seconds: float | None = None
+        self._silent_since_seconds = 0.0
+        self._asked = False
+        self.heard = False
+
+    def passed(self, now_seconds: float, phase: FullFeaturePhase | None) -> str | None:
+        """Why the connection must end now, or None. Asks an initiator that has been silent for a
+        while (NOP-In).
+        """
+        if self._began_seconds is None:
+            self._began_seconds = self._silent_since_seconds = now_seconds
+        age_seconds = now_seconds - self._began_seconds
+        if phase is None:
+            too_long = age_seconds > limits.LOGIN_SECONDS_MAX
+            return "the login took too long" if too_long else None
+        if phase.session.discovery and age_seconds > limits.DISCOVERY_SECONDS_MAX:
+            return "the discovery session took too long"
+        if self.heard:
+            self.heard = self._asked = False
+            self._silent_since_seconds = now_seconds
+            return None
+        allowed = limits.KEEP_ALIVE_ANSWER_SECONDS if self._asked else limits.KEEP_ALIVE_SECONDS
+        if now_seconds - self._silent_since_seconds < allowed:
+            return None
+        if self._asked:
+            return "the initiator does not answer"
+        self._asked = True
+        self._silent_since_seconds = now_seconds
+        phase.ping()
+        phase.session.sender.flush()
+        return None
+
+
 class TargetConnection:
-    """One connection. The daemon gives three callables and calls the methods; the addresses are
-    only reported.
+    """One connection. The daemon passes three callables and calls the methods; the addresses are
+    only for reports.
 
     ``send(buffers)`` hands over what is to be written, in order. ``wake()`` asks for one
     ``flush_output()`` soon. ``close()`` asks to close the transport once everything sent has been
@@ -35,24 +77,13 @@ class TargetConnection:
     """
 
     __slots__ = (
-        "_active",
         "_close",
-        "_closed",
-        "_entered",
         "_key",
-        "_last_seconds",
         "_login",
-        "_lost",
-        "_paused",
         "_phase",
-        "_pinged",
         "_receive",
-        "_send",
         "_sender",
-        "_session_over",
-        "_started_seconds",
-        "_wake",
-        "_woken",
+        "_timeouts",
         "failure",
         "initiator_name",
         "node",
@@ -78,24 +109,13 @@ class TargetConnection:
         self.target_name = ""
         self.tsih = 0
         self.failure: str | None = None  # why it was ended, unless that was in order
-        self._send = send
-        self._wake = wake
         self._close = close
         self._receive = ReceiveBuffer(limits.LOGIN_BUFFER_BYTES, limits.LOGIN_DATA_SEGMENT_BYTES)
-        self._sender = Sender()
+        self._sender = Sender(send, wake)
         self._login: LoginPhase | None = LoginPhase(node, self._sender.put)
-        self._phase: FullFeature | None = None
+        self._phase: FullFeaturePhase | None = None
         self._key: SessionKey | None = None
-        self._entered = False
-        self._woken = False
-        self._paused = False
-        self._closed = False
-        self._lost = False
-        self._session_over = False
-        self._active = False
-        self._pinged = False
-        self._started_seconds: float | None = None
-        self._last_seconds = 0.0
+        self._timeouts = Timeouts()
 
     # --- Bytes ------------------------------------------------------------------------------------
 
@@ -106,14 +126,15 @@ class TargetConnection:
     def buffer_updated(self, nbytes: int) -> None:
         """``nbytes`` were written into what ``get_buffer`` returned."""
         self._receive.end += nbytes
-        self._active = True
+        self._timeouts.heard = True
         self._process()
 
     def _process(self) -> None:
         """Carry out everything that has come, then settle, compact and flush."""
-        if self._entered:
+        sender = self._sender
+        if sender.corked:
             return
-        self._entered = True
+        sender.corked = True
         try:
             self._carry_out()
         except IscsiError as error:
@@ -121,21 +142,21 @@ class TargetConnection:
         finally:
             phase = self._phase
             if phase is not None:
-                phase.settle()
-            self._entered = False
-        if self._closed:
+                phase.session.settle()
+            sender.corked = False
+        if self._sender.closed:
             self._receive.start = self._receive.end
         self._receive.compact()
         self.flush_output()
 
     def _carry_out(self) -> None:
         receive, sender = self._receive, self._sender
-        while not (self._closed or self._paused):
+        while not (self._sender.closed or sender.paused):
             phase = self._phase
-            if phase is not None and phase.fast:
-                fast_path.run(phase, receive)
+            if phase is not None and phase.fast is not None:
+                phase.fast.run(receive)
                 if sender.pending_bytes >= limits.OUTPUT_BYTES_HIGH:
-                    self._flush_now()
+                    sender.flush()
                     continue
             pdu = receive.next_pdu()
             if pdu is None:
@@ -147,46 +168,30 @@ class TargetConnection:
             else:
                 self._handle_login(pdu)
             if sender.pending_bytes >= limits.OUTPUT_BYTES_HIGH:
-                self._flush_now()
+                sender.flush()
 
     def flush_output(self) -> None:
         """Send what is pending. The daemon calls it once after each ``wake``."""
-        self._woken = False
-        if self._entered:
+        if self._sender.corked:
             return
-        self._flush_now()
+        self._sender.flush()
         if self._phase is not None and self._phase.logged_out:
             self._end()
-
-    def _flush_now(self) -> None:
-        if self._sender.pending and not self._lost:
-            self._send(self._sender.take())
-
-    def _request_flush(self) -> None:
-        """A reply became ready: within a wake-up it leaves with the others, else a flush is asked
-        for once.
-        """
-        if not (self._entered or self._woken or self._closed):
-            self._woken = True
-            self._wake()
 
     def pause_writing(self) -> None:
         """The transport's buffer is full: no command is carried out until `resume_writing`. The
         daemon pauses reading too.
         """
-        self._paused = True
+        self._sender.paused = True
 
     def resume_writing(self) -> None:
-        """The client drains: go on with reads under way, then with what has been received.
+        """The client drains: continue reads under way, then process what has been received.
 
-        That may call `pause_writing` again: whether to read is for ``paused`` to say.
+        That may call `pause_writing` again: look at ``paused`` before reading on.
         """
-        self._paused = False
-        self._active = (
-            True  # it takes what it is sent: a sign of life, though nothing is read of it meanwhile
-        )
-        if self._phase is not None:
-            self._phase.resume()
+        # The peer takes what it is sent. That is a sign of life, even if it sends nothing.
+        self._timeouts.heard = True
+        self._sender.resume()
         self._process()
 
     # --- Login ------------------------------------------------------------------------------------
@@ -207,20 +212,21 @@ class TargetConnection:
             return
         self._login = None
         if result.target is None:
-            self._enter(result, login.stat_sn, Nexus(result.initiator_name, ""))
+            self._enter(result, login.stat_sn, Nexus(result.initiator_name, ""), {})
             return
         self.target_name = result.target.name
         self._key = (result.initiator_name, result.isid, result.target.name)
         self.node.reinstate(self._key, self, lambda: self._open_session(result, login.stat_sn))
 
     def _open_session(self, result: LoginResult, stat_sn: int) -> None:
-        """No older session is in the way: make the nexus and answer the login.
+        """Make the nexus and answer the login, now that no older session of this initiator port
+        exists.
 
-        The target is looked up again: its LUNs and whom it is for may have changed since the login
+        The target is looked up again: its LUNs and access list may have changed since the login
         began.
         """
         assert result.target is not None and self._key is not None
-        if self._closed or self._lost:
+        if self._sender.closed:
             return
         target = self.node.directory.open_target(result.target.name, result.initiator_name)
         if target is None:
@@ -229,38 +235,28 @@ class TargetConnection:
                 " its login"
             )
             return
-        port = f"{result.initiator_name},i,0x{result.isid:012x}"
-        self._enter(result, stat_sn, self.node.open_nexus(target, port))
+        port = initiator_port(result.initiator_name, result.isid)
+        tasks: dict[int, Task] = {}
+        nexus = self.node.open_nexus(target, port, tasks.values())
+        self._enter(result, stat_sn, nexus, tasks)
         self.node.register(self._key, self)
-        self._request_flush()
+        self._sender.wake()
 
-    def _enter(self, result: LoginResult, stat_sn: int, nexus: Nexus) -> None:
+    def _enter(
+        self, result: LoginResult, stat_sn: int, nexus: Nexus, tasks: dict[int, Task]
+    ) -> None:
+        """Answer the login, and begin the full feature phase."""
+        sender = self._sender
         self.tsih = self.node.take_tsih()
-        window_end = (result.cmd_sn + limits.COMMAND_WINDOW - 1) & 0xFFFFFFFF
-        self._sender.put(
-            result.final_header(self.tsih, result.cmd_sn, window_end), result.final_text
+        session = Session(result, nexus, tasks, sender, (stat_sn + 1) & SERIAL_MASK)
+        sender.put(
+            result.final_header(self.tsih, session.exp_cmd_sn, session.max_cmd_sn),
+            result.final_text,
         )
-        portal = self.portal_address
-        node = self.node
-        text = TextExchange(
-            lambda: node.directory.names_for(result.initiator_name, portal),
-            lambda: node.portals(portal),
-            node.turns,
-        )
-        self._phase = FullFeature(
-            result,
-            nexus,
-            self._sender,
-            stat_sn + 1,
-            text,
-            self._request_flush,
-            self._flush_now,
-            lambda: self._paused or self._closed,
-            lambda: self.node.terminate_target(self.target_name),
-        )
+        self._phase = FullFeaturePhase(session, self.node, result.cid, self.portal_address)
         # Digests begin after the final login response.
-        self._receive.header_digest = self._sender.header_digest = result.parameters.header_digest
-        self._receive.data_digest = self._sender.data_digest = result.parameters.data_digest
+        self._receive.header_digest = sender.header_digest = result.parameters.header_digest
+        self._receive.data_digest = sender.data_digest = result.parameters.data_digest
         if not result.discovery:
             self._receive.grow(limits.RECEIVE_BUFFER_BYTES, limits.RECEIVE_DATA_SEGMENT_BYTES)
 
@@ -272,25 +268,25 @@ class TargetConnection:
 
     def _end(self) -> None:
         """Send what is pending, end the session, ask for the transport to be closed."""
-        if self._closed:
+        if self._sender.closed:
             return
-        if self._phase is not None and not self._session_over:
-            self._phase.settle()  # the writes of this wake-up are answered while that is possible
-        self._flush_now()
-        self._closed = True
+        if self._phase is not None:
+            # Answer the writes of this wake-up while the connection is still open.
+            self._phase.session.settle()
+        self._sender.flush()
         self._close_session()
         self._close()
 
     def _close_session(self) -> None:
-        phase = self._phase
-        if phase is not None and not self._session_over:
-            self._session_over = True
-            phase.abandon(self._drained)
+        self._sender.closed = True
+        if self._phase is not None:
+            self._phase.session.abandon(self._quiet)
 
-    def _drained(self) -> None:
+    def _quiet(self) -> None:
+        """No volume holds a command of this session any more."""
         phase = self._phase
         assert phase is not None
-        self.node.close_nexus(phase.nexus)
+        self.node.close_nexus(phase.session.nexus)
         if self._key is not None:
             self.node.unregister(self._key, self, self.tsih)
         else:
@@ -299,28 +295,21 @@ class TargetConnection:
 
     def connection_lost(self) -> None:
         """The transport is gone, for whatever reason."""
-        self._closed = self._lost = True
-        self._close_session()
-        if not self._entered:
+        if not self._sender.closed:
+            self._close_session()
+        if not self._sender.corked:
             self._receive.release()
 
-    def reinstated(self, drained: Callable[[], None]) -> None:
-        """The same initiator port has logged in again: end at once (RFC 7143 6.3.5), and say when
-        nothing touches a volume.
+    def reinstated(self, quiet: Callable[[], None]) -> None:
+        """The same initiator port has logged in again: end at once (RFC 7143 6.3.5), and call
+        ``quiet`` when no command of this session can touch a volume.
         """
         phase = self._phase
         self._end()
-        if phase is not None and phase.tasks:
-            earlier = phase.when_drained
-
-            def both() -> None:
-                if earlier is not None:
-                    earlier()
-                drained()
-
-            phase.when_drained = both
+        if phase is None:
+            quiet()
         else:
-            drained()
+            phase.session.when_quiet(quiet)
 
     def terminated(self) -> None:
         """The target was reset cold."""
@@ -329,12 +318,12 @@ class TargetConnection:
     def lun_mapped(self, lun: int, unit: LogicalUnit) -> None:
         """The session's target has one logical unit more."""
         if self._phase is not None:
-            self._phase.map_lun(lun, unit)
+            self._phase.session.map_lun(lun, unit)
 
     def lun_unmapped(self, lun: int) -> None:
         """The session's target has that logical unit no more."""
         if self._phase is not None:
-            self._phase.unmap_lun(lun)
+            self._phase.session.unmap_lun(lun)
 
     def shutdown(self, timeout_seconds: int) -> None:
         """Ask the initiator to log out; the daemon closes after the timeout. Before the full
@@ -342,7 +331,7 @@ class TargetConnection:
         """
         if self._phase is None:
             self._end()
-        elif not self._closed:
+        elif not self._sender.closed:
             self._phase.ask_for_logout(timeout_seconds)
             self.flush_output()
 
@@ -350,63 +339,32 @@ class TargetConnection:
         """Time passes: login timeout, keep-alive. Call it every second or so, with any monotonic
         clock.
         """
-        if self._started_seconds is None:
-            self._started_seconds = self._last_seconds = now_seconds
-        if self._closed:
+        if self._sender.closed:
             return
-        if self._phase is None:
-            if now_seconds - self._started_seconds > limits.LOGIN_SECONDS_MAX:
-                self._fail("the login took too long")
-            return
-        if (
-            self._phase.discovery
-            and now_seconds - self._started_seconds > limits.DISCOVERY_SECONDS_MAX
-        ):
-            self._fail("the discovery session took too long")
-            return
-        if self._active:
-            self._active = self._pinged = False
-            self._last_seconds = now_seconds
-        elif now_seconds - self._last_seconds >= (
-            limits.KEEP_ALIVE_ANSWER_SECONDS if self._pinged else limits.KEEP_ALIVE_SECONDS
-        ):
-            self._last_seconds = now_seconds
-            self._keep_alive(self._phase)
-
-    def _keep_alive(self, phase: FullFeature) -> None:
-        if self._pinged:
-            self._fail("the initiator does not answer")
-            return
-        self._pinged = True
-        phase.ping()
-        self.flush_output()
+        reason = self._timeouts.passed(now_seconds, self._phase)
+        if reason is not None:
+            self._fail(reason)
 
     # --- Reports ----------------------------------------------------------------------------------
 
     @property
     def logged_in(self) -> bool:
-        """The login has ended well."""
+        """The login has succeeded."""
         return self._phase is not None
 
     @property
     def discovery(self) -> bool:
         """It is a discovery session."""
-        return self._phase is not None and self._phase.discovery
+        return self._phase is not None and self._phase.session.discovery
 
     @property
     def paused(self) -> bool:
-        """The client does not drain: nothing is to be read."""
-        return self._paused
-
-    @property
-    def commands_in_flight(self) -> int:
-        """Commands between their PDU and their status."""
-        return len(self._phase.tasks) if self._phase is not None else 0
+        """The client does not drain, so do not read from it."""
+        return self._sender.paused
 
     def describe(self) -> dict[str, object]:
         """What ``session ls`` shows; keys are stable, counters are plain ints."""
-        phase = self._phase
-        parameters = phase.parameters if phase is not None else None
+        session = self._phase.session if self._phase is not None else None
         return {
             "initiator": self.initiator_name,
             "target": self.target_name,
@@ -415,17 +373,12 @@ class TargetConnection:
             "tsih": self.tsih,
             "state": (
                 "closed"
-                if self._closed
+                if self._sender.closed
                 else "login"
-                if phase is None
+                if session is None
                 else "discovery"
-                if phase.discovery
+                if session.discovery
                 else "active"
             ),
-            "header_digest": bool(parameters and parameters.header_digest),
-            "data_digest": bool(parameters and parameters.data_digest),
-            "commands_in_flight": self.commands_in_flight,
-            "commands": phase.commands if phase is not None else 0,
-            "read_bytes": phase.read_bytes if phase is not None else 0,
-            "write_bytes": phase.write_bytes if phase is not None else 0,
+            **(NO_SESSION if session is None else session.describe()),
         }

@@ -6,35 +6,13 @@ MaxBurstLength; the last PDU carries the status when that is GOOD (phase collaps
 Large reads are taken from the volume piece by piece, and stop while the client does not drain.
 """
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
-
 from protocol.iscsi.limits import READ_PIECE_BYTES
-from protocol.iscsi.pdu import (
-    DATA_IN,
-    FINAL,
-    HEADER,
-    OVERFLOW,
-    RESERVED_TAG,
-    SERIAL_MASK,
-    STATUS_PRESENT,
-    UNDERFLOW,
-)
-from protocol.iscsi.task import Task
-from protocol.scsi.plan import Query
+from protocol.iscsi.pdu import DATA_IN, FINAL, HEADER, READ, RESERVED_TAG, STATUS_PRESENT
+from protocol.iscsi.session import Session, Task, residual_flags
+from protocol.scsi.plan import Query, ReadExtent
 from protocol.volume import BlockVolume, Buffer
 
-if TYPE_CHECKING:
-    from protocol.iscsi.full_feature import FullFeature
-
 _HEADER_PACK = HEADER.pack
-
-
-def residual_flags(expected: int, wanted: int) -> tuple[int, int]:
-    """Overflow or underflow bit, and the residual count (RFC 7143 11.4.5)."""
-    if expected == wanted:
-        return 0, 0
-    return (OVERFLOW, wanted - expected) if wanted > expected else (UNDERFLOW, expected - wanted)
 
 
 class DataIn:
@@ -42,21 +20,21 @@ class DataIn:
     next DataSN.
     """
 
-    __slots__ = ("burst_left", "data_sn", "phase", "position", "task", "total")
+    __slots__ = ("burst_left", "data_sn", "position", "session", "task", "total")
 
-    def __init__(self, phase: "FullFeature", task: Task, total: int) -> None:
-        self.phase = phase
+    def __init__(self, session: Session, task: Task, total: int) -> None:
+        self.session = session
         self.task = task
         self.total = total
         self.position = 0
         self.data_sn = 0
-        self.burst_left = phase.parameters.max_burst_bytes
+        self.burst_left = session.parameters.max_burst_bytes
 
     def emit(self, data: Buffer) -> None:
         """Send ``data`` at the current position; with the last of ``total`` the status goes too and
         the task ends.
         """
-        segment_max = self.phase.parameters.peer_data_segment_bytes
+        segment_max = self.session.parameters.peer_data_segment_bytes
         size = len(data)
         if size <= segment_max and size <= self.burst_left:
             self._emit_one(data, size)
@@ -69,22 +47,22 @@ class DataIn:
             size -= step
 
     def _emit_one(self, data: Buffer, size: int) -> None:
-        phase, task = self.phase, self.task
+        session, task = self.session, self.task
         offset, data_sn = self.position, self.data_sn
         self.position = offset + size
         self.data_sn = data_sn + 1
+        stat_sn = flags = residual = 0
         if self.position == self.total:
-            flags, residual = residual_flags(task.expected_bytes, task.wanted_bytes)
-            phase.task_ended(task)
-            stat_sn = phase.stat_sn
-            phase.stat_sn = (stat_sn + 1) & SERIAL_MASK
+            if task.expected_bytes != task.wanted_bytes:
+                flags, residual = residual_flags(task.expected_bytes, task.wanted_bytes)
             flags |= FINAL | STATUS_PRESENT
+            session.task_ended(task)
+            stat_sn = session.take_stat_sn()
         else:
             self.burst_left -= size
-            stat_sn = flags = residual = 0
             if self.burst_left == 0:
                 flags = FINAL
-                self.burst_left = phase.parameters.max_burst_bytes
+                self.burst_left = session.parameters.max_burst_bytes
         header = _HEADER_PACK(
             DATA_IN,
             flags,
@@ -95,41 +73,60 @@ class DataIn:
             task.itt,
             RESERVED_TAG,
             stat_sn,
-            phase.exp_cmd_sn,
-            phase.max_cmd_sn,
+            session.exp_cmd_sn,
+            session.max_cmd_sn,
             data_sn,
             offset,
             residual,
         )
-        phase.sender.put(header, data)
+        session.sender.put(header, data)
+
+
+def send_reply(task: Task, data: bytes, flags: int) -> None:
+    """Answer a command with ``data``, as far as its PDU announces a read of them."""
+    task.wanted_bytes = len(data)
+    size = min(len(data), task.expected_bytes) if flags & READ else 0
+    if size == 0:
+        task.end()
+    else:
+        DataIn(task.session, task, size).emit(data[:size])
 
 
 class QueryAnswer:
     """Waits for the data of a `Query` and sends them."""
 
-    __slots__ = ("_flags", "_send_reply", "_task")
+    __slots__ = ("_flags", "_task")
 
-    def __init__(
-        self, task: Task, flags: int, send_reply: Callable[[Task, bytes, int], None]
-    ) -> None:
+    def __init__(self, task: Task, flags: int) -> None:
         self._task = task
         self._flags = flags
-        self._send_reply = send_reply
 
     def start(self, query: Query) -> None:
-        """Ask."""
+        """Start the query."""
         self._task.busy = True
         query.start(self._answered)
 
     def _answered(self, data: bytes | None, error: Exception | None) -> None:
         task = self._task
-        if task.let_go():
+        if task.end_if_aborted():
             return
         if error is not None or data is None:
             task.fail(error or OSError("no data"), False, moved=0)
         else:
-            self._send_reply(task, data, self._flags)
-        task.phase.wake()
+            send_reply(task, data, self._flags)
+        task.session.sender.wake()
+
+
+def send_extent(task: Task, extent: ReadExtent, flags: int) -> None:
+    """Answer a read with what the volume holds, as far as the command's PDU announces a read."""
+    assert task.mapped is not None
+    task.wanted_bytes = extent.length_bytes
+    size = min(extent.length_bytes, task.expected_bytes) if flags & READ else 0
+    if size == 0:
+        task.end()
+        return
+    task.session.read_bytes += size
+    ReadStream(task, task.mapped.unit.volume, extent.offset_bytes, size).pump()
 
 
 class ReadStream:
@@ -143,15 +140,17 @@ class ReadStream:
         self._task = task
         self._volume = volume
         self._offset = offset_bytes
-        self._out = DataIn(task.phase, task, total)
+        self._out = DataIn(task.session, task, total)
 
     def pump(self) -> None:
-        """Emit what is at hand."""
+        """Emit what can be had without waiting."""
         out, task = self._out, self._task
+        sender = out.session.sender
         while out.position < out.total:
             if task.aborted:
                 return
-            if not task.phase.may_send(self):
+            if not sender.may_send():
+                sender.stall(self.pump)
                 return
             offset, size = (
                 self._offset + out.position,
@@ -170,11 +169,11 @@ class ReadStream:
 
     def _arrived(self, data: Buffer | None, error: Exception | None) -> None:
         task, out = self._task, self._out
-        if task.let_go():
+        if task.end_if_aborted():
             return
         if error is not None or data is None:
             task.fail(error or OSError("no data"), False, out.data_sn, out.position)
         else:
             out.emit(data)
             self.pump()
-        task.phase.wake()
+        out.session.sender.wake()

@@ -1,31 +1,71 @@
 """The data-out half of a task: immediate, unsolicited and solicited data (RFC 7143 4.2.5.2, 11.7,
 11.8).
 
-All data of a command gather in one buffer of its own, in order (DataPDUInOrder and
-DataSequenceInOrder are Yes), except fully immediate data, which are handed on from the receive
-buffer without a copy.
+The data of a command are collected in its own buffer, in order (DataPDUInOrder and
+DataSequenceInOrder are Yes). Data that are all immediate are passed on from the receive buffer
+without a copy.
 """
 
-from typing import TYPE_CHECKING
+from collections import deque
 
+from protocol.iscsi import limits
 from protocol.iscsi.errors import ProtocolError
 from protocol.iscsi.pdu import FINAL, HEADER, R2T, RESERVED_TAG, Pdu
-from protocol.iscsi.task import Task
+from protocol.iscsi.session import Session, Task
 from protocol.scsi import sense
-from protocol.scsi.abort import tasks_of
 from protocol.scsi.logical_unit import LogicalUnit, UnitNexus
 from protocol.scsi.plan import Operation
 from protocol.scsi.sense import Sense
+from protocol.scsi.task import TransportTask
 from protocol.volume import Buffer
 
-if TYPE_CHECKING:
-    from protocol.iscsi.full_feature import FullFeature
+
+class WriteAllowance:
+    """Bounds the memory that a session's solicited data take: a task that has no room for its
+    buffer waits for its first R2T.
+
+    Invariant: ``_reserved`` is the sum of the ``reserved_bytes`` of all tasks, each of which this
+    watches.
+    """
+
+    __slots__ = ("_queue", "_reserved")
+
+    def __init__(self) -> None:
+        self._queue: deque[WriteTask] = deque()
+        self._reserved = 0
+
+    def solicit(self, task: "WriteTask") -> None:
+        """Solicit a task's next burst, now or when there is room for its buffer."""
+        if task.reserved_bytes == 0:
+            total = task.total_bytes
+            if self._reserved and self._reserved + total > limits.WRITE_BUFFER_BYTES:
+                self._queue.append(task)
+                return
+            task.reserved_bytes = total
+            self._reserved += total
+            task.watchers = (*task.watchers, self)
+        task.solicit()
+
+    def task_ended(self, task: TransportTask) -> None:
+        """A task that had room has ended: give its room to those that wait."""
+        assert isinstance(task, WriteTask) and task.reserved_bytes
+        self._reserved -= task.reserved_bytes
+        task.reserved_bytes = 0
+        while self._queue:
+            following = self._queue[0]
+            if (
+                not following.aborted
+                and self._reserved
+                and self._reserved + following.total_bytes > limits.WRITE_BUFFER_BYTES
+            ):
+                return
+            self._queue.popleft()
+            if not following.aborted:
+                self.solicit(following)
 
 
 class GatedStart:
-    """The start of a task that its logical unit's gate decides on, and the watcher of those that it
-    waits for.
-    """
+    """Starts a task when its logical unit's gate opens; watches the tasks that it waits for."""
 
     __slots__ = ("_data", "_task", "_unit")
 
@@ -35,18 +75,17 @@ class GatedStart:
         self._data = data
 
     def enter(self, exclusive: bool) -> None:
-        """Queue at the gate. Where it was open, the changes under way, of all sessions, are counted
-        and watched.
+        """Queue at the gate. If it was open, count and watch the changes under way, of all
+        sessions.
         """
-        gate, under_way = self._unit.gate, []
+        gate, under_way = self._unit.gate, list[TransportTask]()
         if not gate.closed:
-            under_way = [task for mapped in self._unit.nexuses for task in tasks_of(mapped)]
-            under_way = [task for task in under_way if task.busy and task.changes]
+            under_way = [task for task in self._unit.task_set() if task.busy and task.changes]
         for task in under_way:
             task.watchers = (*task.watchers, self)
         gate.enter(self._begin, exclusive, len(under_way))
 
-    def task_ended(self, task: Task) -> None:
+    def task_ended(self, task: TransportTask) -> None:
         """A change that the gate counts has ended."""
         self._unit.gate.leave()
 
@@ -57,9 +96,8 @@ class GatedStart:
             return
         task.watchers = (*task.watchers, self)
         if sanitization is not None and not (sanitization.failed and task.detached):
-            task.refuse(
-                sanitization.cause()
-            )  # it began while this command waited, and nothing may be written any more
+            # It began while this command waited: nothing may be written any more.
+            task.refuse(sanitization.cause())
             return
         task.start(self._data)
         self._unit.volume.settle()  # the turn may have come in another session's wake-up
@@ -69,6 +107,7 @@ class WriteTask(Task):
     """A command that takes data from the client and then starts its operation."""
 
     __slots__ = (
+        "_allowance",
         "_burst_end",
         "_data_sn",
         "_operation",
@@ -80,22 +119,26 @@ class WriteTask(Task):
         "collecting",
         "r2t_count",
         "raw_lun",
+        "reserved_bytes",
     )
 
     def __init__(
         self,
-        phase: "FullFeature",
+        session: Session,
+        allowance: WriteAllowance,
         pdu: Pdu,
         mapped: UnitNexus | None,
         operation: Operation,
         announced: int,
     ) -> None:
-        super().__init__(phase, pdu.itt, mapped, pdu.expected_length, pdu.immediate)
+        super().__init__(session, pdu.itt, mapped, pdu.expected_length, pdu.immediate)
         self.wanted_bytes = operation.data_bytes
         self.raw_lun = pdu.lun
         self.buffer = bytearray()
-        self.collecting = True  # until all data are there; what comes later is dropped
+        self.collecting = True  # until all data have come; later PDUs are dropped
         self.r2t_count = 0
+        self.reserved_bytes = 0  # of the session's allowance
+        self._allowance = allowance
         self._operation = operation
         self.changes = operation.writing
         self._total = min(announced, operation.data_bytes)
@@ -112,7 +155,7 @@ class WriteTask(Task):
 
     @property
     def detached(self) -> bool:
-        """A sanitize operation, which does not end with its command."""
+        """True for a sanitize operation, which outlives its command."""
         return self._operation.detached
 
     def begin(self, pdu: Pdu) -> None:
@@ -122,15 +165,15 @@ class WriteTask(Task):
             data = pdu.data[: self._total]
             self._run(bytearray(data) if self._operation.needs_owned_data else data)
             return
-        self.buffer = bytearray(min(self._total, self.phase.parameters.unsolicited_bytes))
+        self.buffer = bytearray(min(self._total, self.session.parameters.unsolicited_bytes))
         self.buffer[:size] = pdu.data
         self._received = size
         if pdu.flags & FINAL:
-            self.phase.want_data(self)
+            self._allowance.solicit(self)
 
     def take(self, pdu: Pdu) -> None:
-        """One Data-Out PDU. What breaks the sequence ends the task with the sense that RFC 7143
-        11.4.7.2 names.
+        """Take one Data-Out PDU. A PDU out of sequence ends the task with the sense data of RFC
+        7143 11.4.7.2.
         """
         if pdu.ttt != self._ttt:
             self._out_of_sequence(pdu)
@@ -146,14 +189,13 @@ class WriteTask(Task):
         limit = (
             self._burst_end
             if self._solicited
-            else min(self.expected_bytes, self.phase.parameters.unsolicited_bytes)
+            else min(self.expected_bytes, self.session.parameters.unsolicited_bytes)
         )
         if offset + size > limit:
             self.end(self.r2t_count, sense.INCORRECT_AMOUNT_OF_DATA, moved=self._received)
             return
-        usable = max(
-            0, min(size, self._total - offset)
-        )  # the PDU may announce more than the CDB wants
+        # The PDU may announce more than the CDB wants.
+        usable = max(0, min(size, self._total - offset))
         self.buffer[offset : offset + usable] = pdu.data[:usable]
         self._received = offset + size
         self._data_sn += 1
@@ -173,23 +215,22 @@ class WriteTask(Task):
         elif self._received >= self._total:
             self._run(self.buffer)
         else:
-            self.phase.want_data(self)
+            self._allowance.solicit(self)
 
-    def solicit(self, ttt: int) -> None:
+    def solicit(self) -> None:
         """Send one R2T for the next burst."""
-        phase = self.phase
-        size = min(phase.parameters.max_burst_bytes, self._total - self._received)
-        if (
-            len(self.buffer) < self._total
-        ):  # only now: a task that waits for its turn holds what it was sent, not more
+        session = self.session
+        size = min(session.parameters.max_burst_bytes, self._total - self._received)
+        # Only now, so that a waiting task holds memory only for what it has received.
+        if len(self.buffer) < self._total:
             whole = bytearray(self._total)
             whole[: self._received] = memoryview(self.buffer)[: self._received]
             self.buffer = whole
-        self._ttt = ttt
+        self._ttt = ttt = session.take_transfer_tag()
         self._solicited = True
         self._data_sn = 0
         self._burst_end = self._received + size
-        phase.sender.put(
+        session.sender.put(
             HEADER.pack(
                 R2T,
                 FINAL,
@@ -199,9 +240,9 @@ class WriteTask(Task):
                 self.raw_lun,
                 self.itt,
                 ttt,
-                phase.stat_sn,
-                phase.exp_cmd_sn,
-                phase.max_cmd_sn,
+                session.stat_sn,
+                session.exp_cmd_sn,
+                session.max_cmd_sn,
                 self.r2t_count,
                 self._received,
                 size,
@@ -228,7 +269,7 @@ class WriteTask(Task):
             ).enter(self._operation.exclusive)
         else:
             self.start(data)
-            self.phase.touch(mapped)
+            self.session.touch(mapped)
 
     def start(self, data: Buffer) -> None:
         """Hand over to the operation; `_done` follows, perhaps before this returns."""
@@ -238,13 +279,13 @@ class WriteTask(Task):
     def refuse(self, cause: Sense) -> None:
         """End without having started."""
         self.end(self.r2t_count, cause)
-        self.phase.wake()
+        self.session.sender.wake()
 
     def _done(self, error: Exception | None) -> None:
-        if self.let_go():
+        if self.end_if_aborted():
             return
         if error is None:
             self.end(self.r2t_count)
         else:
             self.fail(error, self._operation.writing, self.r2t_count)
-        self.phase.wake()
+        self.session.sender.wake()

@@ -1,21 +1,15 @@
-"""Errors of an iSCSI connection. Each class says by its attributes what goes on the wire before the
-connection ends, if anything.
+"""Errors that end an iSCSI connection. A class with a ``status`` sends that in a login response
+first.
 """
-
-from typing import Final
-
-STATUS_SUCCESS: Final = 0x0000
 
 
 class IscsiError(Exception):
-    """Root of what a peer's bytes can raise inside the protocol; `TargetConnection` catches it and
-    ends that connection.
-    """
+    """Root of the errors that a peer's bytes can cause; the connection catches it and ends."""
 
 
 class ProtocolError(IscsiError):
-    """The peer broke the protocol so that the stream cannot be trusted: the connection
-    is closed.
+    """The peer broke the protocol in a way that leaves the stream unusable: the connection is
+    closed.
     """
 
 
@@ -41,12 +35,6 @@ class AuthenticationFailed(LoginRefused):
     status = 0x0201
 
 
-class AuthorizationFailed(LoginRefused):
-    """The initiator may not use this target."""
-
-    status = 0x0202
-
-
 class TargetNotFound(LoginRefused):
     """There is no target of that name (or none that this initiator may know of)."""
 
@@ -57,12 +45,6 @@ class UnsupportedVersion(LoginRefused):
     """The range of versions does not include 0."""
 
     status = 0x0205
-
-
-class TooManyConnections(LoginRefused):
-    """A session has one connection here (MaxConnections=1)."""
-
-    status = 0x0206
 
 
 class MissingParameter(LoginRefused):
@@ -84,15 +66,9 @@ class SessionDoesNotExist(LoginRefused):
 
 
 class InvalidDuringLogin(LoginRefused):
-    """A request that does not belong into this stage."""
+    """A request that this stage of the login does not allow."""
 
     status = 0x020B
-
-
-class ServiceUnavailable(LoginRefused):
-    """The target exists but cannot be used now."""
-
-    status = 0x0301
 
 
 class OutOfResources(LoginRefused):

@@ -1,21 +1,23 @@
 """The hot path: plain READ and WRITE commands, straight from the receive buffer to the volume and
 back.
 
-`run` takes PDUs from the front of the receive buffer as long as each is a READ(10), READ(16),
-WRITE(10) or WRITE(16) that asks for nothing special, and stops before the first that is not; that
-one goes the general way (`FullFeature.handle`), which gives byte-identical answers for all of them.
-Nothing here checks less: a PDU is taken only if every field is what the general way would accept
-without a word.
+`FastPath.run` takes PDUs from the front of the receive buffer as long as each is a READ(10),
+READ(16), WRITE(10) or WRITE(16) that asks for nothing special, and stops before the first that is
+not; that one goes the general way (`FullFeaturePhase.handle`), which gives byte-identical answers
+for all of them. Nothing here checks less: a PDU is taken only if every field is what the general
+way would accept as it is.
 
 Measured rules: one unpack for the whole header; ints in locals; attributes with slots; no object
-for a read; a pooled one for a write; no call that does not earn its 50 ns.
+for a read; a pooled one for a write; no call that does not earn its 50 ns. So these are inlined:
+`Session.accept`, `begin`, `task_ended`, `open_window`, `take_stat_sn` and `respond`, `DataIn.emit`
+and `Sender.put`. tests/protocol/test_fast_path.py compares both ways, bytes and numbers.
 """
 
 from struct import Struct
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from protocol.iscsi import limits
 from protocol.iscsi.framing import ReceiveBuffer
+from protocol.iscsi.limits import COMMAND_WINDOW, OUTPUT_BYTES_HIGH
 from protocol.iscsi.pdu import (
     DATA_IN,
     FINAL,
@@ -30,12 +32,9 @@ from protocol.iscsi.pdu import (
     STATUS_PRESENT,
     WRITE,
 )
-from protocol.iscsi.task import Task
+from protocol.iscsi.session import Session, Task
 from protocol.scsi import opcodes
 from protocol.scsi.limits import SECTOR_SHIFT
-
-if TYPE_CHECKING:
-    from protocol.iscsi.full_feature import FullFeature
 
 # opcode, flags, reserved, lengths, LUN, task tag, expected length, CmdSN, ExpStatSN, and the CDB as
 # READ(10) reads it: operation code, flags, LBA, group, sectors, control, six bytes that must be
@@ -54,34 +53,39 @@ _SIXTEEN: Final = frozenset((opcodes.READ_16, opcodes.WRITE_16))
 _GROUP_MAX: Final = 0x3F
 _FUA: Final = 0x08
 _CDB_FLAGS_OTHER: Final = 0xFF & ~0x18  # all but DPO and FUA
-_DATA_IN_FLAGS: Final = FINAL | STATUS_PRESENT
 _PACK: Final = HEADER.pack
-# HEADER of a Data-In that answers a whole READ: LUN, DataSN, buffer offset and residual are zero.
-_READ_ANSWER: Final = Struct(">BB2xI8xIIIII12x")
+# HEADER of a Data-In that answers a whole READ: opcode and flags as one number; LUN, DataSN, buffer
+# offset and residual are zero.
+_READ_ANSWER: Final = Struct(">H2xI8xIIIII12x")
+_ANSWER: Final = DATA_IN << 8 | FINAL | STATUS_PRESENT
 assert _READ_ANSWER.size == HEADER.size
 
 
 class FastWrite(Task):
-    """A write on the hot path. Pooled: ``done`` is bound once for life."""
+    """A write on the hot path. Pooled in ``free``: ``done`` is bound once for life, and ``busy`` is
+    True all the time, for it is in the session's table only while a volume holds it.
+    """
 
-    __slots__ = ("done",)
+    __slots__ = ("_free", "done")
 
-    def __init__(self, phase: "FullFeature") -> None:
-        super().__init__(phase, RESERVED_TAG, None, 0, False)
+    def __init__(self, session: Session, free: "list[FastWrite]") -> None:
+        super().__init__(session, RESERVED_TAG, None, 0, False)
+        self._free = free
         self.done = self._done
-        self.changes = True
+        self.busy = self.changes = True
 
     def _done(self, error: Exception | None) -> None:
-        phase = self.phase
         if error is not None or self.aborted or self.watchers:
             self._done_otherwise(error)
             return
+        session = self.session
         itt = self.itt
-        del phase.tasks[itt]
-        phase.max_cmd_sn = max_cmd_sn = (phase.max_cmd_sn + 1) & SERIAL_MASK
-        stat_sn = phase.stat_sn
-        phase.stat_sn = (stat_sn + 1) & SERIAL_MASK
-        phase.sender.pending.append(
+        del session.tasks[itt]
+        session.max_cmd_sn = max_cmd_sn = (session.max_cmd_sn + 1) & SERIAL_MASK
+        stat_sn = session.stat_sn
+        session.stat_sn = (stat_sn + 1) & SERIAL_MASK
+        sender = session.sender
+        sender.pending.append(
             _PACK(
                 SCSI_RESPONSE,
                 FINAL,
@@ -92,28 +96,26 @@ class FastWrite(Task):
                 itt,
                 0,
                 stat_sn,
-                phase.exp_cmd_sn,
+                session.exp_cmd_sn,
                 max_cmd_sn,
                 0,
                 0,
                 0,
             )
         )
-        self.busy = False
-        phase.free_writes.append(self)
-        phase.wake()
+        self._free.append(self)
+        sender.wake()
 
     def _done_otherwise(self, error: Exception | None) -> None:
-        """Failed or aborted: the general way to end a task. This object is not used again, for
-        others may hold it.
+        """Failed, aborted or watched: the general way to end a task. This object is not used again,
+        for others may refer to it.
         """
-        phase = self.phase
-        if not self.let_go():
+        if not self.end_if_aborted():
             if error is None:
                 self.end()
             else:
                 self.fail(error, True)
-            phase.wake()
+            self.session.sender.wake()
         self.retire()
 
     def retire(self) -> None:
@@ -122,87 +124,96 @@ class FastWrite(Task):
         del self.done
 
 
-def eligible(phase: "FullFeature") -> bool:
+def is_eligible(session: Session) -> bool:
     """Whether a session can use the hot path at all: a normal session without digests."""
-    parameters = phase.parameters
-    return not (phase.discovery or parameters.header_digest or parameters.data_digest)
+    parameters = session.parameters
+    return not (session.discovery or parameters.header_digest or parameters.data_digest)
 
 
-def run(phase: "FullFeature", receive: ReceiveBuffer) -> None:
-    """Carry out plain commands from ``receive.start`` on. Stops at anything else, and when enough
-    output has gathered.
-    """
-    storage, position, end = receive.storage, receive.start, receive.end
-    last_header = end - HEADER_BYTES
-    units, tasks, sender, free_writes = phase.units, phase.tasks, phase.sender, phase.free_writes
-    read_max, write_max = phase.fast_read_max, phase.fast_write_max
-    unpack, pack = _COMMAND_10.unpack_from, _READ_ANSWER.pack
-    first_cmd_sn, read_bytes, write_bytes = phase.exp_cmd_sn, 0, 0
-    touched = None
-    while position <= last_header:
-        (
-            opcode, flags, _, lengths, lun, itt, expected, cmd_sn, _, operation, cdb_flags, lba,
-            group, sectors, control,
-        ) = unpack(storage, position)  # fmt: skip
-        if opcode != SCSI_COMMAND or cmd_sn != phase.exp_cmd_sn or itt == RESERVED_TAG:
-            break
-        if operation in _SIXTEEN:
-            lba, sectors, group, control = _CDB_16.unpack_from(storage, position + _CDB_16_AT)
-        length = sectors << SECTOR_SHIFT
-        mapped = units.get(lun)
-        odd = cdb_flags & _CDB_FLAGS_OTHER or group > _GROUP_MAX or control
-        if odd or length != expected or not length or mapped is None:
-            break
-        unit = mapped.unit
-        offset = lba << SECTOR_SHIFT
-        refused = itt in tasks or len(tasks) >= limits.COMMAND_WINDOW
-        if refused or offset + length > unit.capacity_bytes:
-            break
-        if operation in _READS:
-            if flags not in _READ_FLAGS or lengths or length > read_max or not mapped.plain_read:
+class FastPath:
+    """The hot path of one session, with its pool of `FastWrite`."""
+
+    __slots__ = ("_session", "_write_max", "free_writes")
+
+    def __init__(self, session: Session) -> None:
+        parameters = session.parameters
+        self._session = session
+        self._write_max = parameters.unsolicited_bytes if parameters.immediate_data else 0
+        self.free_writes: list[FastWrite] = []
+
+    def run(self, receive: ReceiveBuffer) -> None:
+        """Carry out plain commands from ``receive.start`` on. Stops at anything else, and when
+        enough output has gathered.
+        """
+        session, free_writes, write_max = self._session, self.free_writes, self._write_max
+        storage, position, end = receive.storage, receive.start, receive.end
+        last_header = end - HEADER_BYTES
+        units, tasks, append = session.units, session.tasks, session.sender.pending.append
+        read_max, exp_cmd_sn = session.single_data_in_bytes, session.exp_cmd_sn
+        unpack, pack = _COMMAND_10.unpack_from, _READ_ANSWER.pack
+        first_cmd_sn, read_bytes, write_bytes = exp_cmd_sn, 0, 0
+        touched = None
+        while position <= last_header:
+            (
+                opcode, flags, _, lengths, lun, itt, expected, cmd_sn, _, operation, cdb_flags, lba,
+                group, sectors, control,
+            ) = unpack(storage, position)  # fmt: skip
+            if opcode != SCSI_COMMAND or cmd_sn != exp_cmd_sn or itt == RESERVED_TAG:
                 break
-            try:
-                data = unit.volume.try_read(offset, length)
-            except Exception:  # noqa: BLE001 - the general way meets it too, and makes sense data
+            if operation in _SIXTEEN:
+                lba, sectors, group, control = _CDB_16.unpack_from(storage, position + _CDB_16_AT)
+            length, offset = sectors << SECTOR_SHIFT, lba << SECTOR_SHIFT
+            mapped = units.get(lun)
+            if length != expected or not length or mapped is None or itt in tasks:
                 break
-            if data is None:
+            unit = mapped.unit
+            odd = cdb_flags & _CDB_FLAGS_OTHER or group > _GROUP_MAX or control
+            if odd or len(tasks) >= COMMAND_WINDOW or offset + length > unit.capacity_bytes:
                 break
-            position += HEADER_BYTES
-            phase.exp_cmd_sn = exp_cmd_sn = (cmd_sn + 1) & SERIAL_MASK
-            phase.max_cmd_sn = max_cmd_sn = (phase.max_cmd_sn + 1) & SERIAL_MASK
-            stat_sn = phase.stat_sn
-            phase.stat_sn = (stat_sn + 1) & SERIAL_MASK
-            pending = sender.pending
-            answer = pack(
-                DATA_IN, _DATA_IN_FLAGS, length, itt, RESERVED_TAG, stat_sn, exp_cmd_sn, max_cmd_sn
-            )
-            pending.append(answer)
-            pending.append(data)
-            read_bytes += length
-            if read_bytes >= limits.OUTPUT_BYTES_HIGH:
+            if operation in _READS:
+                if flags not in _READ_FLAGS or lengths or length > read_max:
+                    break
+                try:
+                    data = unit.volume.try_read(offset, length) if mapped.plain_read else None
+                except Exception:  # noqa: BLE001 - the general way meets it too, and makes sense data
+                    break
+                if data is None:
+                    break
+                position += HEADER_BYTES
+                exp_cmd_sn = (cmd_sn + 1) & SERIAL_MASK
+                session.max_cmd_sn = max_cmd_sn = (session.max_cmd_sn + 1) & SERIAL_MASK
+                stat_sn = session.stat_sn
+                session.stat_sn = (stat_sn + 1) & SERIAL_MASK
+                append(pack(_ANSWER, length, itt, RESERVED_TAG, stat_sn, exp_cmd_sn, max_cmd_sn))
+                append(data)
+                read_bytes += length
+                if read_bytes >= OUTPUT_BYTES_HIGH:
+                    break
+                continue
+            data_at = position + HEADER_BYTES
+            plain = operation in _WRITES and flags in _WRITE_FLAGS and mapped.plain_write
+            if not plain or lengths != length or length > write_max or data_at + length > end:
                 break
-            continue
-        data_at = position + HEADER_BYTES
-        too_long = lengths != length or length > write_max or data_at + length > end
-        if too_long or operation not in _WRITES or flags not in _WRITE_FLAGS:
-            break
-        if not mapped.plain_write:
-            break
-        position = data_at + length
-        phase.exp_cmd_sn = (cmd_sn + 1) & SERIAL_MASK
-        task = free_writes.pop() if free_writes else FastWrite(phase)
-        task.itt = itt
-        task.mapped = mapped
-        task.expected_bytes = task.wanted_bytes = length
-        task.busy = True
-        tasks[itt] = task
-        if mapped is not touched:
-            phase.touch(mapped)
-            touched = mapped
-        unit.volume.write(offset, receive.view[data_at:position], cdb_flags & _FUA != 0, task.done)
-        write_bytes += length
-    receive.start = position
-    sender.pending_bytes += read_bytes
-    phase.commands += (phase.exp_cmd_sn - first_cmd_sn) & SERIAL_MASK
-    phase.read_bytes += read_bytes
-    phase.write_bytes += write_bytes
+            position = data_at + length
+            session.exp_cmd_sn = exp_cmd_sn = (cmd_sn + 1) & SERIAL_MASK
+            task = free_writes.pop() if free_writes else FastWrite(session, free_writes)
+            task.itt, task.mapped = itt, mapped
+            task.expected_bytes = task.wanted_bytes = length
+            tasks[itt] = task
+            if mapped is not touched:
+                session.touch(mapped)
+                touched = mapped
+            data = receive.view[data_at:position]
+            unit.volume.write(offset, data, cdb_flags & _FUA != 0, task.done)
+            write_bytes += length
+        receive.start, session.exp_cmd_sn = position, exp_cmd_sn
+        session.sender.pending_bytes += read_bytes
+        session.commands += (exp_cmd_sn - first_cmd_sn) & SERIAL_MASK
+        session.read_bytes += read_bytes
+        session.write_bytes += write_bytes
+
+    def retire(self) -> None:
+        """Nothing can happen any more (`FastWrite.retire`)."""
+        for write in self.free_writes:
+            write.retire()
+        self.free_writes.clear()

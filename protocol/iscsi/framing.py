@@ -1,16 +1,18 @@
-"""Where bytes become PDUs, and PDUs become bytes: the receive buffer, the outgoing list, digests
-and padding.
+"""Bytes to PDUs and back: the receive buffer, the output list, digests and padding.
 
 `ReceiveBuffer` invariant: ``0 <= start <= end <= len(storage)``; bytes before ``start`` were
 handled. After `compact` the free part is never empty and the PDU that is under way fits.
 """
 
+from collections import deque
+from collections.abc import Callable
 from struct import Struct
 from typing import Final
 
 from crc32c import crc32c
 
 from protocol.iscsi.errors import HeaderDigestError, ProtocolError
+from protocol.iscsi.limits import OUTPUT_BYTES_HIGH
 from protocol.iscsi.pdu import HEADER_BYTES, Pdu
 from protocol.volume import Buffer
 
@@ -51,7 +53,7 @@ class ReceiveBuffer:
         return self.view[self.end :]
 
     def grow(self, size_bytes: int, data_bytes_max: int) -> None:
-        """Go over to a larger buffer, unhandled bytes included."""
+        """Move to a larger buffer, with the unhandled bytes."""
         rest = self.view[self.start : self.end]
         self.storage = bytearray(size_bytes)
         self.view = memoryview(self.storage)
@@ -60,17 +62,15 @@ class ReceiveBuffer:
         self.data_bytes_max = data_bytes_max
 
     def release(self) -> None:
-        """Nothing will be received any more: half a megabyte goes back now, whoever still holds
-        this object.
+        """Nothing will be received any more: free half a megabyte now, even while this object is
+        referenced.
         """
         self.storage = bytearray()
         self.view = memoryview(self.storage)
         self.start = self.end = 0
 
     def compact(self) -> None:
-        """Move an incomplete tail to the front, but only where its PDU could not be completed
-        behind it.
-        """
+        """Move an incomplete tail to the front, but only if its PDU would not fit where it is."""
         start, end = self.start, self.end
         if start == end:
             self.start = self.end = 0
@@ -131,17 +131,40 @@ class ReceiveBuffer:
 
 
 class Sender:
-    """The list of buffers that leave with the next flush. The fast path appends to ``pending``
-    itself when there are no digests.
+    """The output of one connection: buffers gather in ``pending`` and leave together.
+
+    ``send(buffers)`` hands them to the transport, in order; ``wake()`` asks it for one `flush`
+    soon. While ``corked``, that is while the input of a wake-up is carried out, no flush is asked
+    for: one comes at the end. The fast path appends to ``pending`` itself when there are no
+    digests. Once ``closed`` nothing is sent.
     """
 
-    __slots__ = ("data_digest", "header_digest", "pending", "pending_bytes")
+    __slots__ = (
+        "_send",
+        "_stalled",
+        "_wake",
+        "_woken",
+        "closed",
+        "corked",
+        "data_digest",
+        "header_digest",
+        "paused",
+        "pending",
+        "pending_bytes",
+    )
 
-    def __init__(self) -> None:
+    def __init__(self, send: Callable[[list[Buffer]], None], wake: Callable[[], None]) -> None:
+        self._send = send
+        self._wake = wake
+        self._woken = False
+        self._stalled: deque[Callable[[], None]] = deque()
         self.pending: list[Buffer] = []
         self.pending_bytes = 0
         self.header_digest = False
         self.data_digest = False
+        self.corked = False
+        self.paused = False  # the peer does not drain
+        self.closed = False
 
     def put(self, header: bytes, data: Buffer = b"") -> None:
         """Queue one PDU; ``header`` holds the length of ``data`` already."""
@@ -159,9 +182,41 @@ class Sender:
             if self.data_digest:
                 pending.append(_DIGEST.pack(crc32c(pad, crc32c(data))))
 
-    def take(self) -> list[Buffer]:
-        """What is pending; the caller sends it."""
-        pending = self.pending
-        self.pending = []
-        self.pending_bytes = 0
-        return pending
+    def flush(self) -> None:
+        """Send what is pending."""
+        self._woken = False
+        if self.pending and not self.closed:
+            pending = self.pending
+            self.pending = []
+            self.pending_bytes = 0
+            self._send(pending)
+
+    def wake(self) -> None:
+        """A PDU became ready: within a wake-up it leaves with the others, else a flush is asked for
+        once.
+        """
+        if not (self.corked or self._woken or self.closed):
+            self._woken = True
+            self._wake()
+
+    # --- Back-pressure ----------------------------------------------------------------------------
+
+    def may_send(self) -> bool:
+        """True while the peer drains. To be asked before each piece of what is long."""
+        if self.pending_bytes >= OUTPUT_BYTES_HIGH:
+            self.flush()
+        return not (self.paused or self.closed)
+
+    def stall(self, go_on: Callable[[], None]) -> None:
+        """Call ``go_on`` when the peer drains again."""
+        self._stalled.append(go_on)
+
+    def resume(self) -> None:
+        """The peer drains again."""
+        self.paused = False
+        for _ in range(len(self._stalled)):
+            self._stalled.popleft()()
+
+    def forget_stalled(self) -> None:
+        """What waits for the peer to drain is over."""
+        self._stalled.clear()

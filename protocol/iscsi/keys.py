@@ -1,6 +1,6 @@
 """The keys of RFC 7143 clause 13 as one table, and how an offer and our own value make a result.
 
-Login walks over what the peer offered and asks `answer` for each; what is not in the table is
+Login calls `answer` for each key that the peer offers; a key that is not in the table is
 NotUnderstood.
 """
 

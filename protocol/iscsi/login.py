@@ -1,8 +1,8 @@
 """The login phase of a target (RFC 7143 6.3, 11.12, 11.13), as a table of stages and one object per
 connection.
 
-`LoginPhase.handle` takes login requests and returns replies until it has a `LoginResult`. Errors
-are `LoginRefused` with the status to send; whoever drives this sends it and closes.
+`LoginPhase.handle` takes login requests and returns replies until it has a `LoginResult`. It raises
+`LoginRefused` with the status to send; the caller sends it and closes the connection.
 """
 
 from collections.abc import Callable
@@ -13,27 +13,32 @@ from protocol.iscsi import errors, keys, limits, text
 from protocol.iscsi.chap import ChapSecrets, TargetExchange
 from protocol.iscsi.keys import Parameters
 from protocol.iscsi.node import TargetDefinition, TargetNode
-from protocol.iscsi.pdu import CONTINUE, LOGIN_RESPONSE, TRANSIT, Pdu, pack
-from protocol.names import fold
+from protocol.iscsi.pdu import (
+    CONTINUE,
+    FULL_FEATURE,
+    LOGIN_RESPONSE,
+    OPERATIONAL_STAGE,
+    SECURITY_STAGE,
+    TRANSIT,
+    Pdu,
+    pack,
+)
+from protocol.names import NAME_BYTES_MAX, PORTAL_GROUP_TAG, fold
 
-SECURITY: Final = 0
-OPERATIONAL: Final = 1
-FULL_FEATURE: Final = 3
 # From which stage a login may go to which (RFC 7143 6.3, table of legal NSG).
 TRANSITIONS: Final = {
-    SECURITY: frozenset((OPERATIONAL, FULL_FEATURE)),
-    OPERATIONAL: frozenset((FULL_FEATURE,)),
+    SECURITY_STAGE: frozenset((OPERATIONAL_STAGE, FULL_FEATURE)),
+    OPERATIONAL_STAGE: frozenset((FULL_FEATURE,)),
 }
-FIRST_STAGES: Final = frozenset((SECURITY, OPERATIONAL))
+FIRST_STAGES: Final = frozenset((SECURITY_STAGE, OPERATIONAL_STAGE))
 _CHAP_PREFIX: Final = "CHAP_"
-PORTAL_GROUP: Final = 1
 _SESSION_TYPES: Final = frozenset(("Normal", "Discovery"))
 _FIRST_STAT_SN: Final = 1
 
 
 @dataclass(slots=True)
 class LoginResult:
-    """A login that has reached the full feature phase, but for the answer."""
+    """A login that has succeeded; only the final response is left to send."""
 
     initiator_name: str
     isid: int
@@ -116,9 +121,9 @@ class LoginPhase:
         self._stage = stage
 
     def _identify(self, pairs: dict[str, str]) -> list[tuple[str, str]]:
-        """Who wants what: names and session type of the leading request."""
+        """Take the names and the session type from the leading request."""
         name = pairs.get("InitiatorName", "")
-        if not name or len(name.encode()) > limits.ISCSI_NAME_BYTES_MAX:
+        if not name or len(name.encode()) > NAME_BYTES_MAX:
             raise errors.MissingParameter("InitiatorName is missing or too long")
         kind = pairs.get("SessionType", "Normal")
         if kind not in _SESSION_TYPES:
@@ -133,7 +138,7 @@ class LoginPhase:
         self.target = self.node.directory.open_target(wanted, name)
         if self.target is None:
             raise errors.TargetNotFound(f"no target {wanted[:80]}")
-        return [("TargetPortalGroupTag", str(PORTAL_GROUP))]
+        return [("TargetPortalGroupTag", str(PORTAL_GROUP_TAG))]
 
     def _negotiate(self, pairs: dict[str, str]) -> list[tuple[str, str]]:
         answers: list[tuple[str, str]] = []
@@ -154,7 +159,7 @@ class LoginPhase:
         return answers
 
     def _choose_method(self, offered: str) -> str:
-        if self._stage != SECURITY or self._method is not None:
+        if self._stage != SECURITY_STAGE or self._method is not None:
             raise errors.InvalidDuringLogin("AuthMethod outside of the security stage, or twice")
         wanted = self._wanted_chap()
         self._method = "CHAP" if wanted is not None else "None"
@@ -185,14 +190,14 @@ class LoginPhase:
         return self._wanted_chap() is None
 
     def _advance(self, pdu: Pdu, answers: list[tuple[str, str]]) -> LoginResult | None:
-        """Grant the transition that was asked for, unless authentication is not through yet."""
+        """Grant the transition that was asked for, unless authentication is not complete."""
         if not self._authenticated and (
-            self._stage == OPERATIONAL or (pdu.flags & TRANSIT and self._chap is None)
+            self._stage == OPERATIONAL_STAGE or (pdu.flags & TRANSIT and self._chap is None)
         ):
             raise errors.AuthenticationFailed("the target requires CHAP")
         granted = bool(pdu.flags & TRANSIT) and self._authenticated
         if not self._declared and (
-            self._stage == OPERATIONAL or (granted and pdu.flags & 3 == FULL_FEATURE)
+            self._stage == OPERATIONAL_STAGE or (granted and pdu.flags & 3 == FULL_FEATURE)
         ):
             self._declared = True
             answers.append(("MaxRecvDataSegmentLength", str(limits.RECEIVE_DATA_SEGMENT_BYTES)))

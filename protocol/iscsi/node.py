@@ -1,20 +1,22 @@
-"""The iSCSI target node: what all connections share. Which targets there are, which sessions, and
-their logical units.
+"""The iSCSI target node: what all connections share, that is targets, sessions and logical units.
 
 A daemon implements `TargetDirectory` and makes one `TargetNode` over it.
 """
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from functools import partial
+from typing import Protocol
 from uuid import UUID
 
 from protocol.iscsi.chap import Challenges, ChapSecrets
 from protocol.iscsi.errors import OutOfResources
+from protocol.scsi.kept_state import StateKeeper, keeping, restore
 from protocol.scsi.limits import FIRST_TARGET_PORT, PHYSICAL_BLOCK_EXPONENT
-from protocol.scsi.logical_unit import LogicalUnit, Nexus, Sanitization
-from protocol.scsi.turns import Turns
-from protocol.volume import BlockVolume, Completion
+from protocol.scsi.logical_unit import LogicalUnit, Nexus
+from protocol.scsi.task import TransportTask
+from protocol.turns import Turns
+from protocol.volume import BlockVolume
 
 _TSIH_MAX = 0xFFFF
 
@@ -81,36 +83,14 @@ class TargetDirectory(Protocol):
         """The session has ended, and none of its commands can touch a volume any more."""
 
 
-class ReservationKeeper(Protocol):
-    """Keeps over restarts: persistent reservations (APTPL, SPC-4 5.13.5), the saved caching mode
-    page, an unfinished sanitize operation.
-
-    State is what `Reservations.export` gives, with ``write_cache`` (missing: True) and
-    ``sanitize_unrestricted_exit`` (missing: there is no such operation) beside it.
-    """
-
-    def kept(self, uuid: UUID) -> dict[str, Any] | None:
-        """State of an earlier run; None for nothing."""
-
-    def keep(self, uuid: UUID, state: dict[str, Any] | None, done: Completion) -> None:
-        """Make the state durable (None: nothing is to be kept), then call ``done``."""
-
-
-# What is kept where nobody is registered.
-NO_RESERVATIONS: Final[dict[str, Any]] = {
-    "registrations": {},
-    "holder": None,
-    "kind": 0,
-    "generation": 0,
-}
 SessionKey = tuple[str, int, str]
 
 
 class NodeSession(SessionView, Protocol):
     """A session as the node keeps it, for reinstatement."""
 
-    def reinstated(self, drained: Callable[[], None]) -> None:
-        """End at once, and call ``drained`` when no command of this session can touch a volume any
+    def reinstated(self, quiet: Callable[[], None]) -> None:
+        """End at once, and call ``quiet`` when no command of this session can touch a volume any
         more.
         """
 
@@ -135,15 +115,15 @@ class TargetNode:
     """
 
     directory: TargetDirectory
-    # Addresses to tell an initiator that asks through one of them (SendTargets); that one comes
+    # Addresses that SendTargets tells an initiator, by the one that it asks through, which comes
     # first.
     portals: Callable[[str], list[str]] = lambda portal: [portal]
-    reservations: ReservationKeeper | None = None
-    # What initiators are told of physical blocks (`LogicalUnit`). There are some that take no disk
-    # with other ones than of 512 bytes.
+    keeper: StateKeeper | None = None
+    # What initiators are told of physical blocks (`LogicalUnit`). Some accept only disks whose
+    # physical blocks have 512 bytes.
     physical_block_exponent: int = PHYSICAL_BLOCK_EXPONENT
-    # Told before a session is ended because its initiator port logs in again: the session, and the
-    # one that comes.
+    # Called before a session is ended because its initiator port logs in again, with the old
+    # session and the new one.
     taken_over: Callable[[SessionView, SessionView], None] = lambda _older, _newer: None
     # The daemon gives it the event loop's ``call_soon``.
     turns: Turns = field(default_factory=Turns)
@@ -154,7 +134,7 @@ class TargetNode:
     _tsihs: set[int] = field(default_factory=set)
 
     def take_tsih(self) -> int:
-        """A session handle that no session has. Raises OutOfResources."""
+        """A free TSIH (target session identifying handle). Raises OutOfResources."""
         if len(self._tsihs) >= _TSIH_MAX:
             raise OutOfResources("no session handle is free")
         while True:
@@ -164,7 +144,7 @@ class TargetNode:
                 return self._last_tsih
 
     def release_tsih(self, tsih: int) -> None:
-        """The session of this handle has ended."""
+        """The session with this TSIH has ended."""
         self._tsihs.discard(tsih)
 
     def unit_for(self, volume: BlockVolume) -> LogicalUnit:
@@ -173,31 +153,36 @@ class TargetNode:
         if unit is None or not unit.in_use:
             unit = self.units[volume.uuid] = self._new_unit(volume)
         elif not unit.nexuses:
-            unit.volume = volume  # nobody used the unit; the daemon may have opened its volume anew
+            unit.volume = volume  # the unit was unused; the daemon may have opened its volume anew
             unit.refresh_capacity()
         return unit
 
     def _new_unit(self, volume: BlockVolume) -> LogicalUnit:
-        unit = LogicalUnit(volume, self.physical_block_exponent, self.turns)
-        directory, uuid = self.directory, volume.uuid
-        unit.target_ports = lambda: directory.target_ports(uuid)
-        keeper = self.reservations
-        if keeper is not None:
-            kept = keeper.kept(volume.uuid)
-            if kept is not None:
-                _restore(unit, **kept)
-            unit.keep_reservations = lambda done: keeper.keep(volume.uuid, _to_keep(unit), done)
+        unit = LogicalUnit(
+            volume,
+            self.physical_block_exponent,
+            self.turns,
+            partial(self.directory.target_ports, volume.uuid),
+            None if self.keeper is None else keeping(self.keeper),
+        )
+        kept = None if self.keeper is None else self.keeper.kept(volume.uuid)
+        if kept is not None:
+            restore(unit, **kept)
         return unit
 
-    def open_nexus(self, definition: TargetDefinition, initiator_port: str) -> Nexus:
-        """A nexus with all LUNs of the target mapped."""
-        nexus = Nexus(initiator_port, definition.name, definition.port)
+    def open_nexus(
+        self, definition: TargetDefinition, initiator_port: str, tasks: Collection[TransportTask]
+    ) -> Nexus:
+        """A nexus with all LUNs of the target mapped. ``tasks`` are its commands under way, as the
+        session's table has them.
+        """
+        nexus = Nexus(initiator_port, definition.name, definition.port, tasks)
         for lun, volume in sorted(definition.luns.items()):
             nexus.map(lun, self.unit_for(volume))
         return nexus
 
     def close_nexus(self, nexus: Nexus) -> None:
-        """Unmap, and forget units that nobody uses any more."""
+        """Unmap all LUNs, and forget units that are not in use any more."""
         units = [mapped.unit for mapped in nexus.units.values()]
         nexus.close()
         for unit in units:
@@ -209,7 +194,7 @@ class TargetNode:
             unit.retire()
 
     def volume_deleted(self, uuid: UUID) -> None:
-        """What its unit held beyond its sessions (`LogicalUnit.in_use`) is for nobody any more."""
+        """Drop its unit, with the state that outlives sessions (`LogicalUnit.in_use`)."""
         unit = self.units.pop(uuid, None)
         if unit is not None:
             unit.retire()
@@ -242,8 +227,8 @@ class TargetNode:
         if older is None:
             ready()
         else:
-            # It stays registered until it has drained, and another login of the port may have come
-            # first by then.
+            # It stays registered until it is quiet; by then another login of the port may have come
+            # first.
             self.taken_over(older, newer)
             older.reinstated(lambda: self.reinstate(key, newer, ready))
 
@@ -253,7 +238,7 @@ class TargetNode:
         self.directory.session_opened(session)
 
     def unregister(self, key: SessionKey, session: NodeSession, tsih: int) -> None:
-        """A registered session has ended and drained."""
+        """A registered session has ended, and is quiet."""
         if self.sessions.get(key) is session:
             del self.sessions[key]
         self.release_tsih(tsih)
@@ -276,29 +261,3 @@ class TargetNode:
         unit = self.units.get(volume.uuid)
         if unit is not None:
             unit.refresh_capacity()
-
-
-def _to_keep(unit: LogicalUnit) -> dict[str, Any] | None:
-    reservations, beside = unit.reservations, dict[str, Any]()
-    if not unit.saved_write_cache:
-        beside["write_cache"] = False
-    if unit.sanitization is not None:
-        beside["sanitize_unrestricted_exit"] = unit.sanitization.unrestricted_exit
-    if reservations.survives_power_loss and reservations.registrations:
-        return reservations.export() | beside
-    return NO_RESERVATIONS | beside if beside else None
-
-
-def _restore(
-    unit: LogicalUnit,
-    write_cache: bool = True,
-    sanitize_unrestricted_exit: bool | None = None,
-    **reservations: Any,
-) -> None:
-    unit.write_cache = unit.saved_write_cache = write_cache
-    if sanitize_unrestricted_exit is not None:
-        unit.sanitization = Sanitization(
-            sanitize_unrestricted_exit, failed=True
-        )  # it was broken off: SBC-3 4.11.4
-    if reservations["registrations"]:
-        unit.reservations.restore(**reservations, target_ports=unit.target_ports())

@@ -11,8 +11,6 @@ so that one Struct packs and unpacks them all; the properties of `Pdu` name the 
 from struct import Struct
 from typing import Final
 
-from protocol.volume import Buffer
-
 HEADER_BYTES: Final = 48
 HEADER: Final = Struct(">BBBBIQIIIIIIII")
 IMMEDIATE: Final = 0x40
@@ -44,8 +42,7 @@ FINAL: Final = 0x80
 # SCSI Command flags (11.3.1).
 READ: Final = 0x40
 WRITE: Final = 0x20
-ATTRIBUTE_MASK: Final = 0x07
-ATTRIBUTE: Final = 0x07  # RFC 7143 11.3.1: how the command may be ordered
+TASK_ATTRIBUTE: Final = 0x07
 SIMPLE: Final = 1
 # SCSI Response and Data-In flags (11.4.1, 11.7.1).
 OVERFLOW: Final = 0x04
@@ -54,6 +51,11 @@ STATUS_PRESENT: Final = 0x01
 # Login and text flags (11.10, 11.12).
 TRANSIT: Final = 0x80
 CONTINUE: Final = 0x40
+
+# Login stages (11.12.3).
+SECURITY_STAGE: Final = 0
+OPERATIONAL_STAGE: Final = 1
+FULL_FEATURE: Final = 3
 
 # Reject reasons (11.17.1).
 REJECT_DATA_DIGEST: Final = 0x02
@@ -83,7 +85,6 @@ class Pdu:
         "header",
         "immediate",
         "itt",
-        "lengths",
         "lun",
         "opcode",
         "word20",
@@ -98,7 +99,6 @@ class Pdu:
     flags: int
     byte2: int
     byte3: int
-    lengths: int
     lun: int
     itt: int
     word20: int
@@ -121,7 +121,7 @@ class Pdu:
             self.flags,
             self.byte2,
             self.byte3,
-            self.lengths,
+            _,  # lengths
             self.lun,
             self.itt,
             self.word20,
@@ -212,28 +212,3 @@ def pack(
 def serial_after(left: int, right: int) -> bool:
     """True when ``left`` is later than ``right`` in 32-bit serial arithmetic (RFC 1982)."""
     return 0 < (left - right) & SERIAL_MASK < SERIAL_HALF
-
-
-def padding(length: int) -> bytes:
-    """What fills ``length`` bytes up to a multiple of four."""
-    return bytes(-length % 4)
-
-
-_PERIPHERAL: Final = 0
-_FLAT: Final = 1
-NO_LUN: Final = -1
-
-
-def decode_lun(raw: int) -> int:
-    """The number in an 8-byte LUN (SAM-5 4.7): single-level peripheral or flat addressing, else
-    NO_LUN.
-    """
-    method, value, rest = raw >> 62, (raw >> 48) & 0x3FFF, raw & 0xFFFFFFFFFFFF
-    if rest or method > _FLAT or (method == _PERIPHERAL and value > 0xFF):
-        return NO_LUN
-    return value
-
-
-def joined(*parts: Buffer) -> bytes:
-    """Parts as one bytes object, for small data."""
-    return b"".join(parts)

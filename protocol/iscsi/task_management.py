@@ -1,26 +1,23 @@
-"""Task management (RFC 7143 11.5, 11.6; SAM-5 clause 7): abort and reset, answered only when it is
-true.
+"""Task management (RFC 7143 11.5, 11.6; SAM-5 clause 7): abort and reset.
 
-An aborted command that a volume still holds may yet change the disk; the answer waits until the
-last of them has ended.
+A function is answered when the last of its aborted commands has ended: one that a volume still
+holds may change the disk until then.
 """
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import ClassVar, Final
 
 from protocol.iscsi.limits import TASK_MANAGEMENT_WAITING_MAX
-from protocol.iscsi.pdu import REJECT_IMMEDIATE, TASK_MANAGEMENT_RESPONSE, Pdu, decode_lun
-from protocol.iscsi.task import Task
+from protocol.iscsi.node import TargetNode
+from protocol.iscsi.pdu import REJECT_IMMEDIATE, TASK_MANAGEMENT_RESPONSE, Pdu
+from protocol.iscsi.session import Session
 from protocol.scsi import sense
-from protocol.scsi.abort import Abort, tasks_of
 from protocol.scsi.logical_unit import LogicalUnit, UnitNexus
-
-if TYPE_CHECKING:
-    from protocol.iscsi.full_feature import FullFeature
+from protocol.scsi.lun import decode_lun
+from protocol.scsi.task import Abort, TransportTask
 
 ABORT_TASK: Final = 1
 ABORT_TASK_SET: Final = 2
-CLEAR_ACA: Final = 3
 CLEAR_TASK_SET: Final = 4
 LOGICAL_UNIT_RESET: Final = 5
 TARGET_WARM_RESET: Final = 6
@@ -36,20 +33,23 @@ REJECTED: Final = 255
 
 
 class TaskManagement:
-    """The functions of one session. ``waiting`` is the number of those whose answer waits for
-    tasks, of this session and of others.
+    """The functions of one session.
+
+    Invariant: ``_waiting`` is the number of functions whose answer waits for tasks, of this session
+    and of others.
     """
 
-    __slots__ = ("_phase", "waiting")
+    __slots__ = ("_node", "_session", "_waiting")
 
-    def __init__(self, phase: "FullFeature") -> None:
-        self._phase = phase
-        self.waiting = 0
+    def __init__(self, session: Session, node: TargetNode) -> None:
+        self._session = session
+        self._node = node
+        self._waiting = 0
 
     def handle(self, pdu: Pdu) -> None:
         """Carry out one function by the table."""
         function = self._FUNCTIONS.get(pdu.flags & 0x7F)
-        if self.waiting >= TASK_MANAGEMENT_WAITING_MAX:
+        if self._waiting >= TASK_MANAGEMENT_WAITING_MAX:
             self._refuse(pdu)
         elif function is None:
             self._answer(pdu.itt, NOT_SUPPORTED)
@@ -58,34 +58,36 @@ class TaskManagement:
 
     def _refuse(self, pdu: Pdu) -> None:
         if pdu.immediate:
-            self._phase.reject(pdu, REJECT_IMMEDIATE)
+            self._session.reject(pdu, REJECT_IMMEDIATE)
         else:
             self._answer(pdu.itt, REJECTED)
 
     def _answer(self, itt: int, outcome: int) -> None:
-        self._phase.sender.put(self._phase.numbered(TASK_MANAGEMENT_RESPONSE, itt, byte2=outcome))
+        self._session.sender.put(
+            self._session.response_header(TASK_MANAGEMENT_RESPONSE, itt, byte2=outcome)
+        )
 
-    def _abort(self, itt: int, tasks: Iterable[Task], cold: bool = False) -> None:
+    def _abort(self, itt: int, tasks: Iterable[TransportTask], cold: bool = False) -> None:
         """Abort, and answer now or when the last has ended."""
 
         def ended() -> None:
-            self.waiting -= 1
+            self._waiting -= 1
             self._answer(itt, COMPLETE)
             if cold:
-                self._phase.terminate_target()
-            self._phase.wake()
+                self._node.terminate_target(self._session.target_name)
+            self._session.sender.wake()
 
-        self.waiting += 1
+        self._waiting += 1
         Abort(ended).start(tasks)
 
     def _mapped(self, pdu: Pdu) -> UnitNexus | None:
-        mapped = self._phase.nexus.units.get(decode_lun(pdu.lun))
+        mapped = self._session.nexus.units.get(decode_lun(pdu.lun))
         if mapped is None:
             self._answer(pdu.itt, NO_LUN)
         return mapped
 
     def _abort_task(self, pdu: Pdu) -> None:
-        task = self._phase.tasks.get(pdu.word20)
+        task = self._session.tasks.get(pdu.word20)
         if task is None:
             self._answer(pdu.itt, NO_TASK)
         else:
@@ -94,29 +96,23 @@ class TaskManagement:
     def _abort_task_set(self, pdu: Pdu) -> None:
         mapped = self._mapped(pdu)
         if mapped is not None:
-            self._abort(
-                pdu.itt, [task for task in self._phase.tasks.values() if task.mapped is mapped]
-            )
+            self._abort(pdu.itt, mapped.tasks())
 
     def _clear_task_set(self, pdu: Pdu) -> None:
-        """All sessions' tasks on the unit; the others are told (the control mode page says TST
-        000b: one task set).
-        """
+        """All sessions' tasks on the unit; the others are told."""
         mapped = self._mapped(pdu)
         if mapped is None:
             return
-        tasks = self._tasks_of(mapped.unit)
-        for nexus in {task.mapped for task in tasks if task.mapped is not None} - {mapped}:
-            nexus.attention(sense.COMMANDS_CLEARED_BY_ANOTHER)
+        tasks = mapped.unit.task_set()
+        for nexus in mapped.unit.nexuses:
+            if nexus is not mapped and nexus.tasks():
+                nexus.attention(sense.COMMANDS_CLEARED_BY_ANOTHER)
         self._abort(pdu.itt, tasks)
 
-    def _tasks_of(self, unit: LogicalUnit) -> list[Task]:
-        return [task for mapped in unit.nexuses for task in tasks_of(mapped)]
-
-    def _reset(self, units: Iterable[LogicalUnit]) -> list[Task]:
-        tasks: list[Task] = []
+    def _reset(self, units: Iterable[LogicalUnit]) -> list[TransportTask]:
+        tasks: list[TransportTask] = []
         for unit in units:
-            tasks += self._tasks_of(unit)
+            tasks += unit.task_set()
             unit.reset()
         return tasks
 
@@ -127,14 +123,14 @@ class TaskManagement:
 
     def _target_reset(self, pdu: Pdu) -> None:
         self._abort(
-            pdu.itt, self._reset([mapped.unit for mapped in self._phase.nexus.units.values()])
+            pdu.itt, self._reset([mapped.unit for mapped in self._session.nexus.units.values()])
         )
 
     def _target_cold_reset(self, pdu: Pdu) -> None:
         """The same, and then every session of the target ends, this one too (RFC 7143 11.5.1)."""
         self._abort(
             pdu.itt,
-            self._reset([mapped.unit for mapped in self._phase.nexus.units.values()]),
+            self._reset([mapped.unit for mapped in self._session.nexus.units.values()]),
             cold=True,
         )
 

@@ -12,10 +12,7 @@ from protocol.scsi.sense import Sense
 
 STATUS_GOOD: Final = 0x00
 STATUS_CHECK_CONDITION: Final = 0x02
-STATUS_BUSY: Final = 0x08
 STATUS_RESERVATION_CONFLICT: Final = 0x18
-STATUS_TASK_SET_FULL: Final = 0x28
-STATUS_TASK_ABORTED: Final = 0x40
 
 
 class ScsiError(Exception):

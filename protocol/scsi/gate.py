@@ -2,14 +2,14 @@
 sectors.
 
 COMPARE AND WRITE and ORWRITE read, and then write what depends on it (SBC-3 5.2, 5.17: one
-uninterrupted operation). While one of them waits for its turn or runs, the gate is closed: other
-changes queue, in the order they came, and the fast path is off. It runs when the changes that were
-under way have ended. Reads pass at all times. What EXTENDED COPY writes to a unit comes from
-outside, for the command may have been given to another unit; those are counted at all times.
+uninterrupted operation). While one of them waits or runs, the gate is closed: other changes queue
+in the order they came, and the fast path is off. It runs when the changes that were under way have
+ended. Reads always pass. Writes of EXTENDED COPY come from outside, since another unit may have
+received the command; they are always counted.
 
 Invariant: while the gate is closed, ``_running`` is the number of changes that have begun and not
-ended; whoever begins one calls `leave` at its end. While it is open nobody counts, and `leave` does
-nothing.
+ended, and `leave` is called at the end of each. While it is open nothing is counted, and `leave`
+does nothing.
 """
 
 from collections import deque
@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 
 def _nothing() -> None:
-    """Where nobody has to know."""
+    """The callback of a gate that is not used any more."""
 
 
 class Gate:
@@ -68,9 +68,7 @@ class Gate:
         self.leave()
 
     def retire(self) -> None:
-        """Nobody has to know any more whether it is open. What runs or waits goes on as it would
-        have.
-        """
+        """Stop calling ``state_changed``. What runs or waits goes on."""
         self._state_changed = _nothing
 
     def leave(self) -> None:
@@ -80,8 +78,8 @@ class Gate:
             self._drain()
 
     def _drain(self) -> None:
-        """Start what may start. A change that ends at once comes back through `leave`: the loop
-        goes on instead of recursing.
+        """Start what may start. A change that ends at once calls `leave`; the loop goes on instead
+        of recursing.
         """
         if self._draining:
             return

@@ -20,7 +20,7 @@ TRANSFER_SECTORS_MAX: Final = 65536
 # order.
 TRANSFER_SECTORS_OPTIMAL: Final = 2048
 # 512 MiB a descriptor list: deallocation is a walk over pointer blocks, and a command must not hold
-# the loop for long. libiscsi's suite calls more than this insane.
+# the loop for long. libiscsi's suite considers more than this insane.
 UNMAP_SECTORS_MAX: Final = 1 << 20
 # The whole parameter list stays below one page.
 UNMAP_DESCRIPTORS_MAX: Final = 255
@@ -36,8 +36,8 @@ COPY_TARGET_DESCRIPTORS_MAX: Final = 16
 COPY_SEGMENT_DESCRIPTORS_MAX: Final = 64
 # As many at once as one session may have commands under way.
 COPIES_CONCURRENT_MAX: Final = 128
-# SANITIZE goes through the disk in steps of this size and makes each durable: the event loop is
-# given back between them.
+# SANITIZE goes through the disk in steps of this size, makes each durable, and returns to the event
+# loop between them.
 SANITIZE_STEP_BYTES: Final = 1024 * 1024
 # Deallocation touches pointer blocks only, 1 MiB a block of them.
 SANITIZE_ERASE_STEP_BYTES: Final = 256 * 1024 * 1024
@@ -50,14 +50,13 @@ THRESHOLD_EXPONENT: Final = 11
 LBA_STATUS_SECTORS_MAX: Final = 1 << 21
 LBA_STATUS_DESCRIPTORS_MAX: Final = 255
 # One piece of a command that takes long, and has a turn of the event loop for each
-# (`protocol.scsi.turns`).
+# (`protocol.turns`).
 PIECE_BYTES: Final = 256 * 1024
-# Less than this takes no turn: as many as a session may have under way (COMMAND_WINDOW) are a few
-# milliseconds, and COMPARE AND WRITE, on which clusters wait, is answered in the wake-up that
-# brought it.
+# Up to this no turn is taken: COMMAND_WINDOW such commands take a few milliseconds, and a COMPARE
+# AND WRITE, which clusters wait for, is answered in the wake-up that received it.
 AT_ONCE_BYTES_MAX: Final = 16 * 1024
-# A nexus that never looks at its unit attentions must not make the queue grow (SAM-5 5.14: the
-# oldest may be dropped).
+# Bounds the queue of a nexus that never fetches its unit attentions (SAM-5 5.14: the oldest may be
+# dropped).
 UNIT_ATTENTIONS_MAX: Final = 16
 # Relative port identifiers begin with 1 (SPC-4 7.8.6.8). Each target has one port, and a unit that
 # is mapped into several targets several.

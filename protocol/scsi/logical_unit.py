@@ -10,7 +10,6 @@ fast path asks this one flag.
 from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
 from uuid import UUID
 
 from protocol.scsi import sense
@@ -23,23 +22,22 @@ from protocol.scsi.limits import (
 )
 from protocol.scsi.reservations import NexusId, Reservations
 from protocol.scsi.sense import Sense
-from protocol.scsi.turns import Turns
+from protocol.scsi.task import TransportTask
+from protocol.turns import Turns
 from protocol.volume import BlockVolume, Completion
 
-
-def _nothing() -> None:
-    """Where no nexus is left that would have to know."""
+Keep = Callable[["LogicalUnit", Completion], None]
 
 
-def _keep_nothing(done: Completion) -> None:
-    """Where nobody keeps reservations, they last as long as the process."""
+def _keep_nothing(_unit: "LogicalUnit", done: Completion) -> None:
+    """Without a keeper, state lasts as long as the process."""
     done(None)
 
 
 @dataclass(slots=True)
 class Sanitization:
-    """A sanitize operation of a logical unit (SBC-3 4.11): commands that are not about the unit
-    itself fail while it is there.
+    """A sanitize operation of a logical unit (SBC-3 4.11): while it is there, commands that need
+    the medium fail.
     """
 
     unrestricted_exit: bool  # AUSE: after a failure EXIT FAILURE MODE may give up
@@ -52,17 +50,18 @@ class Sanitization:
 
 
 class LogicalUnit:
-    """One disk as SCSI sees it: a volume, its state, and everyone who uses it.
+    """One disk as SCSI sees it: a volume, its state, and its nexuses.
 
     ``physical_block_exponent`` is what clients are told: a physical block is two to this power of
-    sectors.
+    sectors. ``target_ports()`` are the relative identifiers of all target ports through which the
+    unit can be reached. ``keep`` makes durable what has to outlive a restart (`kept_state`).
     """
 
     __slots__ = (
+        "_keep",
         "capacity_bytes",
         "descriptor_sense",
         "gate",
-        "keep_reservations",
         "nexuses",
         "physical_block_exponent",
         "reservations",
@@ -81,6 +80,8 @@ class LogicalUnit:
         volume: BlockVolume,
         physical_block_exponent: int = PHYSICAL_BLOCK_EXPONENT,
         turns: Turns | None = None,
+        target_ports: Callable[[], Collection[int]] = lambda: (FIRST_TARGET_PORT,),
+        keep: Keep | None = None,
     ) -> None:
         self.volume = volume
         self.turns = Turns() if turns is None else turns
@@ -91,23 +92,19 @@ class LogicalUnit:
         self.software_write_protect = False
         self.descriptor_sense = False
         self.write_cache = True
-        # What a reset goes back to. A client that switched the cache off for good sends no more
-        # flushes: forgetting it would lose data.
+        # A reset restores this. A client that saved the cache as switched off sends no flushes any
+        # more: forgetting that would lose data.
         self.saved_write_cache = True
         self.sanitization: Sanitization | None = None  # one that runs, or that has failed
         self.gate = Gate(self.state_changed)
         self.reservations = Reservations(self.state_changed)
-        # Relative identifiers of the target ports through which it can be reached, whether anybody
-        # does or not.
-        self.target_ports: Callable[[], Collection[int]] = lambda: (FIRST_TARGET_PORT,)
-        # Called with the completion of each change of what has to outlive a restart, which it makes
-        # durable: reservations (APTPL) and saved mode pages.
-        self.keep_reservations: Callable[[Completion], None] = _keep_nothing
+        self.target_ports = target_ports
+        self._keep = _keep_nothing if keep is None else keep
 
     @property
     def in_use(self) -> bool:
         """Whether this object holds more than its volume does: nexuses, registrations (SPC-4 5.13),
-        a sanitize operation, a write cache that is not as it was saved.
+        a sanitize operation, a write cache that differs from what was saved.
         """
         registered = self.reservations.registrations
         return bool(
@@ -143,8 +140,8 @@ class LogicalUnit:
             self.attention(sense.CAPACITY_DATA_CHANGED)
 
     def durably(self, done: Completion) -> Completion:
-        """What to give to a change that cannot ask for FUA: ``done`` itself, or with the write
-        cache switched off a flush before it.
+        """The completion for a change without a FUA bit: ``done`` itself, or, with the write cache
+        switched off, a flush and then ``done``.
         """
         if self.write_cache:
             return done
@@ -156,6 +153,12 @@ class LogicalUnit:
                 self.volume.flush(done)
 
         return changed
+
+    def keep(self, done: Completion) -> None:
+        """Make durable what has to outlive a restart: reservations (APTPL), saved mode pages, that
+        a sanitize operation has begun.
+        """
+        self._keep(self, done)
 
     def attention(self, cause: Sense, except_for: "UnitNexus | None" = None) -> None:
         """Queue a unit attention for every nexus, or for every other one."""
@@ -171,16 +174,16 @@ class LogicalUnit:
         self.software_write_protect = False
         self.descriptor_sense = False
         self.write_cache = self.saved_write_cache
-        self.reservations.plain_holder = None
+        self.reservations.spc2_holder = None
         self.attention(sense.BUS_DEVICE_RESET)
 
     def retire(self) -> None:
-        """Nobody will use this object again: end the ring of references, in which it would keep its
-        volume.
+        """Break the reference cycles, which would keep the volume alive: this object is not used
+        again.
         """
         self.gate.retire()
-        self.reservations.changed = _nothing
-        self.keep_reservations = _keep_nothing
+        self.reservations.retire()
+        self._keep = _keep_nothing
 
     def soft_threshold_reached(self) -> None:
         """The pool is filling up: every nexus is told (SBC-3 4.7.3.7, THIN PROVISIONING SOFT
@@ -194,6 +197,12 @@ class LogicalUnit:
         """
         for nexus in self.nexuses:
             nexus.update()
+
+    def task_set(self) -> list[TransportTask]:
+        """The commands under way, of all nexuses (the control mode page says TST 000b: one task
+        set).
+        """
+        return [task for nexus in self.nexuses for task in nexus.tasks()]
 
 
 class UnitNexus:
@@ -227,6 +236,10 @@ class UnitNexus:
         self.update()
         return cause
 
+    def tasks(self) -> list[TransportTask]:
+        """Commands under way that came by this nexus."""
+        return [task for task in self.nexus.tasks if task.mapped is self]
+
     def update(self) -> None:
         """Recompute ``plain_read`` and ``plain_write`` from what they depend on."""
         unit = self.unit
@@ -240,7 +253,7 @@ class UnitNexus:
         """End of the nexus."""
         self.plain_read = self.plain_write = False
         self.unit.nexuses.remove(self)
-        self.unit.reservations.release_plainly(self.nexus.id)
+        self.unit.reservations.release_spc2(self.nexus.id)
 
 
 @dataclass(slots=True)
@@ -254,21 +267,27 @@ class CopyProgress:
 
 
 class Nexus:
-    """One I_T nexus: an initiator port, a target port, and the logical units between them."""
+    """One I_T nexus: an initiator port, a target port, and the logical units between them.
+
+    ``tasks`` are the commands under way, which the transport keeps: task management reaches those
+    of other sessions through it.
+    """
 
     __slots__ = ("copies", "id", "target_name", "tasks", "units")
 
     def __init__(
-        self, initiator_port: str, target_name: str, target_port: int = FIRST_TARGET_PORT
+        self,
+        initiator_port: str,
+        target_name: str,
+        target_port: int = FIRST_TARGET_PORT,
+        tasks: Collection[TransportTask] = (),
     ) -> None:
-        # The transport puts here what lists this nexus's tasks: task management reaches those of
-        # other sessions by it.
-        self.tasks: Callable[[], list[Any]] = list
+        self.tasks = tasks
         self.id = NexusId(initiator_port, target_port)
         self.target_name = target_name
         self.units: dict[int, UnitNexus] = {}
         # Third-party copies by their list identifier, a byte: those that run, and those whose
-        # outcome nobody has asked for yet.
+        # outcome was not reported yet.
         self.copies: dict[int, CopyProgress] = {}
 
     def map(self, lun: int, unit: LogicalUnit) -> UnitNexus:
@@ -291,7 +310,7 @@ class Nexus:
                 mapped.attention(cause)
 
     def close(self) -> None:
-        """Let go of all units."""
+        """Detach all units."""
         for mapped in self.units.values():
             mapped.detach()
         self.units.clear()

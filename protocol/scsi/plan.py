@@ -1,4 +1,4 @@
-"""What a command wants of its transport once its CDB has been checked.
+"""Plans: what a command asks of its transport once its CDB has been checked.
 
 A handler returns one of four plans, and the transport carries it out: send this reply, ask for one
 and send it, stream this extent to the client, or fetch this much data and start this operation.
@@ -15,8 +15,8 @@ OperationStart = Callable[[Buffer, Completion], None]
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """Data for the client, complete and already cut to the allocation length; empty where GOOD says
-    it all.
+    """Data for the client, complete and cut to the allocation length; empty if there is only the
+    status GOOD.
     """
 
     data: bytes = b""
@@ -39,9 +39,9 @@ class Operation:
     with ``exact`` any other length is refused before data move. ``data`` has the rule of
     `BlockVolume.write`, valid until the volume was settled, unless ``needs_owned_data`` asks for a
     copy that lives as long as the command. An ``exclusive`` one runs alone among the operations
-    that are ``writing`` (`protocol.scsi.gate`). A ``detached`` one goes on whatever becomes of its
-    command: to abort that is only not to answer it (SBC-3 4.11: task management does not end a
-    sanitize operation).
+    that are ``writing`` (`protocol.scsi.gate`). A ``detached`` one goes on when its command is
+    aborted, which only suppresses the answer (SBC-3 4.11: task management does not end a sanitize
+    operation).
     """
 
     data_bytes: int

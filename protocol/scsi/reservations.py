@@ -1,18 +1,18 @@
-"""Reservations of one logical unit (SPC-4 5.13; RESERVE(6) of SPC-2 8.1): who is registered, who
-holds what, what that forbids.
+"""Reservations of one logical unit (SPC-4 5.13; RESERVE(6) of SPC-2 8.1): registrations, holders,
+and what they forbid.
 
 Registrations belong to an I_T nexus (`NexusId`): initiator port (iSCSI name and ISID) and target
 port. An initiator port that reaches the unit through two targets has two. They outlive sessions.
 Invariants: ``generation`` never goes back; ``kind`` is 0 exactly when there is no holder; the
 holder is registered (`Reservations.held_by` says of whom it is the holder); a holder by RESERVE(6)
-(``plain_holder``) and registrations are never there at once.
+(``spc2_holder``) and registrations are never there at once.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
-from protocol.names import fold
+from protocol.names import TARGET_PORT, fold, target_port
 
 WRITE_EXCLUSIVE: Final = 1
 EXCLUSIVE_ACCESS: Final = 3
@@ -20,18 +20,22 @@ WRITE_EXCLUSIVE_REGISTRANTS: Final = 5
 EXCLUSIVE_ACCESS_REGISTRANTS: Final = 6
 WRITE_EXCLUSIVE_ALL: Final = 7
 EXCLUSIVE_ACCESS_ALL: Final = 8
-KINDS: Final = frozenset((1, 3, 5, 6, 7, 8))
-REGISTRANTS_KINDS: Final = frozenset((5, 6, 7, 8))
-ALL_REGISTRANTS_KINDS: Final = frozenset((7, 8))
-EXCLUSIVE_KINDS: Final = frozenset((3, 6, 8))
+ALL_REGISTRANTS_KINDS: Final = frozenset((WRITE_EXCLUSIVE_ALL, EXCLUSIVE_ACCESS_ALL))
+REGISTRANTS_KINDS: Final = ALL_REGISTRANTS_KINDS | {
+    WRITE_EXCLUSIVE_REGISTRANTS,
+    EXCLUSIVE_ACCESS_REGISTRANTS,
+}
+EXCLUSIVE_KINDS: Final = frozenset(
+    (EXCLUSIVE_ACCESS, EXCLUSIVE_ACCESS_REGISTRANTS, EXCLUSIVE_ACCESS_ALL)
+)
+KINDS: Final = REGISTRANTS_KINDS | EXCLUSIVE_KINDS | {WRITE_EXCLUSIVE}
 _GENERATION_MASK: Final = 0xFFFFFFFF
-# A cluster has tens of nodes with a few paths each; a stranger must not fill memory with
+# A cluster has tens of nodes with a few paths each; an initiator must not fill memory with
 # registrations.
 REGISTRATIONS_MAX: Final = 1024
-# Of a holder that an earlier version stored: it registered initiator ports for all target ports
-# together.
+# The target port of a holder that an earlier version stored, which registered an initiator port for
+# all target ports together.
 ANY_TARGET_PORT: Final = 0
-_TARGET_PORT: Final = ",t,0x"
 
 
 class NexusId(NamedTuple):
@@ -44,25 +48,27 @@ class NexusId(NamedTuple):
 
     def __str__(self) -> str:
         """As it is stored. Without a target port: as earlier versions stored it."""
-        return (
-            f"{self.initiator_port}{_TARGET_PORT}{self.target_port:04x}"
-            if self.target_port
-            else self.initiator_port
-        )
+        if self.target_port == ANY_TARGET_PORT:
+            return self.initiator_port
+        return target_port(self.initiator_port, self.target_port)
 
     @classmethod
     def parse(cls, text: str) -> "NexusId":
         """What ``str`` made. Of an earlier version's text the target port is ANY_TARGET_PORT; some
         had upper-case letters.
         """
-        port, found, number = fold(text).rpartition(_TARGET_PORT)
+        port, found, number = fold(text).rpartition(TARGET_PORT)
         return cls(port, int(number, 16)) if found else cls(number, ANY_TARGET_PORT)
+
+
+def _nothing() -> None:
+    """The callback of reservations whose unit is not used any more."""
 
 
 @dataclass(slots=True)
 class Reservations:
-    """``registrations`` maps nexuses to keys. ``changed`` is called after each change: for the
-    nexuses, and to keep it.
+    """``registrations`` maps nexuses to keys. ``changed`` is called after each change, for the
+    flags of the nexuses.
     """
 
     changed: Callable[[], None]
@@ -71,29 +77,29 @@ class Reservations:
     kind: int = 0
     generation: int = 0
     survives_power_loss: bool = False
-    plain_holder: NexusId | None = None
+    spc2_holder: NexusId | None = None
 
-    def reserve_plainly(self, nexus: NexusId) -> bool:
+    def reserve_spc2(self, nexus: NexusId) -> bool:
         """RESERVE(6); False where another holds it, or where anyone is registered."""
-        if self.registrations or self.plain_holder not in (None, nexus):
+        if self.registrations or self.spc2_holder not in (None, nexus):
             return False
-        self.plain_holder = nexus
+        self.spc2_holder = nexus
         self.changed()
         return True
 
-    def release_plainly(self, nexus: NexusId) -> None:
+    def release_spc2(self, nexus: NexusId) -> None:
         """RELEASE(6), or the end of the nexus: nothing happens where ``nexus`` is not
         the holder.
         """
-        if self.plain_holder == nexus:
-            self.plain_holder = None
+        if self.spc2_holder == nexus:
+            self.spc2_holder = None
             self.changed()
 
     def excludes(self, nexus: NexusId) -> bool:
         """Whether a RESERVE(6) of another nexus forbids this one everything but the few commands
         that are always allowed.
         """
-        return self.plain_holder is not None and self.plain_holder != nexus
+        return self.spc2_holder is not None and self.spc2_holder != nexus
 
     @property
     def holder_key(self) -> int:
@@ -103,9 +109,8 @@ class Reservations:
         return next(key for nexus, key in self.registrations.items() if self.held_by(nexus))
 
     def held_by(self, nexus: NexusId) -> bool:
-        """Whether ``nexus`` is the one that took the reservation, or was given it. Which nexus of
-        its port that was, earlier versions did not store: then it is each of them, as it was to
-        those versions.
+        """Whether ``nexus`` is the one that took the reservation, or was given it. Earlier versions
+        did not store which nexus of its port that was: then it is each of them.
         """
         return self.holder in (nexus, (nexus.initiator_port, ANY_TARGET_PORT))
 
@@ -197,7 +202,7 @@ class Reservations:
         self.holder, self.kind = None, 0
 
     def reserve(self, nexus: NexusId, kind: int) -> bool:
-        """Take the reservation; False where another one is in the way."""
+        """Take the reservation; False if there is another one."""
         if self.kind:
             return self.holds(nexus) and self.kind == kind
         self.holder, self.kind = nexus, kind
@@ -247,6 +252,10 @@ class Reservations:
             self.holder = nexus
         self._advance()
         return removed, takes and before != kind
+
+    def retire(self) -> None:
+        """Stop calling ``changed``: the unit is not used any more."""
+        self.changed = _nothing
 
     def export(self) -> dict[str, object]:
         """What has to be kept over a restart (APTPL), with stable keys; `restore` takes it."""

@@ -1,4 +1,4 @@
-"""Sense data (SPC-4 4.5): what was wrong, in the fixed and in the descriptor format."""
+"""Sense data (SPC-4 4.5), in the fixed and in the descriptor format."""
 
 from dataclasses import dataclass
 from struct import Struct
@@ -119,7 +119,6 @@ INSUFFICIENT_REGISTRATION_RESOURCES: Final = Sense(ILLEGAL_REQUEST, 0x55, 0x04)
 LBA_OUT_OF_RANGE: Final = Sense(ILLEGAL_REQUEST, 0x21, 0x00)
 LOGICAL_UNIT_NOT_SUPPORTED: Final = Sense(ILLEGAL_REQUEST, 0x25, 0x00)
 PARAMETER_LIST_LENGTH_ERROR: Final = Sense(ILLEGAL_REQUEST, 0x1A, 0x00)
-SAVING_NOT_SUPPORTED: Final = Sense(ILLEGAL_REQUEST, 0x39, 0x00)
 WRITE_PROTECTED: Final = Sense(DATA_PROTECT, 0x27, 0x00)
 SPACE_ALLOCATION_FAILED: Final = Sense(DATA_PROTECT, 0x27, 0x07)
 UNRECOVERED_READ_ERROR: Final = Sense(MEDIUM_ERROR, 0x11, 0x00)
@@ -138,11 +137,10 @@ INLINE_DATA_LENGTH_EXCEEDED: Final = Sense(ILLEGAL_REQUEST, 0x26, 0x0B)
 COPY_TARGET_NOT_REACHABLE: Final = Sense(COPY_ABORTED, 0x0D, 0x02)
 THIRD_PARTY_DEVICE_FAILURE: Final = Sense(COPY_ABORTED, 0x0D, 0x01)
 INTERNAL_TARGET_FAILURE: Final = Sense(HARDWARE_ERROR, 0x44, 0x00)
-# RFC 7143 11.4.7.2 names these four for what goes wrong in the data phase.
+# For errors in the data phase (RFC 7143 11.4.7.2).
 UNEXPECTED_UNSOLICITED_DATA: Final = Sense(ABORTED_COMMAND, 0x0C, 0x0C)
 INCORRECT_AMOUNT_OF_DATA: Final = Sense(ABORTED_COMMAND, 0x0C, 0x0D)
 PROTOCOL_SERVICE_CRC_ERROR: Final = Sense(ABORTED_COMMAND, 0x47, 0x05)
-SNACK_REJECTED: Final = Sense(ABORTED_COMMAND, 0x11, 0x13)
 
 # The general code: clients (libiscsi among them) look for 29/00 and not for its refinements.
 POWER_ON_OCCURRED: Final = Sense(UNIT_ATTENTION, 0x29, 0x00)

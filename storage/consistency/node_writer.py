@@ -43,7 +43,6 @@ class NodeWriter:
         "_host_room",
         "_number",
         "_slicer",
-        "blocks_written",
         "root_crcs",
     )
 
@@ -54,7 +53,6 @@ class NodeWriter:
         self._number = epoch.number
         self._slicer = slicer
         self.root_crcs: dict[int, int] = {}
-        self.blocks_written = 0
 
     async def write_dirty(self) -> None:
         """Write all dirty nodes: the CRC32Cs level by level, bottom-up, then all blocks in the
@@ -112,7 +110,6 @@ class NodeWriter:
         except DeviceFailed as error:
             # Those under way are waited for all the same; what failed first is what is told.
             failure = error
-        self.blocks_written += len(blocks)
         outcomes = await asyncio.gather(*(future for _, future in pending), return_exceptions=True)
         for (run, _), outcome in zip(pending, outcomes, strict=True):
             if isinstance(outcome, DeviceFull):

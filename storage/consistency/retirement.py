@@ -58,11 +58,6 @@ class Retirement:
         self._discarding: asyncio.Task[None] | None = None
         state.unpinned.listen(self._release)
 
-    @property
-    def discarding(self) -> bool:
-        """Whether freed runs are being given back to the device."""
-        return self._discarding is not None
-
     def retire(self, epoch: Epoch) -> None:
         """The epoch is durable: what it freed waits only for older reads now.
 

@@ -1,13 +1,29 @@
-"""A volume in memory that can be attached, and the little of a pool that `Targets` asks for."""
+"""A volume in memory that can be attached, the little of a pool that `Targets` asks for, and the
+control service over either kind of pool.
+"""
 
 import asyncio
 from collections.abc import Collection
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 from uuid import UUID, uuid5
 
+import msgspec
+
+from daemon.control.context import Context
+from daemon.control.service import ControlService
+from daemon.iscsi.listener import IscsiListener
+from daemon.pool.space_watch import SpaceWatch
+from daemon.process.addresses import Address
+from daemon.targets.administration import TargetAdministration
+from daemon.targets.directory import Targets
+from daemon.targets.reservation_store import ReservationStore
+from protocol.control import calls
+from protocol.control.rows import Kind, Split
 from protocol.iscsi.node import SessionView
 from protocol.volume import BlockVolume
 from storage.errors import NotFound
+from storage.pool import Pool
 from storage.vdisks.counters import Counters
 from tests.protocol.memory_volume import MemoryVolume
 
@@ -51,12 +67,6 @@ class MemoryPool:
         self.stores += 1
         self.sections[section] = value
 
-    async def vdisk_list(self) -> list[dict[str, Any]]:
-        return [
-            {"name": name, "uuid": str(volume.uuid)}
-            for name, volume in sorted(self.volumes.items())
-        ]
-
     def names_of_uuids(self, wanted: Collection[bytes]) -> dict[bytes, str]:
         return {
             volume.uuid.bytes: name
@@ -80,13 +90,26 @@ class MemoryPool:
 
 
 class RecordedWire:
-    """Records what open sessions would be told."""
+    """A listener without sockets: records what open sessions would be told."""
+
+    protocol = "recorded"
 
     def __init__(self) -> None:
+        self.addresses: list[Address] = []
+        self.space_lows = 0
         self.resized: list[BlockVolume] = []
         self.deleted: list[UUID] = []
         self.luns: list[tuple[str, str, int, str]] = []
         self.ended: list[SessionView] = []
+
+    async def listen(self, address: Address) -> None:
+        self.addresses.append(address)
+
+    async def stop(self, timeout_seconds: float) -> None:
+        self.addresses.clear()
+
+    def space_low(self) -> None:
+        self.space_lows += 1
 
     def portals(self) -> list[str]:
         return ["127.0.0.1:3260"]
@@ -105,3 +128,57 @@ class RecordedWire:
 
     def end_sessions(self, sessions: list[SessionView]) -> None:
         self.ended += sessions
+
+
+def control_service(
+    pool: Pool | MemoryPool, targets: Targets, wire: RecordedWire | IscsiListener
+) -> ControlService:
+    """The service; over a pool in memory, with the methods that ask only for volumes."""
+    context = Context(
+        pool=cast("Pool", pool),
+        pool_path="/pool",
+        targets=targets,
+        administration=TargetAdministration(targets),
+        reservations=ReservationStore(pool),
+        iscsi=wire,
+        listeners=[wire],
+        space=SpaceWatch(80, lambda: None),
+    )
+    return ControlService(context)
+
+
+async def call(service: ControlService, method: str, **params: object) -> Any:
+    """A call as a client makes it."""
+    return await service.call(calls.validate(method, params))
+
+
+def example(kind: type[Kind], **changes: Any) -> Kind:
+    """A row with these values, and in all other keys the least that there can be."""
+    fields = msgspec.structs.fields(kind)
+    return kind(**{**{field.name: _least(field.type) for field in fields}, **changes})
+
+
+def _least(kind: Any) -> Any:
+    """Null where that is possible, else zero or empty, or the first of several literals."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _least(inner[0])
+    if origin is Literal:
+        return inner[0]
+    if origin in {Union, UnionType}:
+        return None if NoneType in inner else _least(inner[0])
+    return (origin or kind)()
+
+
+def split_row(**changes: Any) -> Split:
+    """A split that is under way."""
+    usual = {
+        "name": "web1",
+        "holes_total": 1000,
+        "holes_remaining": 600,
+        "counted": True,
+        "blocks_copied": 400,
+        "percent": 40.0,
+        "eta_seconds": 12.0,
+    }
+    return example(Split, **{**usual, **changes})

@@ -11,10 +11,10 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 import pytest_asyncio
 
-from daemon.iscsi import acceptor as acceptor_module
-from daemon.iscsi.acceptor import Acceptor
-from daemon.iscsi.admission import Admission
-from daemon.process.config import Address
+from daemon.process.addresses import Address
+from daemon.tcp import acceptor as acceptor_module
+from daemon.tcp.acceptor import Acceptor
+from daemon.tcp.admission import Admission
 
 
 class Endpoint(asyncio.BufferedProtocol):
@@ -42,7 +42,7 @@ def made() -> list[Endpoint]:
 
 @pytest.fixture
 def admission() -> Admission:
-    return Admission(1000)
+    return Admission("iscsi", 1000)
 
 
 @pytest_asyncio.fixture
@@ -143,7 +143,7 @@ async def test_who_went_away_in_the_backlog_costs_little(
 async def test_who_is_refused_is_closed(
     made: list[Endpoint], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    acceptor = Acceptor(Admission(0), lambda: Endpoint(made))
+    acceptor = Acceptor(Admission("iscsi", 0), lambda: Endpoint(made))
     (address,) = await acceptor.listen(Address("127.0.0.1", 0))
     reader, writer = await asyncio.open_connection(*address)
     assert await reader.read() == b"" and not made

@@ -10,6 +10,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from hypothesis.strategies import booleans, sampled_from
 
+from daemon.targets.administration import TargetAdministration
 from daemon.targets.directory import Targets
 from daemon.targets.names import TARGET_PREFIX
 from storage.errors import StorageError
@@ -40,6 +41,7 @@ class Access(RuleBasedStateMachine):
         self.pool = MemoryPool(a=4096, b=4096, c=4096)
         self.lists = dict.fromkeys(self.pool.volumes)
         self.targets = Targets(self.pool, None, open_access)
+        self.administration = TargetAdministration(self.targets)
 
     def teardown(self) -> None:
         self.loop.close()
@@ -53,7 +55,7 @@ class Access(RuleBasedStateMachine):
 
     @rule(name=CREATED)
     def create(self, name: str) -> None:
-        created = self.run(self.targets.create(name))
+        created = self.run(self.administration.create(name))
         assert (created is not None) == (name not in self.lists)
         if created is not None:
             self.lists[name], self.mapped[name] = None, set()
@@ -61,7 +63,7 @@ class Access(RuleBasedStateMachine):
     @rule(name=CREATED)
     def remove(self, name: str) -> None:
         free = name in self.mapped and all(target != name for _, target in self.sessions)
-        assert (self.run(self.targets.remove(name)) is not None) == free
+        assert (self.run(self.administration.remove(name)) is not None) == free
         if free:
             del self.lists[name], self.mapped[name]
 
@@ -72,7 +74,7 @@ class Access(RuleBasedStateMachine):
         )
         if vdisk in self.pool.volumes:
             assert (
-                self.run(self.targets.map(name, self.pool.volumes[vdisk], None)) is not None
+                self.run(self.administration.map(name, self.pool.volumes[vdisk], None)) is not None
             ) == possible
         if possible:
             self.mapped[name].add(vdisk)
@@ -80,13 +82,15 @@ class Access(RuleBasedStateMachine):
     @rule(name=CREATED, vdisk=VDISKS)
     def unmap(self, name: str, vdisk: str) -> None:
         possible = vdisk in self.mapped.get(name, set())
-        assert (self.run(self.targets.unmap(name, vdisk, None)) is not None) == possible
+        assert (self.run(self.administration.unmap(name, vdisk, None)) is not None) == possible
         if possible:
             self.mapped[name].remove(vdisk)
 
     @rule(name=VDISKS | CREATED, initiator=INITIATORS)
     def allow(self, name: str, initiator: str) -> None:
-        assert (self.run(self.targets.allow(name, [initiator])) is not None) == (name in self.lists)
+        assert (self.run(self.administration.allow(name, [initiator])) is not None) == (
+            name in self.lists
+        )
         if name in self.lists:
             self.lists[name] = (self.lists[name] or set()) | {initiator}
 
@@ -133,7 +137,7 @@ class Access(RuleBasedStateMachine):
         )
         assert bool(volume.labels) == in_use
         if not in_use:
-            self.run(self.targets.forget(volume))
+            self.run(self.administration.forget(volume))
             made = AttachableMemory(vdisk, 4096)
             made.uuid = type(made.uuid)(int=volume.uuid.int + 1)
             self.pool.volumes[vdisk], self.lists[vdisk] = made, None
@@ -157,7 +161,8 @@ class Access(RuleBasedStateMachine):
         for volume in self.pool.volumes.values():
             volume.labels.clear()
         self.targets = Targets(self.pool, None, self.open_access)
-        self.loop.run_until_complete(self.targets.load())
+        self.administration = TargetAdministration(self.targets)
+        self.targets.load()
 
     def may(self, name: str, initiator: str) -> bool:
         if name not in self.lists:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from daemon.iscsi.admission import BURST, LOGINS_PER_ADDRESS_MAX, PACE_MIN, REFUSAL_COST, Admission
+from daemon.tcp.admission import BURST, LOGINS_PER_ADDRESS_MAX, PACE_MIN, REFUSAL_COST, Admission
 
 
 class Connection:
@@ -21,7 +21,7 @@ def fill(admission: Admission, host: str, count: int) -> list[Connection]:
 
 
 def test_one_address_cannot_hold_more_logins_than_its_share() -> None:
-    admission = Admission(connections_max=1000)
+    admission = Admission("iscsi", connections_max=1000)
     held = fill(admission, "10.0.0.1", LOGINS_PER_ADDRESS_MAX)
     reason = admission.refusal("10.0.0.1")
     assert reason is not None
@@ -35,7 +35,7 @@ def test_one_address_cannot_hold_more_logins_than_its_share() -> None:
 
 
 def test_those_that_have_logged_in_count_for_the_whole_only() -> None:
-    admission = Admission(connections_max=LOGINS_PER_ADDRESS_MAX * 3)
+    admission = Admission("iscsi", connections_max=LOGINS_PER_ADDRESS_MAX * 3)
     for _ in range(3):
         for connection in fill(admission, "h", LOGINS_PER_ADDRESS_MAX):
             connection.logging_in = False
@@ -44,7 +44,7 @@ def test_those_that_have_logged_in_count_for_the_whole_only() -> None:
 
 
 def test_nothing_is_kept_of_addresses_that_have_gone() -> None:
-    admission = Admission(connections_max=10_000)
+    admission = Admission("iscsi", connections_max=10_000)
     for number in range(1000):
         (connection,) = fill(admission, f"host{number}", 1)
         admission.removed(connection, f"host{number}")
@@ -57,7 +57,7 @@ def test_a_flood_of_refusals_is_a_few_lines_in_the_log(capsys: pytest.CaptureFix
     def lines() -> list[Any]:
         return [line for line in capsys.readouterr().out.splitlines() if "iscsi.refused" in line]
 
-    admission = Admission(connections_max=1)
+    admission = Admission("iscsi", connections_max=1)
     for number in range(1000):
         admission.refused(f"10.0.0.1:{number}", "full")
     assert len(lines()) == 1
@@ -88,12 +88,14 @@ def taken_within(admission: Admission, seconds: float, taken: bool = True) -> in
 def test_a_burst_is_taken_at_once_and_then_no_more_than_the_pace(
     connections_max: int, pace: float
 ) -> None:
-    assert taken_within(Admission(connections_max), 1e-6) == BURST
-    assert taken_within(Admission(connections_max), 10.0) == pytest.approx(BURST + 10 * pace, abs=1)
+    assert taken_within(Admission("iscsi", connections_max), 1e-6) == BURST
+    assert taken_within(Admission("iscsi", connections_max), 10.0) == pytest.approx(
+        BURST + 10 * pace, abs=1
+    )
 
 
 def test_refusals_cost_a_part_and_time_gives_the_burst_back() -> None:
-    admission = Admission(256)
+    admission = Admission("iscsi", 256)
     assert taken_within(admission, 10.0, taken=False) == pytest.approx(
         (BURST + 10 * PACE_MIN) / REFUSAL_COST, abs=11
     )

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from daemon.process.config import Address, Chap, ConfigError, build, load_file, parse_address
+from daemon import CONTROL_PATH_DEFAULT
+from daemon.process.addresses import Address, parse_address
+from daemon.process.config import Chap, ConfigError, build, load_file
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -30,6 +32,7 @@ def test_the_sample_configuration_is_right_and_names_every_option() -> None:
         for line in text.splitlines()
     )
     every_option = build(tomllib.loads(uncommented.replace("# [", "[")))
+    assert every_option.control_path == CONTROL_PATH_DEFAULT
     assert every_option.chap is not None
     assert every_option.chap.mutual_user is not None
 

@@ -9,38 +9,35 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Self
 
+import msgspec
 import pytest
 import pytest_asyncio
 
-from daemon.control.socket import ControlPathBusy, ControlServer
-from protocol.control.client import ClientConnection
+from daemon.control.listener import ControlListener, ControlPathBusy
+from protocol.control import calls, rows
+from protocol.control.client_connection import ClientConnection, hello
+from protocol.control.definition import AnyMethod
 from protocol.control.errors import CONFLICT, INTERNAL, NOT_FOUND, ControlError
 from protocol.control.frames import Notification, Response
 from protocol.control.limits import ITEMS_PER_PART
+from tests.daemon.fakes import example, split_row
 
-SPLIT = {
-    "name": "web1",
-    "state": "running",
-    "mode": "copy",
-    "percent": 40.0,
-    "holes_total": 1000,
-    "holes_remaining": 600,
-    "counted": True,
-}
-SPLIT |= {"blocks_copied": 400, "blocks_shared": 0, "eta_seconds": 12.0}
-DONE = {**SPLIT, "state": "done", "percent": 100.0, "holes_remaining": 0, "eta_seconds": None}
+GREETING = example(rows.Greeting, server="cleaved")
+SPLIT = split_row()
+DONE = split_row(state="done", percent=100.0, holes_remaining=0, eta_seconds=None)
+POOL = example(rows.Pool, size_bytes=1)
 
 
 class Script:
     """Answers by method; an exception is raised, a future is awaited. Records the calls."""
 
     def __init__(self) -> None:
-        self.answers: dict[str, Any] = {"hello": {"server": "cleaved"}}
+        self.answers: dict[str, Any] = {"hello": GREETING}
         self.calls: list[tuple[str, Any]] = []
 
-    async def call(self, method: str, params: Any) -> Any:
-        self.calls.append((method, params))
-        answer = self.answers[method]
+    async def call(self, call: AnyMethod) -> Any:
+        self.calls.append((call.METHOD, call))
+        answer = self.answers[call.METHOD]
         if isinstance(answer, Exception):
             raise answer
         if isinstance(answer, asyncio.Future):
@@ -54,8 +51,8 @@ def script() -> Script:
 
 
 @pytest_asyncio.fixture
-async def server(tmp_path: Path, script: Script) -> AsyncIterator[ControlServer]:
-    found = ControlServer(str(tmp_path / "control.sock"), script.call)
+async def server(tmp_path: Path, script: Script) -> AsyncIterator[ControlListener]:
+    found = ControlListener(str(tmp_path / "control.sock"), script.call)
     await found.start()
     yield found
     await found.stop(0.1)
@@ -71,8 +68,8 @@ class Client:
 
     async def __aenter__(self) -> Self:
         self.reader, self.writer = await asyncio.open_unix_connection(self._path)
-        self.send(self._connection.hello("test")[1])
-        assert (await self.receive()).result == {"server": "cleaved"}
+        self.send(self._connection.request(hello("test"))[1])
+        assert (await self.receive()).result == msgspec.to_builtins(GREETING)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -83,7 +80,7 @@ class Client:
         self.writer.write(data)
 
     def request(self, method: str, **params: Any) -> None:
-        self.send(self._connection.request(method, params)[1])
+        self.send(self._connection.request(calls.validate(method, params))[1])
 
     async def receive(self) -> Any:
         while not self.messages:
@@ -97,7 +94,7 @@ class Client:
         return await self.receive()
 
 
-async def cleavectl(server: ControlServer, *arguments: str) -> tuple[int, str, str]:
+async def cleavectl(server: ControlListener, *arguments: str) -> tuple[int, str, str]:
     command = [
         sys.executable,
         "-c",
@@ -114,12 +111,12 @@ async def cleavectl(server: ControlServer, *arguments: str) -> tuple[int, str, s
     return process.returncode, output.decode(), messages.decode()
 
 
-async def test_the_socket_is_for_owner_and_group(server: ControlServer) -> None:
+async def test_the_socket_is_for_owner_and_group(server: ControlListener) -> None:
     assert stat.S_IMODE(os.stat(server.path).st_mode) == 0o660
 
 
 async def test_the_socket_goes_when_the_daemon_stops(tmp_path: Path, script: Script) -> None:
-    found = ControlServer(str(tmp_path / "control.sock"), script.call)
+    found = ControlListener(str(tmp_path / "control.sock"), script.call)
     await found.start()
     await found.stop(0.1)
     assert not (tmp_path / "control.sock").exists()
@@ -129,7 +126,7 @@ async def test_a_socket_that_a_dead_daemon_left_is_replaced(tmp_path: Path, scri
     path = tmp_path / "control.sock"
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(path))
-    found = ControlServer(str(path), script.call)
+    found = ControlListener(str(path), script.call)
     await found.start()
     async with Client(str(path)):
         pass
@@ -137,10 +134,10 @@ async def test_a_socket_that_a_dead_daemon_left_is_replaced(tmp_path: Path, scri
 
 
 async def test_a_socket_that_another_daemon_serves_is_left_alone(
-    server: ControlServer, script: Script
+    server: ControlListener, script: Script
 ) -> None:
     with pytest.raises(ControlPathBusy, match="another daemon"):
-        await ControlServer(server.path, script.call).start()
+        await ControlListener(server.path, script.call).start()
     async with Client(server.path):
         pass
 
@@ -150,13 +147,13 @@ async def test_a_path_that_is_no_socket_or_has_no_directory_is_refused(
 ) -> None:
     (tmp_path / "file").write_text("precious")
     with pytest.raises(ControlPathBusy, match="is no socket"):
-        await ControlServer(str(tmp_path / "file"), script.call).start()
+        await ControlListener(str(tmp_path / "file"), script.call).start()
     assert (tmp_path / "file").read_text() == "precious"
     with pytest.raises(ControlPathBusy, match="No such file"):
-        await ControlServer(str(tmp_path / "none" / "control.sock"), script.call).start()
+        await ControlListener(str(tmp_path / "none" / "control.sock"), script.call).start()
 
 
-async def test_answers_come_as_they_are_ready(server: ControlServer, script: Script) -> None:
+async def test_answers_come_as_they_are_ready(server: ControlListener, script: Script) -> None:
     slow = asyncio.get_running_loop().create_future()
     script.answers |= {"pool.check": slow, "pool.show": {"size_bytes": 1}}
     async with Client(server.path) as client:
@@ -167,7 +164,7 @@ async def test_answers_come_as_they_are_ready(server: ControlServer, script: Scr
         assert (await client.receive()).result == {"ok": True}
 
 
-async def test_a_long_list_comes_whole(server: ControlServer, script: Script) -> None:
+async def test_a_long_list_comes_whole(server: ControlListener, script: Script) -> None:
     rows = [{"name": f"v{number}"} for number in range(10 * ITEMS_PER_PART + 1)]
     script.answers |= {"vdisk.ls": rows, "pool.show": {}}
     async with Client(server.path) as client:
@@ -178,7 +175,7 @@ async def test_a_long_list_comes_whole(server: ControlServer, script: Script) ->
 
 
 async def test_a_bug_in_a_call_is_answered_and_the_next_call_served(
-    server: ControlServer, script: Script
+    server: ControlListener, script: Script
 ) -> None:
     script.answers |= {"pool.check": ZeroDivisionError("planted"), "pool.show": {}}
     async with Client(server.path) as client:
@@ -189,7 +186,7 @@ async def test_a_bug_in_a_call_is_answered_and_the_next_call_served(
 
 
 async def test_bytes_that_are_no_frames_close_that_connection_alone(
-    server: ControlServer, script: Script
+    server: ControlListener, script: Script
 ) -> None:
     script.answers["pool.show"] = {}
     async with Client(server.path) as good, Client(server.path) as bad:
@@ -202,7 +199,7 @@ async def test_bytes_that_are_no_frames_close_that_connection_alone(
 
 
 async def test_a_client_that_goes_does_not_stop_what_it_asked_for(
-    server: ControlServer, script: Script
+    server: ControlListener, script: Script
 ) -> None:
     slow = asyncio.get_running_loop().create_future()
     script.answers["vdisk.rm"] = slow
@@ -215,7 +212,7 @@ async def test_a_client_that_goes_does_not_stop_what_it_asked_for(
         await asyncio.sleep(0)
 
 
-async def test_connections_above_the_limit_are_closed(server: ControlServer) -> None:
+async def test_connections_above_the_limit_are_closed(server: ControlListener) -> None:
     server.connections_max = 1
     async with Client(server.path):
         reader, writer = await asyncio.open_unix_connection(server.path)
@@ -227,18 +224,19 @@ async def test_connections_above_the_limit_are_closed(server: ControlServer) -> 
         pass
 
 
-async def test_notifications_come_to_subscribers(server: ControlServer) -> None:
+async def test_notifications_come_to_subscribers(server: ControlListener) -> None:
     async with Client(server.path) as client, Client(server.path) as other:
         await client.call("rpc.subscribe", events=["split.progress"])
         server.notify("split.progress", SPLIT)
-        assert await client.receive() == Notification("split.progress", SPLIT)
+        expected = Notification("split.progress", msgspec.to_builtins(SPLIT))
+        assert await client.receive() == expected
         assert (await other.call("rpc.list")).error is None
 
 
 async def test_stopping_cancels_what_does_not_end(tmp_path: Path, script: Script) -> None:
     never = asyncio.get_running_loop().create_future()
     script.answers["pool.check"] = never
-    found = ControlServer(str(tmp_path / "control.sock"), script.call)
+    found = ControlListener(str(tmp_path / "control.sock"), script.call)
     await found.start()
     async with Client(found.path) as client:
         client.request("pool.check")
@@ -249,15 +247,9 @@ async def test_stopping_cancels_what_does_not_end(tmp_path: Path, script: Script
         assert await client.reader.read() == b""
 
 
-async def test_cleavectl_prints_tables_and_json(server: ControlServer, script: Script) -> None:
+async def test_cleavectl_prints_tables_and_json(server: ControlListener, script: Script) -> None:
     script.answers["vdisk.ls"] = [
-        {
-            "name": "golden",
-            "size_bytes": 10 << 30,
-            "used_bytes": 4096,
-            "backing": None,
-            "split": "none",
-        }
+        example(rows.Vdisk, name="golden", size_bytes=10 << 30, used_bytes=4096)
     ]
     status, output, _ = await cleavectl(server, "vdisk", "ls")
     assert status == 0
@@ -274,7 +266,7 @@ async def test_cleavectl_prints_tables_and_json(server: ControlServer, script: S
     ("code", "status"), [(NOT_FOUND, 3), (CONFLICT, 4), ("pool_full", 1), ("invalid_params", 2)]
 )
 async def test_cleavectl_exits_by_the_error(
-    server: ControlServer, script: Script, code: str, status: int
+    server: ControlListener, script: Script, code: str, status: int
 ) -> None:
     script.answers["vdisk.show"] = ControlError(code, "the reason", "the next step")
     found, output, messages = await cleavectl(server, "vdisk", "show", "none")
@@ -284,7 +276,7 @@ async def test_cleavectl_exits_by_the_error(
 
 async def test_cleavectl_without_a_daemon(tmp_path: Path, script: Script) -> None:
     status, output, messages = await cleavectl(
-        ControlServer(str(tmp_path / "none"), script.call), "vdisk", "ls"
+        ControlListener(str(tmp_path / "none"), script.call), "vdisk", "ls"
     )
     assert (status, output) == (5, "")
     assert "no daemon answers" in messages
@@ -307,7 +299,7 @@ async def test_cleavectl_without_a_daemon(tmp_path: Path, script: Script) -> Non
     ],
 )
 async def test_cleavectl_usage(
-    server: ControlServer, script: Script, arguments: tuple[str, ...], words: str
+    server: ControlListener, script: Script, arguments: tuple[str, ...], words: str
 ) -> None:
     status, output, messages = await cleavectl(server, *arguments)
     assert (status, output) == (2, "")
@@ -315,7 +307,9 @@ async def test_cleavectl_usage(
     assert script.calls == []
 
 
-async def test_cleavectl_sends_what_the_options_say(server: ControlServer, script: Script) -> None:
+async def test_cleavectl_sends_what_the_options_say(
+    server: ControlListener, script: Script
+) -> None:
     script.answers["split.start"] = SPLIT
     status, output, _ = await cleavectl(
         server, "split", "start", "web1", "--mode", "share", "--max-rate", "1MiB/s"
@@ -332,21 +326,21 @@ async def test_cleavectl_sends_what_the_options_say(server: ControlServer, scrip
 
 
 async def split_and_wait(
-    server: ControlServer, script: Script, end: dict[str, Any], *arguments: str
+    server: ControlListener, script: Script, end: rows.Split, *arguments: str
 ) -> tuple[int, str, str]:
     script.answers |= {"split.start": SPLIT, "split.show": SPLIT}
     running = asyncio.create_task(cleavectl(server, "split", "start", "web1", "--wait", *arguments))
     while not any(method == "split.show" for method, _ in script.calls):
         await asyncio.sleep(0.01)
-    server.notify("split.progress", {**SPLIT, "name": "other"})
-    server.notify("split.progress", {**SPLIT, "percent": 100.0, "counted": False})
-    server.notify("split.progress", {**SPLIT, "percent": 70.0})
+    server.notify("split.progress", split_row(name="other"))
+    server.notify("split.progress", split_row(percent=100.0, counted=False))
+    server.notify("split.progress", split_row(percent=70.0))
     server.notify("split.progress", end)
     return await running
 
 
 async def test_waiting_for_a_split_writes_lines_and_ends_with_it(
-    server: ControlServer, script: Script
+    server: ControlListener, script: Script
 ) -> None:
     status, output, messages = await split_and_wait(server, script, DONE, "-o", "json")
     assert status == 0
@@ -361,9 +355,9 @@ async def test_waiting_for_a_split_writes_lines_and_ends_with_it(
 
 
 async def test_waiting_for_a_split_that_pauses_fails_with_the_reason(
-    server: ControlServer, script: Script
+    server: ControlListener, script: Script
 ) -> None:
-    paused = {**SPLIT, "state": "paused", "reason": "the pool is full"}
+    paused = split_row(state="paused", reason="the pool is full")
     status, _, messages = await split_and_wait(server, script, paused)
     assert status == 1
     assert "the split of web1 is paused: the pool is full" in messages
@@ -374,7 +368,7 @@ async def test_waiting_for_a_split_that_pauses_fails_with_the_reason(
     ("size", "words"), [("0", "above zero"), ("99999999TiB", "8192PiB"), ("10GB", "10GiB")]
 )
 async def test_what_is_no_size_of_a_vdisk_is_a_usage_error(
-    server: ControlServer, size: str, words: str
+    server: ControlListener, size: str, words: str
 ) -> None:
     for command in (("create", "a", "--size"), ("resize", "a")):
         status, _, messages = await cleavectl(server, "vdisk", *command, size)
@@ -382,8 +376,10 @@ async def test_what_is_no_size_of_a_vdisk_is_a_usage_error(
         assert words in messages
 
 
-async def test_a_failed_check_is_exit_1(server: ControlServer, script: Script) -> None:
-    script.answers["pool.check"] = {"ok": False, "errors": ["VBN 7 is used twice"]}
+async def test_a_failed_check_is_exit_1(server: ControlListener, script: Script) -> None:
+    script.answers["pool.check"] = example(
+        rows.CheckReport, ok=False, errors=["VBN 7 is used twice"]
+    )
     status, output, _ = await cleavectl(server, "pool", "check")
     assert status == 1
     assert "VBN 7 is used twice" in output
@@ -399,21 +395,21 @@ async def test_a_failed_check_is_exit_1(server: ControlServer, script: Script) -
     ],
 )
 async def test_connect_prints_what_a_client_needs(
-    server: ControlServer, script: Script, kind: str, words: str
+    server: ControlListener, script: Script, kind: str, words: str
 ) -> None:
-    where = {
-        "name": "a",
-        "target": "iqn.2026-01.io.cleaved:a",
-        "lun": 0,
-        "portals": ["127.0.0.1:3260"],
-        "chap": False,
-    }
+    where = example(
+        rows.Portal,
+        name="a",
+        target="iqn.2026-01.io.cleaved:a",
+        portals=["127.0.0.1:3260"],
+        allowed=True,
+    )
     script.answers["connect"] = where
     status, output, _ = await cleavectl(server, "connect", "a", "--client", kind)
     assert status == 0
     assert words in output
     assert "SECRET" not in output
-    script.answers["connect"] = {**where, "chap": True}
+    script.answers["connect"] = msgspec.structs.replace(where, chap=True)
     _, output, _ = await cleavectl(server, "connect", "a", "--client", kind, "--portal", "san:1")
     assert "USER" in output
     assert "san:1" in output or "name='san'" in output

@@ -11,10 +11,9 @@ import pytest_asyncio
 from daemon import demo
 from daemon.iscsi.initiator import Initiator
 from daemon.iscsi.listener import IscsiListener
-from daemon.process.config import Address
+from daemon.process.addresses import Address
 from daemon.targets.directory import Targets
 from daemon.targets.names import TARGET_PREFIX
-from protocol.iscsi.node import TargetNode
 from tests.daemon.fakes import MemoryPool
 from tests.daemon.programs import run
 
@@ -28,7 +27,7 @@ def pool() -> MemoryPool:
 
 @pytest_asyncio.fixture
 async def disk(pool: MemoryPool) -> AsyncIterator[Initiator]:
-    listener = IscsiListener(TargetNode(Targets(pool, None)), connections_max=1)
+    listener = IscsiListener(Targets(pool, None), connections_max=1)
     await listener.listen(Address("127.0.0.1", 0))
     host, port = listener.addresses[0]
     async with await Initiator.connect(host, port, f"{TARGET_PREFIX}disk") as found:

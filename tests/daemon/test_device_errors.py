@@ -18,6 +18,8 @@ from daemon.iscsi.initiator import Initiator
 from daemon.process.config import build
 from daemon.server import Daemon
 from daemon.targets.names import TARGET_PREFIX
+from protocol.control import methods
+from protocol.control.definition import Method, Result
 from protocol.iscsi.initiator.task import CommandFailed
 from protocol.scsi.sense import DATA_PROTECT, MEDIUM_ERROR
 from storage.device import open_device
@@ -44,12 +46,12 @@ class Served(NamedTuple):
     pool: Pool
     log: list[Any]
 
-    async def ctl(self, method: str, **params: Any) -> Any:
-        def call() -> Any:
+    async def ctl(self, call: Method[Result]) -> Result:
+        def answer() -> Result:
             with ControlClient(str(self.path / "control")) as control:
-                return control.call(method, **params)
+                return control.call(call)
 
-        return await asyncio.to_thread(call)
+        return await asyncio.to_thread(answer)
 
     def fail_next(self, operation: str, number: int = errno.EIO, *, forever: bool = False) -> None:
         self.device.faults = [Fault(operation, self.device.calls[operation] + 1, number, forever)]
@@ -74,13 +76,12 @@ async def served(path: Path) -> AsyncIterator[Served]:
             "control": {"path": str(path / "control")},
         }
     )
-    daemon = Daemon(config)
     with capture_logs() as log, mock.patch("storage.pool.pool.open_device", open_faulty):
-        await daemon.start()
-        assert daemon._pool is not None and daemon._iscsi is not None
+        daemon = await Daemon.open(config)
         try:
+            await daemon.start()
             await daemon._pool.vdisk_create("disk", DISK_BYTES)
-            address = daemon._iscsi.addresses[0]
+            address = daemon._listeners[0][0].addresses[0]
             async with await Initiator.connect(
                 address.host, address.port, f"{TARGET_PREFIX}disk"
             ) as client:
@@ -133,13 +134,11 @@ async def test_a_failed_sync_is_told_to_everybody(tmp_path: Path, command: str) 
             assert await refused(later) == WRITE_PROTECTED
         assert bytes(await client.read(0, BLOCK)) == DATA
         assert await client.capacity_bytes() == DISK_BYTES
-        shown = await daemon.ctl("pool.show")
-        assert (
-            shown["read_only"]
-            and "the device failed to make data durable" in shown["read_only_reason"]
-        )
+        shown = await daemon.ctl(methods.PoolShow())
+        assert shown.read_only and shown.read_only_reason is not None
+        assert "the device failed to make data durable" in shown.read_only_reason
         (event,) = daemon.events("pool.read_only")
-        assert event["log_level"] == "error" and event["reason"] == shown["read_only_reason"]
+        assert event["log_level"] == "error" and event["reason"] == shown.read_only_reason
     # What was acknowledged is there after a restart, on a device that is sound again.
     async with reopened(tmp_path) as client:
         assert bytes(await client.read(0, BLOCK)) == DATA
@@ -155,12 +154,11 @@ async def reopened(path: Path) -> AsyncIterator[Initiator]:
             "control": {"path": str(path / "control")},
         }
     )
-    daemon = Daemon(config)
     with capture_logs():
-        await daemon.start()
+        daemon = await Daemon.open(config)
         try:
-            assert daemon._iscsi is not None
-            address = daemon._iscsi.addresses[0]
+            await daemon.start()
+            address = daemon._listeners[0][0].addresses[0]
             async with await Initiator.connect(
                 address.host, address.port, f"{TARGET_PREFIX}disk"
             ) as client:
@@ -179,7 +177,7 @@ async def test_a_device_without_space(tmp_path: Path) -> None:
         assert bytes(await client.read(BLOCK, BLOCK)) == bytes(BLOCK)
         await client.write(BLOCK, DATA, fua=True)
         assert bytes(await client.read(BLOCK, BLOCK)) == DATA
-        assert not (await daemon.ctl("pool.show"))["read_only"]
+        assert not (await daemon.ctl(methods.PoolShow())).read_only
 
 
 async def test_a_full_pool(tmp_path: Path) -> None:
@@ -197,7 +195,7 @@ async def test_a_full_pool(tmp_path: Path) -> None:
         assert await refused(client.write(at, piece)) == SPACE_ALLOCATION_FAILED
         assert bytes(await client.read(0, 1 << 20)) == piece
         await client.flush()
-        assert not (await daemon.ctl("pool.show"))["read_only"]
+        assert not (await daemon.ctl(methods.PoolShow())).read_only
 
 
 async def test_a_failed_write(tmp_path: Path) -> None:

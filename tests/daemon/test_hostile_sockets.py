@@ -13,16 +13,15 @@ from typing import Self
 import pytest
 import pytest_asyncio
 
-from daemon.iscsi import acceptor as acceptor_module
-from daemon.iscsi.admission import LOGINS_PER_ADDRESS_MAX
 from daemon.iscsi.initiator import Initiator
 from daemon.iscsi.listener import IscsiListener
-from daemon.process.config import Address
+from daemon.process.addresses import Address
 from daemon.process.logs import REASONS_MAX, Repeats
 from daemon.targets.directory import Targets
 from daemon.targets.names import TARGET_PREFIX
+from daemon.tcp import acceptor as acceptor_module
+from daemon.tcp.admission import LOGINS_PER_ADDRESS_MAX
 from protocol.iscsi import pdu
-from protocol.iscsi.node import TargetNode
 from protocol.iscsi.pdu import FINAL, HEADER_BYTES, READ, SIMPLE, WRITE, pack
 from protocol.scsi import opcodes
 from tests.daemon.fakes import MemoryPool
@@ -93,7 +92,7 @@ def pool() -> MemoryPool:
 
 @pytest_asyncio.fixture
 async def listener(pool: MemoryPool) -> AsyncIterator[IscsiListener]:
-    found = IscsiListener(TargetNode(Targets(pool, None)), connections_max=1000)
+    found = IscsiListener(Targets(pool, None), connections_max=1000)
     await found.listen(Address("127.0.0.1", 0))
     yield found
     await found.stop(0.1)

@@ -10,14 +10,14 @@ import pytest_asyncio
 
 from daemon.iscsi.initiator import INITIATOR_NAME, Initiator, random_isid
 from daemon.iscsi.listener import IscsiListener
-from daemon.process.config import Address, Chap
+from daemon.process.addresses import Address
+from daemon.process.config import Chap
 from daemon.targets.directory import Targets
 from daemon.targets.names import TARGET_PREFIX
 from protocol.iscsi.chap import ChapSecrets
 from protocol.iscsi.errors import IscsiError
 from protocol.iscsi.initiator.login import InitiatorSettings
 from protocol.iscsi.initiator.task import CommandFailed, ConnectionEnded
-from protocol.iscsi.node import TargetNode
 from tests.daemon.fakes import MemoryPool
 
 DISK_BYTES = 16 << 20
@@ -31,7 +31,7 @@ def pool() -> MemoryPool:
 
 @pytest_asyncio.fixture
 async def listener(pool: MemoryPool) -> AsyncIterator[IscsiListener]:
-    found = IscsiListener(TargetNode(Targets(pool, None)), connections_max=8)
+    found = IscsiListener(Targets(pool, None), connections_max=8)
     await found.listen(Address("127.0.0.1", 0))
     yield found
     await found.stop(1)
@@ -103,9 +103,7 @@ async def test_two_sessions_of_one_initiator(listener: IscsiListener, pool: Memo
 
 
 async def test_chap_both_ways(pool: MemoryPool) -> None:
-    listener = IscsiListener(
-        TargetNode(Targets(pool, Chap("u", "u" * 12, "t", "t" * 12))), connections_max=8
-    )
+    listener = IscsiListener(Targets(pool, Chap("u", "u" * 12, "t", "t" * 12)), connections_max=8)
     await listener.listen(Address("127.0.0.1", 0))
     with pytest.raises(IscsiError, match="authentication failed"):
         await connect(listener)

@@ -13,11 +13,11 @@ import pytest_asyncio
 
 from daemon.iscsi import listener as iscsi_listener
 from daemon.iscsi.initiator import Initiator
-from daemon.iscsi.listener import IscsiListener, ListenFailed
-from daemon.process.config import Address
+from daemon.iscsi.listener import IscsiListener
+from daemon.process.addresses import Address
 from daemon.targets.directory import Targets
 from daemon.targets.names import TARGET_PREFIX
-from protocol.iscsi.node import TargetNode
+from daemon.tcp.listener import ListenFailed
 from tests.daemon.fakes import MemoryPool
 from tests.daemon.programs import run, succeed
 
@@ -31,7 +31,7 @@ def pool() -> MemoryPool:
 
 @pytest_asyncio.fixture
 async def listener(pool: MemoryPool) -> AsyncIterator[IscsiListener]:
-    found = IscsiListener(TargetNode(Targets(pool, None)), connections_max=3)
+    found = IscsiListener(Targets(pool, None), connections_max=3)
     await found.listen(Address("127.0.0.1", 0))
     yield found
     await found.stop(0.1)
@@ -56,7 +56,7 @@ async def test_an_address_in_use_or_unknown_is_named(listener: IscsiListener) ->
 
 
 async def test_ipv6(pool: MemoryPool) -> None:
-    listener = IscsiListener(TargetNode(Targets(pool, None)), connections_max=3)
+    listener = IscsiListener(Targets(pool, None), connections_max=3)
     await listener.listen(Address("::1", 0))
     assert listener.portals()[0].startswith("[::1]:")
     await listener.stop(0.1)
@@ -72,7 +72,7 @@ def link_local_addresses() -> list[str]:
 
 async def test_link_local_addresses_are_listened_on(pool: MemoryPool) -> None:
     """uvloop's getaddrinfo drops the interface, and without it such an address cannot be bound."""
-    listener = IscsiListener(TargetNode(Targets(pool, None)), connections_max=3)
+    listener = IscsiListener(Targets(pool, None), connections_max=3)
     lo = socket.if_nametoindex("lo")
     for interface in ("lo", str(lo)):
         resolved = await listener._acceptor._resolved(Address(f"fe80::1%{interface}", 3260))
@@ -96,7 +96,7 @@ async def test_link_local_addresses_are_listened_on(pool: MemoryPool) -> None:
 
 async def test_what_is_advertised_is_told_instead_of_local_addresses(pool: MemoryPool) -> None:
     outside = [Address("203.0.113.5", 3260), Address("2001:db8::5", 3261)]
-    listener = IscsiListener(TargetNode(Targets(pool, None)), connections_max=3, advertise=outside)
+    listener = IscsiListener(Targets(pool, None), connections_max=3, advertise=outside)
     await listener.listen(Address("127.0.0.1", 0))
     assert listener.portals() == ["203.0.113.5:3260", "[2001:db8::5]:3261"]
     assert listener.node.portals(str(listener.addresses[0])) == listener.portals()
@@ -133,7 +133,7 @@ async def test_bytes_that_are_no_pdu_close_that_connection_alone(listener: Iscsi
 
 
 async def test_stopping_closes_connections_that_never_logged_in(pool: MemoryPool) -> None:
-    listener = IscsiListener(TargetNode(Targets(pool, None)), connections_max=3)
+    listener = IscsiListener(Targets(pool, None), connections_max=3)
     await listener.listen(Address("127.0.0.1", 0))
     reader, writer = await connect(listener)
     while not listener.connections:
@@ -150,7 +150,7 @@ async def test_ended_connections_are_collected_when_nobody_is_served(
 ) -> None:
     monkeypatch.setattr(iscsi_listener, "TICK_SECONDS", 0.001)
     collected = asyncio.Event()
-    listener = IscsiListener(TargetNode(Targets(pool, None)), 3, collected.set)
+    listener = IscsiListener(Targets(pool, None), 3, collect=collected.set)
     await listener.listen(Address("127.0.0.1", 0))
     host, port = listener.addresses[0]
     async with await Initiator.connect(host, port, f"{TARGET_PREFIX}disk") as busy:
@@ -177,7 +177,7 @@ async def test_many_ended_connections_are_collected_at_any_rate(
     )
     counter = itertools.count()
     collected = asyncio.Event()
-    listener = IscsiListener(TargetNode(Targets(pool, None)), 3, collected.set)
+    listener = IscsiListener(Targets(pool, None), 3, collect=collected.set)
     await listener.listen(Address("127.0.0.1", 0))
     host, port = listener.addresses[0]
     async with await Initiator.connect(host, port, f"{TARGET_PREFIX}disk"):

@@ -15,10 +15,13 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from daemon.admin.connect import CLIENTS, check_reachable, notes
-from daemon.control.socket import ControlServer
+from daemon.admin.client_lines import CLIENTS, check_reachable, notes
+from daemon.control.listener import ControlListener
 from daemon.iscsi.initiator import INITIATOR_NAME
+from protocol.control import calls, rows
+from protocol.control.definition import row_type
 from protocol.control.errors import CONFLICT, NOT_FOUND, ControlError
+from tests.daemon.fakes import example, split_row
 from tests.daemon.programs import CLEAVECTL, ROOT, Daemon, run
 from tests.daemon.test_control_socket import DONE, SPLIT, Script, cleavectl
 from tests.daemon.test_end_to_end import connect
@@ -34,14 +37,14 @@ def script() -> Script:
 
 
 @pytest_asyncio.fixture
-async def server(tmp_path: Path, script: Script) -> AsyncIterator[ControlServer]:
-    found = ControlServer(str(tmp_path / "control.sock"), script.call)
+async def server(tmp_path: Path, script: Script) -> AsyncIterator[ControlListener]:
+    found = ControlListener(str(tmp_path / "control.sock"), script.call)
     await found.start()
     yield found
     await found.stop(0.1)
 
 
-async def on_a_terminal(server: ControlServer, answer: str, *arguments: str) -> tuple[int, str]:
+async def on_a_terminal(server: ControlListener, answer: str, *arguments: str) -> tuple[int, str]:
     """Run `cleavectl` on a terminal of its own, and answer its question; its exit code and all that
     the terminal showed.
     """
@@ -91,11 +94,11 @@ async def test_a_vdisk_is_cut_only_when_that_is_said_twice_in_a_script(tmp_path:
     [("y", 0, ["vdisk.show", "vdisk.resize"]), ("n", 1, ["vdisk.show"])],
 )
 async def test_on_a_terminal_shrinking_is_asked_for(
-    server: ControlServer, script: Script, answer: str, status: int, methods: list[str]
+    server: ControlListener, script: Script, answer: str, status: int, methods: list[str]
 ) -> None:
     script.answers |= {
-        "vdisk.show": {"size_bytes": 10 << 30},
-        "vdisk.resize": {"size_bytes": 1 << 30, "warnings": []},
+        "vdisk.show": example(rows.VdiskDetail, size_bytes=10 << 30),
+        "vdisk.resize": example(rows.ResizedVdisk, size_bytes=1 << 30),
     }
     found, shown = await on_a_terminal(server, answer, "vdisk", "resize", "a", "1GiB", "--shrink")
     assert found == status
@@ -116,9 +119,10 @@ async def test_on_a_terminal_shrinking_is_asked_for(
     ],
 )
 async def test_warnings_go_to_stderr_once(
-    server: ControlServer, script: Script, method: str, arguments: tuple[str, ...], many: bool
+    server: ControlListener, script: Script, method: str, arguments: tuple[str, ...], many: bool
 ) -> None:
-    row = {"name": "a", "warnings": ["the pool is full: delete something"]}
+    kind = row_type(calls.METHODS[method])
+    row = example(kind, name="a", warnings=["the pool is full: delete something"])
     script.answers[method] = [row, row] if many else row
     for output in ("json", "table"):
         status, text, messages = await cleavectl(server, "-o", output, *arguments)
@@ -194,11 +198,11 @@ async def called(script: Script, method: str, times: int = 1) -> None:
 
 
 async def test_waiting_for_a_split_that_runs_joins_it(
-    server: ControlServer, script: Script
+    server: ControlListener, script: Script
 ) -> None:
     script.answers |= {
         "split.start": RUNNING,
-        "split.show": {**SPLIT, "rate_max_bytes": MIB, "rate_min_bytes": None},
+        "split.show": split_row(rate_max_bytes=MIB),
     }
     joining = asyncio.create_task(
         cleavectl(server, "-o", "json", "split", "start", "web1", "--wait", "--max-rate", "1MiB/s")
@@ -216,9 +220,9 @@ async def test_waiting_for_a_split_that_runs_joins_it(
     [(("--mode", "share"), "--mode (copy)"), (("--max-rate", "2MiB/s"), "--max-rate (1 MiB/s)")],
 )
 async def test_a_split_that_runs_with_other_options_is_not_joined(
-    server: ControlServer, script: Script, options: tuple[str, ...], words: str
+    server: ControlListener, script: Script, options: tuple[str, ...], words: str
 ) -> None:
-    script.answers |= {"split.start": RUNNING, "split.show": {**SPLIT, "rate_max_bytes": MIB}}
+    script.answers |= {"split.start": RUNNING, "split.show": split_row(rate_max_bytes=MIB)}
     status, output, messages = await cleavectl(server, "split", "start", "web1", "--wait", *options)
     assert (status, output) == (4, "")
     assert f"with another {words}" in messages
@@ -226,10 +230,10 @@ async def test_a_split_that_runs_with_other_options_is_not_joined(
 
 
 @pytest.mark.parametrize(
-    "shown", [{**SPLIT, "state": "paused"}, ControlError(NOT_FOUND, "web1 has no split")]
+    "shown", [split_row(state="paused"), ControlError(NOT_FOUND, "web1 has no split")]
 )
 async def test_what_does_not_run_is_not_joined(
-    server: ControlServer, script: Script, shown: Any
+    server: ControlListener, script: Script, shown: Any
 ) -> None:
     script.answers |= {"split.start": RUNNING, "split.show": shown}
     status, _, messages = await cleavectl(server, "split", "start", "web1", "--wait")
@@ -239,7 +243,7 @@ async def test_what_does_not_run_is_not_joined(
 
 @pytest.mark.parametrize("command", ["start", "resume"])
 async def test_ctrl_c_says_that_the_split_goes_on(
-    server: ControlServer, script: Script, command: str
+    server: ControlListener, script: Script, command: str
 ) -> None:
     script.answers |= {"split.start": SPLIT, "split.resume": SPLIT, "split.show": SPLIT}
     arguments = (
@@ -267,7 +271,7 @@ async def test_ctrl_c_says_that_the_split_goes_on(
     assert b"Traceback" not in shown
 
 
-async def test_resume_can_wait(server: ControlServer, script: Script) -> None:
+async def test_resume_can_wait(server: ControlListener, script: Script) -> None:
     script.answers |= {"split.resume": SPLIT, "split.show": SPLIT}
     waiting = asyncio.create_task(
         cleavectl(server, "-o", "json", "split", "resume", "web1", "--wait")
@@ -281,13 +285,16 @@ async def test_resume_can_wait(server: ControlServer, script: Script) -> None:
 
 # --- Connecting -----------------------------------------------------------------------------------
 
-WHERE = {
-    "name": "a",
-    "target": "iqn.2026-01.io.cleaved:a",
-    "lun": 0,
-    "portals": ["127.0.0.1:3260", "10.0.0.1:3260"],
-}
-OPEN = {"initiators": None, "initiator": None, "allowed": True, "chap": False, "chap_user": None}
+
+def where(**access: Any) -> rows.Portal:
+    """Of a vdisk that is for everybody, unless ``access`` says otherwise."""
+    usual = {
+        "name": "a",
+        "target": "iqn.2026-01.io.cleaved:a",
+        "portals": ["127.0.0.1:3260", "10.0.0.1:3260"],
+        "allowed": True,
+    }
+    return example(rows.Portal, **{**usual, **access})
 
 
 @pytest.mark.parametrize(
@@ -303,7 +310,7 @@ OPEN = {"initiators": None, "initiator": None, "allowed": True, "chap": False, "
 )
 def test_a_line_that_could_not_work_is_not_printed(access: dict[str, Any], words: str) -> None:
     with pytest.raises(ControlError) as caught:
-        check_reachable({**WHERE, **OPEN, **access})
+        check_reachable(where(**access))
     assert words in caught.value.message
     assert (
         caught.value.next_step
@@ -324,15 +331,8 @@ def test_a_line_that_could_not_work_is_not_printed(access: dict[str, Any], words
     ],
 )
 def test_the_lines_hold_the_names_that_the_login_needs(kind: str, words: str) -> None:
-    where = {
-        **WHERE,
-        **OPEN,
-        "initiators": [ANNA],
-        "initiator": ANNA,
-        "chap": True,
-        "chap_user": "anna",
-    }
-    lines = "\n".join(CLIENTS[kind](where)) + "\n"
+    found = where(initiators=[ANNA], initiator=ANNA, chap=True, chap_user="anna")
+    lines = "\n".join(CLIENTS[kind](found)) + "\n"
     assert words in lines
     assert (
         "10.0.0.1" in lines
@@ -342,20 +342,20 @@ def test_the_lines_hold_the_names_that_the_login_needs(kind: str, words: str) ->
 
 @pytest.mark.parametrize("kind", sorted(CLIENTS))
 def test_where_any_of_several_may_the_name_is_left_open_and_a_note_says_so(kind: str) -> None:
-    where = {**WHERE, **OPEN, "initiators": [ANNA, BERTA]}
-    assert "INITIATOR" in "\n".join(CLIENTS[kind](where))
-    assert ANNA in notes(where)[0]
-    assert BERTA in notes(where)[0]
-    assert "INITIATOR" not in "\n".join(CLIENTS[kind]({**WHERE, **OPEN}))
+    several = where(initiators=[ANNA, BERTA])
+    assert "INITIATOR" in "\n".join(CLIENTS[kind](several))
+    assert ANNA in notes(several)[0]
+    assert BERTA in notes(several)[0]
+    assert "INITIATOR" not in "\n".join(CLIENTS[kind](where()))
 
 
 def test_notes() -> None:
-    assert notes({**WHERE, **OPEN}) == []
-    (loopback,) = notes({**WHERE, **OPEN, "portals": ["127.0.0.1:3260", "[::1]:3260"]})
+    assert notes(where()) == []
+    (loopback,) = notes(where(portals=["127.0.0.1:3260", "[::1]:3260"]))
     assert "this machine alone" in loopback
     many = [f"{ANNA}{number}" for number in range(20)]
-    assert "and 15 more (cleavectl acl ls a)" in notes({**WHERE, **OPEN, "initiators": many})[0]
-    (chap,) = notes({**WHERE, **OPEN, "chap": True})
+    assert "and 15 more (cleavectl acl ls a)" in notes(where(initiators=many))[0]
+    (chap,) = notes(where(chap=True))
     assert "USER is the client's CHAP user (cleavectl chap ls)" in chap
 
 

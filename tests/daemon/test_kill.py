@@ -21,17 +21,20 @@ import pytest
 
 from daemon.admin.client import ControlClient, Unreachable
 from daemon.iscsi.initiator import Initiator
+from protocol.control import methods
 from protocol.control.errors import ControlError
+from protocol.control.parameters import SplitMode
 from protocol.iscsi.errors import IscsiError
 from tests.daemon.programs import Daemon
 
-# A hundred where time is no matter; fewer for whoever waits at a terminal.
+# A hundred where there is time; fewer where somebody waits at a terminal.
 CYCLES = 100 if os.environ.get("CI") == "true" or os.environ.get("CLEAVED_LONG") else 10
 BLOCKS = 512
 BLOCK_BYTES = 4096
 DISK_BYTES = 64 << 20
 TARGET = "iqn.2026-01.io.cleaved:"
 WRITERS = 4
+MODES: tuple[SplitMode, ...] = ("copy", "share")
 # Exit codes of docs/operations.md: not found, conflict.
 GONE_OR_BUSY = (3, 4)
 
@@ -92,10 +95,10 @@ def administer(path: str, cycle: int, made: dict[str, bool]) -> None:
             while True:
                 turn += 1
                 snapshot, clone = f"disk@s{cycle}-{turn}", f"clone{cycle}-{turn}"
-                control.call("snapshot.create", snapshots=[snapshot])
+                control.call(methods.SnapshotCreate(snapshots=[snapshot]))
                 made[snapshot] = True
-                control.call("clone.create", snapshot=snapshot, name=clone)
-                control.call("split.start", name=clone, mode=("copy", "share")[turn & 1])
+                control.call(methods.CloneCreate(snapshot=snapshot, name=clone))
+                control.call(methods.SplitStart(name=clone, mode=MODES[turn & 1]))
                 for old in list(made)[:-3]:
                     made.pop(old)
                     forget(control, old)
@@ -107,12 +110,12 @@ def forget(control: ControlClient, snapshot: str) -> None:
     """Delete a snapshot and its clone; a split under way or an earlier crash may have
     been faster.
     """
-    for method, params in (
-        ("vdisk.rm", {"name": snapshot.replace("disk@s", "clone")}),
-        ("snapshot.rm", {"snapshot": snapshot}),
+    for deletion in (
+        methods.VdiskDelete(name=snapshot.replace("disk@s", "clone")),
+        methods.SnapshotDelete(snapshot=snapshot),
     ):
         try:
-            control.call(method, **params)
+            control.call(deletion)
         except ControlError as refusal:
             if refusal.exit_code not in GONE_OR_BUSY:
                 raise

@@ -1,12 +1,15 @@
-"""What those see who wait for a split or watch counters, on a virtual clock."""
+"""What is shown while a command waits for a split or watches counters, on a virtual clock."""
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from daemon.admin.output import format_value
 from daemon.admin.progress import LINE_SECONDS, RATE_SECONDS, BarView, PlainView, RateMeter
-from daemon.admin.watch import rates_between
+from daemon.admin.stats_watch import rates_between
+from protocol.control.rows import Split, Stats
+from tests.daemon.fakes import example, split_row
 
 MIB = 1 << 20
 
@@ -18,17 +21,17 @@ class Clock:
         return self.now
 
 
-def row(percent: float, state: str = "running", counted: bool = True) -> dict[str, Any]:
+def row(percent: float, state: str = "running", counted: bool = True) -> Split:
     total = 25600  # 100 MiB
-    found = {
-        "name": "a",
-        "state": state,
-        "percent": percent,
-        "counted": counted,
-        "holes_total": total,
-        "eta_seconds": 61.0,
-    }
-    return {**found, "holes_remaining": round(total * (100 - percent) / 100)}
+    return split_row(
+        name="a",
+        state=state,
+        percent=percent,
+        counted=counted,
+        holes_total=total,
+        holes_remaining=round(total * (100 - percent) / 100),
+        eta_seconds=61.0,
+    )
 
 
 def test_the_rate_is_that_of_the_last_seconds() -> None:
@@ -76,16 +79,8 @@ def test_the_bar_shows_rate_remaining_and_eta(capsys: pytest.CaptureFixture[str]
 
 
 def test_counters_become_rates() -> None:
-    before = {
-        "reads": 100,
-        "writes": 0,
-        "read_bytes": 0,
-        "written_bytes": 0,
-        "trims": 0,
-        "flushes": 5,
-        "sessions": 1,
-    }
-    now = {**before, "reads": 300, "read_bytes": 8192}
+    before = example(Stats, reads=100, flushes=5, sessions=1)
+    now = msgspec.structs.replace(before, reads=300, read_bytes=8192)
     assert rates_between(before, now, 2.0) == {
         "reads": 100,
         "writes": 0,

@@ -5,16 +5,16 @@ a code.
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import pytest
 import pytest_asyncio
 
+from daemon.control.answering import HANDLERS
 from daemon.control.service import ControlService, control_error
-from daemon.pool.space_watch import SpaceWatch, space_warnings
+from daemon.pool.space_watch import space_warnings
 from daemon.targets.directory import Targets
-from daemon.targets.reservation_store import ReservationStore
-from protocol.control import errors, methods
+from protocol.control import calls, errors, methods, rows
 from protocol.control.errors import ControlError
 from storage.errors import (
     BlockDamaged,
@@ -29,7 +29,7 @@ from storage.errors import (
     VolumeClosed,
 )
 from storage.pool import Pool
-from tests.daemon.fakes import RecordedWire
+from tests.daemon.fakes import RecordedWire, call, control_service
 from tests.daemon.test_targets import Session
 from tests.storage.devices import MemoryDevice
 
@@ -57,18 +57,12 @@ def targets(pool: Pool) -> Targets:
 
 @pytest.fixture
 def service(pool: Pool, targets: Targets, wire: RecordedWire) -> ControlService:
-    return ControlService(
-        pool, "/pool", targets, ReservationStore(pool), wire, SpaceWatch(80, lambda: None)
-    )
+    return control_service(pool, targets, wire)
 
 
-async def call(service: ControlService, method: str, **params: object) -> object:
-    return await service.call(method, methods.validate(method, params))
-
-
-async def test_every_method_is_answered(service: ControlService) -> None:
-    answered_by_the_connection = {"rpc.list", "rpc.subscribe"}
-    assert service.method_names == methods.METHODS.keys() - answered_by_the_connection
+def test_every_method_is_answered() -> None:
+    answered_by_the_connection = {methods.ListMethods, methods.Subscribe}
+    assert HANDLERS.keys() == set(calls.METHODS.values()) - answered_by_the_connection
 
 
 def subclasses(kind: type[StorageError]) -> Iterator[type[StorageError]]:
@@ -128,8 +122,7 @@ async def test_a_clone_that_is_split_at_once(service: ControlService) -> None:
     await call(service, "snapshot.create", snapshots=["a@s"])
     await call(service, "clone.create", snapshot="a@s", name="b", split=True)
     split = await call(service, "split.show", name="b")
-    assert isinstance(split, dict)
-    assert split["state"] in {"running", "done"}
+    assert split.state in {"running", "done"}
 
 
 async def test_a_snapshot_marked_goes_with_its_last_split(service: ControlService) -> None:
@@ -140,25 +133,23 @@ async def test_a_snapshot_marked_goes_with_its_last_split(service: ControlServic
         await call(service, "snapshot.rm", snapshot="a@s")
     assert caught.value.code == errors.CONFLICT
     assert "b" in caught.value.message
-    assert await call(service, "snapshot.rm", snapshot="a@s", after_split=True) == {
-        "name": "a@s",
-        "deleted": False,
-    }
+    marked = await call(service, "snapshot.rm", snapshot="a@s", after_split=True)
+    assert marked == rows.Deleted(name="a@s", deleted=False)
 
 
 async def test_what_clients_need_to_connect(service: ControlService, tmp_path: Path) -> None:
     await call(service, "vdisk.create", name="a", size_bytes=MIB)
-    assert await call(service, "connect", name="a") == {
-        "name": "a",
-        "target": "iqn.2026-01.io.cleaved:a",
-        "lun": 0,
-        "portals": ["127.0.0.1:3260"],
-        "initiators": None,
-        "initiator": None,
-        "allowed": True,
-        "chap": False,
-        "chap_user": None,
-    }
+    assert await call(service, "connect", name="a") == rows.Portal(
+        name="a",
+        target="iqn.2026-01.io.cleaved:a",
+        lun=0,
+        portals=["127.0.0.1:3260"],
+        initiators=None,
+        initiator=None,
+        allowed=True,
+        chap=False,
+        chap_user=None,
+    )
 
 
 # --- Shrinking ------------------------------------------------------------------------------------
@@ -186,20 +177,20 @@ async def test_a_smaller_size_is_refused_unless_it_is_meant(
         resized = await call(
             service, "vdisk.resize", name="a", size_bytes=size_bytes, shrink=shrink
         )
-        assert isinstance(resized, dict)
-        assert resized["size_bytes"] == size_bytes
+        assert resized.size_bytes == size_bytes
 
 
 async def test_a_vdisk_that_grows_meanwhile_is_not_cut(service: ControlService) -> None:
     """The size is compared in the step in which the pool takes the vdisk for this resize."""
     await call(service, "vdisk.create", name="a", size_bytes=MIB)
-    grown, refused = await asyncio.gather(
+    answers = await asyncio.gather(
         call(service, "vdisk.resize", name="a", size_bytes=4 * MIB),
         call(service, "vdisk.resize", name="a", size_bytes=2 * MIB),
         return_exceptions=True,
     )
-    assert isinstance(grown, dict)
-    assert grown["size_bytes"] == 4 * MIB
+    grown: Any = answers[0]
+    refused: Any = answers[1]
+    assert grown.size_bytes == 4 * MIB
     assert isinstance(refused, ControlError)
     assert refused.code == errors.CONFLICT
 
@@ -225,10 +216,10 @@ async def warnings_of_creating(service: ControlService) -> list[list[str]]:
     answers = [
         await call(service, "vdisk.create", name="a", size_bytes=MIB),
         await call(service, "vdisk.resize", name="a", size_bytes=2 * MIB),
-        *cast("list[object]", await call(service, "snapshot.create", snapshots=["a@s", "a@t"])),
+        *await call(service, "snapshot.create", snapshots=["a@s", "a@t"]),
         await call(service, "clone.create", snapshot="a@s", name="b"),
     ]
-    return [cast("dict[str, list[str]]", answer)["warnings"] for answer in answers]
+    return [answer.warnings for answer in answers]
 
 
 async def test_who_creates_on_a_roomy_pool_is_not_warned(service: ControlService) -> None:
@@ -253,14 +244,11 @@ async def test_who_creates_on_a_pool_that_is_nearly_full_is_told(
 
 
 def test_what_is_being_freed_need_not_be_deleted_again() -> None:
-    shown = {"used_bytes": 100 * MIB, "available_bytes": 0, "deleted_images": 1}
-    (warning,) = space_warnings(shown, 80)
+    (warning,) = space_warnings(100 * MIB, 0, 1, threshold_percent=80)
     assert "still being freed" in warning
     assert "delete " not in warning
-    assert space_warnings({**shown, "used_bytes": 79 * MIB, "available_bytes": 21 * MIB}, 80) == []
-    assert (
-        len(space_warnings({**shown, "used_bytes": 80 * MIB, "available_bytes": 20 * MIB}, 80)) == 1
-    )
+    assert space_warnings(79 * MIB, 21 * MIB, 1, threshold_percent=80) == []
+    assert len(space_warnings(80 * MIB, 20 * MIB, 1, threshold_percent=80)) == 1
 
 
 # --- Sessions -------------------------------------------------------------------------------------
@@ -275,7 +263,7 @@ async def test_no_such_session(service: ControlService) -> None:
 async def test_a_session_whose_commands_do_not_end_is_said_to_go_on(
     service: ControlService, targets: Targets, wire: RecordedWire, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("daemon.control.service.SESSION_END_SECONDS", 0.01)
+    monkeypatch.setattr("daemon.control.handlers.sessions.SESSION_END_SECONDS", 0.01)
     await call(service, "vdisk.create", name="a", size_bytes=MIB)
     session = Session("iqn.2026-01.io.cleaved:a")
     targets.session_opened(session)

@@ -8,19 +8,18 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from daemon.control.target_service import TargetService
-from daemon.iscsi import admission as admission_module
+from daemon.control.service import ControlService
 from daemon.iscsi.initiator import INITIATOR_NAME, Initiator, random_isid
 from daemon.iscsi.listener import CLOSE_SECONDS, TAKEOVER_TICKS, IscsiListener
-from daemon.process.config import Address
+from daemon.process.addresses import Address
 from daemon.targets.directory import Targets
 from daemon.targets.names import TARGET_PREFIX
-from protocol.control import methods
+from daemon.tcp import admission as admission_module
+from protocol.control import rows
 from protocol.iscsi import limits
 from protocol.iscsi.errors import IscsiError
 from protocol.iscsi.initiator.login import InitiatorSettings
-from protocol.iscsi.node import TargetNode
-from tests.daemon.fakes import MemoryPool
+from tests.daemon.fakes import MemoryPool, call, control_service
 
 OTHER = "iqn.2026-01.test:other"
 DISK = f"{TARGET_PREFIX}disk"
@@ -38,19 +37,15 @@ def targets(pool: MemoryPool) -> Targets:
 
 @pytest_asyncio.fixture
 async def listener(targets: Targets) -> AsyncIterator[IscsiListener]:
-    found = IscsiListener(TargetNode(targets), connections_max=200)
+    found = IscsiListener(targets, connections_max=200)
     await found.listen(Address("127.0.0.1", 0))
     yield found
     await found.stop(0.1)
 
 
 @pytest.fixture
-def service(pool: MemoryPool, targets: Targets, listener: IscsiListener) -> TargetService:
-    return TargetService(pool, targets, listener)
-
-
-async def call(service: TargetService, method: str, **params: object) -> object:
-    return await service.handlers[method](methods.validate(method, params))
+def service(pool: MemoryPool, targets: Targets, listener: IscsiListener) -> ControlService:
+    return control_service(pool, targets, listener)
 
 
 async def connect(
@@ -72,11 +67,13 @@ def now(seconds: float) -> float:
 
 
 async def test_who_is_shut_out_is_asked_to_log_out_and_closed_if_it_does_not(
-    listener: IscsiListener, service: TargetService
+    listener: IscsiListener, service: ControlService
 ) -> None:
     allowed, shut_out = await connect(listener), await connect(listener, OTHER)
     answer = await call(service, "acl.add", target="disk", initiators=[INITIATOR_NAME])
-    assert answer == {"target": DISK, "initiators": [INITIATOR_NAME], "sessions_ended": 1}
+    assert answer == rows.ChangedAccessList(
+        target=DISK, initiators=[INITIATOR_NAME], sessions_ended=1
+    )
     with pytest.raises(IscsiError):
         await connect(listener, OTHER)
     for connection in list(listener.connections):
@@ -165,15 +162,14 @@ async def test_stopping_asks_for_a_logout_and_waits_for_it(listener: IscsiListen
 
 
 async def test_a_lun_that_comes_and_goes_under_an_open_session(
-    listener: IscsiListener, service: TargetService, pool: MemoryPool
+    listener: IscsiListener, service: ControlService, pool: MemoryPool
 ) -> None:
     await call(service, "target.create", target="t")
     await call(service, "target.map", target="t", vdisk="disk")
     session = await connect(listener, target=f"{TARGET_PREFIX}t")
     await session.write(0, b"\x11" * 512)
     mapped = await call(service, "target.map", target="t", vdisk="second")
-    assert isinstance(mapped, dict)
-    assert (mapped["sessions"], [lun["vdisk"] for lun in mapped["luns"]]) == (1, ["disk", "second"])
+    assert (mapped.sessions, [lun.vdisk for lun in mapped.luns]) == (1, ["disk", "second"])
     assert len(pool.volumes["second"].labels) == 2
     await call(service, "target.unmap", target="t", vdisk="disk")
     assert pool.volumes["disk"].labels == []
@@ -218,7 +214,7 @@ async def test_discovery_tells_the_portals_that_an_initiator_can_reach(
 
 
 async def test_two_portals_are_two_paths_to_one_disk(pool: MemoryPool) -> None:
-    listener = IscsiListener(TargetNode(Targets(pool, None)), connections_max=10)
+    listener = IscsiListener(Targets(pool, None), connections_max=10)
     for host in ("127.0.0.1", "::1"):
         await listener.listen(Address(host, 0))
     paths = [
@@ -239,7 +235,7 @@ async def test_two_portals_are_two_paths_to_one_disk(pool: MemoryPool) -> None:
 async def test_hosts_that_end_each_others_sessions_are_named_once(
     pool: MemoryPool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    listener = IscsiListener(TargetNode(Targets(pool, None)), connections_max=200)
+    listener = IscsiListener(Targets(pool, None), connections_max=200)
     for host in ("127.0.0.1", "::1"):
         await listener.listen(Address(host, 0))
     settings = InitiatorSettings(INITIATOR_NAME, DISK, isid=7)

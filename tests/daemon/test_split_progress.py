@@ -1,33 +1,24 @@
 """What subscribers and the log are told of splits, on a virtual clock."""
 
-from typing import Any
-
 from daemon.control.split_progress import LOG_SECONDS, SplitProgress, log_fields
-
-Row = dict[str, Any]
+from protocol.control.rows import Split
+from tests.daemon.fakes import split_row
 
 
 class Told:
     def __init__(self) -> None:
-        self.notified: list[Row] = []
-        self.logged: list[Row] = []
-        self.ended: dict[str, Row] = {}
+        self.notified: list[Split] = []
+        self.logged: list[Split] = []
+        self.ended: dict[str, Split] = {}
         self.progress = SplitProgress(self.ended.get, self.notified.append, self.logged.append)
 
     @property
     def states(self) -> list[str]:
-        return [seen["state"] for seen in self.notified]
+        return [seen.state for seen in self.notified]
 
 
-def row(state: str = "running", percent: float = 0.0, name: str = "a") -> Row:
-    return {
-        "name": name,
-        "state": state,
-        "percent": percent,
-        "holes_remaining": 7,
-        "counted": True,
-        "secret": 1,
-    }
+def row(state: str = "running", percent: float = 0.0, counted: bool = True) -> Split:
+    return split_row(name="a", state=state, percent=percent, holes_remaining=7, counted=counted)
 
 
 def test_a_running_split_is_notified_at_every_look_and_logged_every_few_seconds() -> None:
@@ -36,7 +27,7 @@ def test_a_running_split_is_notified_at_every_look_and_logged_every_few_seconds(
     for quarter in range(looks):
         told.progress.look([row(percent=quarter)], quarter / 4)
     assert len(told.notified) == looks
-    assert [logged["percent"] for logged in told.logged] == [20, 40, 60]
+    assert [logged.percent for logged in told.logged] == [20, 40, 60]
 
 
 def test_a_split_that_stands_still_fills_no_log() -> None:
@@ -89,10 +80,19 @@ def test_an_event_repeats_the_state_to_those_that_wait() -> None:
 
 def test_a_split_that_counts_first_is_logged_from_nothing_on() -> None:
     told = Told()
-    told.progress.look([{**row(percent=100.0), "counted": False}], 0)
+    told.progress.look([row(percent=100.0, counted=False)], 0)
     told.progress.look([row(percent=20.0)], LOG_SECONDS)
-    assert [logged["percent"] for logged in told.logged] == [20.0]
+    assert [logged.percent for logged in told.logged] == [20.0]
 
 
 def test_the_log_holds_the_documented_fields_only() -> None:
-    assert log_fields(row()) == {"name": "a", "percent": 0.0, "holes_remaining": 7}
+    assert log_fields(row()) == {
+        "name": "a",
+        "mode": "copy",
+        "percent": 0.0,
+        "holes_remaining": 7,
+        "blocks_copied": 400,
+        "blocks_shared": 0,
+        "rate_bytes_per_second": 0,
+        "eta_seconds": 12.0,
+    }

@@ -10,13 +10,13 @@ import pytest
 
 from daemon.iscsi.initiator import Initiator
 from daemon.iscsi.listener import IscsiListener
-from daemon.process.config import Address
+from daemon.process.addresses import Address
 from daemon.targets.access import Credentials
-from daemon.targets.directory import TARGET, VDISK, Targets
+from daemon.targets.administration import TARGET, VDISK, TargetAdministration
+from daemon.targets.directory import Targets
 from daemon.targets.names import TARGET_PREFIX
 from protocol.iscsi.chap import ChapSecrets
 from protocol.iscsi.initiator.login import InitiatorSettings
-from protocol.iscsi.node import TargetNode
 from storage.errors import Conflict, NotFound
 from tests.daemon.fakes import MemoryPool
 from tests.daemon.programs import Daemon
@@ -46,22 +46,29 @@ def test_a_vdisk_is_announced_in_lower_case_and_reached_in_any(spelled: str) -> 
     assert targets.names_for(ANNA, "p") == [f"{TARGET_PREFIX}other", f"{TARGET_PREFIX}web1"]
     for prefix in (TARGET_PREFIX, TARGET_PREFIX.upper()):
         assert reached(targets, prefix + spelled) == (f"{TARGET_PREFIX}web1", ["Web1"])
-    assert targets.target_name("Web1") == f"{TARGET_PREFIX}web1"
+    assert targets.names.announced("Web1") == f"{TARGET_PREFIX}web1"
     assert targets.named(spelled).luns[0].name == "Web1"
 
 
 async def test_a_vdisk_and_a_target_cannot_differ_in_case_alone() -> None:
-    targets = Targets(MemoryPool(TT=4096), None)
+    administration = TargetAdministration(Targets(MemoryPool(TT=4096), None))
     for name in ("tt", "TT", "Tt"):
         with pytest.raises(Conflict, match="target of vdisk TT"):
-            await targets.create(name)
-    await targets.create("Cluster")
+            await administration.create(name)
+    await administration.create("Cluster")
     for name in ("cluster", "CLUSTER"):
-        with pytest.raises(Conflict, match=f"target {name.lower()}"), targets.claim(VDISK, name):
+        with (
+            pytest.raises(Conflict, match=f"target {name.lower()}"),
+            administration.claim(VDISK, name),
+        ):
             pytest.fail("a vdisk of the name of a target")
-    with targets.claim(VDISK, "New"), pytest.raises(Conflict, match="vdisk new"):
-        await targets.create("NEW")
-    with targets.claim(TARGET, "new"), pytest.raises(Conflict), targets.claim(VDISK, "New"):
+    with administration.claim(VDISK, "New"), pytest.raises(Conflict, match="vdisk new"):
+        await administration.create("NEW")
+    with (
+        administration.claim(TARGET, "new"),
+        pytest.raises(Conflict),
+        administration.claim(VDISK, "New"),
+    ):
         pytest.fail("both were made at the same time")
 
 
@@ -71,7 +78,7 @@ async def test_old_names_that_collide_are_reached_as_they_are_spelled_and_no_oth
 ) -> None:
     pool = with_names(MemoryPool(), "Web1", "web1", "WEB2", "Web2", "alone")
     targets = Targets(pool, None)
-    await targets.load()
+    targets.load()
     assert capsys.readouterr().out.count("target.names_collide") == 2
     announced = [TARGET_PREFIX + name for name in ("WEB2", "Web1", "Web2", "alone", "web1")]
     assert targets.names_for(ANNA, "p") == announced
@@ -93,11 +100,11 @@ async def test_old_names_that_collide_are_reached_as_they_are_spelled_and_no_oth
 @pytest.mark.logs("names_collide")
 async def test_an_old_vdisk_beside_a_target_of_its_name(capsys: Any) -> None:
     pool = MemoryPool(other=4096)
-    earlier = Targets(pool, None)
+    earlier = TargetAdministration(Targets(pool, None))
     await earlier.create("tt")
     await earlier.map("tt", pool.volumes["other"], None)
     targets = Targets(with_names(pool, "TT"), None)
-    await targets.load()
+    targets.load()
     assert f"{TARGET_PREFIX}TT" in capsys.readouterr().out
     assert reached(targets, f"{TARGET_PREFIX}TT") == (f"{TARGET_PREFIX}TT", ["TT"])
     assert reached(targets, f"{TARGET_PREFIX}tt") == (f"{TARGET_PREFIX}tt", ["other"])
@@ -108,17 +115,18 @@ async def test_an_old_vdisk_beside_a_target_of_its_name(capsys: Any) -> None:
 async def test_a_rename_does_not_send_hosts_to_the_other_disk() -> None:
     pool = with_names(MemoryPool(), "Web1", "web1")
     targets = Targets(pool, None)
+    administration = TargetAdministration(targets)
     session = Session(f"{TARGET_PREFIX}Web1")
     targets.session_opened(session)
     with (
         pytest.raises(Conflict, match=f"find {TARGET_PREFIX}web1 instead of Web1"),
-        targets.claim(VDISK, "new", pool.volumes["Web1"]),
+        administration.claim(VDISK, "new", pool.volumes["Web1"]),
     ):
         pytest.fail("the host would find the other disk when it connects again")
-    with targets.claim(VDISK, "new", pool.volumes["web1"]):
+    with administration.claim(VDISK, "new", pool.volumes["web1"]):
         pass
     targets.session_closed(session)
-    with targets.claim(VDISK, "new", pool.volumes["Web1"]):
+    with administration.claim(VDISK, "new", pool.volumes["Web1"]):
         pass
 
 
@@ -126,11 +134,11 @@ async def test_a_rename_does_not_send_hosts_to_the_other_disk() -> None:
 async def test_a_chap_user_that_is_the_initiators_name_has_no_case(user: str | None) -> None:
     pool = MemoryPool(disk=1 << 20)
     targets = Targets(pool, None)
-    await targets.allow("DISK", [ANNA.upper()])
+    await TargetAdministration(targets).allow("DISK", [ANNA.upper()])
     await targets.access.set_chap(
         ANNA.title(), Credentials(user=user or ANNA.title(), secret="s" * 12)
     )
-    listener = IscsiListener(TargetNode(targets), connections_max=3)
+    listener = IscsiListener(targets, connections_max=3)
     await listener.listen(Address("127.0.0.1", 0))
     host, port = listener.addresses[0]
     for name in (ANNA, ANNA.upper()):
@@ -138,7 +146,7 @@ async def test_a_chap_user_that_is_the_initiators_name_has_no_case(user: str | N
             name, f"{TARGET_PREFIX}Disk", chap=ChapSecrets(user or name, b"s" * 12)
         )
         session = await Initiator.connect(host, port, f"{TARGET_PREFIX}Disk", settings)
-        assert [row["initiator"] for row in targets.sessions()] == [ANNA]
+        assert [row.initiator for row in targets.sessions.rows()] == [ANNA]
         await session.close()
     await listener.stop(1)
 

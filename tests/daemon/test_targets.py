@@ -3,9 +3,13 @@
 import pytest
 
 from daemon.process.config import Chap
-from daemon.targets.directory import TARGET, VDISK, Targets
-from storage.errors import Conflict, NotFound
-from tests.daemon.fakes import MemoryPool
+from daemon.targets.administration import TARGET, VDISK, TargetAdministration
+from daemon.targets.directory import Targets
+from protocol.control.errors import ControlError
+from protocol.control.rows import COUNTERS
+from storage.errors import Conflict
+from storage.vdisks.counters import Counters
+from tests.daemon.fakes import MemoryPool, RecordedWire, call, control_service
 
 PREFIX = "iqn.2026-01.io.cleaved:"
 
@@ -17,7 +21,20 @@ class Session:
         self.peer_address = "127.0.0.1:50000"
 
     def describe(self) -> dict[str, object]:
-        return {"initiator": self.initiator_name, "target": self.target_name}
+        return {
+            "initiator": self.initiator_name,
+            "target": self.target_name,
+            "address": self.peer_address,
+            "portal": "127.0.0.1:3260",
+            "tsih": 1,
+            "state": "active",
+            "header_digest": False,
+            "data_digest": False,
+            "commands_in_flight": 0,
+            "commands": 0,
+            "read_bytes": 0,
+            "write_bytes": 0,
+        }
 
 
 def test_every_vdisk_is_a_target_with_itself_as_lun_0() -> None:
@@ -64,22 +81,23 @@ def test_sessions_attach_their_volume_until_they_close() -> None:
     for session in (first, second, discovery):
         targets.session_opened(session)
     assert len(set(pool.volumes["a"].labels)) == 2
-    assert [row["initiator"] for row in targets.sessions()] == [
+    assert [row.initiator for row in targets.sessions.rows()] == [
         "iqn.2026-01.test:i",
         "iqn.2026-01.test:i",
         "iqn.2026-01.test:j",
     ]
-    assert targets.stats("a")["sessions"] == 2
+    assert targets.sessions.count_using("a") == 2
     for session in (first, second, discovery):
         targets.session_closed(session)
     assert pool.volumes["a"].labels == []
-    assert targets.sessions() == []
+    assert targets.sessions.rows() == []
 
 
 @pytest.mark.parametrize("kind", [VDISK, TARGET])
 def test_a_name_that_open_sessions_came_by_is_not_given_to_another_disk(kind: str) -> None:
     pool = MemoryPool(Prod=4096, other=4096)
     targets = Targets(pool, None)
+    administration = TargetAdministration(targets)
     session = Session(f"{PREFIX}Prod")
     targets.session_opened(session)
     renamed = pool.volumes["old"] = pool.volumes.pop("Prod")
@@ -87,15 +105,15 @@ def test_a_name_that_open_sessions_came_by_is_not_given_to_another_disk(kind: st
     for taken in ("Prod", "prod"):  # iSCSI names are compared in lower case
         with (
             pytest.raises(Conflict, match=r"test:i \(session 1\) came by the name"),
-            targets.claim(kind, taken),
+            administration.claim(kind, taken),
         ):
             pass
-    with pytest.raises(Conflict), targets.claim(kind, "Prod", pool.volumes["other"]):
+    with pytest.raises(Conflict), administration.claim(kind, "Prod", pool.volumes["other"]):
         pass
-    with targets.claim(kind, "Prod", renamed), targets.claim(kind, "new"):
+    with administration.claim(kind, "Prod", renamed), administration.claim(kind, "new"):
         pass  # its own name may come back
     targets.session_closed(session)
-    with targets.claim(kind, "prod"):
+    with administration.claim(kind, "prod"):
         pass
 
 
@@ -103,13 +121,18 @@ def test_a_vdisk_that_goes_while_somebody_logs_in_is_no_error() -> None:
     targets = Targets(MemoryPool(), None)
     session = Session(f"{PREFIX}gone")
     targets.session_opened(session)
-    assert len(targets.sessions()) == 1
+    assert len(targets.sessions.rows()) == 1
     targets.session_closed(session)
 
 
-def test_stats_are_the_volumes_counters() -> None:
+async def test_stats_are_the_volumes_counters() -> None:
     pool = MemoryPool(a=4096)
+    service = control_service(pool, Targets(pool, None), RecordedWire())
     pool.volumes["a"].counters.reads = 5
-    assert Targets(pool, None).stats("a")["reads"] == 5
-    with pytest.raises(NotFound):
-        Targets(pool, None).stats("none")
+    assert (await call(service, "stats", name="a")).reads == 5
+    with pytest.raises(ControlError, match="there is no vdisk none"):
+        await call(service, "stats", name="none")
+
+
+def test_every_counter_of_a_volume_is_shown() -> None:
+    assert set(COUNTERS) == set(Counters.__slots__)

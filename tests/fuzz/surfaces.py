@@ -10,12 +10,14 @@ from collections.abc import Callable
 from random import Random
 from typing import Final
 
-from protocol.iscsi import chap, login, pdu, text
+from protocol.iscsi import chap, pdu, text
 from protocol.iscsi.chap import ChapSecrets
 from protocol.iscsi.errors import IscsiError
 from protocol.iscsi.pdu import pack
-from protocol.scsi import dispatch, transport_id
+from protocol.names import initiator_port
+from protocol.scsi import dispatch
 from protocol.scsi.command import Command
+from protocol.scsi.commands.reservation_transport_id import encode_transport_id
 from protocol.scsi.errors import ScsiError, sense_of
 from protocol.scsi.logical_unit import LogicalUnit, Nexus
 from protocol.scsi.plan import Operation, Query, ReadExtent
@@ -141,7 +143,7 @@ def cdbs(chance: Random) -> None:
     """Run a few commands with arbitrary CDBs on one disk."""
     nexus, volume = _nexus()
     for _ in range(4):
-        command = chance.choice(dispatch.COMMANDS)
+        command = chance.choice(dispatch.TABLE.commands)
         cdb = _cdb(chance, command) if chance.random() < 0.9 else chance.randbytes(16)
         _carry_out(chance, nexus, cdb, chance.randbytes(chance.choice((0, 1, 24, 512, 1024))))
     assert len(volume.data) == DISK_BYTES
@@ -159,9 +161,7 @@ def _shapes(naa: bytes) -> dict[int, tuple[bytes, ...]]:
         bytes((0, 38, 0, 32)) + bytes(4) + (bytes(7) + b"\x08" + bytes(3) + b"\x08" + bytes(4)) * 2
     )
     reserve = bytes(8) + bytes(7) + b"\x01" + bytes(4) + b"\x01" + bytes(3)
-    ids = transport_id.encode(f"{INITIATOR},i,0x000000000002") + transport_id.encode(
-        f"{INITIATOR},i,0x000000000001"
-    )
+    ids = b"".join(encode_transport_id(initiator_port(INITIATOR, isid)) for isid in (2, 1))
     with_ports = reserve[:20] + b"\x09" + reserve[21:] + len(ids).to_bytes(4, "big") + ids
     move = (
         reserve[8:16]
@@ -189,7 +189,7 @@ _LENGTH_AT: Final = {
     0x83: (10, 14),
 }
 _WITH_PARAMETERS: Final = tuple(
-    command for command in dispatch.COMMANDS if command.opcode in _LENGTH_AT
+    command for command in dispatch.TABLE.commands if command.opcode in _LENGTH_AT
 )
 
 
@@ -344,7 +344,7 @@ _LOGIN_BODY: Final = text.encode(
         ("InitialR2T", "No"),
     ]
 )
-_LOGIN: Final = _login_pdu(_LOGIN_BODY, pdu.TRANSIT | login.OPERATIONAL << 2 | login.FULL_FEATURE)
+_LOGIN: Final = _login_pdu(_LOGIN_BODY, pdu.TRANSIT | pdu.OPERATIONAL_STAGE << 2 | pdu.FULL_FEATURE)
 _OPCODES: Final = (0, 1, 1, 1, 1, 2, 4, 5, 5, 6, 0x10)
 
 
@@ -374,7 +374,7 @@ def _request(chance: Random, cmd_sn: int) -> bytes:
         ),
     )
     if opcode == pdu.SCSI_COMMAND:
-        head = head[:32] + _cdb(chance, chance.choice(dispatch.COMMANDS))
+        head = head[:32] + _cdb(chance, chance.choice(dispatch.TABLE.commands))
     return head + ahs + body + bytes(-len(body) % 4)
 
 

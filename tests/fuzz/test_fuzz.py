@@ -16,7 +16,7 @@ import pytest
 from protocol.iscsi import chap
 from protocol.iscsi.framing import ReceiveBuffer
 from protocol.iscsi.login import LoginPhase
-from protocol.scsi.commands import extended_copy
+from protocol.scsi.commands import copy
 from protocol.scsi.limits import SECTOR_SHIFT
 from tests.fuzz import guided
 from tests.fuzz.chance import GivenChance
@@ -40,13 +40,13 @@ def test_a_slice_finds_nothing(name: str) -> None:
 
 def _no_range_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "protocol.scsi.commands.block.check_range",
+        "protocol.scsi.commands.medium.check_range",
         lambda _, lba, sectors: (lba << SECTOR_SHIFT, sectors << SECTOR_SHIFT),
     )
 
 
 def _no_list_length_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extended_copy, "_check_segments", lambda _: None)
+    monkeypatch.setattr(copy, "_check_segments", lambda _: None)
 
 
 def _text_decoded_without_care(monkeypatch: pytest.MonkeyPatch) -> None:

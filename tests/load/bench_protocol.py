@@ -96,7 +96,7 @@ def main() -> None:
     for mapped in pair.node.unit_for(volume).nexuses:
         mapped.take_attention()
     target = pair.target
-    target._send = lambda buffers: None
+    target._sender._send = lambda buffers: None
     cmd_sn = 1
     for name, opcode, flags, data in (
         ("read", opcodes.READ_10, _READ_FLAGS, b""),

@@ -15,9 +15,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from daemon.admin.client import ControlClient
+from protocol.control import methods
+from protocol.control.parameters import SplitMode
+from protocol.control.rows import Split
 from tests.daemon.programs import ROOT, Daemon, succeed
 from tests.load import qemu_stream
 from tests.load.measuring import machine, median, table, warm_memory
@@ -32,25 +35,25 @@ KILL_PERCENT = 40.0
 KILLED_SPLIT_SECONDS = 30
 
 
-def wait_for_split(control: ControlClient, name: str, percent: float = 100.0) -> dict[str, Any]:
+def wait_for_split(control: ControlClient, name: str, percent: float = 100.0) -> Split:
     """Poll until the split is done, or at least at ``percent``."""
     while True:
-        shown: dict[str, Any] = control.call("split.show", name=name)
-        if shown["state"] in ("failed", "cancelled", "paused"):
-            raise RuntimeError(f"the split of {name} is {shown['state']}: {shown['reason']}")
-        if shown["state"] == "done" or (
-            percent < 100.0 and shown["counted"] and shown["percent"] >= percent
+        shown = control.call(methods.SplitShow(name=name))
+        if shown.state in ("failed", "cancelled", "paused"):
+            raise RuntimeError(f"the split of {name} is {shown.state}: {shown.reason}")
+        if shown.state == "done" or (
+            percent < 100.0 and shown.counted and shown.percent >= percent
         ):
             return shown
         time.sleep(POLL_SECONDS)
 
 
-def timed_split(control: ControlClient, name: str, mode: str) -> float:
+def timed_split(control: ControlClient, name: str, mode: SplitMode) -> float:
     """Return the seconds from the command to the released association. The split is durable then,
     since the release is a consistency point.
     """
     started = time.perf_counter()
-    control.call("split.start", name=name, mode=mode)
+    control.call(methods.SplitStart(name=name, mode=mode))
     wait_for_split(control, name)
     return time.perf_counter() - started
 
@@ -98,17 +101,17 @@ async def idle(directory: Path, disk_mib: int, rounds: int) -> None:
             )
         with ControlClient(str(daemon.control_path)) as control:
             for number in range(rounds):
-                for mode in ("copy", "share"):
+                for mode in get_args(SplitMode):
                     clone = f"{mode}{number}"
-                    control.call("clone.create", snapshot="golden@v1", name=clone)
+                    control.call(methods.CloneCreate(snapshot="golden@v1", name=clone))
                     seconds.setdefault(mode, []).append(timed_split(control, clone, mode))
-                    control.call("vdisk.rm", name=clone)
+                    control.call(methods.VdiskDelete(name=clone))
                 await settle(control)
                 if has_qemu:
                     done, synced = await qemu_stream.stream(base, directory / "overlay.qcow2")
                     seconds.setdefault("qemu", []).append(done)
                     seconds.setdefault("qemu synced", []).append(synced)
-            check = control.call("pool.check", verify_data=False)
+            check = control.call(methods.PoolCheck(verify_data=False))
     finally:
         await daemon.stop()
         base.unlink(missing_ok=True)
@@ -124,7 +127,7 @@ async def idle(directory: Path, disk_mib: int, rounds: int) -> None:
     ]
     print(f"### Split of a fully backed clone of {disk_mib} MiB, idle; median of {rounds}\n")
     print(table(("what", "time", "rate"), rows))
-    print(f"\npool check afterwards: {'clean' if check['ok'] else check['errors']}\n")
+    print(f"\npool check afterwards: {'clean' if check.ok else check.errors}\n")
     if not has_qemu:
         print(f"{qemu_stream.PROGRAM} is missing: apt-get install qemu-system-common\n")
 
@@ -134,7 +137,7 @@ async def settle(control: ControlClient) -> None:
     the next measurement.
     """
     before = -1
-    while (used := control.call("pool.show")["used_bytes"]) != before:
+    while (used := control.call(methods.PoolShow()).used_bytes) != before:
         before = used
         await asyncio.sleep(1.0)
 
@@ -149,7 +152,7 @@ async def loaded(directory: Path, disk_mib: int) -> None:
     daemon = await filled_daemon(directory, disk_mib)
     try:
         with ControlClient(str(daemon.control_path)) as control:
-            control.call("clone.create", snapshot="golden@v1", name="clone")
+            control.call(methods.CloneCreate(snapshot="golden@v1", name="clone"))
             process = await asyncio.create_subprocess_exec(
                 *load_arguments(daemon, "clone", disk_mib),
                 stdin=asyncio.subprocess.PIPE,
@@ -166,15 +169,15 @@ async def loaded(directory: Path, disk_mib: int) -> None:
             await asyncio.sleep(PHASE_SECONDS)
             output, _ = await process.communicate(b"stop\n")
             found = json.loads(output)
-            backing = control.call("vdisk.show", name="clone")["backing"]
-            deleted = control.call("snapshot.rm", snapshot="golden@v1")
-            check = control.call("pool.check", verify_data=True)
+            backing = control.call(methods.VdiskShow(name="clone")).backing
+            deleted = control.call(methods.SnapshotDelete(snapshot="golden@v1"))
+            check = control.call(methods.PoolCheck(verify_data=True))
     finally:
         await daemon.stop()
     report_load(found, disk_mib, seconds)
     print(
-        f"\nbacking store afterwards: {backing}; snapshot deleted: {deleted['deleted']}; pool check"
-        f" with data: {'clean' if check['ok'] else check['errors']}\n"
+        f"\nbacking store afterwards: {backing}; snapshot deleted: {deleted.deleted}; pool check"
+        f" with data: {'clean' if check.ok else check.errors}\n"
     )
 
 
@@ -212,12 +215,13 @@ async def crash(directory: Path, disk_mib: int) -> None:
     daemon = await filled_daemon(directory, disk_mib)
     try:
         with ControlClient(str(daemon.control_path)) as control:
-            control.call("clone.create", snapshot="golden@v1", name="clone")
+            control.call(methods.CloneCreate(snapshot="golden@v1", name="clone"))
             control.call(
-                "split.start",
-                name="clone",
-                mode="copy",
-                rate_max_bytes=disk_mib * (1 << 20) // KILLED_SPLIT_SECONDS,
+                methods.SplitStart(
+                    name="clone",
+                    mode="copy",
+                    rate_max_bytes=disk_mib * (1 << 20) // KILLED_SPLIT_SECONDS,
+                )
             )
             before = wait_for_split(control, "clone", KILL_PERCENT)
         await daemon.stop(signal.SIGKILL)
@@ -228,8 +232,8 @@ async def crash(directory: Path, disk_mib: int) -> None:
             # The holes are counted again first.
             after = wait_for_split(control, "clone", 1.0)
             wait_for_split(control, "clone")
-            total = control.call("split.show", name="clone")
-            check = control.call("pool.check", verify_data=True)
+            total = control.call(methods.SplitShow(name="clone"))
+            check = control.call(methods.PoolCheck(verify_data=True))
         found = json.loads(await load_program(daemon, "clone", disk_mib, "--verify"))
     finally:
         await daemon.stop()
@@ -239,16 +243,13 @@ async def crash(directory: Path, disk_mib: int) -> None:
         (f"restarted, {restart_seconds:.2f} s after it", after),
         ("at the end", total),
     )
-    rows = [
-        (when, shown["state"], shown["holes_remaining"], shown["percent"])
-        for when, shown in moments
-    ]
+    rows = [(when, shown.state, shown.holes_remaining, shown.percent) for when, shown in moments]
     print(table(("when", "state", "holes remaining", "percent"), rows))
     wrong = found["wrong"]
     print(
         f"\n{found['verified_blocks']} blocks compared:"
         f" {wrong[:3] if wrong else 'every byte right'}; pool check with data:"
-        f" {'clean' if check['ok'] else check['errors']}\n"
+        f" {'clean' if check.ok else check.errors}\n"
     )
 
 

@@ -22,6 +22,8 @@ import uvloop
 
 from daemon.admin.client import ControlClient
 from daemon.iscsi.initiator import Initiator
+from protocol.control import methods
+from protocol.control.definition import AnyMethod
 from storage.device import Buffer
 from storage.device.file import FileDevice
 from storage.pool import Pool
@@ -46,24 +48,19 @@ class Timer:
     def __init__(self) -> None:
         self.milliseconds: dict[str, list[float]] = {}
 
-    def call(self, what: str, control: ControlClient, method: str, **params: object) -> None:
+    def call(self, what: str, control: ControlClient, call: AnyMethod) -> None:
         started = time.perf_counter()
-        control.call(method, **params)
+        control.call(call)
         self.milliseconds.setdefault(what, []).append((time.perf_counter() - started) * 1e3)
 
 
 def snapshots_and_clones(timer: Timer, control: ControlClient, vdisk: str, what: str) -> None:
     for number in range(ROUNDS):
-        timer.call(
-            f"snapshot of {what}", control, "snapshot.create", snapshots=[f"{vdisk}@s{number}"]
-        )
-        timer.call(
-            f"clone of {what}",
-            control,
-            "clone.create",
-            snapshot=f"{vdisk}@s{number}",
-            name=f"{vdisk}.c{number}",
-        )
+        snapshot, clone = f"{vdisk}@s{number}", f"{vdisk}.c{number}"
+        take = methods.SnapshotCreate(snapshots=[snapshot])
+        timer.call(f"snapshot of {what}", control, take)
+        make = methods.CloneCreate(snapshot=snapshot, name=clone)
+        timer.call(f"clone of {what}", control, make)
 
 
 async def write_scattered(daemon: Daemon, vdisk: str, count: int, seed: int) -> None:
@@ -89,13 +86,11 @@ async def create(directory: Path, scattered: int) -> None:
                 timer.call(
                     "create of a 16 TiB vdisk",
                     control,
-                    "vdisk.create",
-                    name=name,
-                    size_bytes=DISK_BYTES,
+                    methods.VdiskCreate(name=name, size_bytes=DISK_BYTES),
                 )
             snapshots_and_clones(timer, control, "empty", "an empty 16 TiB vdisk")
             await write_scattered(daemon, "written", scattered, 1)
-            control.call("snapshot.create", snapshots=["written@settled"])
+            control.call(methods.SnapshotCreate(snapshots=["written@settled"]))
             snapshots_and_clones(
                 timer, control, "written", f"one with {scattered} scattered blocks"
             )
@@ -104,8 +99,7 @@ async def create(directory: Path, scattered: int) -> None:
                 timer.call(
                     "snapshot right after 2048 scattered writes",
                     control,
-                    "snapshot.create",
-                    snapshots=[f"busy@s{number}"],
+                    methods.SnapshotCreate(snapshots=[f"busy@s{number}"]),
                 )
     print("### Creation through the control socket\n")
     rows = [

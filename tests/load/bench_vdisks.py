@@ -12,7 +12,9 @@ import time
 from pathlib import Path
 
 from daemon.admin.client import ControlClient
-from protocol.control.client import ClientConnection
+from protocol.control import methods
+from protocol.control.client_connection import ClientConnection, hello
+from protocol.control.definition import AnyMethod
 from protocol.control.frames import Response
 from tests.daemon.programs import CLEAVECTL, Daemon, succeed
 from tests.load.measuring import machine, memory_bytes, table
@@ -29,7 +31,7 @@ def create_pipelined(control_path: Path, count: int, in_flight: int) -> float:
     connection = ClientConnection()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as control:
         control.connect(str(control_path))
-        control.sendall(connection.hello("bench")[1])
+        control.sendall(connection.request(hello("bench"))[1])
         sent, answered = 0, -1  # hello's answer is the first
         started = time.perf_counter()
         while answered < count:
@@ -38,7 +40,7 @@ def create_pipelined(control_path: Path, count: int, in_flight: int) -> float:
                 names = range(sent, sent + wanted)
                 requests = (
                     connection.request(
-                        "vdisk.create", {"name": f"vdisk-{n:06}", "size_bytes": SIZE_BYTES}
+                        methods.VdiskCreate(name=f"vdisk-{n:06}", size_bytes=SIZE_BYTES)
                     )[1]
                     for n in names
                 )
@@ -52,9 +54,9 @@ def create_pipelined(control_path: Path, count: int, in_flight: int) -> float:
         return time.perf_counter() - started
 
 
-def timed(control: ControlClient, method: str, **params: object) -> float:
+def timed(control: ControlClient, call: AnyMethod) -> float:
     started = time.perf_counter()
-    control.call(method, **params)
+    control.call(call)
     return time.perf_counter() - started
 
 
@@ -73,15 +75,12 @@ async def measure(directory: Path, count: int, in_flight: int) -> None:
             )
         )
         with ControlClient(str(daemon.control_path)) as control:
-            alone = timed(control, "vdisk.create", name="one-more", size_bytes=SIZE_BYTES)
+            alone = timed(control, methods.VdiskCreate(name="one-more", size_bytes=SIZE_BYTES))
             rows.append(("create of one more, alone", f"{alone * 1e3:.1f} ms"))
-            rows.append(("vdisk.ls over the control socket", f"{timed(control, 'vdisk.ls'):.2f} s"))
-            rows.append(
-                (
-                    "vdisk.show of one",
-                    f"{timed(control, 'vdisk.show', name='vdisk-000777') * 1e3:.1f} ms",
-                )
-            )
+            seconds = timed(control, methods.VdiskList())
+            rows.append(("vdisk.ls over the control socket", f"{seconds:.2f} s"))
+            seconds = timed(control, methods.VdiskShow(name="vdisk-000777"))
+            rows.append(("vdisk.show of one", f"{seconds * 1e3:.1f} ms"))
         rows.append(
             (
                 "memory of the daemon after creating and listing",

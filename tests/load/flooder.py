@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 import uvloop
 
-from protocol.iscsi import login, pdu, text
+from protocol.iscsi import pdu, text
 from protocol.iscsi.pdu import pack
 
 # An initiator that must use CHAP, and one that need not.
@@ -31,8 +31,8 @@ REPLY_BYTES_MAX = 1 << 16
 REPLY_SECONDS_MAX = 20.0
 SLOW_SECONDS = 0.01
 UNKNOWN_KEYS = 2048
-_TO_FULL_FEATURE = pdu.TRANSIT | login.OPERATIONAL << 2 | login.FULL_FEATURE
-_SECURITY = login.SECURITY << 2
+_TO_FULL_FEATURE = pdu.TRANSIT | pdu.OPERATIONAL_STAGE << 2 | pdu.FULL_FEATURE
+_SECURITY = pdu.SECURITY_STAGE << 2
 _CHALLENGE = re.compile(rb"CHAP_C=(0x[0-9a-f]+)")
 _isids = itertools.count(1)
 
@@ -126,7 +126,7 @@ async def wrong_secrets(peer: Peer) -> None:
     guess = [("CHAP_N", CHAP_USER), ("CHAP_R", "0x" + "5a" * 32)]
     peer.admitted(
         await peer.exchange(
-            reader, writer, request(text.encode(guess), 0x80 | login.FULL_FEATURE, isid)
+            reader, writer, request(text.encode(guess), 0x80 | pdu.FULL_FEATURE, isid)
         )
     )
     writer.transport.abort()
@@ -153,7 +153,7 @@ async def reflections(peer: Peer) -> None:
         ("CHAP_C", challenges[0]),
     ]
     reply = await peer.exchange(
-        second, to_second, request(text.encode(mirror), 0x80 | login.FULL_FEATURE, 7)
+        second, to_second, request(text.encode(mirror), 0x80 | pdu.FULL_FEATURE, 7)
     )
     answer = re.search(rb"CHAP_R=(0x[0-9a-f]+)", reply)
     replay = [
@@ -162,7 +162,7 @@ async def reflections(peer: Peer) -> None:
     ]
     peer.admitted(
         await peer.exchange(
-            first, to_first, request(text.encode(replay), 0x80 | login.FULL_FEATURE, 7)
+            first, to_first, request(text.encode(replay), 0x80 | pdu.FULL_FEATURE, 7)
         )
     )
     to_first.transport.abort()
@@ -180,7 +180,7 @@ async def unknown_keys(peer: Peer) -> None:
     )
     pieces = [body[at : at + 8192] for at in range(0, len(body), 8192)]
     message = b"".join(
-        request(piece, pdu.CONTINUE | login.OPERATIONAL << 2, 9) for piece in pieces[:-1]
+        request(piece, pdu.CONTINUE | pdu.OPERATIONAL_STAGE << 2, 9) for piece in pieces[:-1]
     )
     message += request(pieces[-1], _TO_FULL_FEATURE, 9)
     reply = b"?"

@@ -124,7 +124,7 @@ def test_a_write_does_not_pass_between_compare_and_write(volume):
     other.initiator.submit_write(0, 0, OLD, Results())
     run(other)
     assert other.target._phase is not None and all(
-        mapped.plain_write for mapped in other.target._phase.units.values()
+        mapped.plain_write for mapped in other.target._phase.session.units.values()
     )
 
 

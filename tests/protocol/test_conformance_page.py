@@ -7,8 +7,7 @@ from pathlib import Path
 
 from protocol.iscsi import keys, pdu
 from protocol.scsi import dispatch
-from protocol.scsi.commands import inquiry, mode
-from protocol.scsi.commands import log_sense as log_pages
+from protocol.scsi.commands import identity, log, mode
 
 HERE = Path(__file__).resolve().parent
 PAGE = (HERE.parents[1] / "docs" / "conformance.md").read_text()
@@ -67,16 +66,17 @@ def test_every_command():
             command.name,
         )
         for command in sorted(
-            dispatch.COMMANDS, key=lambda command: (command.opcode, command.service_action or 0)
+            dispatch.TABLE.commands,
+            key=lambda command: (command.opcode, command.service_action or 0),
         )
     ]
     assert [(row[0], row[1]) for row in rows("SCSI commands")] == wanted
 
 
 def test_every_page():
-    assert pages("VPD") == sorted(inquiry.PAGE_CODES)
+    assert pages("VPD") == sorted(identity.PAGES)
     assert pages("mode") == [page.code for page in mode.PAGES]
-    assert pages("log") == sorted(log_pages.PAGE_CODES)
+    assert pages("log") == sorted((log.SUPPORTED_PAGES, *log.PAGES))
 
 
 def test_every_row_has_a_state_and_tests_that_exist():

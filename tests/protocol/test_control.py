@@ -6,12 +6,14 @@ import contextlib
 from typing import Any
 
 import msgpack
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.control import errors, limits, methods
-from protocol.control.client import ClientConnection
+from protocol.control import calls, errors, limits, methods, rows
+from protocol.control.client_connection import ClientConnection, event_in, hello, result_in
+from protocol.control.definition import AnyMethod, result_type, row_type
 from protocol.control.errors import ControlError, FramingError
 from protocol.control.frames import (
     FrameReader,
@@ -22,7 +24,7 @@ from protocol.control.frames import (
     encode_request,
     encode_response,
 )
-from protocol.control.server import Call, ServerConnection, State
+from protocol.control.server_connection import Call, ServerConnection, State
 
 ITEMS = st.recursive(
     st.none()
@@ -96,7 +98,7 @@ def test_any_bytes_are_messages_or_a_framing_error(data: bytes) -> None:
 @given(
     st.lists(
         st.tuples(
-            st.sampled_from(sorted(methods.METHODS)),
+            st.sampled_from(sorted(calls.METHODS)),
             ITEMS | st.dictionaries(st.sampled_from(["name", "snapshot", "size_bytes"]), ITEMS),
         )
     )
@@ -222,10 +224,10 @@ def test_bad_params_are_named(method: str, params: Any, words: str) -> None:
 
 def test_params_may_be_a_map_or_an_array_of_one_map() -> None:
     for params in ({"name": "a"}, [{"name": "a"}]):
-        assert methods.validate("vdisk.show", params) == methods.Named(name="a")
+        assert calls.validate("vdisk.show", params) == methods.VdiskShow(name="a")
     nothings: list[Any] = [None, [], {}, [{}]]
     for nothing in nothings:
-        assert methods.validate("vdisk.ls", nothing) == methods.Params()
+        assert calls.validate("vdisk.ls", nothing) == methods.VdiskList()
 
 
 def test_an_unknown_method_is_answered() -> None:
@@ -250,9 +252,7 @@ def test_requests_above_the_pending_limit_are_refused_and_the_others_answered() 
 
 def test_a_request_id_in_use_is_refused() -> None:
     server = ready_server()
-    assert list(server.receive(encode_request(5, "vdisk.ls", {}))) == [
-        Call(5, "vdisk.ls", methods.Params())
-    ]
+    assert list(server.receive(encode_request(5, "vdisk.ls", {}))) == [Call(5, methods.VdiskList())]
     assert "5" in refusal(server, encode_request(5, "vdisk.ls", {}))["message"]
 
 
@@ -281,7 +281,7 @@ def test_rpc_list_describes_every_method() -> None:
     (response,) = reader().feed(server.take_output())
     assert isinstance(response, Response)
     described = {entry["method"]: entry for entry in response.result}
-    assert set(described) == set(methods.METHODS)
+    assert set(described) == set(calls.METHODS)
     assert all(entry["summary"] for entry in described.values())
     params = {param["name"]: param for param in described["split.start"]["params"]}
     assert params["name"]["required"]
@@ -291,13 +291,13 @@ def test_rpc_list_describes_every_method() -> None:
 
 def test_both_sides_in_memory() -> None:
     client, server = ClientConnection(), ServerConnection()
-    greeting_id, greeting = client.hello("test")
+    greeting_id, greeting = client.request(hello("test"))
     (call,) = server.receive(greeting)
     assert server.client == "test"
     assert list(client.receive(b"".join(server.answer(call.request_id, {"server": "x"})))) == [
         Response(greeting_id, None, {"server": "x"})
     ]
-    request_id, request = client.request("vdisk.show", {"name": "none"})
+    request_id, request = client.request(methods.VdiskShow(name="none"))
     (call,) = server.receive(request)
     refused = b"".join(
         server.refuse(
@@ -329,3 +329,45 @@ def test_a_code_of_a_newer_daemon_counts_as_failed() -> None:
         ControlError.from_object({"code": "haunted", "message": "boo"}).exit_code
         == errors.EXIT_FAILED
     )
+
+
+@pytest.mark.parametrize("method", calls.METHODS.values(), ids=calls.METHODS)
+def test_a_definition_is_whole(method: type[AnyMethod]) -> None:
+    assert method.__doc__, "rpc.list would have nothing to say"
+    if method is methods.Subscribe:
+        return  # answers names, no rows
+    kind = row_type(method)
+    assert set(kind.COLUMNS) <= set(kind.__struct_fields__)
+    assert kind.COLUMNS or result_type(method) is kind or method is methods.ListMethods
+
+
+def test_rows_take_exactly_their_keys() -> None:
+    found: dict[str, Any] = {"path": "/p", "uuid": "u", "size_bytes": 1}
+    assert rows.row_of(rows.NewPool, found) == rows.NewPool(path="/p", uuid="u", size_bytes=1)
+    with pytest.raises(AssertionError, match="exactly"):
+        rows.row_of(rows.NewPool, {**found, "more": 1})
+    for wrong in ({"path": "/p", "uuid": "u"}, {**found, "size_bytes": "1"}):
+        with pytest.raises(msgspec.ValidationError):
+            rows.row_of(rows.NewPool, wrong)
+
+
+def test_a_client_passes_over_what_a_newer_daemon_says_in_addition() -> None:
+    answer = {"name": "a", "deleted": True, "moon": "full"}
+    found = result_in(Response(1, None, answer), methods.VdiskDelete)
+    assert found == rows.Deleted(name="a", deleted=True)
+    assert event_in(Notification("moon.rise", {})) is None
+
+
+def test_a_client_says_so_where_it_does_not_understand_the_answer() -> None:
+    with pytest.raises(ControlError, match=r"vdisk\.rm cannot be understood") as caught:
+        result_in(Response(1, None, {"name": "a"}), methods.VdiskDelete)
+    assert caught.value.next_step is not None
+    assert "daemon's version" in caught.value.next_step
+    assert event_in(Notification(methods.SPLIT_PROGRESS, {"name": "a"})) is None
+
+
+def test_what_is_left_out_of_a_call_is_not_sent() -> None:
+    """A daemon that does not know a newer parameter takes the call all the same."""
+    client = ClientConnection()
+    _, request = client.request(methods.SnapshotDelete(snapshot="a@s"))
+    assert list(reader().feed(request)) == [Request(1, "snapshot.rm", {"snapshot": "a@s"})]

@@ -46,7 +46,7 @@ def test_every_data_phase_moves_the_same_bytes(digests, immediate, initial_r2t, 
         assert volume.data[4096 : 4096 + size] == data
         assert read(pair, 4096, size) == data
     assert pair.target.failure is None
-    assert pair.target.commands_in_flight == 0
+    assert pair.target.describe()["commands_in_flight"] == 0
 
 
 def test_a_transfer_of_many_bursts():
@@ -66,7 +66,11 @@ def test_many_commands_are_in_flight_within_the_window():
         volume.data[index * 512] = index & 0xFF
         pair.initiator.submit_read(0, index * 512, 512, result)
     pair.run()
-    assert pair.target.commands_in_flight == pair.initiator.in_flight == limits.COMMAND_WINDOW
+    assert (
+        pair.target.describe()["commands_in_flight"]
+        == pair.initiator.in_flight
+        == limits.COMMAND_WINDOW
+    )
     while pair.initiator.in_flight:
         volume.release()
         pair.run()
@@ -125,7 +129,7 @@ def test_every_error_of_a_volume_has_its_sense(number, writing, expected, digest
     pair.run()
     failure = results.failure
     assert (failure.status, (failure.key, failure.asc, failure.ascq)) == (0x02, expected)
-    assert pair.target.commands_in_flight == 0
+    assert pair.target.describe()["commands_in_flight"] == 0
 
 
 def test_a_read_that_fails_in_the_middle_tells_what_is_missing():

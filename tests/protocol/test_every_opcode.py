@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from protocol.iscsi import login, pdu
+from protocol.iscsi import pdu
 from protocol.iscsi.chap import ChapSecrets
 from protocol.iscsi.pdu import FINAL, RESERVED_TAG, pack
 from tests.protocol.coupling import Coupling, Peer, feed, settings
@@ -52,24 +52,24 @@ def untouched(node: RecordedNode) -> Peer:
 
 def security_begun(node: RecordedNode) -> Peer:
     node.directory.chap = None
-    return connected(node, request(HELLO, login.SECURITY, None))
+    return connected(node, request(HELLO, pdu.SECURITY_STAGE, None))
 
 
 def challenged(node: RecordedNode) -> Peer:
     node.directory.chap = SECRETS
     return connected(
         node,
-        request(HELLO, login.SECURITY, None),
-        request([("CHAP_A", "7,5")], login.SECURITY, None),
+        request(HELLO, pdu.SECURITY_STAGE, None),
+        request([("CHAP_A", "7,5")], pdu.SECURITY_STAGE, None),
     )
 
 
 def operational(node: RecordedNode) -> Peer:
-    return connected(node, request(NAMES, login.OPERATIONAL, None))
+    return connected(node, request(NAMES, pdu.OPERATIONAL_STAGE, None))
 
 
 def text_continued(node: RecordedNode) -> Peer:
-    return connected(node, request(b"Initiat", login.OPERATIONAL, None, flags=pdu.CONTINUE))
+    return connected(node, request(b"Initiat", pdu.OPERATIONAL_STAGE, None, flags=pdu.CONTINUE))
 
 
 def full_feature(node: RecordedNode) -> Peer:
@@ -104,7 +104,7 @@ def busy(node: RecordedNode) -> Peer:
     peer, volume = ready(node)
     volume.hold_reads = True
     feed(peer.connection, command_pdu(0xC1, TASK_TAG, 0x28, cmd_sn=5))
-    assert peer.connection.commands_in_flight == 1
+    assert peer.connection.describe()["commands_in_flight"] == 1
     return peer
 
 
@@ -151,14 +151,14 @@ def sent_in(state: State, first: int, chunk: int) -> tuple[bytes, bool]:
     other = Coupling(node, settings(isid=0x42)).login()
     peer = state(node)
     phase = peer.connection._phase
-    feed(peer.connection, build(first, 5 if phase is None else phase.exp_cmd_sn), chunk)
+    feed(peer.connection, build(first, 5 if phase is None else phase.session.exp_cmd_sn), chunk)
     disk(node).hold_reads = False
     disk(node).release()
     peer.connection.flush_output()
     outcome = bytes(peer.take()), peer.closed
     other.command(bytes((0x12, 0, 0, 0, 96, 0)), read_bytes=96)
     peer.connection.connection_lost()
-    assert not peer.connection.commands_in_flight
+    assert not peer.connection.describe()["commands_in_flight"]
     assert peer.connection not in [
         session for session in node.directory.opened if session not in node.directory.closed
     ]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.iscsi import fast_path, pdu
-from protocol.iscsi.full_feature import FullFeature
+from protocol.iscsi.full_feature import FullFeaturePhase
 from protocol.iscsi.pdu import pack
 from protocol.volume import Buffer, Completion
 from tests.protocol.coupling import Coupling, coupled, feed
@@ -126,20 +126,21 @@ class RecordingVolume(MemoryVolume):
         super().write(offset_bytes, data, fua, done)
 
 
-Outcome = tuple[bytes, bytes, list[int], str | None]
+Outcome = tuple[bytes, bytes, list[int], str | None, list[int]]
 
 
 def carry_out(
     commands: list[Plain], fast: bool, chunk: int, hold: bool, failing: int | None
 ) -> Outcome:
-    """Feed all commands; return what was sent, the volume's content and durable writes, and why the
-    connection ended if it did.
+    """Feed all commands; return what was sent, the volume's content and durable writes, why the
+    connection ended if it did, and what the fast path advances inline: sequence numbers, counters.
     """
     volume = RecordingVolume()
     pair = coupled(volume, data_segment_bytes=8192)
     phase = pair.target._phase
-    assert phase is not None and phase.fast
-    phase.fast = fast
+    assert phase is not None and phase.fast is not None
+    if not fast:
+        phase.fast = None
     volume.hold_writes = hold
     volume.fail_writes = failing
     stream = bytearray()
@@ -153,7 +154,17 @@ def carry_out(
         feed(pair.target, bytes(stream[at : at + chunk]))
     volume.release()
     pair.target.flush_output()
-    return bytes(pair.peer.sent), bytes(volume.data), volume.durable, pair.target.failure
+    session = phase.session
+    numbers = [
+        session.stat_sn,
+        session.exp_cmd_sn,
+        session.max_cmd_sn,
+        session.commands,
+        session.read_bytes,
+        session.write_bytes,
+        len(session.tasks),
+    ]
+    return bytes(pair.peer.sent), bytes(volume.data), volume.durable, pair.target.failure, numbers
 
 
 def taken_numbers(commands: list[Plain]) -> int:
@@ -195,13 +206,13 @@ def test_each_thing_that_is_not_plain_is_left_to_the_general_way(name, value, wr
 def general_pdus(pair: Coupling, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Records the opcodes of PDUs that go the general way."""
     seen: list[int] = []
-    handle = FullFeature.handle
+    handle = FullFeaturePhase.handle
 
-    def recorded(self: FullFeature, request: pdu.Pdu) -> None:
+    def recorded(self: FullFeaturePhase, request: pdu.Pdu) -> None:
         seen.append(request.opcode)
         handle(self, request)
 
-    monkeypatch.setattr(FullFeature, "handle", recorded)
+    monkeypatch.setattr(FullFeaturePhase, "handle", recorded)
     return seen
 
 
@@ -240,7 +251,7 @@ def test_a_pending_attention_is_not_overtaken(monkeypatch):
 
 def test_sessions_with_digests_go_the_general_way():
     pair = coupled(MemoryVolume(SIZE), header_digest=True)
-    assert pair.target._phase is not None and not pair.target._phase.fast
+    assert pair.target._phase is not None and pair.target._phase.fast is None
 
 
 def test_write_objects_are_used_again():
@@ -248,5 +259,6 @@ def test_write_objects_are_used_again():
     for cmd_sn in range(1, 5):
         feed(pair.target, Plain(True, False, 0, 8).encode(cmd_sn, cmd_sn))
     phase = pair.target._phase
-    assert phase is not None and len(phase.free_writes) == 1
-    assert isinstance(phase.free_writes[0], fast_path.FastWrite)
+    assert phase is not None and phase.fast is not None
+    (write,) = phase.fast.free_writes
+    assert isinstance(write, fast_path.FastWrite)

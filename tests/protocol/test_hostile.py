@@ -205,7 +205,7 @@ def test_immediate_commands_are_bounded():
             pack(pdu.SCSI_COMMAND | pdu.IMMEDIATE, 0xC1, itt, words=(512, 1, 0, 0, 0, 0, 0))[:32]
             + cdb,
         )
-    assert pair.target.commands_in_flight == limits.IMMEDIATE_COMMANDS_MAX
+    assert pair.target.describe()["commands_in_flight"] == limits.IMMEDIATE_COMMANDS_MAX
     rejects = [pair.peer.sent[at + 2] for at in range(0, len(pair.peer.sent), 96)]
     assert rejects == [pdu.REJECT_IMMEDIATE] * limits.IMMEDIATE_COMMANDS_MAX
 

@@ -1,13 +1,25 @@
 """LOG SENSE: the provisioning page, the clone page, and how both are asked for."""
 
+from typing import NamedTuple
+
 import pytest
 
-from protocol.volume import SplitState, VolumeUsage
 from tests.protocol.coupling import coupled
 from tests.protocol.memory_volume import MemoryVolume
 from tests.protocol.test_scsi_identity import fails, page
 
 BAD_CDB = (5, 0x24, 0)
+
+
+class Usage(NamedTuple):
+    used_bytes: int
+    available_bytes: int
+
+
+class SplitState(NamedTuple):
+    holes_remaining_blocks: int | None
+    holes_total_blocks: int | None
+    running: bool
 
 
 class ThinClone(MemoryVolume):
@@ -17,8 +29,8 @@ class ThinClone(MemoryVolume):
         super().__init__(1 << 20)
         self.state = state
 
-    def usage(self) -> VolumeUsage:
-        return VolumeUsage((3 << 20) + 1, 10 << 20)
+    def usage(self) -> Usage:
+        return Usage((3 << 20) + 1, 10 << 20)
 
     def split_state(self) -> SplitState | None:
         return self.state

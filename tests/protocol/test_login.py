@@ -9,9 +9,12 @@ from protocol.iscsi.chap import ChapSecrets
 from protocol.iscsi.errors import IscsiError, LoginRefused
 from protocol.iscsi.pdu import (
     CONTINUE,
+    FULL_FEATURE,
     IMMEDIATE,
     LOGIN_REQUEST,
     LOGIN_RESPONSE,
+    OPERATIONAL_STAGE,
+    SECURITY_STAGE,
     TRANSIT,
     Pdu,
     pack,
@@ -30,8 +33,8 @@ def node(chap: ChapSecrets | None = None, discovery: ChapSecrets | None = None) 
 
 def request(
     pairs: list[tuple[str, str]] | bytes,
-    stage: int = login.OPERATIONAL,
-    following: int | None = login.FULL_FEATURE,
+    stage: int = OPERATIONAL_STAGE,
+    following: int | None = FULL_FEATURE,
     *,
     lun: int = 1 << 16,
     version_min: int = 0,
@@ -76,7 +79,7 @@ def test_one_exchange_is_enough_without_authentication():
     peer = Peer(node())
     pdu, answers = exchange(peer, request(NAMES))
     assert pdu.opcode == LOGIN_RESPONSE and pdu.word36 == 0
-    assert pdu.flags == TRANSIT | login.OPERATIONAL << 2 | login.FULL_FEATURE
+    assert pdu.flags == TRANSIT | OPERATIONAL_STAGE << 2 | FULL_FEATURE
     assert pdu.lun & 0xFFFF == peer.connection.tsih != 0
     assert pdu.lun >> 16 == 1
     assert (pdu.exp_cmd_sn, pdu.max_cmd_sn) == (5, 5 + limits.COMMAND_WINDOW - 1)
@@ -90,10 +93,11 @@ def test_one_exchange_is_enough_without_authentication():
 def test_security_then_operational():
     peer = Peer(node())
     first, answers = exchange(
-        peer, request([*NAMES, ("AuthMethod", "CHAP,None")], login.SECURITY, login.OPERATIONAL)
+        peer,
+        request([*NAMES, ("AuthMethod", "CHAP,None")], SECURITY_STAGE, OPERATIONAL_STAGE),
     )
     assert answers == {"TargetPortalGroupTag": "1", "AuthMethod": "None"}
-    assert first.flags == TRANSIT | login.OPERATIONAL and first.lun & 0xFFFF == 0
+    assert first.flags == TRANSIT | OPERATIONAL_STAGE and first.lun & 0xFFFF == 0
     second, _ = exchange(peer, request([("HeaderDigest", "None")]))
     assert second.stat_sn == first.stat_sn + 1
     assert peer.connection.describe()["state"] == "active"
@@ -101,8 +105,8 @@ def test_security_then_operational():
 
 def test_a_stage_is_not_left_before_the_initiator_asks_for_it():
     peer = Peer(node())
-    pdu, answers = exchange(peer, request(NAMES, login.OPERATIONAL, None))
-    assert pdu.flags == login.OPERATIONAL << 2 and "MaxRecvDataSegmentLength" in answers
+    pdu, answers = exchange(peer, request(NAMES, OPERATIONAL_STAGE, None))
+    assert pdu.flags == OPERATIONAL_STAGE << 2 and "MaxRecvDataSegmentLength" in answers
     _, answers = exchange(peer, request([]))
     assert answers == {} and peer.connection.describe()["state"] == "active"
 
@@ -148,9 +152,15 @@ REFUSALS = {
         0x0200,
     ),
     "an answer to nothing": (request([*NAMES, ("HeaderDigest", "NotUnderstood")]), 0x0200),
-    "CHAP keys without CHAP": (request([*NAMES, ("CHAP_A", "5")], login.SECURITY, None), 0x0201),
+    "CHAP keys without CHAP": (
+        request([*NAMES, ("CHAP_A", "5")], SECURITY_STAGE, None),
+        0x0201,
+    ),
     "AuthMethod in the operational stage": (request([*NAMES, ("AuthMethod", "None")]), 0x020B),
-    "only another method": (request([*NAMES, ("AuthMethod", "KRB5")], login.SECURITY), 0x0201),
+    "only another method": (
+        request([*NAMES, ("AuthMethod", "KRB5")], SECURITY_STAGE),
+        0x0201,
+    ),
     "transit and continue": (request(NAMES, flags=CONTINUE), 0x020B),
 }
 
@@ -165,7 +175,11 @@ def test_refusals_carry_their_status_and_close(data, status):
 
 
 @pytest.mark.parametrize(
-    "data", [request(NAMES, login.OPERATIONAL), request(NAMES, login.SECURITY, login.OPERATIONAL)]
+    "data",
+    [
+        request(NAMES, OPERATIONAL_STAGE),
+        request(NAMES, SECURITY_STAGE, OPERATIONAL_STAGE),
+    ],
 )
 def test_a_target_with_chap_lets_nobody_past_the_security_stage_without(data):
     peer = Peer(node(SECRETS))
@@ -176,18 +190,18 @@ def test_a_target_with_chap_lets_nobody_past_the_security_stage_without(data):
 def test_operational_keys_do_not_open_a_chap_target():
     peer = Peer(node(SECRETS))
     pdu, answers = exchange(
-        peer, request([*NAMES, ("AuthMethod", "CHAP")], login.SECURITY, login.FULL_FEATURE)
+        peer, request([*NAMES, ("AuthMethod", "CHAP")], SECURITY_STAGE, FULL_FEATURE)
     )
     assert answers["AuthMethod"] == "CHAP" and not pdu.flags & TRANSIT
-    pdu, _ = exchange(peer, request([], login.SECURITY, login.FULL_FEATURE))
+    pdu, _ = exchange(peer, request([], SECURITY_STAGE, FULL_FEATURE))
     assert not pdu.flags & TRANSIT
     assert not peer.closed and peer.connection.tsih == 0
 
 
-@pytest.mark.parametrize("changed", [{"lun": 2 << 16}, {"cid": 9}, {"stage": login.SECURITY}])
+@pytest.mark.parametrize("changed", [{"lun": 2 << 16}, {"cid": 9}, {"stage": SECURITY_STAGE}])
 def test_identity_and_stage_do_not_change_during_login(changed):
     peer = Peer(node())
-    exchange(peer, request(NAMES, login.OPERATIONAL, None))
+    exchange(peer, request(NAMES, OPERATIONAL_STAGE, None))
     pdu, _ = exchange(peer, request([], **changed))
     assert pdu.word36 >> 16 == 0x020B and peer.closed
 
@@ -196,8 +210,8 @@ def test_text_continued_over_several_pdus():
     peer = Peer(node())
     body = text.encode([*NAMES, ("HeaderDigest", "CRC32C,None")])
     for piece in (body[:11], body[11:60]):
-        pdu, answers = exchange(peer, request(piece, login.OPERATIONAL, None, flags=CONTINUE))
-        assert pdu.flags == login.OPERATIONAL << 2 and answers == {}
+        pdu, answers = exchange(peer, request(piece, OPERATIONAL_STAGE, None, flags=CONTINUE))
+        assert pdu.flags == OPERATIONAL_STAGE << 2 and answers == {}
     pdu, answers = exchange(peer, request(body[60:]))
     assert pdu.flags & TRANSIT and answers["HeaderDigest"] == "CRC32C"
 
@@ -205,17 +219,17 @@ def test_text_continued_over_several_pdus():
 def test_login_text_is_bounded():
     peer = Peer(node())
     for _ in range(limits.LOGIN_TEXT_BYTES_MAX // 8000):
-        exchange(peer, request(b"X" * 8000, login.OPERATIONAL, None, flags=CONTINUE))
-    pdu, _ = exchange(peer, request(b"X" * 8000, login.OPERATIONAL, None, flags=CONTINUE))
+        exchange(peer, request(b"X" * 8000, OPERATIONAL_STAGE, None, flags=CONTINUE))
+    pdu, _ = exchange(peer, request(b"X" * 8000, OPERATIONAL_STAGE, None, flags=CONTINUE))
     assert pdu.word36 >> 16 == 0x0200 and peer.closed
 
 
 def test_exchanges_are_bounded():
     peer = Peer(node())
-    exchange(peer, request(NAMES, login.OPERATIONAL, None))
+    exchange(peer, request(NAMES, OPERATIONAL_STAGE, None))
     for _ in range(limits.LOGIN_EXCHANGES_MAX - 1):
-        exchange(peer, request([], login.OPERATIONAL, None))
-    pdu, _ = exchange(peer, request([], login.OPERATIONAL, None))
+        exchange(peer, request([], OPERATIONAL_STAGE, None))
+    pdu, _ = exchange(peer, request([], OPERATIONAL_STAGE, None))
     assert pdu.word36 >> 16 == 0x0200 and peer.closed
 
 
@@ -326,7 +340,7 @@ def test_first_burst_never_exceeds_max_burst():
 
 def test_a_key_is_negotiated_once():
     peer = Peer(node())
-    exchange(peer, request([*NAMES, ("MaxBurstLength", "4096")], login.OPERATIONAL, None))
+    exchange(peer, request([*NAMES, ("MaxBurstLength", "4096")], OPERATIONAL_STAGE, None))
     pdu, _ = exchange(peer, request([("MaxBurstLength", "8192")]))
     assert pdu.word36 >> 16 == 0x0200 and peer.closed
 

@@ -117,7 +117,7 @@ def test_a_lun_that_goes_while_its_gate_is_closed_leaves_no_command_behind() -> 
     disk.hold_reads = False
     disk.release()
     pair.run()
-    assert swapped.data == written.data == b"" and pair.target.commands_in_flight == 0
+    assert swapped.data == written.data == b"" and pair.target.describe()["commands_in_flight"] == 0
     assert disk.data[:1] == b"n" and disk.data[4096:8192] == b"w" * 4096
 
 
@@ -214,7 +214,7 @@ def keys(pair: Coupling) -> bytes:
 def kept_node(keeper: Keeper) -> tuple[RecordedNode, MemoryVolume]:
     disk = volume(1)
     node = recorded({0: disk})
-    node.reservations = keeper
+    node.keeper = keeper
     return node, disk
 
 

@@ -199,12 +199,12 @@ def test_a_reservation_moves_to_another_target_port(both):
 
 def test_nexuses_outlive_a_restart(volume):
     keeper, node = Keeper(), two_targets(volume)
-    node.reservations = keeper
+    node.keeper = keeper
     second = session(node, CLUSTER)
     out(second, REGISTER, 0, 1, flags=APTPL)
     out(second, RESERVE, 1, kind=kinds.EXCLUSIVE_ACCESS)
     anew = two_targets(volume)
-    anew.reservations = keeper
+    anew.keeper = keeper
     first, second = session(anew), session(anew, CLUSTER)
     assert statuses(first) == [(1, True, SECOND)] and may(second, WRITE) and not may(first, READ)
 
@@ -224,7 +224,7 @@ def test_what_an_earlier_version_stored_counts_by_every_target(volume, kind):
         "kind": kind,
         "generation": 7,
     }
-    node.reservations = keeper
+    node.keeper = keeper
     first, second, another = session(node), session(node, CLUSTER), session(node, CLUSTER, isid=2)
     assert (
         may(first, WRITE)
@@ -250,7 +250,7 @@ def test_an_old_holder_is_preempted(volume):
         "kind": kinds.WRITE_EXCLUSIVE,
         "generation": 7,
     }
-    node.reservations = keeper
+    node.keeper = keeper
     first, another = session(node), session(node, CLUSTER, isid=2)
     out(another, PREEMPT, 2, 1, kind=kinds.WRITE_EXCLUSIVE)
     assert take(first) == (6, 0x2A, 5)

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.iscsi import pdu
-from protocol.iscsi.pdu import HEADER, Pdu, decode_lun, pack, serial_after
-from protocol.scsi.commands.inquiry import encode_lun
+from protocol.iscsi.pdu import HEADER, Pdu, pack, serial_after
+from protocol.scsi.lun import NO_LUN, decode_lun, encode_lun
 from protocol.scsi.sense import Sense, invalid_field_in_cdb, invalid_field_in_parameter_list
 
 words = st.integers(0, 0xFFFFFFFF)
@@ -75,7 +75,7 @@ def test_every_lun_that_is_encoded_is_decoded(lun):
 
 @pytest.mark.parametrize("raw", [1, 1 << 47, 0x0100 << 48, 0x8000 << 48, 0xC000 << 48])
 def test_luns_that_are_not_single_level_name_nothing(raw):
-    assert decode_lun(raw) == pdu.NO_LUN
+    assert decode_lun(raw) == NO_LUN
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def test_broken_data_sequences_end_the_task(broken, asc):
     assert (results.failure.key, results.failure.asc, results.failure.ascq) == asc
     feed(pair.target, data_out(itt, ttt, flags=FINAL))  # late data of a task that has ended
     pair.run()
-    assert not pair.peer.closed and pair.target.commands_in_flight == 0
+    assert not pair.peer.closed and pair.target.describe()["commands_in_flight"] == 0
 
 
 def test_a_transfer_tag_that_was_not_given_ends_the_connection():

@@ -333,7 +333,8 @@ def test_the_fast_path_obeys(three):
     out(one, REGISTER, 0, 1)
     out(one, RESERVE, 1, kind=kinds.WRITE_EXCLUSIVE)
     flags = [
-        [mapped.plain_write for mapped in pair.target._phase.units.values()] for pair in (one, two)
+        [mapped.plain_write for mapped in pair.target._phase.session.units.values()]
+        for pair in (one, two)
     ]
     assert flags == [[True], [False]]
 

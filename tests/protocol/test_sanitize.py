@@ -37,7 +37,7 @@ def pair(volume: MemoryVolume) -> Coupling:
 
 def kept_session(keeper: Keeper, volume: MemoryVolume) -> Coupling:
     node = recorded({0: volume})
-    node.reservations = keeper
+    node.keeper = keeper
     pair = Coupling(node, settings()).login()
     node.unit_for(volume).nexuses[0].take_attention()
     return pair
@@ -271,7 +271,7 @@ def test_protection_and_reservations(pair, volume):
     fails(pair, sanitize(ERASE), (7, 0x27, 0))
     volume.read_only = False
     unit = pair.node.unit_for(volume)
-    unit.reservations.reserve_plainly("somebody")
+    unit.reservations.reserve_spc2("somebody")
     with pytest.raises(CommandFailed) as conflict:
         pair.command(sanitize(ERASE))
     assert conflict.value.status == 0x18 and volume.data == b"a" * SIZE

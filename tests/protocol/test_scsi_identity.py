@@ -234,8 +234,8 @@ def opcodes_report(pair: Coupling, option: int, opcode: int = 0, action: int = 0
 
 def test_the_report_of_commands_is_the_table(pair):
     data = opcodes_report(pair, 0)
-    assert int.from_bytes(data[:4], "big") == len(data) - 4 == 8 * len(dispatch.COMMANDS)
-    for command, at in zip(dispatch.COMMANDS, range(4, len(data), 8), strict=True):
+    assert int.from_bytes(data[:4], "big") == len(data) - 4 == 8 * len(dispatch.TABLE.commands)
+    for command, at in zip(dispatch.TABLE.commands, range(4, len(data), 8), strict=True):
         assert data[at] == command.opcode
         assert int.from_bytes(data[at + 6 : at + 8], "big") == command.cdb_bytes
         one = opcodes_report(pair, 3, command.opcode, command.service_action or 0)
@@ -244,7 +244,7 @@ def test_the_report_of_commands_is_the_table(pair):
             and int.from_bytes(one[2:4], "big") == command.cdb_bytes
             and one[4] == command.opcode
         )
-    assert len(opcodes_report(pair, 0x80)) == 4 + 20 * len(dispatch.COMMANDS)
+    assert len(opcodes_report(pair, 0x80)) == 4 + 20 * len(dispatch.TABLE.commands)
     assert opcodes_report(pair, 1, 0xFF)[1] == 1
     assert opcodes_report(pair, 2, 0x9E, 0x1F)[1] == 1
 
@@ -263,7 +263,7 @@ def test_task_management_that_is_reported(pair):
     assert pair.command(cdb, read_bytes=16) == bytes((0xDA, 0, 0, 0))
 
 
-@pytest.mark.parametrize("command", dispatch.COMMANDS, ids=lambda command: command.name)
+@pytest.mark.parametrize("command", dispatch.TABLE.commands, ids=lambda command: command.name)
 def test_every_reserved_bit_of_every_command_is_refused_with_a_pointer_to_it(command):
     nexus = Nexus("i", "t")
     nexus.map(0, LogicalUnit(MemoryVolume(SIZE))).take_attention()
@@ -282,7 +282,7 @@ def test_every_reserved_bit_of_every_command_is_refused_with_a_pointer_to_it(com
 
 
 @pytest.mark.parametrize(
-    "opcode", sorted(set(range(256)) - {command.opcode for command in dispatch.COMMANDS})
+    "opcode", sorted(set(range(256)) - {command.opcode for command in dispatch.TABLE.commands})
 )
 def test_every_other_opcode_is_invalid(pair, opcode):
     fails(pair, bytes((opcode,)).ljust(16, b"\0"), (5, 0x20, 0))

@@ -54,7 +54,7 @@ def write_size(sectors: int) -> int:
 def test_data_in_is_numbered_without_gaps_and_the_last_one_carries_the_status(pair, sectors, held):
     volume, size = pair.node.directory.targets["iqn.2026-01.io.cleaved:disk"][0], sectors * SECTOR
     volume.data[:size] = os.urandom(size)
-    stat_sn, volume.hold_reads = pair.target._phase.stat_sn, held
+    stat_sn, volume.hold_reads = pair.target._phase.session.stat_sn, held
     feed(pair.target, command_pdu(READ_FLAGS, 9, READ_10, expected=size))
     volume.release()
     pair.target.flush_output()
@@ -75,12 +75,12 @@ def test_data_in_is_numbered_without_gaps_and_the_last_one_carries_the_status(pa
         burst = burst or BURST
     assert offset == size and b"".join(bytes(answer.data) for answer in got) == volume.data[:size]
     assert got[-1].word24 == stat_sn and {answer.word24 for answer in got[:-1]} <= {0}
-    assert pair.target._phase.stat_sn == stat_sn + 1
+    assert pair.target._phase.session.stat_sn == stat_sn + 1
 
 
 @pytest.mark.parametrize("sectors", [1, 5, 6, 11, 64])
 def test_r2ts_are_numbered_and_the_response_counts_them(pair, sectors):
-    size, stat_sn = sectors * SECTOR, pair.target._phase.stat_sn
+    size, stat_sn = sectors * SECTOR, pair.target._phase.session.stat_sn
     data = os.urandom(size)
     got = answers(pair, command_pdu(WRITE_FLAGS, 9, WRITE_10, expected=size))
     offset, count, tags = 0, 0, set()
@@ -113,7 +113,7 @@ def test_r2ts_are_numbered_and_the_response_counts_them(pair, sectors):
 
 
 def test_responses_take_status_numbers_one_after_the_other(pair):
-    first = pair.target._phase.stat_sn
+    first = pair.target._phase.session.stat_sn
     ping = pack(pdu.NOP_OUT | pdu.IMMEDIATE, 0x80, 5, words=(pdu.RESERVED_TAG, 1, 0, 0, 0, 0, 0))
     unready = pack(pdu.SCSI_COMMAND | pdu.IMMEDIATE, 0x81, 6, words=(0, 1, 0, 0, 0, 0, 0))
     strange = pack(0x3E | pdu.IMMEDIATE, 0x80, 7)
@@ -132,7 +132,7 @@ def test_responses_take_status_numbers_one_after_the_other(pair):
 def test_the_window_follows_what_is_under_way(pair):
     volume = pair.node.directory.targets["iqn.2026-01.io.cleaved:disk"][0]
     volume.hold_reads = True
-    before = pair.target._phase.max_cmd_sn
+    before = pair.target._phase.session.max_cmd_sn
     for number in range(1, 4):
         assert answers(pair, command_pdu(READ_FLAGS, number, READ_10, cmd_sn=number)) == []
     ping = pack(pdu.NOP_OUT | pdu.IMMEDIATE, 0x80, 5, words=(pdu.RESERVED_TAG, 4, 0, 0, 0, 0, 0))

@@ -213,7 +213,7 @@ def test_a_client_that_does_not_drain_stops_the_reads_and_gets_everything_later(
         original(buffers)
         pair.target.pause_writing()
 
-    pair.target._send = pausing
+    pair.target._sender._send = pausing
     pair.run()
     assert results.got == []
     for _ in range(64):

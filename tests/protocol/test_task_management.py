@@ -10,6 +10,7 @@ from tests.protocol.exchanges import Results, answer_to, manage
 from tests.protocol.memory_volume import MemoryVolume
 
 SIZE = 8 << 20
+CLEAR_ACA = 3  # RFC 7143 11.5.1: one that is not supported
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -22,11 +23,11 @@ def test_an_abort_is_answered_only_when_the_volume_has_let_go(function, fast):
     task = pair.initiator.submit_write(0, 0, bytes(4096), results)
     pair.run()
     answers = manage(pair, function, task=task)
-    assert answers == [] and pair.target.commands_in_flight == 1
+    assert answers == [] and pair.target.describe()["commands_in_flight"] == 1
     volume.release()
     pair.run()
     assert answers == [task_management.COMPLETE]
-    assert results.got == [] and pair.target.commands_in_flight == 0
+    assert results.got == [] and pair.target.describe()["commands_in_flight"] == 0
 
 
 def test_a_task_that_waits_for_data_is_aborted_at_once():
@@ -38,7 +39,7 @@ def test_a_task_that_waits_for_data_is_aborted_at_once():
     feed(pair.target, pair.to_target.popleft())
     assert pair.peer.take()[0] == pdu.R2T  # the initiator does not see it
     assert manage(pair, task_management.ABORT_TASK, task=task) == [task_management.COMPLETE]
-    assert pair.target.commands_in_flight == 0 and volume.data[:4096] == bytes(4096)
+    assert pair.target.describe()["commands_in_flight"] == 0 and volume.data[:4096] == bytes(4096)
 
 
 def test_a_held_read_is_aborted_when_it_comes_back():
@@ -103,7 +104,7 @@ def test_functions_that_wait_are_bounded():
         (task_management.ABORT_TASK_SET, 5, task_management.NO_LUN),
         (task_management.LOGICAL_UNIT_RESET, 5, task_management.NO_LUN),
         (task_management.CLEAR_TASK_SET, 5, task_management.NO_LUN),
-        (task_management.CLEAR_ACA, 0, task_management.NOT_SUPPORTED),
+        (CLEAR_ACA, 0, task_management.NOT_SUPPORTED),
         (task_management.TASK_REASSIGN, 0, task_management.NO_REASSIGNMENT),
         (task_management.TARGET_COLD_RESET, 0, task_management.COMPLETE),
         (0x7F, 0, task_management.NOT_SUPPORTED),

@@ -6,7 +6,7 @@ from collections import deque
 
 from protocol.iscsi import limits, pdu
 from protocol.iscsi.pdu import FINAL, IMMEDIATE, RESERVED_TAG, pack
-from protocol.scsi.turns import Step
+from protocol.turns import Step
 from tests.protocol.coupling import Coupling, coupled, feed, settings
 from tests.protocol.directory import TARGET, MemoryDirectory, RecordedNode, recorded
 from tests.protocol.exchanges import answer_to, command_pdu, read

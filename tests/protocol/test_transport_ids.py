@@ -11,9 +11,13 @@ from hypothesis import strategies as st
 
 from protocol.iscsi.initiator.task import CommandFailed
 from protocol.scsi import reservations as kinds
-from protocol.scsi import transport_id
+from protocol.scsi.commands.reservation_transport_id import (
+    BadTransportId,
+    TransportId,
+    decode_transport_ids,
+    encode_transport_id,
+)
 from protocol.scsi.reservations import NexusId
-from protocol.scsi.transport_id import BadTransportId, TransportId
 from protocol.volume import Completion
 from tests.protocol.coupling import Coupling, settings
 from tests.protocol.directory import INITIATOR, RecordedNode, recorded
@@ -54,7 +58,7 @@ def device_id(name: str) -> bytes:
 
 
 def port_id(isid: int, name: str = INITIATOR) -> bytes:
-    return transport_id.encode(port(isid, name))
+    return encode_transport_id(port(isid, name))
 
 
 def send(pair: Coupling, action: int, body: bytes) -> None:
@@ -206,7 +210,7 @@ BAD_IDS = {
 @pytest.mark.parametrize(("ids", "at"), BAD_IDS.values(), ids=BAD_IDS)
 def test_bad_ids_are_refused_with_a_pointer_to_what_is_wrong(three, state, ids, at):
     with pytest.raises(BadTransportId) as caught:
-        transport_id.decode_list(ids)
+        decode_transport_ids(ids)
     assert caught.value.at == at
     fails("5/26/00", register, three[0], 1, port_id(3) + ids)
     assert state.registrations == {}
@@ -214,16 +218,16 @@ def test_bad_ids_are_refused_with_a_pointer_to_what_is_wrong(three, state, ids, 
 
 @given(st.from_regex(r"\Aiqn\.2026-01\.[a-z0-9:.-]{1,200}\Z"), st.integers(0, (1 << 48) - 1))
 def test_what_is_encoded_is_decoded(name, isid):
-    encoded = transport_id.encode(port(isid, name))
+    encoded = encode_transport_id(port(isid, name))
     assert len(encoded) % 4 == 0
-    assert transport_id.decode_list(encoded * 2) == [TransportId(name, f"{isid:012x}")] * 2
+    assert decode_transport_ids(encoded * 2) == [TransportId(name, f"{isid:012x}")] * 2
 
 
 @given(st.binary(max_size=80))
 def test_any_bytes_are_decoded_or_refused(data):
     at = 0
     try:
-        transport_id.decode_list(data)
+        decode_transport_ids(data)
     except BadTransportId as error:
         at = error.at
     assert at == 0 or at < len(data)
@@ -297,7 +301,7 @@ def test_moves_that_are_refused(three, state):
 
 
 class Keeper:
-    """A `ReservationKeeper` of one unit, in memory."""
+    """A `StateKeeper` of one unit, in memory."""
 
     def __init__(self) -> None:
         self.state: dict[str, Any] | None = None
@@ -313,13 +317,13 @@ class Keeper:
 def test_a_moved_reservation_outlives_a_restart(volume):
     keeper = Keeper()
     node = recorded({0: volume})
-    node.reservations = keeper
+    node.keeper = keeper
     one = session(node, 1)
     register(one, 1, port_id(2), flags=SPEC_I_PT | APTPL)
     out(one, RESERVE, 1, kind=kinds.EXCLUSIVE_ACCESS)
     move(one, 1, 5, port_id(4), flags=APTPL)
     anew = recorded({0: volume})
-    anew.reservations = keeper
+    anew.keeper = keeper
     first, fourth = session(anew, 1), session(anew, 4)
     assert (
         held(first) == (5, kinds.EXCLUSIVE_ACCESS) and may(fourth, WRITE) and not may(first, READ)

@@ -7,7 +7,7 @@ from collections import deque
 import pytest
 
 from protocol.scsi.limits import AT_ONCE_BYTES_MAX, PIECE_BYTES
-from protocol.scsi.turns import Step, Turns
+from protocol.turns import Step, Turns
 from tests.protocol.coupling import Coupling, coupled
 from tests.protocol.exchanges import Results, read
 from tests.protocol.memory_volume import MemoryVolume

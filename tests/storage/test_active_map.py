@@ -103,7 +103,7 @@ async def test_long_runs_that_were_freed_are_given_back_to_the_device() -> None:
         await running.checkpoint()
         await running.until(
             lambda: (
-                not (running.pool.rooms.retirement.discarding or running.pool.rooms.retired.epochs)
+                not (running.pool.rooms.retirement._discarding or running.pool.rooms.retired.epochs)
             )
         )
         assert running.memory.allocated_bytes <= before - 1800 * BLOCK_BYTES
@@ -127,5 +127,5 @@ async def test_a_pool_that_closes_waits_for_all_that_is_being_given_back() -> No
     assert not closing.done()
     device.release(DISCARD)
     await within(closing)
-    assert not running.pool.rooms.retirement.discarding and not running.pool.rooms.retired.epochs
+    assert not running.pool.rooms.retirement._discarding and not running.pool.rooms.retired.epochs
     checked_offline(memory)

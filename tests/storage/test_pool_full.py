@@ -210,7 +210,7 @@ async def test_blocks_that_are_not_in_use_are_all_available_again() -> None:
         await running.zero("a", 0, MANY_BYTES)
         await running.pool.snapshot_delete("a", "s")
         await running.reclaimed()
-        await running.until(lambda: not running.pool.rooms.retirement.discarding)
+        await running.until(lambda: not running.pool.rooms.retirement._discarding)
         assert not allocator.promised_blocks
         assert allocator.free_now == size - running.pool.show()["used_bytes"] // BLOCK_BYTES
 

@@ -13,12 +13,14 @@ from protocol.iscsi import keys, limits, text
 from protocol.iscsi.chap import ChapSecrets, InitiatorExchange
 from protocol.iscsi.errors import AuthenticationFailed, LoginRefused, ProtocolError
 from protocol.iscsi.keys import Parameters
-from protocol.iscsi.login import FULL_FEATURE, OPERATIONAL, SECURITY
 from protocol.iscsi.pdu import (
     CONTINUE,
+    FULL_FEATURE,
     IMMEDIATE,
     LOGIN_REQUEST,
     LOGIN_RESPONSE,
+    OPERATIONAL_STAGE,
+    SECURITY_STAGE,
     TRANSIT,
     Pdu,
     pack,
@@ -98,7 +100,7 @@ class InitiatorLogin:
     cmd_sn: int = 1
     exp_stat_sn: int = 0
     tsih: int = 0
-    _stage: int = SECURITY
+    _stage: int = SECURITY_STAGE
     _collected: bytearray = field(default_factory=bytearray)
     _exchange: InitiatorExchange | None = None
 
@@ -116,7 +118,7 @@ class InitiatorLogin:
 
     def _request(self, pairs: list[tuple[str, str]], transit: bool) -> None:
         body = text.encode(pairs)
-        following = OPERATIONAL if self._stage == SECURITY else FULL_FEATURE
+        following = OPERATIONAL_STAGE if self._stage == SECURITY_STAGE else FULL_FEATURE
         flags = self._stage << 2 | (TRANSIT | following if transit else 0)
         lun = self.settings.isid << 16
         words = (0, self.cmd_sn, self.exp_stat_sn, 0, 0, 0, 0)
@@ -151,7 +153,7 @@ class InitiatorLogin:
     def _take(self, pdu: Pdu, pairs: dict[str, str]) -> bool:
         for name, value in pairs.items():
             keys.accept(name, value, self.parameters)
-        replies = self._authenticate(pairs) if self._stage == SECURITY else []
+        replies = self._authenticate(pairs) if self._stage == SECURITY_STAGE else []
         if pdu.flags & TRANSIT:
             self._check_transit(pdu)
             self._stage = pdu.flags & 3
@@ -168,10 +170,10 @@ class InitiatorLogin:
         """Raise where the target moves on without having been asked, or before it has proved
         itself.
         """
-        if pdu.flags & 3 != (OPERATIONAL if self._stage == SECURITY else FULL_FEATURE):
+        if pdu.flags & 3 != (OPERATIONAL_STAGE if self._stage == SECURITY_STAGE else FULL_FEATURE):
             raise ProtocolError("the target moves to a stage that was not asked for")
         if (
-            self._stage == SECURITY
+            self._stage == SECURITY_STAGE
             and self.settings.chap is not None
             and not (self._exchange is not None and self._exchange.done)
         ):

@@ -47,7 +47,6 @@ class Command:
         "cdb",
         "data",
         "done",
-        "immediate_bytes",
         "itt",
         "lun",
         "read_bytes",
@@ -65,7 +64,6 @@ class Command:
         self.data = data
         self.done = done
         self.itt = 0
-        self.immediate_bytes = 0
         self.received: bytearray | None = None
         self.whole: Buffer | None = None
         self.residual = 0

@@ -1,17 +1,17 @@
 """COMPARE AND WRITE and ORWRITE (SBC-3 5.2, 5.17): a read and a write that depends on it, as one
 operation.
 
-WRITE ATOMIC (SBC-4 5.48): a write that is there entirely or not at all, whatever happens.
+WRITE ATOMIC (SBC-4 5.48): a write that is durable as a whole or not at all.
 """
 
 from typing import Final
 
-from protocol.scsi import limits, sense
-from protocol.scsi.command import NO_DATA, Command, Request, check_range, usage
+from protocol.scsi import limits, opcodes, sense
+from protocol.scsi.command import NO_DATA, Command, Request, check_range
+from protocol.scsi.commands.scan import Comparison, Scan
 from protocol.scsi.errors import CheckCondition
 from protocol.scsi.limits import SECTOR_SHIFT
 from protocol.scsi.plan import Operation, Plan
-from protocol.scsi.scan import Comparison, Scan
 from protocol.volume import Buffer, Completion
 
 _FUA: Final = 0x08
@@ -76,10 +76,10 @@ def or_write(request: Request) -> Plan:
 
 
 def write_atomic(request: Request) -> Plan:
-    """WRITE ATOMIC(16): whole blocks only, for a volume takes those over in one step
+    """WRITE ATOMIC(16): whole blocks only, which a volume writes in one step
     (`protocol.volume.ATOMIC_WRITE_BYTES_MAX`).
 
-    Data that are cut short by the client are refused: part of an atomic write is no atomic write.
+    A client that announces less data is refused: part of an atomic write would not be atomic.
     """
     cdb, unit = request.cdb, request.unit
     lba, sectors = int.from_bytes(cdb[2:10], "big"), int.from_bytes(cdb[12:14], "big")
@@ -99,22 +99,25 @@ def write_atomic(request: Request) -> Plan:
 COMMANDS: Final = (
     # Bytes 10 and 11 are the atomic boundary, which is 0: no boundary splits a write.
     Command(
+        opcodes.WRITE_ATOMIC_16,
         "WRITE ATOMIC(16)",
-        usage("9c18ffffffffffffffff0000ffff3f00"),
+        "18ffffffffffffffff0000ffff3f00",
         write_atomic,
         needs_medium=True,
         writes=True,
     ),
     Command(
+        opcodes.COMPARE_AND_WRITE,
         "COMPARE AND WRITE",
-        usage("8918ffffffffffffffff000000ff3f00"),
+        "18ffffffffffffffff000000ff3f00",
         compare_and_write,
         needs_medium=True,
         writes=True,
     ),
     Command(
+        opcodes.ORWRITE_16,
         "ORWRITE(16)",
-        usage("8b18ffffffffffffffffffffffff3f00"),
+        "18ffffffffffffffffffffffff3f00",
         or_write,
         needs_medium=True,
         writes=True,

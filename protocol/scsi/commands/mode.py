@@ -8,7 +8,7 @@ from struct import Struct
 from typing import Final
 
 from protocol.scsi import opcodes, sense
-from protocol.scsi.command import NO_DATA, Command, Request, cut, usage
+from protocol.scsi.command import NO_DATA, Command, Request, cut
 from protocol.scsi.errors import CheckCondition
 from protocol.scsi.limits import SECTOR_BYTES
 from protocol.scsi.logical_unit import LogicalUnit
@@ -42,9 +42,8 @@ class ModePage:
 
 
 def _error_recovery(_unit: LogicalUnit) -> bytes:
-    return (
-        bytes((0x01, 0x0A)) + b"\xc0" + bytes(9)
-    )  # AWRE and ARRE: the store heals what it can without being told
+    # AWRE and ARRE: the store repairs what it can by itself.
+    return bytes((0x01, 0x0A)) + b"\xc0" + bytes(9)
 
 
 def _caching(unit: LogicalUnit) -> bytes:
@@ -54,9 +53,7 @@ def _caching(unit: LogicalUnit) -> bytes:
 def _control(unit: LogicalUnit) -> bytes:
     page = bytearray((0x0A, 0x0A)) + bytearray(10)
     page[2] = _D_SENSE if unit.descriptor_sense else 0
-    page[3] = (
-        0x10  # unrestricted reordering allowed: simple commands carry no order among themselves
-    )
+    page[3] = 0x10  # unrestricted reordering allowed: simple commands have no order
     page[4] = _SWP if unit.software_write_protect else 0
     return bytes(page)
 
@@ -66,7 +63,7 @@ def _exceptions(_unit: LogicalUnit) -> bytes:
 
 
 def _keep(_unit: LogicalUnit, _page: bytes) -> None:
-    """Nothing of the page can be changed, and that it carries no change has been checked."""
+    """Nothing of the page can be changed; that it carries no change has been checked."""
 
 
 def _apply_caching(unit: LogicalUnit, page: bytes) -> None:
@@ -167,7 +164,7 @@ def _check_changes(unit: LogicalUnit, page: ModePage, wanted: bytes, position: i
 
 
 def _apply(request: Request, data: bytes, head_bytes: int, descriptor_bytes: int) -> None:
-    """Check the whole list first, so that a refused one changes nothing."""
+    """Check the whole list before applying it, so that a refused list changes nothing."""
     unit = request.unit
     before = (unit.write_cache, unit.descriptor_sense, unit.software_write_protect)
     pages = list(_parse_pages(data, head_bytes + descriptor_bytes))
@@ -207,8 +204,8 @@ def _select(request: Request, list_bytes: int, head_bytes: int) -> Plan:
 
 
 def _save(unit: LogicalUnit, done: Completion) -> None:
-    """Make the write cache's state outlive resets and restarts. Linux asks for it by itself, where
-    the page can be saved.
+    """Make the write cache's state outlive resets and restarts. Linux asks for it when the page can
+    be saved.
     """
     before = unit.saved_write_cache
     unit.saved_write_cache = unit.write_cache
@@ -218,7 +215,7 @@ def _save(unit: LogicalUnit, done: Completion) -> None:
             unit.saved_write_cache = before
         done(error)
 
-    unit.keep_reservations(kept)
+    unit.keep(kept)
 
 
 def mode_select_6(request: Request) -> Plan:
@@ -234,9 +231,14 @@ def mode_select_10(request: Request) -> Plan:
 
 
 COMMANDS: Final = (
-    Command("MODE SENSE(6)", usage("1a08ffffff00"), mode_sense_6),
-    Command("MODE SENSE(10)", usage("5a18ffff000000ffff00"), mode_sense_10),
-    Command("MODE SELECT(6)", usage("15110000ff00"), mode_select_6, reserved=True),
-    Command("MODE SELECT(10)", usage("551100000000" + "00ffff00"), mode_select_10, reserved=True),
+    Command(opcodes.MODE_SENSE_6, "MODE SENSE(6)", "08ffffff00", mode_sense_6),
+    Command(opcodes.MODE_SENSE_10, "MODE SENSE(10)", "18ffff000000ffff00", mode_sense_10),
+    Command(opcodes.MODE_SELECT_6, "MODE SELECT(6)", "110000ff00", mode_select_6, reserved=True),
+    Command(
+        opcodes.MODE_SELECT_10,
+        "MODE SELECT(10)",
+        "110000000000ffff00",
+        mode_select_10,
+        reserved=True,
+    ),
 )
-assert COMMANDS[0].opcode == opcodes.MODE_SENSE_6

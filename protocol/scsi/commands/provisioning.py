@@ -6,7 +6,7 @@ from struct import Struct
 from typing import Final
 
 from protocol.scsi import limits, opcodes, sense
-from protocol.scsi.command import NO_DATA, Command, Request, check_range, usage
+from protocol.scsi.command import NO_DATA, Command, Request, check_range
 from protocol.scsi.errors import CheckCondition
 from protocol.scsi.limits import AT_ONCE_BYTES_MAX, PIECE_BYTES, SECTOR_BYTES, SECTOR_SHIFT
 from protocol.scsi.logical_unit import LogicalUnit
@@ -104,7 +104,7 @@ class _PatternWrite:
         self._done = unit.durably(done)
 
     def start(self) -> None:
-        """Begin: little is written now."""
+        """Begin. A short range is written at once, a longer one in turns."""
         if self._end - self._offset <= AT_ONCE_BYTES_MAX:
             self._step()
         else:
@@ -129,9 +129,8 @@ def _same_range(request: Request) -> tuple[int, int]:
     wide = len(cdb) >= 16 and cdb[0] & 0xE0 == 0x80
     lba = int.from_bytes(cdb[2:10] if wide else cdb[2:6], "big")
     sectors = int.from_bytes(cdb[10:14] if wide else cdb[7:9], "big")
-    if (
-        sectors == 0 or sectors > limits.WRITE_SAME_SECTORS_MAX
-    ):  # zero: WSNZ is set in the Block Limits page
+    # Zero is refused, since WSNZ is set in the Block Limits page.
+    if sectors == 0 or sectors > limits.WRITE_SAME_SECTORS_MAX:
         raise CheckCondition(sense.invalid_field_in_cdb(10 if wide else 7))
     return check_range(request.unit, lba, sectors)
 
@@ -142,9 +141,8 @@ def write_same(request: Request) -> Plan:
     """
     flags = request.cdb[1]
     if flags & _ANCHOR:
-        raise CheckCondition(
-            sense.invalid_field_in_cdb(1, 4)
-        )  # ANC_SUP is 0: nothing here can be anchored
+        # ANC_SUP is 0: nothing here can be anchored.
+        raise CheckCondition(sense.invalid_field_in_cdb(1, 4))
     offset, length = _same_range(request)
     unit = request.unit
 
@@ -173,7 +171,7 @@ def get_lba_status(request: Request) -> Plan:
     """GET LBA STATUS: mapped or deallocated, run by run, from the LBA on; the answer may end before
     the disk does.
 
-    No more runs are looked for than the client has room for: QEMU asks for one, before many a read.
+    It looks for no more runs than the client has room for: QEMU often asks for one, before a read.
     """
     lba = int.from_bytes(request.cdb[2:10], "big")
     allocation = int.from_bytes(request.cdb[10:14], "big")
@@ -204,19 +202,27 @@ def get_lba_status(request: Request) -> Plan:
 
 COMMANDS: Final = (
     Command(
+        opcodes.SERVICE_ACTION_IN_16,
         "GET LBA STATUS",
-        usage("9e1fffffffffffffffffffffffff0000"),
+        "1fffffffffffffffffffffffff0000",
         get_lba_status,
         service_action=opcodes.GET_LBA_STATUS,
         needs_medium=True,
+        despite_reservation=True,
     ),
-    Command("UNMAP", usage("420000000000" + "3fffff00"), unmap, needs_medium=True, writes=True),
+    Command(opcodes.UNMAP, "UNMAP", "00000000003fffff00", unmap, needs_medium=True, writes=True),
     Command(
-        "WRITE SAME(10)", usage("4118ffffffff3fffff00"), write_same, needs_medium=True, writes=True
+        opcodes.WRITE_SAME_10,
+        "WRITE SAME(10)",
+        "18ffffffff3fffff00",
+        write_same,
+        needs_medium=True,
+        writes=True,
     ),
     Command(
+        opcodes.WRITE_SAME_16,
         "WRITE SAME(16)",
-        usage("9319ffffffffffffffffffffffff3f00"),
+        "19ffffffffffffffffffffffff3f00",
         write_same,
         needs_medium=True,
         writes=True,

@@ -7,19 +7,22 @@ from dataclasses import dataclass, field
 from struct import Struct
 from typing import Final
 
-from protocol.scsi import reservations, sense, transport_id
-from protocol.scsi.abort import Abort, AbortedTask, tasks_of
-from protocol.scsi.command import NO_DATA, Command, Request, cut, usage
+from protocol.scsi import opcodes, reservations, sense
+from protocol.scsi.command import NO_DATA, Command, Request, cut
+from protocol.scsi.commands.reservation_transport_id import (
+    BadTransportId,
+    TransportId,
+    decode_transport_ids,
+    encode_transport_id,
+)
 from protocol.scsi.errors import CheckCondition, ReservationConflict, ScsiError
 from protocol.scsi.logical_unit import LogicalUnit
 from protocol.scsi.plan import Operation, Plan
 from protocol.scsi.reservations import KINDS, NexusId, Reservations
 from protocol.scsi.sense import Sense
-from protocol.scsi.transport_id import BadTransportId, TransportId
+from protocol.scsi.task import Abort, TransportTask
 from protocol.volume import Buffer, Completion
 
-PERSISTENT_RESERVE_IN: Final = 0x5E
-PERSISTENT_RESERVE_OUT: Final = 0x5F
 READ_KEYS, READ_RESERVATION, REPORT_CAPABILITIES, READ_FULL_STATUS = range(4)
 (
     REGISTER,
@@ -69,7 +72,7 @@ def _capabilities(state: Reservations) -> bytes:
 def _full_status(state: Reservations) -> bytes:
     body = b""
     for nexus, key in state.registrations.items():
-        holds, transport = state.holds(nexus), transport_id.encode(nexus.initiator_port)
+        holds, transport = state.holds(nexus), encode_transport_id(nexus.initiator_port)
         # ALL_TG_PT is clear: each descriptor is of one nexus, and names its target port.
         body += (
             _FULL_STATUS.pack(
@@ -110,7 +113,7 @@ class _Out:
     target_ports: tuple[int, ...]
     unregisters: bool = False
     # What PREEMPT AND ABORT aborts: the status waits for the end of it.
-    aborted: list[AbortedTask] = field(default_factory=list)
+    aborted: list[TransportTask] = field(default_factory=list)
 
     @property
     def unit(self) -> LogicalUnit:
@@ -132,7 +135,7 @@ class _Out:
             raise CheckCondition(sense.INSUFFICIENT_REGISTRATION_RESOURCES)
 
     def through_ports(self, initiator_ports: list[str]) -> list[NexusId]:
-        """The nexuses of these initiator ports with the target ports that are meant."""
+        """The nexuses of these initiator ports with ``target_ports``."""
         return [
             NexusId(port, target_port)
             for port in initiator_ports
@@ -140,8 +143,8 @@ class _Out:
         ]
 
     def nexuses_named(self) -> list[NexusId]:
-        """What the TransportIDs stand for. Raises CheckCondition where one names a device without a
-        known port.
+        """The nexuses that the TransportIDs name. Raises CheckCondition if one names a device
+        without a known port.
         """
         known = {mapped.nexus.id.initiator_port for mapped in self.unit.nexuses}
         known |= {nexus.initiator_port for nexus in self.state.registrations}
@@ -168,8 +171,8 @@ class _Out:
 def _register(out: _Out) -> None:
     """REGISTER: the present key, if any, must be given (0 for a nexus that is not registered).
 
-    With ALL_TG_PT this is as if it came through each target port (SPC-4 6.16.3). A nexus of another
-    one that is not registered gets registered; one that is registered by another key is a conflict.
+    With ALL_TG_PT it counts as sent through each target port (SPC-4 6.16.3): a nexus with another
+    target port is registered too, and a conflict if it is registered with another key.
     """
     known = out.state.registrations
     if known.get(out.nexus, 0) != out.key:
@@ -180,9 +183,8 @@ def _register(out: _Out) -> None:
     ):
         raise ReservationConflict
     if out.initiators and out.nexus in known:
-        raise CheckCondition(
-            sense.INVALID_FIELD_IN_CDB
-        )  # SPC-4 5.12.7, table of register behaviours: SPEC_I_PT of one who is registered
+        # SPC-4 5.12.7, table of register behaviours: SPEC_I_PT from a registered nexus.
+        raise CheckCondition(sense.INVALID_FIELD_IN_CDB)
     _register_any(out)
 
 
@@ -219,7 +221,7 @@ def _reserve(out: _Out) -> None:
 def _release(out: _Out) -> None:
     out.check_registered()
     if not out.state.holds(out.nexus):
-        return  # releasing what one does not hold is no error (SPC-4 5.13.11.2.2)
+        return  # no error: SPC-4 5.13.11.2.2
     if out.state.kind != out.kind:
         raise CheckCondition(sense.INVALID_RELEASE)
     if out.state.release():
@@ -246,7 +248,7 @@ def _preempt(out: _Out) -> None:
     if out.request.cdb[1] & 0x1F == PREEMPT_AND_ABORT:
         for mapped in out.unit.nexuses:
             if mapped.nexus.id in removed:
-                out.aborted.extend(tasks_of(mapped))
+                out.aborted.extend(mapped.tasks())
 
 
 _ACTIONS: Final[dict[int, Callable[[_Out], None]]] = {
@@ -267,7 +269,7 @@ def _initiators(data: bytes, at: int, length: int) -> list[TransportId]:
     if length != len(data) - at or length == 0:
         raise CheckCondition(sense.PARAMETER_LIST_LENGTH_ERROR)
     try:
-        return transport_id.decode_list(data[at:])
+        return decode_transport_ids(data[at:])
     except BadTransportId as error:
         raise CheckCondition(sense.invalid_field_in_parameter_list(at + error.at)) from None
 
@@ -344,23 +346,23 @@ def reserve_out(request: Request) -> Plan:
         except ScsiError as error:
             done(error)
             return
-        # SPC-4 5.12.11.2.6: who preempts may take over the disk with GOOD, so no write of the
-        # preempted may follow it.
-        Abort(lambda: request.unit.keep_reservations(done)).start(out.aborted)
+        # SPC-4 5.12.11.2.6: with GOOD the preempting initiator may take over the disk, so no write
+        # of a preempted one may follow.
+        Abort(lambda: request.unit.keep(done)).start(out.aborted)
 
     return Operation(length, start, writing=False)
 
 
 def reserve_6(request: Request) -> Plan:
     """RESERVE(6) of the whole unit for this nexus."""
-    if not request.unit.reservations.reserve_plainly(request.nexus.id):
+    if not request.unit.reservations.reserve_spc2(request.nexus.id):
         raise ReservationConflict
     return NO_DATA
 
 
 def release_6(request: Request) -> Plan:
-    """RELEASE(6); GOOD also for whoever does not hold the reservation (SPC-2 7.20)."""
-    request.unit.reservations.release_plainly(request.nexus.id)
+    """RELEASE(6); GOOD also if this nexus does not hold the reservation (SPC-2 7.20)."""
+    request.unit.reservations.release_spc2(request.nexus.id)
     return NO_DATA
 
 
@@ -381,12 +383,13 @@ _OUT_NAMES: Final = {
     REGISTER_AND_MOVE: "REGISTER AND MOVE",
 }
 COMMANDS: Final = (
-    Command("RESERVE(6)", usage("160000000000"), reserve_6),
-    Command("RELEASE(6)", usage("170000000000"), release_6, despite_exclusion=True),
+    Command(opcodes.RESERVE_6, "RESERVE(6)", "0000000000", reserve_6),
+    Command(opcodes.RELEASE_6, "RELEASE(6)", "0000000000", release_6, despite_exclusion=True),
     *(
         Command(
+            opcodes.PERSISTENT_RESERVE_IN,
             f"PERSISTENT RESERVE IN, {name}",
-            usage("5e1f0000000000ffff00"),
+            "1f0000000000ffff00",
             reserve_in,
             service_action=action,
         )
@@ -394,8 +397,9 @@ COMMANDS: Final = (
     ),
     *(
         Command(
+            opcodes.PERSISTENT_RESERVE_OUT,
             f"PERSISTENT RESERVE OUT, {name}",
-            usage("5f1fff0000ffffffff00"),
+            "1fff0000ffffffff00",
             reserve_out,
             service_action=action,
         )

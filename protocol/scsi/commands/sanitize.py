@@ -1,17 +1,17 @@
-"""SANITIZE (SBC-3 4.11, 5.30): every sector of the unit is overwritten or deallocated, and nothing
-else is possible meanwhile.
+"""SANITIZE (SBC-3 4.11, 5.30): every sector of the unit is overwritten or deallocated, and no other
+access is possible meanwhile.
 
 The operation belongs to the logical unit and not to the command or the session that began it:
-resets, aborts and the end of the session leave it alone, and one that a restart of the daemon broke
-off has failed (`ReservationKeeper` keeps that it began). It goes through the volume in steps, each
-made durable before the next begins, so that the event loop is given back. A pool writes nothing in
-place: that the old blocks are unreachable is what is promised, and snapshots keep theirs.
+resets, aborts and the end of the session do not end it, and after a restart of the daemon it has
+failed (`StateKeeper` keeps that it began). It goes through the volume in steps, each made durable
+before the next begins, and returns to the event loop between them. A pool writes nothing in place:
+what is promised is that the old blocks cannot be reached, except through snapshots.
 """
 
 from typing import Final
 
 from protocol.scsi import limits, opcodes, sense
-from protocol.scsi.command import NO_DATA, Command, Request, usage
+from protocol.scsi.command import NO_DATA, Command, Request
 from protocol.scsi.errors import CheckCondition
 from protocol.scsi.limits import SECTOR_BYTES
 from protocol.scsi.logical_unit import LogicalUnit, Sanitization
@@ -29,9 +29,7 @@ _HEAD_BYTES: Final = 4
 
 
 class _Sanitizing:
-    """One operation under way. A completion that comes at once is a turn of the loop in `_run`, not
-    a call deeper.
-    """
+    """One operation under way. `_run` loops: a completion that comes at once does not recurse."""
 
     __slots__ = (
         "_answered",
@@ -105,11 +103,11 @@ class _Sanitizing:
             self._kept(error)
             return
         self._unit.sanitization = None
-        self._unit.keep_reservations(self._kept)
+        self._unit.keep(self._kept)
 
     def _kept(self, error: Exception | None) -> None:
-        """A failure stays with the unit until another operation succeeds, or the client gives up
-        (SBC-3 4.11.4).
+        """A failure stays with the unit until another operation succeeds, or the client exits
+        failure mode (SBC-3 4.11.4).
         """
         if error is not None:
             self._unit.sanitization = self._state
@@ -119,8 +117,8 @@ class _Sanitizing:
 
 
 def _begin(request: Request, sector: bytes | None, done: Completion) -> None:
-    """Overwrite with ``sector``, or deallocate where there is none. With IMMED the command ends
-    when that it began is durable.
+    """Overwrite with ``sector``, or deallocate if that is None. With IMMED the command ends when
+    the beginning of the operation is durable.
     """
     unit, before = request.unit, request.unit.sanitization
     state = unit.sanitization = Sanitization(bool(request.cdb[1] & _AUSE))
@@ -137,16 +135,16 @@ def _begin(request: Request, sector: bytes | None, done: Completion) -> None:
         else:
             _Sanitizing(unit, state, sector, done).start()
 
-    unit.keep_reservations(kept)
+    unit.keep(kept)
 
 
 def _tell_nobody(_error: Exception | None) -> None:
-    """The command has ended long ago; how the operation ended is the unit's state."""
+    """The command ended before; the outcome of the operation is in the unit's state."""
 
 
 def _overwrite_sector(data: bytes) -> bytes:
-    """What every sector reads as in the end: the pattern again and again, inverted with each pass
-    if asked (SBC-3 5.30.2.2).
+    """The final content of every sector: the pattern repeated, inverted with each pass if asked
+    (SBC-3 5.30.2.2).
     """
     count, pattern_bytes = data[0] & _COUNT, int.from_bytes(data[2:4], "big")
     if count == 0 or data[0] & 0x60:
@@ -160,8 +158,8 @@ def _overwrite_sector(data: bytes) -> bytes:
 
 
 def overwrite(request: Request) -> Plan:
-    """SANITIZE, OVERWRITE. One pass gives what several give: no pass reaches the blocks of the one
-    before it.
+    """SANITIZE, OVERWRITE. One pass has the effect of several, since no pass would reach the blocks
+    of the one before it.
     """
     list_bytes = int.from_bytes(request.cdb[7:9], "big")
     if not _HEAD_BYTES < list_bytes <= _HEAD_BYTES + SECTOR_BYTES:
@@ -201,15 +199,16 @@ def exit_failure_mode(request: Request) -> Plan:
     def start(_data: Buffer, done: Completion) -> None:
         unit.sanitization = None
         unit.state_changed()
-        unit.keep_reservations(done)
+        unit.keep(done)
 
     return Operation(0, start, writing=False)
 
 
 COMMANDS: Final = tuple(
     Command(
+        opcodes.SANITIZE,
         f"SANITIZE, {name}",
-        usage("48bf0000000000ffff00"),
+        "bf0000000000ffff00",
         handler,
         service_action=action,
         needs_medium=True,
@@ -222,4 +221,3 @@ COMMANDS: Final = tuple(
         (EXIT_FAILURE_MODE, "EXIT FAILURE MODE", exit_failure_mode),
     )
 )
-assert COMMANDS[0].opcode == opcodes.SANITIZE

@@ -1,0 +1,3 @@
+"""The commands of `cleavectl`, a module for each group of nouns, as the handlers of
+`daemon.control.handlers`.
+"""
