@@ -2,7 +2,7 @@
 status.
 
 The tree has three branches: what the caller asked for cannot be (RequestError), the device or the
-data on it failed (DeviceFailed, BlockDamaged, PoolDamaged), and what a pool cannot do in its
+data on it failed (DeviceFailed, BlockDamaged), and what a pool cannot do in its
 present state (PoolFull, HostFull, PoolReadOnly).
 """
 
@@ -94,12 +94,11 @@ class VolumeClosed(StorageError):
 
 
 class DeviceFailed(StorageError):
-    """The device refused a read, a write or a sync. ``cause_errno`` is what the operating system
-    said of it.
+    """The device refused a read, a write or a sync. ``__cause__`` is what the operating system said
+    of it.
     """
 
     errno = errno.EIO
-    cause_errno: int = errno
 
 
 class DeviceFull(DeviceFailed):
@@ -108,7 +107,6 @@ class DeviceFull(DeviceFailed):
     """
 
     errno = errno.ENOSPC
-    cause_errno: int = errno
 
 
 class BlockDamaged(StorageError):

@@ -29,14 +29,14 @@ Design section 4; docs/on-disk-format.md says the same in prose.
 import struct
 from typing import Final, NewType
 
-from crc32c import crc32c
+from storage.checksum import crc32c
 
 VBN = NewType("VBN", int)
-FBN = NewType("FBN", int)
 
 BLOCK_BYTES: Final = 4096
+BLOCK_SHIFT: Final = 12
+BLOCK_MASK: Final = BLOCK_BYTES - 1
 SECTOR_BYTES: Final = 512
-SECTORS_PER_BLOCK: Final = BLOCK_BYTES // SECTOR_BYTES
 ZERO_BLOCK: Final = bytes(BLOCK_BYTES)
 ZERO_BLOCK_CRC: Final = 0x98F94189  # CRC32C of 4096 zero bytes
 
@@ -176,6 +176,11 @@ RECORD_ENTRY: Final = struct.Struct("<IIQQQ")
 # The last bytes of a record's last block, which no entry reaches: bit n says that no write goes on
 # from entry n to the next one. Zeros (as versions before wrote them) say nothing.
 RECORD_TAIL: Final = struct.Struct("<15sB")
+# A bit for each in the tail.
+ENTRIES_PER_RECORD: Final = 8 * (RECORD_TAIL.size - 1)
+# A write of up to so many bytes is there after a crash entirely or not at all: its entries lie in
+# one record. (protocol.volume promises clients the same number.)
+ATOMIC_WRITE_BYTES_MAX: Final = 128 << 10
 
 # --- How far the counters go ----------------------------------------------------------------------
 
@@ -197,6 +202,7 @@ CONFIGURATION_HEAD: Final = struct.Struct("<Q")
 # Targets, access lists and reservations of 100,000 vdisks fit, and it can still be replaced whole.
 CONFIGURATION_BYTES_MAX: Final = 64 << 20
 
+assert BLOCK_BYTES == 1 << BLOCK_SHIFT
 assert FIELD.size == FIELD_BYTES and FIELDS_PER_BLOCK == 1 << FIELDS_SHIFT
 assert SUPERBLOCK_HEAD.size <= METAFILE_ROOTS_OFFSET
 assert struct.calcsize("<8sIIQQQ") == SUPERBLOCK_UUID_OFFSET
@@ -209,6 +215,9 @@ assert (
 )
 assert IMAGE_SPLIT_OFFSET + IMAGE_SPLIT.size <= IMAGE_REASON_OFFSET
 assert IMAGE_REASON_OFFSET + REASON_BYTES_MAX <= IMAGE_RESERVED_OFFSET
+# One block more where the write begins or ends within one.
+assert ATOMIC_WRITE_BYTES_MAX // BLOCK_BYTES + 1 <= ENTRIES_PER_RECORD
+assert RECORD_HEAD.size + ENTRIES_PER_RECORD * RECORD_ENTRY.size <= BLOCK_BYTES - RECORD_TAIL.size
 assert RECORD_HEAD.size == 48 and RECORD_ENTRY.size == 32
 assert (BLOCK_BYTES - RECORD_HEAD.size) % RECORD_ENTRY.size == RECORD_TAIL.size
 

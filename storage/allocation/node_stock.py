@@ -14,23 +14,23 @@ its last life again.
 
 Invariants:
 - A block in the stock is claimed, and was set aside by the host after that. What is being discarded
-  is not available yet (PoolState), so nobody punches a hole there afterwards.
-- Whoever must not be refused (a consistency point, replay) takes blocks that the host has not
+  is not available yet (storage.consistency.retirement), so nobody punches a hole there afterwards.
+- What must not be refused (a consistency point, replay) takes blocks that the host has not
   allocated when the stock is empty; their writes are tried until there is room
   (storage.state.host_room).
 """
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
+from storage.allocation.claims import Claims
+from storage.allocation.window import Window
 from storage.errors import DeviceFull
 from storage.layout import BLOCK_BYTES, REGION_BLOCKS, region_count
-
-if TYPE_CHECKING:
-    from storage.allocation.write_allocator import Window, WriteAllocator
-    from storage.state.pool_state import PoolState
+from storage.state.host_room import HostRoom
+from storage.state.pool_state import PoolState
 
 # 32 MiB: the whole maps of a pool of some 20 GiB. On a larger one a consistency point that changes
 # more of them than this waits for room.
@@ -47,6 +47,45 @@ AHEAD_BLOCKS = 256
 RUNS_AHEAD = 64
 
 
+class Supplier(Protocol):
+    """The write allocator, which the stock is a part of."""
+
+    @property
+    def free_now(self) -> int:
+        """Blocks that are available or in a window."""
+
+    @property
+    def reserve_blocks(self) -> int:
+        """How many of those are not for data."""
+
+    @property
+    def client_floor(self) -> int:
+        """How many of those are not for trees of clients that grow."""
+
+    @property
+    def point_floor(self) -> int:
+        """How many of those are for consistency points alone."""
+
+    @property
+    def node_window_blocks(self) -> int:
+        """What the stock is filled with at a time."""
+
+    def new_window(self, blocks: int) -> Window:
+        """An empty window for up to so many blocks."""
+
+    async def claim(self, window: Window) -> None:
+        """Claim free runs for a window; none are left in the pool when it stays empty."""
+
+    async def claim_in(self, region: int) -> list[tuple[int, int]]:
+        """Claim whatever is free in a region."""
+
+    def release_data_window(self) -> None:
+        """Make what is claimed for data available."""
+
+    def data_ahead(self, runs_max: int) -> list[tuple[int, int]]:
+        """Where data will be written next."""
+
+
 class NodeStock:
     """``blocks`` is what it holds; ``kept_blocks`` of that are not for clients, ``point_blocks``
     not for deletes either.
@@ -55,8 +94,10 @@ class NodeStock:
     __slots__ = (
         "_allocator",
         "_asked",
+        "_claims",
         "_exhausted",
         "_freed",
+        "_host_room",
         "_next_region",
         "_regions",
         "_runs",
@@ -69,8 +110,17 @@ class NodeStock:
         "refused",
     )
 
-    def __init__(self, state: "PoolState", allocator: "WriteAllocator", size_blocks: int) -> None:
+    def __init__(
+        self,
+        state: PoolState,
+        host_room: HostRoom,
+        claims: Claims,
+        allocator: Supplier,
+        size_blocks: int,
+    ) -> None:
         self._state = state
+        self._host_room = host_room
+        self._claims = claims
         self._allocator = allocator
         self._size_blocks = size_blocks
         self._regions = region_count(size_blocks)
@@ -86,12 +136,12 @@ class NodeStock:
         # Whether host or pool had no more then.
         self._exhausted = False
         self._task: asyncio.Task[None] | None = None
-        # What whoever waits for it needs, beyond what it is filled to anyway.
+        # What callers that wait for it need, beyond what it is filled to anyway.
         self._asked = 0
 
     # --- Taking -----------------------------------------------------------------------------------
 
-    def draw(self, window: "Window", kept_blocks: int, least: int = 1) -> bool:
+    def draw(self, window: Window, kept_blocks: int, least: int = 1) -> bool:
         """Move a window's worth of blocks to ``window``, or at least ``least``, but keep
         ``kept_blocks``. False: there are too few.
         """
@@ -131,7 +181,7 @@ class NodeStock:
             )  # no more than that: nodes of the same write may need the rest
             if first < start:
                 self._runs.append((first, start))
-            self._allocator.settle_run(start, end)
+            self._claims.settle_run(start, end)
             self.blocks -= end - start
 
     # --- Filling ----------------------------------------------------------------------------------
@@ -214,11 +264,11 @@ class NodeStock:
                 self._runs.append(left.pop())
                 self.blocks += end - first
         except DeviceFull as error:
-            self._state.room.met(error)
+            self._host_room.met(error)
             return False
         finally:
             for first, end in left:
-                self._allocator.settle_run(first, end)
+                self._claims.settle_run(first, end)
         return True
 
     async def _search(self) -> None:
@@ -258,7 +308,7 @@ class NodeStock:
             self._runs += zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
             self.blocks += int(kept.sum())
         finally:
-            self._allocator.settle(region, np.packbits(free ^ kept, bitorder="little"))
+            self._claims.settle(region, np.packbits(free ^ kept, bitorder="little"))
 
     def _region_to_search(self) -> int:
         if self._freed:
@@ -291,7 +341,7 @@ class NodeStock:
         try:
             await self._state.device.reserve(offset_bytes, length_bytes)
         except DeviceFull as error:
-            self._state.room.met(error)
+            self._host_room.met(error)
             return False
         return True
 

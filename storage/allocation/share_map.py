@@ -4,7 +4,7 @@ u32.
 Counts of data blocks are needed only when a reference goes, and that is settled at the consistency
 point, a whole epoch at once. Counts of *pointer* blocks decide whether a node must be unshared
 before it changes, so they must be exact at every moment: ``try_count`` adds the changes that the
-current and the frozen epoch hold (``Epoch.pointer_delta``) to what the map says.
+current and the frozen epoch hold (``AllocationLedger.pointer_delta``) to what the map says.
 
 A count is a u32 and must not wrap. A pointer block has at most one reference from each tree, so the
 number of images (each of which takes a block of the table) bounds its count. A data block can have
@@ -19,21 +19,19 @@ consistency point becomes the pool's.
 """
 
 import asyncio
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from storage.epoch.epoch import Epoch
+from storage.epoch.vbn_arrays import VbnArray, as_array, concatenated
 from storage.errors import RequestError
 from storage.layout import SHARES_CROWDED, SHARES_MAX, SHARES_PER_BLOCK
-from storage.state.epoch import Epoch
-from storage.state.slices import Slicer, VbnArray, as_array, concatenated, in_thread_if_large
+from storage.slicer import Slicer, in_thread_if_large
+from storage.state.pool_state import PoolState
 from storage.tree.attempt import when_possible
-from storage.tree.buffer_tree import BufferTree
+from storage.tree.editor import TreeEditor
 from storage.tree.node import HOLES, Hold, Node
-
-if TYPE_CHECKING:
-    from storage.state.pool_state import PoolState
 
 # How often a write to a full pool looks whether the consistency point under way has settled the
 # counts. Rare.
@@ -44,11 +42,12 @@ SHARES_SHIFT = SHARES_PER_BLOCK.bit_length() - 1
 class ShareMap:
     """Reads counts at any time; changes them only within a consistency point (``apply``)."""
 
-    __slots__ = ("_crowded", "_state", "tree")
+    __slots__ = ("_crowded", "_editor", "_state", "tree")
 
-    def __init__(self, state: "PoolState", tree: BufferTree) -> None:
+    def __init__(self, state: PoolState, editor: TreeEditor) -> None:
         self._state = state
-        self.tree = tree
+        self._editor = editor
+        self.tree = editor.tree
         # VBNs whose count was seen above SHARES_CROWDED.
         self._crowded: set[int] = set()
 
@@ -72,9 +71,9 @@ class ShareMap:
             return None
         count = 0 if node is HOLES else memoryview(node.buf).cast("I")[vbn & (SHARES_PER_BLOCK - 1)]
         state = self._state
-        count += state.epoch.pointer_delta.get(vbn, 0)
+        count += state.epoch.ledger.pointer_delta.get(vbn, 0)
         if state.frozen is not None:
-            count += state.frozen.pointer_delta.get(vbn, 0)
+            count += state.frozen.ledger.pointer_delta.get(vbn, 0)
         return count
 
     def try_unshared(self, vbns: list[int]) -> bool | None:
@@ -90,7 +89,7 @@ class ShareMap:
             count = self.try_count(vbn)
             if count != 0:
                 return None if count is None else False
-        return not any(np.isin(vbns, array).any() for array in self._state.epoch.added)
+        return not any(np.isin(vbns, array).any() for array in self._state.epoch.ledger.added)
 
     async def _settled(self, hold: Hold) -> None:
         """Wait for the end of the consistency point under way."""
@@ -104,7 +103,7 @@ class ShareMap:
 
     async def apply(self, epoch: Epoch, slicer: Slicer) -> None:
         """Enter the epoch's references into the map; what lost its last one joins
-        ``epoch.freed_arrays``.
+        ``freed_arrays`` of its ledger.
         """
         vbns, net = await self._net_changes(epoch, slicer)
         if not len(vbns):
@@ -120,13 +119,14 @@ class ShareMap:
         self, epoch: Epoch, slicer: Slicer
     ) -> tuple[VbnArray, npt.NDArray[np.int64]]:
         """The VBNs whose count changes, ascending, and by how much."""
-        added = concatenated(epoch.added)
-        dropped_singly, dropped_arrays = epoch.dropped, epoch.dropped_arrays
+        ledger = epoch.ledger
+        added = concatenated(ledger.added)
+        dropped_singly, dropped_arrays = ledger.dropped, ledger.dropped_arrays
         pointer_vbns, pointer_changes = (
-            list(epoch.pointer_delta),
-            list(epoch.pointer_delta.values()),
+            list(ledger.pointer_delta),
+            list(ledger.pointer_delta.values()),
         )
-        epoch.added, epoch.dropped, epoch.dropped_arrays = [], [], []
+        ledger.added, ledger.dropped, ledger.dropped_arrays = [], [], []
         dropped = concatenated([await as_array(dropped_singly, slicer), *dropped_arrays])
         pointers = await as_array(pointer_vbns, slicer)
         weights = np.concatenate(
@@ -164,11 +164,12 @@ class ShareMap:
         if (changed > SHARES_CROWDED).any() or self._crowded:
             changed = self._watched(vbns, changed)
         if (changed < 0).any():
-            epoch.freed_arrays.append(vbns[changed < 0])
+            epoch.ledger.freed_arrays.append(vbns[changed < 0])
         if node is not HOLES:
             counts[at] = np.maximum(changed, 0)
-        for vbn in vbns.tolist() if epoch.pointer_delta else ():
-            epoch.pointer_delta.pop(vbn, None)
+        pointer_delta = epoch.ledger.pointer_delta
+        for vbn in vbns.tolist() if pointer_delta else ():
+            pointer_delta.pop(vbn, None)
 
     def _watched(self, vbns: VbnArray, changed: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Note which counts are far too high; returns them as the map can hold them. Fails the pool
@@ -192,7 +193,7 @@ class ShareMap:
         return (
             node
             if node is None or (node is HOLES and not grows)
-            else self.tree.writable(block, epoch, 0)
+            else self._editor.writable(block, epoch, 0)
         )
 
 

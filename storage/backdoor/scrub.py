@@ -8,21 +8,19 @@ damaged. What is written while the scrub runs may or may not be among what it re
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from crc32c import crc32c
 
+from storage.checksum import crc32c
 from storage.data.read_path import Location, runs
 from storage.device import read_all
 from storage.errors import BlockDamaged, StorageError
+from storage.images.catalogue import Catalogue
 from storage.layout import BLOCK_BYTES, FIELDS_SHIFT, ZERO_POINTER
+from storage.state.pool_state import PoolState
 from storage.tree.buffer_tree import BufferTree
-from storage.tree.node import Node
-
-if TYPE_CHECKING:
-    from storage.images.catalogue import Catalogue
-    from storage.state.pool_state import PoolState
+from storage.tree.node import CLEAN, Node
 
 # A disk has bandwidth to spare for this, and a pool of 1 TiB is through in five hours.
 RATE_BYTES_DEFAULT = 64 << 20
@@ -33,16 +31,16 @@ BIT = np.left_shift(np.uint8(1), np.arange(8, dtype=np.uint8))
 
 
 class Scrub:
-    """One scrub (a ``backdoor.handler.Work``). ``damages`` are dicts of where, offset_bytes, vbn
-    and what.
+    """One scrub (a ``backdoor.handler.Work``). ``status`` is running, done, failed or cancelled;
+    ``damages`` are dicts of where, offset_bytes, vbn and what.
     """
 
     rate_min_bytes = 0
 
     def __init__(
         self,
-        state: "PoolState",
-        catalogue: "Catalogue",
+        state: PoolState,
+        catalogue: Catalogue,
         metafiles: list[BufferTree],
         size_blocks: int,
         used_blocks: int,
@@ -51,10 +49,10 @@ class Scrub:
         self.rate_max_bytes = rate_max_bytes
         self.blocks_total = used_blocks
         self.blocks_verified = 0
-        self.state = "running"
+        self.status = "running"
         self.damages: list[dict[str, Any]] = []
         self.damages_total = 0
-        self._pool = state
+        self._state = state
         self._catalogue = catalogue
         self._verified = np.zeros(-(-size_blocks // 8), dtype=np.uint8)
         self._damaged: set[int] = set()
@@ -80,11 +78,11 @@ class Scrub:
         """State, progress and findings."""
         percent = (
             100.0
-            if self.state == "done" or not self.blocks_total
+            if self.status == "done" or not self.blocks_total
             else min(99.9, 100.0 * self.blocks_verified / self.blocks_total)
         )
         return {
-            "state": self.state,
+            "state": self.status,
             "percent": round(percent, 1),
             "bytes_verified": self.blocks_verified * BLOCK_BYTES,
             "bytes_total": self.blocks_total * BLOCK_BYTES,
@@ -99,7 +97,7 @@ class Scrub:
         """Verify what one level-1 block points to, and that block. Returns the bytes read, or None
         at the end.
         """
-        if self.state != "running":
+        if self.status != "running":
             return None
         if self._tree is None:
             self._tree, self._next_index = next(self._trees, None), 0
@@ -108,7 +106,7 @@ class Scrub:
                 return None
         where, tree, metafile = self._tree
         node = await self._find(where, tree, tree.levels, 0)
-        if metafile and self._pool.frozen is not None:
+        if metafile and self._state.frozen is not None:
             # A consistency point is changing it: some of its blocks are not on the device yet. From
             # here on nothing waits.
             return 0
@@ -118,16 +116,20 @@ class Scrub:
         self._next_index = node.index + 1
         return await self._verify(where, tree, node)
 
+    def cancel(self) -> None:
+        """Read nothing more; what was found so far stays to be shown."""
+        self.status = "cancelled"
+
     def _end(self) -> None:
-        self.state = "done"
-        self._pool.on_event(
+        self.status = "done"
+        self._state.on_event(
             "scrub.done", blocks_verified=self.blocks_verified, damages=self.damages_total
         )
 
     async def failed(self, error: StorageError) -> None:
         """The device failed, or the like: what was found so far stays to be shown."""
-        self.state = "failed"
-        self._pool.on_event("scrub.failed", error=str(error))
+        self.status = "failed"
+        self._state.on_event("scrub.failed", error=str(error))
 
     async def _find(self, where: str, tree: BufferTree, level: int, at: int) -> Node | None:
         """The next level-1 block from the cursor on; damaged ones on the way are noted, with all
@@ -171,7 +173,7 @@ class Scrub:
             if vbn in self._damaged:
                 self._note(where, first + slot, vbn, "data")
         checks = [(first + slot, vbn, crc, "data") for slot, vbn, crc in wanted]
-        if node.epoch is None and not self._is_verified(node.vbn):
+        if node.epoch == CLEAN and not self._is_verified(node.vbn):
             checks.append((first, node.vbn, crc32c(node.buf), "pointer block of level 1"))
         return await self._read(where, sorted(checks, key=lambda check: check[1]))
 
@@ -179,17 +181,17 @@ class Scrub:
         """Read the blocks, neighbours together, and compare."""
         locations: list[Location] = [(vbn, crc) for _, vbn, crc, _ in checks]
         data = memoryview(bytearray(len(checks) * BLOCK_BYTES))
-        epoch = self._pool.begin_read()
+        epoch = self._state.begin_read()
         try:
             await read_all(
-                self._pool.device,
+                self._state.device,
                 (
                     (data[at * BLOCK_BYTES : (at + length) * BLOCK_BYTES], vbn * BLOCK_BYTES)
                     for at, vbn, length in runs(locations)
                 ),
             )
         finally:
-            self._pool.end_read(epoch)
+            self._state.end_read(epoch)
         for position, (fbn, vbn, crc, what) in enumerate(checks):
             self._verified[vbn >> 3] |= BIT[vbn & 7]
             self.blocks_verified += 1
@@ -206,4 +208,4 @@ class Scrub:
         self.damages_total += 1
         if len(self.damages) < DAMAGES_MAX:
             self.damages.append(damage)
-            self._pool.on_event("scrub.damaged", **damage)
+            self._state.on_event("scrub.damaged", **damage)

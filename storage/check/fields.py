@@ -7,14 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from crc32c import crc32c
 
 from storage import layout
 from storage.check.steps import Block
 from storage.check.uses import Crcs, Mask, Vbns
-
-FIELD_DTYPE = np.dtype([("vbn", "<u8"), ("crc", "<u4"), ("birth", "<u4")])
-assert FIELD_DTYPE.itemsize == layout.FIELD_BYTES
+from storage.checksum import crc32c
+from storage.fields import FIELD_DTYPE
 
 Label = Callable[[int], str]
 

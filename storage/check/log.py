@@ -2,11 +2,10 @@
 Nothing is replayed here.
 """
 
-from crc32c import crc32c
-
 from storage import layout
 from storage.check.steps import Block, Steps
 from storage.check.superblock import Superblock
+from storage.checksum import crc32c
 
 
 def count_records(superblock: Superblock) -> Steps[int]:

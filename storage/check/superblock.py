@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
-from crc32c import crc32c
-
 from storage import layout
+from storage.checksum import crc32c
 from storage.errors import PoolRefused
 
 Buffer = bytes | bytearray | memoryview

@@ -10,6 +10,8 @@ from functools import partial
 
 import msgpack
 
+from storage.allocation.write_allocator import WriteAllocator
+from storage.epoch.epoch import Epoch
 from storage.errors import BlockDamaged, RequestError
 from storage.layout import (
     BLOCK_BYTES,
@@ -19,21 +21,22 @@ from storage.layout import (
     TREE_LEVELS_MAX,
     tree_levels,
 )
-from storage.state.epoch import Epoch
+from storage.slicer import Slicer
 from storage.state.pool_state import PoolState
-from storage.state.slices import Slicer
 from storage.tree.attempt import when_possible
-from storage.tree.buffer_tree import BufferTree
+from storage.tree.editor import TreeEditor
 
 
 class Configuration:
     """Holds all sections in memory; they are small (CONFIGURATION_BYTES_MAX in all)."""
 
-    __slots__ = ("_durable", "_sections", "_state", "_tree", "size_blocks")
+    __slots__ = ("_allocator", "_durable", "_editor", "_sections", "_state", "_tree", "size_blocks")
 
-    def __init__(self, state: PoolState, tree: BufferTree) -> None:
+    def __init__(self, state: PoolState, editor: TreeEditor, allocator: WriteAllocator) -> None:
         self._state = state
-        self._tree = tree
+        self._editor = editor
+        self._allocator = allocator
+        self._tree = editor.tree
         self._sections: dict[str, bytes] = {}
         # As of the last consistency point.
         self._durable: dict[str, bytes] = {}
@@ -73,12 +76,13 @@ class Configuration:
                 f"the configuration would have {len(packed)} bytes, above"
                 f" {CONFIGURATION_BYTES_MAX}: remove entries first"
             )
-        epoch, allocator = self._state.epoch, self._state.allocator
-        promised = epoch.configuration[1] if epoch.configuration is not None else 0
+        epoch, allocator = self._state.epoch, self._allocator
+        dirty = epoch.dirty
+        promised = dirty.configuration[1] if dirty.configuration is not None else 0
         more = max(0, blocks_needed(len(packed)) - promised)
         allocator.check_room(blocks=more)
         allocator.promise(more)
-        epoch.configuration = CONFIGURATION_HEAD.pack(len(packed)) + packed, promised + more
+        dirty.configuration = CONFIGURATION_HEAD.pack(len(packed)) + packed, promised + more
         epoch.when_durable.append(partial(self._is_durable, sections))
         self._sections = sections
 
@@ -91,21 +95,21 @@ class Configuration:
 
     async def write(self, epoch: Epoch, slicer: Slicer) -> None:
         """Within a consistency point: put what the epoch holds into the metafile."""
-        if epoch.configuration is None:
+        if epoch.dirty.configuration is None:
             return
-        data, promised = epoch.configuration
-        epoch.configuration = None
+        data, promised = epoch.dirty.configuration
+        epoch.dirty.configuration = None
         blocks = -(-len(data) // BLOCK_BYTES)
         self.size_blocks = max(self.size_blocks, blocks)
         levels = tree_levels(blocks)
-        await when_possible(self._state, lambda: self._tree.grow(levels, epoch))
+        await when_possible(self._state, lambda: self._editor.grow(levels, epoch))
         for index in range(blocks):
-            node = await when_possible(self._state, partial(self._tree.writable, index, epoch, 0))
+            node = await when_possible(self._state, partial(self._editor.writable, index, epoch, 0))
             node.buf[:] = data[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES].ljust(
                 BLOCK_BYTES, b"\0"
             )
             await slicer.breathe()
-        self._state.allocator.redeem(promised)
+        self._allocator.redeem(promised)
 
 
 def blocks_needed(length_bytes: int) -> int:

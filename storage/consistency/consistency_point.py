@@ -17,25 +17,23 @@ frozen can neither be completed nor undone. The table is shown as the last durab
 """
 
 import asyncio
-from collections.abc import Callable
 from time import perf_counter
-
-from crc32c import crc32c
+from typing import NamedTuple, Protocol
 
 from storage.allocation.active_map import ActiveMap
+from storage.allocation.map_changes import MapChanges
+from storage.allocation.share_map import ShareMap
+from storage.allocation.write_allocator import WriteAllocator
+from storage.checksum import crc32c
 from storage.consistency.configuration import Configuration
 from storage.consistency.node_writer import NodeWriter
-from storage.consistency.superblock import MetafileRoot, Superblock
-from storage.errors import (
-    HostFull,
-    HostStaysFull,
-    PoolFull,
-    PoolReadOnly,
-    StorageError,
-    VolumeClosed,
-)
+from storage.consistency.retirement import Retired, Retirement
+from storage.epoch.dirty_set import ChangedImage
+from storage.epoch.epoch import Epoch
+from storage.errors import HostStaysFull, PoolReadOnly, StorageError
+from storage.fields import set_field, vbn_at
 from storage.images.catalogue import Catalogue
-from storage.images.image import KIND_FREE, Image
+from storage.images.image import KIND_FREE
 from storage.images.record import KIND_OFFSET, ROOT_FIELD_OFFSET
 from storage.layout import (
     BLOCK_BYTES,
@@ -43,7 +41,6 @@ from storage.layout import (
     CP_LAST,
     CP_WARNED_FROM,
     FIELD,
-    FIELDS_MASK,
     FIELDS_SHIFT,
     HOLE,
     VDISK_TABLE,
@@ -51,13 +48,15 @@ from storage.layout import (
     tree_levels,
 )
 from storage.log.intent_log import IntentLog
-from storage.state.epoch import Epoch
+from storage.slicer import Slicer, dispose
+from storage.state.host_room import HostRoom
+from storage.state.point_requests import PointRequests
 from storage.state.pool_state import PoolState
-from storage.state.slices import Slicer, dispose
+from storage.superblock.superblock import MetafileRoot, Superblock
 from storage.tree.attempt import when_possible
 from storage.tree.buffer_tree import BufferTree
+from storage.tree.editor import TreeEditor
 
-AtFreeze = Callable[[], None]
 # The frozen epoch, and what the log says of itself at the freeze: block and sequence of its next
 # record, blocks used.
 Frozen = tuple[Epoch, tuple[int, int, int]]
@@ -65,8 +64,6 @@ Frozen = tuple[Epoch, tuple[int, int, int]]
 # How old a change may get before it is written: bounds what replay has to do after a crash, and how
 # long freed space waits.
 INTERVAL_SECONDS = 5.0
-# How often a write to a full pool looks whether those that borrowed blocks are installed.
-LENT_POLL_SECONDS = 0.001
 # How often the other triggers are looked at.
 WATCH_SECONDS = 0.1
 # After so long without a consistency point the second copy of the superblock is synced too.
@@ -77,138 +74,103 @@ DIRTY_NODES_WANTED = 16384
 UNLOGGED_WANTED = 65536
 
 
+class FollowsTable(Protocol):
+    """What shows the table to others, beside the catalogue: open volumes."""
+
+    def reverted(self) -> None:
+        """The catalogue went back to the last durable consistency point."""
+
+
+class Written(NamedTuple):
+    """What a consistency point brings to the device, beside the nodes of images."""
+
+    superblock: Superblock
+    catalogue: Catalogue
+    log: IntentLog
+    configuration: Configuration
+    active_map: ActiveMap
+    map_changes: MapChanges
+    share_map: ShareMap
+    # In the order of layout.METAFILES.
+    metafiles: list[TreeEditor]
+
+
 class ConsistencyPoints:
-    """Takes consistency points when asked to and when due. ``request`` is what every change of
-    metadata waits for.
+    """Takes consistency points when they are requested and when they are due. ``seconds_last`` is
+    how long the last one took.
     """
 
     def __init__(
         self,
         state: PoolState,
-        superblock: Superblock,
-        catalogue: Catalogue,
-        log: IntentLog,
-        active_map: ActiveMap,
-        metafiles: list[BufferTree],
-        configuration: Configuration,
+        host_room: HostRoom,
+        requests: PointRequests,
+        allocator: WriteAllocator,
+        retired: Retired,
+        retirement: Retirement,
+        written: Written,
+        volumes: FollowsTable,
     ) -> None:
         self._state = state
-        self._superblock = superblock
-        self._catalogue = catalogue
-        self._log = log
-        self._active_map = active_map
-        self._metafiles = metafiles
-        self._configuration = configuration
-        self._table = metafiles[VDISK_TABLE]
-        self._waiting: list[tuple[AtFreeze | None, asyncio.Future[None]]] = []
-        self._wake = asyncio.Event()
+        self._host_room = host_room
+        self._requests = requests
+        self._allocator = allocator
+        self._retired = retired
+        self._retirement = retirement
+        self._superblock = written.superblock
+        self._catalogue = written.catalogue
+        self._log = written.log
+        self._configuration = written.configuration
+        self._active_map = written.active_map
+        self._map_changes = written.map_changes
+        self._share_map = written.share_map
+        self._metafiles = [editor.tree for editor in written.metafiles]
+        self._table = written.metafiles[VDISK_TABLE]
+        self._volumes = volumes
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
-        self._ended = False
         self._due_at = 0.0
         # When the second copy of the superblock was written, while no sync has covered it.
         self._second_copy_at: float | None = None
-        # Set when the log goes on elsewhere than the superblock says: then one has to be written
-        # although nothing else changed.
-        self.log_moved = False
-        self.seconds_last = 0.0
-        # Told once when nothing can become durable any more.
-        self.on_failure: Callable[[], None] = lambda: None
+        self._log_moved = False
         self._failed = False
         self._number_told = False
-        state.wanted = self._wake.set
-        log.durable_by_cp = self.request
-
-    # --- Asking for one ---------------------------------------------------------------------------
+        self.seconds_last = 0.0
 
     def start(self) -> None:
         """Begin to take consistency points in the background."""
+        self._requests.served = True
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def stop(self) -> None:
         """Take a last consistency point if anything changed, and end."""
         self._stopping = True
-        self._wake.set()
+        self._requests.want()
         if self._task is not None:
             await self._task
 
-    def request(self, at_freeze: AtFreeze | None = None) -> asyncio.Future[None]:
-        """A Future for a consistency point whose freeze comes after this call. ``at_freeze`` runs
-        in the freeze, before the epochs change places; what it raises is raised to the caller, and
-        its consistency point goes on without it.
+    def log_has_moved(self) -> asyncio.Future[None]:
+        """The log goes on elsewhere than the superblock says: one has to be written although
+        nothing else changed, and nothing may be logged before.
         """
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        if self._ended:
-            future.set_exception(VolumeClosed("the pool is closing: nothing is taken any more"))
-            return future
-        self._waiting.append((at_freeze, future))
-        self._wake.set()
-        return future
-
-    async def request_with_room(self, at_freeze: AtFreeze) -> None:
-        """Carry out a change that needs new blocks for metadata, as soon as there are some. Raises
-        PoolFull, HostFull: there are none.
-
-        What was refused for want of room is asked for, and tried again: the host may have room that
-        nobody has asked for since.
-        """
-        allocator = self._state.allocator
-        while True:
-            try:
-                return await self.request(at_freeze)
-            except PoolFull as full:
-                if isinstance(full, HostFull) and (
-                    await allocator.stock.top_up(full.missing_blocks) or not allocator.stock.refused
-                ):
-                    continue
-                if not await allocator.reclaim(full.missing_blocks, False):
-                    raise
-
-    async def reclaim(self, blocks: int, patient: bool) -> bool:
-        """Make freed blocks available. False: fewer than ``blocks`` are on their way, so that
-        waiting for them would help nobody; or none is left of those that came, for one who is not
-        ``patient``.
-        """
-        state = self._state
-        epochs = [epoch for epoch in (state.epoch, state.frozen) if epoch is not None]
-        allocator = state.allocator
-        on_their_way = sum(epoch.freed_estimate for epoch in epochs)
-        on_their_way += allocator.held_blocks + allocator.promised_blocks + allocator.lent_blocks
-        # What is frozen is being moved from its lists to the maps, and cannot be counted.
-        unknown = state.frozen is not None or any(epoch.when_durable for epoch in epochs)
-        if on_their_way < blocks and not unknown:
-            return False
-        before, free_before = allocator.returned_blocks, allocator.free_now
-        if unknown or allocator.promised_blocks or any(epoch.frees for epoch in epochs):
-            await self.request()
-        elif allocator.lent_blocks:
-            await asyncio.sleep(
-                LENT_POLL_SECONDS
-            )  # those writes are still on their way to the device
-            return True
-        while state.retired and allocator.returned_blocks <= before:
-            await state.room_from_retired()
-        if patient:
-            return allocator.returned_blocks > before or allocator.lent_blocks > 0
-        return allocator.free_now > free_before
+        self._log_moved = self._log.held = True
+        return self._requests.request()
 
     # --- The loop ---------------------------------------------------------------------------------
 
     async def _run(self) -> None:
+        wake = self._requests.wake
         while not self._stopping:
             try:
-                await asyncio.wait_for(self._wake.wait(), WATCH_SECONDS)
+                await asyncio.wait_for(wake.wait(), WATCH_SECONDS)
             except TimeoutError:
                 if not self._due():
                     await self._sync_second_copy()
                     continue
-            self._wake.clear()
+            wake.clear()
             await self._take()
         await self._take()
-        self._ended = True
-        for _, future in self._waiting:  # who came during the last one
-            if not future.done():
-                future.set_exception(VolumeClosed("the pool is closing: nothing is taken any more"))
+        self._requests.close()
 
     async def _sync_second_copy(self) -> None:
         """A pool that rests has both copies durable: the second has no sync of its own, and the
@@ -227,16 +189,16 @@ class ConsistencyPoints:
     def _due(self) -> bool:
         epoch = self._state.epoch
         if (
-            len(epoch.dirty) > min(DIRTY_NODES_WANTED, self._state.cache.nodes_max // 2)
-            or len(epoch.unlogged) > UNLOGGED_WANTED
+            len(epoch.dirty.nodes) > min(DIRTY_NODES_WANTED, self._state.cache.nodes_max // 2)
+            or len(epoch.unlogged.entries) > UNLOGGED_WANTED
         ):
             return True
-        if self._state.room.full and epoch.frees:
+        if self._host_room.full and epoch.frees:
             return True  # the sooner blocks are free, the sooner the host has them back
         return epoch.changed and perf_counter() >= self._due_at
 
     async def _take(self) -> None:
-        """One consistency point, and the answers to all who wait for it."""
+        """One consistency point, and the answers to all that wait for it."""
         waiting: list[asyncio.Future[None]] = []
         error: Exception | None = None
         try:
@@ -254,7 +216,7 @@ class ConsistencyPoints:
         except (PoolReadOnly, HostStaysFull) as failure:
             error = failure
         except Exception as failure:  # noqa: BLE001
-            # Whatever it was: what is frozen can neither be completed nor undone, and nobody may
+            # Whatever it was: what is frozen can neither be completed nor undone, and nothing may
             # wait for ever.
             self._state.fail(
                 f"a consistency point failed: {str(failure) or type(failure).__name__}"
@@ -262,18 +224,30 @@ class ConsistencyPoints:
             error = failure
         if error is not None and not self._failed:
             self._failed = True
-            self.on_failure()
+            self._revert()
         if error is not None:
-            waiting += [future for _, future in self._waiting]
-            self._waiting = []
+            waiting += [future for _, future in self._requests.waiting]
+            self._requests.waiting = []
         for future in waiting:
             if future.done():
-                continue  # whoever asked has gone
+                continue  # the caller has gone
             if error is None:
                 future.set_result(None)
             else:
                 future.set_exception(error)
         self._due_at = perf_counter() + INTERVAL_SECONDS
+
+    def _revert(self) -> None:
+        """Nothing can become durable any more: show what is, for nobody was told of
+        anything else.
+        """
+        state = self._state
+        epochs = [epoch for epoch in (state.frozen, state.epoch) if epoch is not None]
+        self._catalogue.revert(
+            dict.fromkeys(image.number for epoch in epochs for image in epoch.dirty.images)
+        )
+        self._configuration.revert()
+        self._volumes.reverted()
 
     def _check_not_given_up(self) -> None:
         """What is frozen found no room on the host, and the pool is closing: there will not be
@@ -303,20 +277,20 @@ class ConsistencyPoints:
         """A consistency point that frees nothing yet eats from the reserve: there must not be many
         of them.
         """
-        state = self._state
-        while state.retired and state.allocator.free_now <= state.allocator.client_floor:
-            await state.room_from_retired()
+        allocator = self._allocator
+        while self._retired.epochs and allocator.free_now <= allocator.client_floor:
+            await self._retired.wait_for_room()
 
     def _freeze(self, waiting: list[asyncio.Future[None]]) -> Frozen | None:
         """The freeze, one step: run what belongs to it, and let the epochs change places. None:
         there is nothing to write.
 
-        Appends to ``waiting`` who is answered when this consistency point is durable.
+        Appends to ``waiting`` what is answered when this consistency point is durable.
         """
         self._run_at_freeze(waiting)
         state = self._state
         epoch = state.epoch
-        if not epoch.changed and not self.log_moved:
+        if not epoch.changed and not self._log_moved:
             return None
         mark = self._log.mark()
         state.frozen, state.epoch = epoch, Epoch(epoch.number + 1)
@@ -328,11 +302,11 @@ class ConsistencyPoints:
         Each may touch table entries, which this consistency point must have room for: where the
         reserve has no more, the rest waits for the next one.
         """
-        allocator = self._state.allocator
+        allocator, requests = self._allocator, self._requests
         at, changed = 0, False
-        for at_freeze, future in self._waiting:
+        for at_freeze, future in requests.waiting:
             if changed and allocator.free_now < allocator.point_floor:
-                self._wake.set()
+                requests.want()
                 break
             at += 1
             try:
@@ -345,29 +319,29 @@ class ConsistencyPoints:
                 future.set_exception(error)
                 continue
             waiting.append(future)
-        del self._waiting[:at]
+        del requests.waiting[:at]
 
     # --- One consistency point --------------------------------------------------------------------
 
     async def _consistency_point(self, frozen: Frozen) -> None:
         epoch, (head_block, head_sequence, used_at_mark) = frozen
         state, slicer = self._state, Slicer()
-        writer = NodeWriter(state, epoch, slicer)
+        writer = NodeWriter(state.device, self._host_room, epoch, slicer)
         await writer.write_dirty()
         entries = await self._write_entries(epoch, writer, slicer)
         await self._configuration.write(epoch, slicer)
-        await state.share_map.apply(epoch, slicer)
-        await self._active_map.apply(epoch, slicer)
+        await self._share_map.apply(epoch, slicer)
+        await self._map_changes.apply(epoch, slicer)
         await writer.write_dirty()
         # A map that contradicts itself has failed the pool: then this state must not become the
         # pool's.
         state.check_writable()
         await self._write_superblock(epoch, head_block, head_sequence)
-        self.log_moved = self._log.held = False
+        self._log_moved = self._log.held = False
         self._log.trim(used_at_mark)
         for number, entry in entries:
             self._catalogue.entry_written(number, entry)
-        unlogged = epoch.unlogged
+        unlogged = epoch.unlogged.drain()
         self._finish(epoch)
         await dispose(unlogged, slicer)
 
@@ -377,14 +351,15 @@ class ConsistencyPoints:
         """Write the table entries of the images that changed, and point the table at them."""
         written: list[tuple[int, bytearray | None]] = []
         blocks: list[tuple[int, bytearray]] = []
-        for image in list(epoch.images):
-            entry = epoch.images[image]
+        images = epoch.dirty.images
+        for image in list(images):
+            entry = images[image]
             if entry is None:
-                entry = epoch.images[image] = image.encode()
+                entry = images[image] = image.encode()
             settle_root_crc(image, entry, writer.root_crcs)
             gone = entry[KIND_OFFSET] == KIND_FREE
-            vbn = await self._point_at_entry(epoch, image, None if gone else entry)
-            self._state.allocator.redeem()
+            vbn = await self._point_at_entry(epoch, image.number, None if gone else entry)
+            self._allocator.redeem()
             if not gone:
                 blocks.append((vbn, entry))
             written.append((image.number, None if gone else entry))
@@ -392,30 +367,32 @@ class ConsistencyPoints:
         await writer.write_blocks(blocks)
         return written
 
-    async def _point_at_entry(self, epoch: Epoch, image: Image, entry: bytearray | None) -> int:
+    async def _point_at_entry(self, epoch: Epoch, number: int, entry: bytearray | None) -> int:
         """Enter the new location of an entry (None: it is cleared) into the table's tree; returns
         its VBN.
         """
-        levels = tree_levels(image.number + 1)
+        levels = tree_levels(number + 1)
         await when_possible(self._state, lambda: self._table.grow(levels, epoch))
         return await when_possible(
-            self._state, lambda: self._point_at_entry_now(epoch, image.number, entry)
+            self._state, lambda: self._point_at_entry_now(epoch, number, entry)
         )
 
     def _point_at_entry_now(self, epoch: Epoch, number: int, entry: bytearray | None) -> int | None:
-        allocator = self._state.allocator
+        allocator = self._allocator
         node = self._table.writable(number >> FIELDS_SHIFT, epoch)
         if node is None or (
             entry is not None
             and not allocator.nodes_at_hand(1, allocator.floor(epoch, grows=True), entry=False)
         ):
             return None
-        vbn = allocator.take_node(epoch) if entry is not None else HOLE
-        slot = (number & FIELDS_MASK) * 2
-        if node.q[slot] > ZERO_POINTER:
-            epoch.freed.append(node.q[slot])
-        node.q[slot] = vbn
-        node.q[slot + 1] = crc32c(entry) | epoch.number << 32 if entry is not None else 0
+        old = vbn_at(node.q, number)
+        if old > ZERO_POINTER:
+            epoch.ledger.freed.append(old)
+        if entry is None:
+            set_field(node.q, number, (HOLE, 0, 0))
+            return HOLE
+        vbn = allocator.take_node(epoch.ledger)
+        set_field(node.q, number, (vbn, crc32c(entry), epoch.number))
         return vbn
 
     async def _write_superblock(self, epoch: Epoch, head_block: int, head_sequence: int) -> None:
@@ -438,7 +415,7 @@ class ConsistencyPoints:
         superblock.log_head_block, superblock.log_head_sequence = head_block, head_sequence
         table_size = max(
             superblock.roots[VDISK_TABLE].size_blocks,
-            1 + max((image.number for image in epoch.images), default=0),
+            1 + max((image.number for image in epoch.dirty.images), default=0),
         )
         superblock.roots[VDISK_TABLE].size_blocks = table_size
         configuration = superblock.roots[CONFIGURATION]
@@ -448,23 +425,23 @@ class ConsistencyPoints:
         return superblock.encode()
 
     async def _write_block(self, block: bytearray, vbn: int) -> None:
-        await self._state.room.put((block,), vbn * BLOCK_BYTES)
+        await self._host_room.put((block,), vbn * BLOCK_BYTES)
 
     def _finish(self, epoch: Epoch) -> None:
         """The epoch is durable: what it freed waits only for older reads now."""
         state = self._state
-        assert not epoch.dirty and not epoch.saved and not epoch.pointer_delta
+        dirty = epoch.dirty
+        assert not dirty.nodes and not dirty.saved and not epoch.ledger.pointer_delta
         state.frozen = None
-        epoch.images = {}
-        epoch.unlogged = []
+        dirty.images = {}
         followers, epoch.when_durable = epoch.when_durable, []
         for follow in followers:
             follow()
-        state.retire(epoch)
+        self._retirement.retire(epoch)
         state.cache.trim()
 
 
-def settle_root_crc(image: Image, entry: bytearray, root_crcs: dict[int, int]) -> None:
+def settle_root_crc(image: ChangedImage, entry: bytearray, root_crcs: dict[int, int]) -> None:
     """Fill in the CRC32C of a root that this consistency point wrote, in the entry and in the image
     if it still has that root.
     """

@@ -22,20 +22,20 @@ from dataclasses import dataclass
 from operator import attrgetter, itemgetter
 from typing import Any
 
-from crc32c import crc32c
-
-from storage.consistency.superblock import Superblock
+from storage.allocation.write_allocator import WriteAllocator
+from storage.checksum import crc32c
 from storage.data.trim import trim_blocks
 from storage.data.write_path import indexes_of, install, nodes_of, plan_for
+from storage.epoch.log_queue import LogEntry as Entry
 from storage.errors import BlockDamaged, DeviceFailed, StorageError
 from storage.images.catalogue import Catalogue
 from storage.images.image import Image
 from storage.layout import BLOCK_BYTES, HOLE, LOG_FIRST_VBN, ZERO_POINTER
 from storage.log.findings import Findings, Place, places
 from storage.log.ring import READ_BLOCKS, Missing, Record, Ring, read_ring, read_singly
-from storage.state.epoch import LogEntry as Entry
+from storage.slicer import Slicer
 from storage.state.pool_state import PoolState
-from storage.state.slices import Slicer
+from storage.superblock.superblock import Superblock
 from storage.tree.attempt import when_possible
 
 # Data writes installed in one step.
@@ -60,8 +60,15 @@ class Replayed:
 class Replay:
     """Replays the log of one pool, while nobody else works on it."""
 
-    def __init__(self, state: PoolState, superblock: Superblock, catalogue: Catalogue) -> None:
+    def __init__(
+        self,
+        state: PoolState,
+        superblock: Superblock,
+        catalogue: Catalogue,
+        allocator: WriteAllocator,
+    ) -> None:
         self._state = state
+        self._allocator = allocator
         self._superblock = superblock
         self._catalogue = catalogue
         self._slicer = Slicer()
@@ -102,7 +109,7 @@ class Replay:
         entries = self._findings.to_apply()
         for run in runs(entries):
             if run[0][3] >= self._first_free:
-                self._state.allocator.adopt(run[0][3], len(run))
+                self._allocator.adopt(run[0][3], len(run))
         await self._apply(entries)
         self._report_unreadable(ring, missing)
         self._report()
@@ -379,7 +386,7 @@ class Replay:
             self._state.on_event("log.unknown_image", image=number, entries=len(entries))
             for _, _, _, orphan, _ in entries:
                 if orphan > ZERO_POINTER:
-                    self._state.allocator.give_back([(orphan, 1)])
+                    self._allocator.give_back([(orphan, 1)])
         elif vbn == ZERO_POINTER:
             await trim_blocks(image, fbn, count)
         elif max(entry[2] for entry in entries) >= image.size_blocks:
@@ -393,10 +400,10 @@ class Replay:
         targets = [(fbn, crc) for _, crc, fbn, _, _ in entries]
         indexes = indexes_of(targets)
         plan = await when_possible(self._state, lambda: plan_for(image, self._state.epoch, indexes))
-        image.tree.carry_out(plan)
+        image.editor.carry_out(plan)
         install(
             image,
-            plan.epoch,
+            self._state.epoch,
             nodes_of(image, indexes),
             targets,
             [(run[0][3], len(run)) for run in runs(entries)],

@@ -4,19 +4,16 @@ are skipped, whatever their size.
 
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from storage.data.backing import fields_behind, peek_next, visible_slots
-from storage.layout import FIELDS_SHIFT, HOLE, ZERO_POINTER
-from storage.state.slices import Slicer
+from storage.images.image import Image
+from storage.layout import BLOCK_MASK, BLOCK_SHIFT, FIELDS_SHIFT, HOLE, ZERO_POINTER
+from storage.slicer import Slicer
 from storage.tree.attempt import when_possible
 from storage.tree.search import peek_first
-
-if TYPE_CHECKING:
-    from storage.images.image import Image
 
 # (blocks, whether they are allocated); neighbours differ.
 Run = tuple[int, bool]
@@ -25,7 +22,7 @@ Run = tuple[int, bool]
 INDEXES_MAX = 64
 
 
-async def allocated_runs(image: "Image", first: int, count: int, runs_max: int) -> list[Run]:
+async def allocated_runs(image: Image, first: int, count: int, runs_max: int) -> list[Run]:
     """Runs from block ``first`` on, in order, for ``count`` blocks or fewer: at least one, and
     ``runs_max`` whole ones if there are.
 
@@ -47,7 +44,22 @@ async def allocated_runs(image: "Image", first: int, count: int, runs_max: int) 
     return runs
 
 
-def _next_existing(image: "Image", index: int) -> int | None:
+async def allocated_bytes(
+    image: Image, offset: int, length: int, runs_max: int
+) -> list[tuple[int, bool]]:
+    """The same for a range of bytes: (bytes, whether they are allocated)."""
+    first = offset >> BLOCK_SHIFT
+    end, at = offset + length, first << BLOCK_SHIFT
+    count = (end + BLOCK_MASK >> BLOCK_SHIFT) - first
+    found = []
+    for blocks, allocated in await allocated_runs(image, first, count, runs_max):
+        following = at + (blocks << BLOCK_SHIFT)
+        found.append((min(following, end) - max(at, offset), allocated))
+        at = following
+    return found
+
+
+def _next_existing(image: Image, index: int) -> int | None:
     """The first level-1 index from there on that exists in the image or behind it, else NOWHERE;
     None: it has to be waited for.
     """
@@ -56,7 +68,7 @@ def _next_existing(image: "Image", index: int) -> int | None:
     return min(own, behind) if own is not None and behind is not None else None
 
 
-def _flags(image: "Image", index: int) -> npt.NDArray[np.bool_] | None:
+def _flags(image: Image, index: int) -> npt.NDArray[np.bool_] | None:
     """Which blocks of level-1 block ``index`` have data, in the image or behind it; None: it has to
     be waited for.
     """
@@ -73,7 +85,7 @@ def _flags(image: "Image", index: int) -> npt.NDArray[np.bool_] | None:
     )
 
 
-async def _append_block(image: "Image", index: int, start: int, end: int, runs: list[Run]) -> None:
+async def _append_block(image: Image, index: int, start: int, end: int, runs: list[Run]) -> None:
     """Add the runs of blocks [start, end), which lie in level-1 block ``index``."""
     low = start - (index << FIELDS_SHIFT)
     flags = (await when_possible(image.state, lambda: _flags(image, index)))[

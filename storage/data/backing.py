@@ -6,31 +6,27 @@ moves data from behind to the clone and then ends the association, so that who l
 before and behind it afterwards would see the data nowhere.
 """
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import numpy.typing as npt
 
+from storage.fields import FIELD_DTYPE
+from storage.images.image import Image
 from storage.layout import FIELDS_PER_BLOCK, FIELDS_SHIFT, HOLE
 from storage.tree.attempt import when_possible
-from storage.tree.node import FIELD_DTYPE
 from storage.tree.search import NOWHERE, peek_first
-
-if TYPE_CHECKING:
-    from storage.images.image import Image
 
 SLOTS = np.arange(FIELDS_PER_BLOCK)
 # A whole field as one item: numpy moves those eight times faster than structured ones.
 WHOLE_FIELD = np.dtype("V16")
 
 
-def visible_slots(image: "Image", index: int) -> npt.NDArray[np.bool_]:
+def visible_slots(image: Image, index: int) -> npt.NDArray[np.bool_]:
     """Which slots of level-1 block ``index`` lie below ``backing_blocks``."""
     return image.backing_blocks - (index << FIELDS_SHIFT) > SLOTS
 
 
 def fields_behind(
-    clone: "Image", index: int, wanted: npt.NDArray[np.bool_]
+    clone: Image, index: int, wanted: npt.NDArray[np.bool_]
 ) -> npt.NDArray[np.void] | None:
     """The fields of level-1 block ``index`` that are seen through the ``wanted`` slots; None when a
     pointer block must be loaded first.
@@ -51,7 +47,7 @@ def fields_behind(
     return fields
 
 
-def peek_next(clone: "Image", index: int) -> int | None:
+def peek_next(clone: Image, index: int) -> int | None:
     """The first level-1 index from ``index`` on where anything behind the clone has a pointer
     block, NOWHERE if there is none.
 
@@ -71,7 +67,7 @@ def peek_next(clone: "Image", index: int) -> int | None:
     return found
 
 
-async def next_index(clone: "Image", index: int) -> int | None:
+async def next_index(clone: Image, index: int) -> int | None:
     """``peek_next``, waiting where it must; None when there is none. Raises BlockDamaged,
     DeviceFailed.
     """

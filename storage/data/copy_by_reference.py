@@ -3,15 +3,16 @@ source's pointers, and the share map counts them. No data moves; either side tha
 afterwards gets blocks of its own.
 
 Such a change is not in the intent log, whose records name blocks that are new: a flush that finds
-one takes a consistency point instead (``Epoch.by_reference``).
+one takes a consistency point instead (``LogQueue.by_reference``).
 """
-
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from storage.epoch.epoch import Epoch
 from storage.errors import NotByReference, OutOfRange, VolumeClosed
+from storage.fields import FIELD_DTYPE
+from storage.images.image import Image
 from storage.layout import (
     BLOCK_BYTES,
     FIELDS_MASK,
@@ -21,22 +22,15 @@ from storage.layout import (
     KIND_VDISK,
     ZERO_POINTER,
 )
-from storage.state.slices import Slicer
+from storage.slicer import Slicer
 from storage.tree.attempt import when_possible
-from storage.tree.node import FIELD_DTYPE
-
-if TYPE_CHECKING:
-    from storage.images.image import Image
-    from storage.state.epoch import Epoch
-    from storage.tree.node import Node
+from storage.tree.node import Node
 
 # Fields of pointer blocks, FIELD_DTYPE.
 Fields = npt.NDArray[np.void]
 
 
-async def copy_blocks(
-    source: "Image", source_fbn: int, image: "Image", fbn: int, count: int
-) -> None:
+async def copy_blocks(source: Image, source_fbn: int, image: Image, fbn: int, count: int) -> None:
     """Make blocks [fbn, fbn + count) of ``image`` read as those of ``source``. Raises BlockDamaged,
     DeviceFailed, PoolFull.
     """
@@ -50,35 +44,33 @@ async def copy_blocks(
 
 
 async def _copy_within_block(
-    source: "Image", source_fbn: int, image: "Image", fbn: int, count: int
+    source: Image, source_fbn: int, image: Image, fbn: int, count: int
 ) -> None:
     """The part that lies in one level-1 block of the destination."""
     await when_possible(image.state, lambda: _copy_now(source, source_fbn, image, fbn, count))
 
 
-def _copy_now(
-    source: "Image", source_fbn: int, image: "Image", fbn: int, count: int
-) -> bool | None:
+def _copy_now(source: Image, source_fbn: int, image: Image, fbn: int, count: int) -> bool | None:
     """Find the pointers and take them, in one step. None: nothing was changed; ``state.missing`` is
     what to wait for.
     """
     _check_both(source, image, fbn + count)
-    image.state.share_map.check_room(NotByReference)
+    image.share_map.check_room(NotByReference)
     pointers = _pointers(source, source_fbn, count)
     if pointers is None:
         return None
     epoch = image.state.epoch
-    node = image.tree.writable(fbn >> FIELDS_SHIFT, epoch)
+    node = image.editor.writable(fbn >> FIELDS_SHIFT, epoch)
     if node is None:
         return None
     _mark_shared(source, epoch)
     _mark_shared(image, epoch)
-    _let_go(image, epoch, node, fbn, count)
+    _give_up(image, epoch, node, fbn, count)
     _install(image, epoch, node, fbn, pointers)
     return True
 
 
-def _check_both(source: "Image", image: "Image", end: int) -> None:
+def _check_both(source: Image, image: Image, end: int) -> None:
     """Raise VolumeClosed or OutOfRange if a deletion or a shrink has come meanwhile.
 
     Of a deleted source above all: reclaim lets go of what was its own without asking the share map.
@@ -92,7 +84,7 @@ def _check_both(source: "Image", image: "Image", end: int) -> None:
         )
 
 
-def _pointers(source: "Image", fbn: int, count: int) -> Fields | None:
+def _pointers(source: Image, fbn: int, count: int) -> Fields | None:
     """What the source's blocks point at, through its backing stores; None when a pointer block must
     be loaded first.
     """
@@ -107,7 +99,7 @@ def _pointers(source: "Image", fbn: int, count: int) -> Fields | None:
         at = at.backing
 
 
-def _fill_holes(image: "Image", fbn: int, found: Fields) -> bool:
+def _fill_holes(image: Image, fbn: int, found: Fields) -> bool:
     """Give the holes of ``found`` the fields of one image; False when a pointer block must be
     loaded first.
     """
@@ -125,7 +117,7 @@ def _fill_holes(image: "Image", fbn: int, found: Fields) -> bool:
     return True
 
 
-def _mark_shared(image: "Image", epoch: "Epoch") -> None:
+def _mark_shared(image: Image, epoch: Epoch) -> None:
     """Blocks as old as now may have other references from now on. A snapshot's are counted as
     shared anyway.
     """
@@ -134,17 +126,17 @@ def _mark_shared(image: "Image", epoch: "Epoch") -> None:
         image.tree.shared_cp = epoch.number
 
 
-def _let_go(image: "Image", epoch: "Epoch", node: "Node", fbn: int, count: int) -> None:
+def _give_up(image: Image, epoch: Epoch, node: Node, fbn: int, count: int) -> None:
     low = fbn & FIELDS_MASK
     fields = node.fields()[low : low + count]
     old = fields["vbn"][fields["vbn"] > ZERO_POINTER]
-    epoch.dropped_arrays.append(old.copy())
+    epoch.ledger.dropped_arrays.append(old.copy())
     image.used_blocks -= len(old)
-    if image.job is not None and (fields["vbn"] == HOLE).any():
-        image.job.holes_hidden()
+    if image.watcher is not None and (fields["vbn"] == HOLE).any():
+        image.watcher.holes_hidden()
 
 
-def _install(image: "Image", epoch: "Epoch", node: "Node", fbn: int, pointers: Fields) -> None:
+def _install(image: Image, epoch: Epoch, node: Node, fbn: int, pointers: Fields) -> None:
     """Point at the source's blocks; what reads as zeros there becomes a zero pointer, which hides
     whatever is behind.
     """
@@ -153,6 +145,6 @@ def _install(image: "Image", epoch: "Epoch", node: "Node", fbn: int, pointers: F
     low = fbn & FIELDS_MASK
     node.fields()[low : low + len(pointers)] = pointers
     vbns = pointers["vbn"][~zeros]
-    epoch.added.append(vbns)
-    epoch.by_reference = True
+    epoch.ledger.added.append(vbns)
+    epoch.unlogged.by_reference = True
     image.used_blocks += len(vbns)

@@ -8,10 +8,8 @@ way. The same rules hold as for ``storage.data.write_path``.
 
 from array import array
 from itertools import repeat
-from typing import TYPE_CHECKING
 
-from crc32c import crc32c
-
+from storage.checksum import crc32c
 from storage.data.write_path import (
     Buffer,
     Extents,
@@ -22,6 +20,10 @@ from storage.data.write_path import (
     write_now,
     write_out,
 )
+from storage.epoch.epoch import Epoch
+from storage.epoch.ledger import AllocationLedger
+from storage.fields import BIRTH_SHIFT
+from storage.images.image import Image
 from storage.layout import (
     BLOCK_BYTES,
     FIELDS_MASK,
@@ -32,10 +34,6 @@ from storage.layout import (
     ZERO_POINTER,
 )
 
-if TYPE_CHECKING:
-    from storage.images.image import Image
-    from storage.state.epoch import Epoch
-
 # What a device writes at once without handing it to its threads
 # (storage.device.descriptor.INLINE_WRITE_BYTES_MAX).
 PIECE_BYTES = 256 * 1024
@@ -43,7 +41,7 @@ PIECE_BYTES = 256 * 1024
 LONG_BYTES_MIN = 32 * 1024
 
 
-def write_long(image: "Image", offset_bytes: int, data: Buffer) -> int:
+def write_long(image: Image, offset_bytes: int, data: Buffer) -> int:
     """Write whole blocks, as far as nothing has to be waited for; returns how many bytes. Raises
     PoolFull, DeviceFailed, BlockDamaged.
     """
@@ -57,7 +55,7 @@ def write_long(image: "Image", offset_bytes: int, data: Buffer) -> int:
     return at
 
 
-def _write_piece(image: "Image", fbn: int, piece: memoryview) -> bool:
+def _write_piece(image: Image, fbn: int, piece: memoryview) -> bool:
     crcs = [crc32c(piece[at : at + BLOCK_BYTES]) for at in range(0, len(piece), BLOCK_BYTES)]
     if ZERO_BLOCK_CRC in crcs:  # block by block: some of them may become zero pointers
         targets: list[Target] = []
@@ -72,20 +70,18 @@ def _write_piece(image: "Image", fbn: int, piece: memoryview) -> bool:
     extents = take_now(image, plan, range(fbn, fbn + count), count)
     if extents is None or not write_out(image, [piece], extents):
         return False
-    image.tree.carry_out(plan)
+    image.editor.carry_out(plan)
     install_run(image, epoch, fbn, crcs, extents)
     return True
 
 
-def install_run(
-    image: "Image", epoch: "Epoch", fbn: int, crcs: list[int], extents: Extents
-) -> None:
+def install_run(image: Image, epoch: Epoch, fbn: int, crcs: list[int], extents: Extents) -> None:
     """Point the fields from ``fbn`` on at the new blocks; the level-1 blocks above are writable in
     ``epoch``. Nothing here waits.
     """
     image.touch()
     image.used_blocks += len(crcs)
-    epoch.allocated.extend(extents)
+    epoch.ledger.allocated.extend(extents)
     done = 0
     for first, length in extents:
         vbn = first
@@ -97,35 +93,35 @@ def install_run(
             done += count
 
 
-def _install_slice(image: "Image", epoch: "Epoch", fbn: int, vbn: int, crcs: list[int]) -> None:
+def _install_slice(image: Image, epoch: Epoch, fbn: int, vbn: int, crcs: list[int]) -> None:
     """The part of a run that lies within one pointer block and one extent."""
     count = len(crcs)
-    fields = image.tree.nodes[1][fbn >> FIELDS_SHIFT].q
-    at = (fbn & FIELDS_MASK) * 2
+    fields = image.tree.leaves[fbn >> FIELDS_SHIFT].q
+    at = (fbn & FIELDS_MASK) * 2  # from here on inlines set_field of storage.fields
     old = fields[at : at + 2 * count].tolist()
-    if any(old) or image.job is not None:
-        _let_go(image, epoch, fbn, old)
-    birth = epoch.number << 32
+    if any(old) or image.watcher is not None:
+        _give_up(image, epoch.ledger, fbn, old)
+    birth = epoch.number << BIRTH_SHIFT
     new = [0] * (2 * count)
     new[::2] = range(vbn, vbn + count)
     new[1::2] = [crc | birth for crc in crcs]
     fields[at : at + 2 * count] = memoryview(array("Q", new))
-    epoch.unlogged.extend(
+    epoch.unlogged.entries.extend(
         zip(repeat(image.number), crcs, range(fbn, fbn + count), range(vbn, vbn + count), repeat(1))
     )
 
 
-def _let_go(image: "Image", epoch: "Epoch", fbn: int, old: list[int]) -> None:
+def _give_up(image: Image, ledger: AllocationLedger, fbn: int, old: list[int]) -> None:
     """What the fields pointed at before loses this reference."""
     vbns, tails = old[::2], old[1::2]
-    shared_cp, job = image.tree.shared_cp, image.job
-    if min(vbns) > ZERO_POINTER and min(tails) >> 32 > shared_cp:
-        epoch.freed.extend(vbns)
+    shared_cp, watcher = image.tree.shared_cp, image.watcher
+    if min(vbns) > ZERO_POINTER and min(tails) >> BIRTH_SHIFT > shared_cp:
+        ledger.freed.extend(vbns)
         image.used_blocks -= len(vbns)
         return
     for index, (vbn, tail) in enumerate(zip(vbns, tails, strict=True)):
         if vbn > ZERO_POINTER:
             image.used_blocks -= 1
-            (epoch.freed if tail >> 32 > shared_cp else epoch.dropped).append(vbn)
-        elif job is not None and vbn == HOLE:
-            job.hole_filled(fbn + index)
+            (ledger.freed if tail >> BIRTH_SHIFT > shared_cp else ledger.dropped).append(vbn)
+        elif watcher is not None and vbn == HOLE:
+            watcher.hole_filled(fbn + index)

@@ -2,12 +2,11 @@
 backing stores (design section 5).
 """
 
-from typing import TYPE_CHECKING
-
-from crc32c import crc32c
-
+from storage.checksum import crc32c
 from storage.device import read_all
 from storage.errors import BlockDamaged, DeviceFailed, StorageError
+from storage.fields import CRC_MASK
+from storage.images.image import Image
 from storage.layout import (
     BLOCK_BYTES,
     FIELDS_MASK,
@@ -18,22 +17,17 @@ from storage.layout import (
 )
 from storage.tree.attempt import when_possible
 
-if TYPE_CHECKING:
-    from storage.images.image import Image
-
 # VBN and CRC32C of one block; VBN 0 stands for zeros, whatever the reason.
 Location = tuple[int, int]
 NOTHING: Location = (HOLE, 0)
-# The CRC32C within the second u64 of a field; the birth stands above it.
-CRC_MASK = 0xFFFFFFFF
 
 
-def locate(image: "Image", fbn: int) -> Location | None:
+def locate(image: Image, fbn: int) -> Location | None:
     """Where the block lies that a client reads at ``fbn``, or None when a pointer block must be
     loaded first.
     """
     at: Image | None = image
-    while at is not None:
+    while at is not None:  # inlines field_at of storage.fields
         node = at.tree.peek(fbn >> FIELDS_SHIFT)
         if node is None:
             return None
@@ -47,7 +41,7 @@ def locate(image: "Image", fbn: int) -> Location | None:
     return NOTHING
 
 
-def locate_range(image: "Image", fbn: int, count: int) -> list[Location] | None:
+def locate_range(image: Image, fbn: int, count: int) -> list[Location] | None:
     """``locate`` for ``count`` blocks from ``fbn`` on."""
     found: list[Location] = []
     end = fbn + count
@@ -57,7 +51,7 @@ def locate_range(image: "Image", fbn: int, count: int) -> list[Location] | None:
             return None
         q = node.q
         stop = min(end, (fbn | FIELDS_MASK) + 1)
-        for here in range(fbn, stop):
+        for here in range(fbn, stop):  # inlines field_at of storage.fields
             slot = (here & FIELDS_MASK) * 2
             vbn = q[slot]
             if vbn > ZERO_POINTER:
@@ -99,7 +93,7 @@ def first_damaged(locations: list[Location], data: memoryview) -> int | None:
     return None
 
 
-def damaged(image: "Image", fbn: int, vbn: int) -> BlockDamaged:
+def damaged(image: Image, fbn: int, vbn: int) -> BlockDamaged:
     """The error for a data block that is not what was written, reported to the log as well."""
     image.state.on_event(
         "block.damaged", image=image.label, offset_bytes=fbn * BLOCK_BYTES, vbn=vbn
@@ -113,7 +107,7 @@ def damaged(image: "Image", fbn: int, vbn: int) -> BlockDamaged:
 
 
 async def locate_failure(
-    image: "Image", offset_bytes: int, length_bytes: int, error: StorageError
+    image: Image, offset_bytes: int, length_bytes: int, error: StorageError
 ) -> None:
     """Note in the error of a read where its first unreadable byte is: it is tried block by block
     where the error does not say.
@@ -132,14 +126,14 @@ async def locate_failure(
         error.offset_bytes = max(offset_bytes, error.offset_bytes)
 
 
-def locate_run(image: "Image", fbn: int, count: int) -> tuple[int, list[int]] | None:
+def locate_run(image: Image, fbn: int, count: int) -> tuple[int, list[int]] | None:
     """First VBN of ``count`` blocks of the image's own that lie one after the other, and what
     stands behind each VBN in its field.
 
     That is how most of what is read was written. None for everything else: ``locate_range`` tells
     then.
     """
-    slot = fbn & FIELDS_MASK
+    slot = fbn & FIELDS_MASK  # inlines field_at of storage.fields
     if slot + count > FIELDS_PER_BLOCK:
         return None
     node = image.tree.peek(fbn >> FIELDS_SHIFT)
@@ -152,7 +146,7 @@ def locate_run(image: "Image", fbn: int, count: int) -> tuple[int, list[int]] | 
     return first, fields[1::2]
 
 
-def try_read_run(image: "Image", first: int, tails: list[int]) -> bytearray | None:
+def try_read_run(image: Image, first: int, tails: list[int]) -> bytearray | None:
     """The blocks that ``locate_run`` found if the page cache has them, and has them whole; None
     otherwise. Raises DeviceFailed.
     """
@@ -168,7 +162,7 @@ def try_read_run(image: "Image", first: int, tails: list[int]) -> bytearray | No
     return data
 
 
-def try_read_blocks(image: "Image", fbn: int, count: int) -> bytearray | None:
+def try_read_blocks(image: Image, fbn: int, count: int) -> bytearray | None:
     """``count`` whole blocks if everything is in memory or the page cache; None otherwise, or where
     the data are damaged.
 
@@ -189,7 +183,7 @@ def try_read_blocks(image: "Image", fbn: int, count: int) -> bytearray | None:
     return data if first_damaged(locations, view) is None else None
 
 
-async def read_blocks(image: "Image", fbn: int, count: int) -> bytearray:
+async def read_blocks(image: Image, fbn: int, count: int) -> bytearray:
     """``count`` whole blocks, waiting for the device where it must. Raises BlockDamaged,
     DeviceFailed.
     """

@@ -8,25 +8,22 @@ Where nothing can be seen through a hole (no backing store, or beyond its end), 
 it reads as zeros as it is.
 """
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
-from storage.layout import FIELDS_MASK, FIELDS_PER_BLOCK, FIELDS_SHIFT, HOLE, ZERO_POINTER
-from storage.state.slices import Slicer
+from storage.epoch.epoch import Epoch
+from storage.fields import set_field, vbn_at
+from storage.images.image import Image
+from storage.layout import FIELDS_PER_BLOCK, FIELDS_SHIFT, HOLE, ZERO_POINTER
+from storage.slicer import Slicer
 from storage.tree.attempt import when_possible
 from storage.tree.node import Node
 
-if TYPE_CHECKING:
-    from storage.images.image import Image
-    from storage.state.epoch import Epoch
 
-
-async def trim_blocks(image: "Image", first: int, count: int, keep_count: bool = True) -> None:
+async def trim_blocks(image: Image, first: int, count: int, keep_count: bool = True) -> None:
     """Make blocks [first, first + count) zero pointers.
 
     ``keep_count`` keeps ``used_blocks`` exact, for which shared subtrees must be walked too, and
-    logs the trim; without it (an image that is being reclaimed) a shared subtree is let go of as
+    logs the trim; without it (an image that is being reclaimed) a shared subtree is given up as
     one, and nothing is logged. Raises BlockDamaged, DeviceFailed, PoolFull.
     """
     await _Trim(image, first, first + count, keep_count).run()
@@ -35,9 +32,10 @@ async def trim_blocks(image: "Image", first: int, count: int, keep_count: bool =
 class _Trim:
     """One trim under way."""
 
-    def __init__(self, image: "Image", first: int, end: int, keep_count: bool) -> None:
+    def __init__(self, image: Image, first: int, end: int, keep_count: bool) -> None:
         self.image = image
         self.tree = image.tree
+        self.editor = image.editor
         self.first = first
         self.end = end
         self.keep_count = keep_count
@@ -50,10 +48,10 @@ class _Trim:
             if top.tree is not None:
                 await self._trim_node(tree.levels, 0)
                 return
-            if top.q[0] == ZERO_POINTER or self.first >= self.image.backing_blocks:
+            if vbn_at(top.q, 0) == ZERO_POINTER or self.first >= self.image.backing_blocks:
                 self._log_unchanged(self.first, self.end)
                 return
-            await tree.make_writable(
+            await self.editor.make_writable(
                 0, tree.levels
             )  # a clone without a tree: give it a root, then cut into that
 
@@ -76,14 +74,14 @@ class _Trim:
         shift = FIELDS_SHIFT * (level - 1)
         while True:
             node = await self.tree.load(index, level)
-            vbn = node.q[(child & FIELDS_MASK) * 2]
+            vbn = vbn_at(node.q, child)
             if vbn == ZERO_POINTER or (vbn == HOLE and not self._visible(child << shift)):
                 first, end = max(self.first, child << shift), min(self.end, child + 1 << shift)
                 self._log_unchanged(first, end)
                 return
             if vbn == HOLE:
                 if not covered:
-                    await self.tree.make_writable(child, level - 1)
+                    await self.editor.make_writable(child, level - 1)
                 elif await self._replace(level, index, child):
                     return
             elif (
@@ -105,11 +103,12 @@ class _Trim:
         was acknowledged, must not be.
         """
         state = self.image.state
-        copied = state.epoch.by_reference or (
-            state.frozen is not None and state.frozen.by_reference
+        unlogged = state.epoch.unlogged
+        copied = unlogged.by_reference or (
+            state.frozen is not None and state.frozen.unlogged.by_reference
         )
         if self.keep_count and copied:
-            state.epoch.unlogged.append((self.image.number, 0, first, ZERO_POINTER, end - first))
+            unlogged.entries.append((self.image.number, 0, first, ZERO_POINTER, end - first))
 
     def _visible(self, fbn: int) -> bool:
         """Whether something may be seen through a hole at ``fbn``."""
@@ -117,8 +116,8 @@ class _Trim:
 
     async def _replace(self, level: int, index: int, child: int) -> bool:
         """A covered hole becomes a zero pointer. False: it was no longer a hole."""
-        node = await self.tree.make_writable(index, level)
-        if node.q[(child & FIELDS_MASK) * 2] != HOLE:
+        node = await self.editor.make_writable(index, level)
+        if vbn_at(node.q, child) != HOLE:
             return False
         self._hide(node, child, FIELDS_SHIFT * (level - 1))
         return True
@@ -126,22 +125,23 @@ class _Trim:
     def _hide(self, node: Node, child: int, shift: int) -> None:
         """Enter the zero pointer, and tell the log and the split."""
         image, epoch = self.image, self.image.state.epoch
-        slot = (child & FIELDS_MASK) * 2
-        if image.job is not None:
-            image.job.holes_hidden()
+        if image.watcher is not None:
+            image.watcher.holes_hidden()
         image.touch()
-        node.q[slot], node.q[slot + 1] = ZERO_POINTER, 0
+        set_field(node.q, child, (ZERO_POINTER, 0, 0))
         if self.keep_count:
-            epoch.unlogged.append((image.number, 0, child << shift, ZERO_POINTER, 1 << shift))
+            epoch.unlogged.entries.append(
+                (image.number, 0, child << shift, ZERO_POINTER, 1 << shift)
+            )
 
     async def _cut(self, level: int, index: int, child: int) -> bool:
-        """Let go of a whole child: a level-1 block, or any shared one when nothing is counted.
+        """Give up a whole child: a level-1 block, or any shared one when nothing is counted.
         False: it must be walked.
         """
         return await when_possible(self.image.state, lambda: self._cut_now(level, index, child))
 
     def _cut_now(self, level: int, index: int, child: int) -> bool | None:
-        """Look at the child, and let go of it, in one step. None: nothing was changed."""
+        """Look at the child, and give it up, in one step. None: nothing was changed."""
         tree, state = self.tree, self.image.state
         block = tree.peek(child, level - 1)
         if block is None:
@@ -152,12 +152,12 @@ class _Trim:
         if node is None:
             return None
         # Only now: making the parent writable may have given the child one more reference.
-        count = state.share_map.try_count(block.vbn) if block.birth <= tree.shared_cp else 0
+        count = self.image.share_map.try_count(block.vbn) if block.birth <= tree.shared_cp else 0
         if count is None:
             return None
         if level > 2 and not count:
             return False
-        self._let_go(block, count > 0, state.epoch)
+        self._give_up(block, count > 0, state.epoch)
         self._hide(node, child, FIELDS_SHIFT * (level - 1))
         return True
 
@@ -166,14 +166,11 @@ class _Trim:
         changed.
         """
         tree = self.tree
-        if (
-            block.birth <= tree.shared_cp
-            and self.image.state.share_map.try_count(block.vbn) is None
-        ):
+        if block.birth <= tree.shared_cp and self.image.share_map.try_count(block.vbn) is None:
             return None
-        return tree.writable(index, self.image.state.epoch, level)
+        return self.editor.writable(index, self.image.state.epoch, level)
 
-    def _let_go(self, block: Node, shared: bool, epoch: "Epoch") -> None:
+    def _give_up(self, block: Node, shared: bool, epoch: Epoch) -> None:
         """Settle the reference to a child, and to the data below it unless others still refer to
         the child.
         """
@@ -183,28 +180,19 @@ class _Trim:
             self.image.touch()
             self.image.used_blocks -= len(set_fields)
         if shared:
-            epoch.count_pointer(block.vbn, -1)
-            self._forget_below(block)
+            epoch.ledger.count_pointer(block.vbn, -1)
+            self.editor.forget_below(block, epoch)
         else:
             self._drop_data(set_fields, epoch)
-            epoch.freed.append(block.vbn)
-        self.tree.forget(block, epoch)
+            epoch.ledger.freed.append(block.vbn)
+        self.editor.forget(block, epoch)
 
     def _drop_data(
-        self, set_fields: "np.ndarray[tuple[int], np.dtype[np.void]]", epoch: "Epoch"
+        self, set_fields: "np.ndarray[tuple[int], np.dtype[np.void]]", epoch: Epoch
     ) -> None:
         own = set_fields["birth"] > self.tree.shared_cp
-        epoch.freed_arrays.append(set_fields["vbn"][own])
-        epoch.dropped_arrays.append(set_fields["vbn"][~own])
-
-    def _forget_below(self, block: Node) -> None:
-        """Nodes below a block that is let go of as one must not be found any more."""
-        epoch = self.image.state.epoch
-        for level in range(block.level - 1, 0, -1):
-            shift = FIELDS_SHIFT * (block.level - level)
-            nodes = self.tree.nodes[level]
-            for index in [index for index in nodes if index >> shift == block.index]:
-                self.tree.forget(nodes[index], epoch)
+        epoch.ledger.freed_arrays.append(set_fields["vbn"][own])
+        epoch.ledger.dropped_arrays.append(set_fields["vbn"][~own])
 
     async def _collapse(self, level: int, index: int, child: int) -> None:
         """After everything below a covered child was trimmed: replace it by a zero pointer, unless
@@ -227,12 +215,12 @@ class _Trim:
         node = self._parent_writable(block, level, index)
         if node is None:
             return None
-        count = state.share_map.try_count(block.vbn) if block.birth <= tree.shared_cp else 0
+        count = self.image.share_map.try_count(block.vbn) if block.birth <= tree.shared_cp else 0
         if count:
-            state.epoch.count_pointer(block.vbn, -1)  # a snapshot was taken meanwhile
+            state.epoch.ledger.count_pointer(block.vbn, -1)  # a snapshot was taken meanwhile
         else:
-            state.epoch.freed.append(block.vbn)
-        tree.forget(block, state.epoch)
+            state.epoch.ledger.freed.append(block.vbn)
+        self.editor.forget(block, state.epoch)
         self._hide(node, child, FIELDS_SHIFT * (level - 1))
         return True
 
@@ -251,20 +239,20 @@ class _Trim:
             self._log_unchanged(index * FIELDS_PER_BLOCK + low, index * FIELDS_PER_BLOCK + high)
             return True
         epoch = image.state.epoch
-        node = tree.writable(index, epoch)
+        node = self.editor.writable(index, epoch)
         if node is None:
             return None
         fields = node.fields()[low:high]
         set_fields = fields[fields["vbn"] > ZERO_POINTER]
         image.touch()
-        if image.job is not None and (fields["vbn"] == HOLE).any():
-            image.job.holes_hidden()
+        if image.watcher is not None and (fields["vbn"] == HOLE).any():
+            image.watcher.holes_hidden()
         image.used_blocks -= len(set_fields)
         self._drop_data(set_fields, epoch)
         fields["vbn"] = ZERO_POINTER
         fields["crc"] = fields["birth"] = 0
         if self.keep_count:
-            epoch.unlogged.append(
+            epoch.unlogged.entries.append(
                 (image.number, 0, index * FIELDS_PER_BLOCK + low, ZERO_POINTER, high - low)
             )
         return True

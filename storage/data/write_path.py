@@ -5,16 +5,17 @@ A write that is refused has changed nothing: the pointer blocks are planned firs
 only when data and all are there. On a full pool a write that only replaces blocks of its own
 *borrows* its new ones (storage.allocation.write_allocator).
 
-Data that is all zeros is stored as zero pointers. A field's old block is let go of in the same
-step: known to be free if it was born after the image was last shared, else left to the share map.
+Data that is all zeros is stored as zero pointers. A field's old block is given up in the same step:
+known to be free if it was born after the image was last shared, else left to the share map.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
-from crc32c import crc32c
-
+from storage.checksum import crc32c
+from storage.epoch.epoch import Epoch
 from storage.errors import OutOfRange, PoolFull, StorageError, VolumeClosed
+from storage.fields import BIRTH_SHIFT, field_at
+from storage.images.image import Image
 from storage.layout import (
     BLOCK_BYTES,
     FIELDS_MASK,
@@ -26,12 +27,8 @@ from storage.layout import (
     ZERO_POINTER,
 )
 from storage.tree.attempt import when_possible
-from storage.tree.buffer_tree import Plan
+from storage.tree.editor import Plan
 from storage.tree.node import Node
-
-if TYPE_CHECKING:
-    from storage.images.image import Image
-    from storage.state.epoch import Epoch
 
 Buffer = bytes | bytearray | memoryview
 Extents = list[tuple[int, int]]
@@ -101,7 +98,7 @@ def slices_by_extent(
 
 
 def install(
-    image: "Image", epoch: "Epoch", nodes: dict[int, Node], targets: list[Target], extents: Extents
+    image: Image, epoch: Epoch, nodes: dict[int, Node], targets: list[Target], extents: Extents
 ) -> None:
     """Point the fields at the new blocks. ``nodes`` holds every level-1 block concerned, writable
     in ``epoch``; nothing here waits.
@@ -109,27 +106,28 @@ def install(
     image.touch()
     shared_cp = image.tree.shared_cp
     number = image.number
-    birth = epoch.number << 32
-    freed, dropped, unlogged = epoch.freed, epoch.dropped, epoch.unlogged
+    birth = epoch.number << BIRTH_SHIFT
+    ledger, unlogged = epoch.ledger, epoch.unlogged.entries
+    freed, dropped = ledger.freed, ledger.dropped
     vbns = iter(
         [extents[0][0]]
         if len(targets) == 1 and extents
         else [vbn for first, length in extents for vbn in range(first, first + length)]
     )
     used = 0
-    job = image.job
-    for fbn, crc in targets:
+    watcher = image.watcher
+    for fbn, crc in targets:  # inlines field_at and set_field of storage.fields
         q = nodes[fbn >> FIELDS_SHIFT].q
         slot = (fbn & FIELDS_MASK) * 2
         old = q[slot]
         if old > ZERO_POINTER:
             used -= 1
-            if q[slot + 1] >> 32 > shared_cp:
+            if q[slot + 1] >> BIRTH_SHIFT > shared_cp:
                 freed.append(old)
             else:
                 dropped.append(old)
-        elif job is not None and old == HOLE:
-            job.hole_filled(fbn)
+        elif watcher is not None and old == HOLE:
+            watcher.hole_filled(fbn)
         if crc == ZERO_CRC:
             q[slot], q[slot + 1] = ZERO_POINTER, 0
             unlogged.append((number, 0, fbn, ZERO_POINTER, 1))
@@ -139,24 +137,23 @@ def install(
             q[slot], q[slot + 1] = vbn, crc | birth
             unlogged.append((number, crc, fbn, vbn, 1))
     image.used_blocks += used
-    epoch.allocated.extend(extents)
+    ledger.allocated.extend(extents)
 
 
-def plan_for(image: "Image", epoch: "Epoch", indexes: Iterable[int]) -> Plan | None:
+def plan_for(image: Image, epoch: Epoch, indexes: Iterable[int]) -> Plan | None:
     """What makes these level-1 blocks writable, with everything it needs at hand; None when
     something has to be waited for.
     """
-    tree = image.tree
-    listed = tree.nodes[1]
+    editor, leaves, number = image.editor, image.tree.leaves, epoch.number
     plan = Plan(epoch)
     for index in indexes:
-        node = listed.get(index)
-        if node is None or node.epoch is not epoch:
-            if not tree.plan(plan, index):
+        node = leaves.get(index)
+        if node is None or node.epoch != number:
+            if not editor.plan(plan, index):
                 return None
         else:
             node.referenced = True
-    return plan if tree.at_hand(plan) else None
+    return plan if editor.at_hand(plan) else None
 
 
 def indexes_of(targets: list[Target]) -> list[int]:
@@ -166,47 +163,49 @@ def indexes_of(targets: list[Target]) -> list[int]:
     return list(dict.fromkeys([fbn >> FIELDS_SHIFT for fbn, _ in targets]))
 
 
-def nodes_of(image: "Image", indexes: list[int]) -> dict[int, Node]:
+def nodes_of(image: Image, indexes: list[int]) -> dict[int, Node]:
     """The level-1 blocks themselves, that a plan has made writable."""
-    listed = image.tree.nodes[1]
-    return {index: listed[index] for index in indexes}
+    leaves = image.tree.leaves
+    return {index: leaves[index] for index in indexes}
 
 
-def replaces_own(image: "Image", fbns: Iterable[int]) -> bool | None:
+def replaces_own(image: Image, fbns: Iterable[int]) -> bool | None:
     """Whether every one of these blocks has a VBN that nobody else refers to, so that as much comes
     free as a write of them takes.
 
     Of level-1 blocks that are in memory: False where one is not. None: a share count has to be
     waited for. For full pools only.
     """
-    listed, shared_cp = image.tree.nodes[1], image.tree.shared_cp
+    leaves, shared_cp = image.tree.leaves, image.tree.shared_cp
     maybe_shared: list[int] = []
     for fbn in fbns:
-        node = listed.get(fbn >> FIELDS_SHIFT)
-        slot = (fbn & FIELDS_MASK) * 2
-        if node is None or node.q[slot] <= ZERO_POINTER:
+        node = leaves.get(fbn >> FIELDS_SHIFT)
+        if node is None:
             return False
-        if node.q[slot + 1] >> 32 <= shared_cp:
-            maybe_shared.append(node.q[slot])
-    return not maybe_shared or image.state.share_map.try_unshared(maybe_shared)
+        vbn, _, birth = field_at(node.q, fbn)
+        if vbn <= ZERO_POINTER:
+            return False
+        if birth <= shared_cp:
+            maybe_shared.append(vbn)
+    return not maybe_shared or image.share_map.try_unshared(maybe_shared)
 
 
-async def only_replaces(image: "Image", fbn: int, count: int) -> bool:
+async def only_replaces(image: Image, fbn: int, count: int) -> bool:
     """Whether a write of these blocks takes no more than it gives back. For full pools only. Raises
     BlockDamaged, DeviceFailed.
     """
     return await when_possible(image.state, lambda: _only_replaces_now(image, fbn, count))
 
 
-def _only_replaces_now(image: "Image", fbn: int, count: int) -> bool | None:
+def _only_replaces_now(image: Image, fbn: int, count: int) -> bool | None:
     plan = Plan(image.state.epoch)
     indexes = range(fbn >> FIELDS_SHIFT, (fbn + count - 1 >> FIELDS_SHIFT) + 1)
-    if not all(image.tree.plan(plan, index) for index in indexes):
+    if not all(image.editor.plan(plan, index) for index in indexes):
         return None
     return not plan.grows and replaces_own(image, range(fbn, fbn + count))
 
 
-def write_now(image: "Image", targets: list[Target], buffers: list[Buffer]) -> bool:
+def write_now(image: Image, targets: list[Target], buffers: list[Buffer]) -> bool:
     """Allocate, write and install without waiting. False: nothing was changed. Raises DeviceFailed,
     BlockDamaged.
     """
@@ -223,16 +222,16 @@ def write_now(image: "Image", targets: list[Target], buffers: list[Buffer]) -> b
     )
     if extents is None or not write_out(image, buffers, extents):
         return False
-    image.tree.carry_out(plan)
+    image.editor.carry_out(plan)
     install(image, epoch, nodes_of(image, indexes), targets, extents)
     return True
 
 
-def take_now(image: "Image", plan: Plan, fbns: Sequence[int], count: int) -> Extents | None:
+def take_now(image: Image, plan: Plan, fbns: Sequence[int], count: int) -> Extents | None:
     """Blocks for data, and the plan's nodes still at hand beside them. None: nothing was taken;
     ``state.missing`` is what to wait for.
     """
-    allocator = image.state.allocator
+    allocator = image.allocator
     borrowed = allocator.is_short(count) and not plan.grows and replaces_own(image, fbns)
     if borrowed is None:
         return None
@@ -240,7 +239,7 @@ def take_now(image: "Image", plan: Plan, fbns: Sequence[int], count: int) -> Ext
     if extents is None:
         return None
     try:
-        ready = image.tree.at_hand(plan)
+        ready = image.editor.at_hand(plan)
     except StorageError:
         allocator.give_back(extents)
         raise
@@ -250,11 +249,11 @@ def take_now(image: "Image", plan: Plan, fbns: Sequence[int], count: int) -> Ext
     return extents
 
 
-def write_out(image: "Image", buffers: list[Buffer], extents: Extents) -> bool:
+def write_out(image: Image, buffers: list[Buffer], extents: Extents) -> bool:
     """Write the buffers to their blocks, at once. False: they were given back. Raises
     DeviceFailed.
     """
-    device, allocator = image.state.device, image.state.allocator
+    device, allocator = image.state.device, image.allocator
     try:
         for part, offset, length in slices_by_extent(buffers, extents) if extents else ():
             if not device.try_writev(part, offset, length):
@@ -266,7 +265,7 @@ def write_out(image: "Image", buffers: list[Buffer], extents: Extents) -> bool:
     return True
 
 
-async def write_blocks(image: "Image", targets: list[Target], buffers: list[Buffer]) -> None:
+async def write_blocks(image: Image, targets: list[Target], buffers: list[Buffer]) -> None:
     """The same, waiting where it must. Raises PoolFull, DeviceFailed, BlockDamaged, OutOfRange (the
     image shrank meanwhile).
     """
@@ -279,7 +278,7 @@ async def write_blocks(image: "Image", targets: list[Target], buffers: list[Buff
         else ([], False)
     )
     lent = count if borrowed else 0
-    state.allocator.lent_blocks += lent
+    image.allocator.lent_blocks += lent
     try:
         for part, offset, length in slices_by_extent(buffers, extents) if count else ():
             if not state.device.try_writev(part, offset, length):
@@ -290,29 +289,29 @@ async def write_blocks(image: "Image", targets: list[Target], buffers: list[Buff
     except Exception:
         # Not after a cancellation: the device may still be writing there, so those blocks stay
         # claimed until the pool is closed.
-        state.allocator.give_back(extents)
+        image.allocator.give_back(extents)
         raise
     finally:
-        state.allocator.lent_blocks -= lent
+        image.allocator.lent_blocks -= lent
 
 
 def _take_for(
-    image: "Image", targets: list[Target], fbns: list[int], count: int
+    image: Image, targets: list[Target], fbns: list[int], count: int
 ) -> tuple[Extents, bool] | None:
     """Blocks for data, and whether they are borrowed: then the pointer blocks are looked at, to see
     that the write gives some back.
     """
-    allocator = image.state.allocator
+    allocator = image.allocator
     plan = Plan(image.state.epoch)
     short = allocator.is_short(count)
-    if short and not all(image.tree.plan(plan, index) for index in indexes_of(targets)):
+    if short and not all(image.editor.plan(plan, index) for index in indexes_of(targets)):
         return None
     extents = take_now(image, plan, fbns, count)
     return None if extents is None else (extents, short)
 
 
 def _install_now(
-    image: "Image", targets: list[Target], borrowed: list[int], extents: Extents
+    image: Image, targets: list[Target], borrowed: list[int], extents: Extents
 ) -> bool | None:
     """Look whether the write is still possible, and install it, in one step. None: nothing was
     changed, and it has to be waited for.
@@ -340,6 +339,6 @@ def _install_now(
             f"{image.label}: the pool is full, and this write shares blocks with a snapshot by now:"
             " delete snapshots or vdisks"
         )
-    image.tree.carry_out(plan)
+    image.editor.carry_out(plan)
     install(image, epoch, nodes_of(image, indexes), targets, extents)
     return True

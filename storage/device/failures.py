@@ -26,6 +26,5 @@ def device_error(path: str, action: str, error: OSError) -> DeviceFailed:
             f"{path}: cannot {action}: {error.strerror or error}; the host's kernel log may say"
             " more"
         )
-    failure.cause_errno = error.errno or errno.EIO
     failure.__cause__ = error
     return failure

@@ -22,7 +22,7 @@ Rules for callers:
 - Two writes to one range, or a read and a write, at the same time: each sector is entirely one or
   the other, which one is open.
 
-Errors: DeviceFailed (its ``cause_errno`` is the operating system's), or DeviceFull where the
+Errors: DeviceFailed (its ``__cause__`` is the operating system's), or DeviceFull where the
 device's own backing has no space left. Asynchronous methods give every error through their Future;
 ``try_*`` raise it.
 """

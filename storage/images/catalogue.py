@@ -10,9 +10,12 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
+from storage.allocation.share_map import ShareMap
+from storage.allocation.write_allocator import WriteAllocator
 from storage.errors import BlockDamaged, Conflict, NotFound
 from storage.images.image import Image
 from storage.images.record import ImageRecord, decode
+from storage.images.vdisk_names import VdiskNames
 from storage.layout import (
     IMAGE_FLAG_DELETE_AFTER_SPLIT,
     IMAGE_SPLIT_OFFSET,
@@ -39,36 +42,35 @@ class Catalogue:
     """All images of a pool.
 
     ``vdisks`` maps names to numbers; ``snapshots`` and ``clones`` map the number of a vdisk or
-    snapshot to what hangs on it. A vdisk's name becomes part of an iSCSI name, and those have no
-    case: no two new vdisks get names that differ in case alone. Pools of earlier versions may have
-    such names, and keep them. ``with_case`` maps the lower case of names that have upper-case
-    letters to those names.
+    snapshot to what hangs on it.
     """
 
     __slots__ = (
+        "_allocator",
         "_damaged",
         "_entries",
         "_free_numbers",
         "_live",
         "_next_number",
+        "_share_map",
         "_state",
         "clones",
         "deleted",
         "releasing",
         "snapshots",
         "vdisks",
-        "with_case",
     )
 
-    def __init__(self, state: PoolState) -> None:
+    def __init__(self, state: PoolState, allocator: WriteAllocator, share_map: ShareMap) -> None:
         self._state = state
+        self._allocator = allocator
+        self._share_map = share_map
         self._entries: dict[int, bytes] = {}
         self._live: WeakValueDictionary[int, Image] = WeakValueDictionary()
         self._free_numbers: list[int] = []
         self._damaged: set[int] = set()
         self._next_number = 1
-        self.vdisks: dict[str, int] = {}
-        self.with_case: dict[str, set[str]] = {}
+        self.vdisks = VdiskNames()
         self.snapshots: dict[int, dict[str, int]] = {}
         self.clones: dict[int, set[int]] = {}
         self.deleted: set[int] = set()
@@ -103,7 +105,7 @@ class Catalogue:
 
     def _index(self, number: int, kind: int, name: str, origin: int, backing: int) -> None:
         if kind == KIND_VDISK:
-            self._list_vdisk(name, number)
+            self.vdisks.add(name, number)
         elif kind == KIND_SNAPSHOT:
             self.snapshots.setdefault(origin, {})[name] = number
         elif kind == KIND_DELETED:
@@ -111,30 +113,19 @@ class Catalogue:
         if backing:
             self.clones.setdefault(backing, set()).add(number)
 
-    def _list_vdisk(self, name: str, number: int) -> None:
-        self.vdisks[name] = number
-        if (folded := name.lower()) != name:
-            self.with_case.setdefault(folded, set()).add(name)
-
-    def _unlist_vdisk(self, name: str) -> None:
-        del self.vdisks[name]
-        if (folded := name.lower()) != name:
-            self.with_case[folded].discard(name)
-            if not self.with_case[folded]:
-                del self.with_case[folded]
-
     def add(self, record: ImageRecord) -> Image:
         """A new image, from now on listed, and written with the next consistency point."""
         number = heapq.heappop(self._free_numbers) if self._free_numbers else self._next_number
         self._next_number = max(self._next_number, number + 1)
-        image = Image(
-            self._state, number, record, self.image(record.backing) if record.backing else None
-        )
-        self._live[number] = image
+        backing = self.image(record.backing) if record.backing else None
+        image = self._live[number] = self._made(number, record, backing)
         self._entries[number] = b""  # the consistency point fills it in
         self._index(number, record.kind, record.name, record.origin, record.backing)
         image.touch()
         return image
+
+    def _made(self, number: int, record: ImageRecord, backing: Image | None) -> Image:
+        return Image(self._state, self._allocator, self._share_map, number, record, backing)
 
     def entry_written(self, number: int, block: bytes | bytearray | None) -> None:
         """A consistency point has put this entry on disk; None: it was cleared, and the number is
@@ -147,15 +138,15 @@ class Catalogue:
         else:
             self._entries[number] = bytes(block).rstrip(b"\0")
 
-    def revert(self, images: Iterable[Image]) -> None:
+    def revert(self, numbers: Iterable[int]) -> None:
         """The consistency point of these images' changes failed: list them as the last durable one
-        has them, or not at all.
+        has them, or not at all. Their epochs keep them in memory.
 
         Nobody was told that a change of the table was made that is not durable. The trees stay as
         they are in memory: clients may have been told of writes that only the intent log holds, and
         go on reading them.
         """
-        touched = list(images)
+        touched = [self._live[number] for number in numbers]
         for image in touched:
             self._unlist(image)
         for image in touched:
@@ -173,10 +164,10 @@ class Catalogue:
         """Give a vdisk another name; one that differs in case alone is another name, too."""
         self.check_free(name, image.name)
         image.touch()
-        self._unlist_vdisk(image.name)
+        self.vdisks.remove(image.name)
         image.name = name
         image.tree.label = image.label
-        self._list_vdisk(name, image.number)
+        self.vdisks.add(name, image.number)
 
     def mark_deleted(self, image: Image) -> None:
         """Take away its name and its backing store; the tree is left for the background reclaim."""
@@ -207,7 +198,7 @@ class Catalogue:
     def _unlist(self, image: Image) -> None:
         """Take away its name, and its place among the clones of what is behind it."""
         if image.kind == KIND_VDISK:
-            self._unlist_vdisk(image.name)
+            self.vdisks.remove(image.name)
         elif image.kind == KIND_SNAPSHOT:
             names = self.snapshots[image.origin]
             del names[image.name]
@@ -227,24 +218,23 @@ class Catalogue:
     # --- Finding ----------------------------------------------------------------------------------
 
     def image(self, number: int) -> Image:
-        """The image of that number, made from its entry if nobody has it in hand. Raises
+        """The image of that number, made from its entry if it is not in memory. Raises
         BlockDamaged if its entry could not be read.
         """
         image = self._live.get(number)
         if image is not None:
             return image
-        chain: list[
-            tuple[int, ImageRecord]
-        ] = []  # it and what stands behind it, as far as nobody has that in hand either
+        # It and what stands behind it, as far as that is not in memory either.
+        chain: list[tuple[int, ImageRecord]] = []
         while number and number not in self._live:
             self._check_readable(number)
             record = decode(self._entries[number])
-            assert record is not None, "an image without an entry is always in hand"
+            assert record is not None, "an image without an entry is always in memory"
             chain.append((number, record))
             number = record.backing
         behind = self._live.get(number)
         for number, record in reversed(chain):
-            behind = image = self._live[number] = Image(self._state, number, record, behind)
+            behind = image = self._live[number] = self._made(number, record, behind)
         assert image is not None
         return image
 
@@ -269,7 +259,7 @@ class Catalogue:
         """The vdisk of that name. Raises NotFound."""
         number = self.vdisks.get(name)
         if number is None:
-            alike = ", ".join(self.names_alike(name))
+            alike = ", ".join(self.vdisks.alike(name))
             raise NotFound(
                 f"there is no vdisk {name}{f', but {alike}' if alike else ''}: `cleavectl vdisk ls`"
                 " shows those there are"
@@ -292,19 +282,12 @@ class Catalogue:
         """
         if name in self.vdisks:
             raise Conflict(f"a vdisk {name} exists already: choose another name")
-        alike = [found for found in self.names_alike(name) if found != renamed]
+        alike = [found for found in self.vdisks.alike(name) if found != renamed]
         if alike:
             raise Conflict(
                 f"a vdisk {alike[0]} exists already, and iSCSI names have no case: {name} would be"
                 " the same target; choose another name"
             )
-
-    def names_alike(self, name: str) -> list[str]:
-        """Names of the vdisks whose names are this one in any case, sorted."""
-        folded = name.lower()
-        return sorted(
-            [*self.with_case.get(folded, ()), *([folded] if folded in self.vdisks else [])]
-        )
 
     def full_name(self, image: Image) -> str:
         """``VDISK`` or ``VDISK@SNAPSHOT``."""
@@ -381,7 +364,7 @@ class Catalogue:
         """
         found: dict[bytes, str] = {}
         for name, number in self.vdisks.items():
-            # One that is not written yet is in hand.
+            # One that is not written yet is in memory.
             uuid = (
                 self._entries[number][IMAGE_UUID_OFFSET : IMAGE_UUID_OFFSET + 16]
                 or self._live[number].uuid.bytes

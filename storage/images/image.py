@@ -5,19 +5,34 @@ entry that a running consistency point writes is the one of its freeze, although
 changing.
 """
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 from uuid import UUID
 
+from storage.allocation.share_map import ShareMap
+from storage.allocation.write_allocator import WriteAllocator
+from storage.epoch.epoch import Epoch
+from storage.errors import Conflict
 from storage.images.record import ImageRecord, SplitRecord, encode
-from storage.layout import BLOCK_BYTES, KIND_SNAPSHOT, KIND_VDISK
+from storage.layout import BLOCK_BYTES, KIND_DELETED, KIND_SNAPSHOT, KIND_VDISK
+from storage.state.pool_state import PoolState
 from storage.tree.buffer_tree import BufferTree
-
-if TYPE_CHECKING:
-    from storage.split.job import SplitJob
-    from storage.state.epoch import Epoch
-    from storage.state.pool_state import PoolState
+from storage.tree.editor import TreeEditor
+from storage.tree.interfaces import Epoch as AnyEpoch
 
 KIND_FREE = 0  # the entry is to be cleared; never on disk
+
+
+class HoleWatcher(Protocol):
+    """Hears what clients do to the holes of a clone. Each call comes in the step of the change."""
+
+    def hole_filled(self, fbn: int) -> None:
+        """A hole gets a block of its own."""
+
+    def holes_hidden(self) -> None:
+        """Some holes become zero pointers, or take blocks by reference."""
+
+    def abandon(self) -> None:
+        """The clone is being deleted."""
 
 
 class Image:
@@ -26,15 +41,24 @@ class Image:
     """
 
     __slots__ = (
-        "__weakref__", "backing", "backing_blocks", "busy", "created_cp", "created_ns", "epoch",
-        "flags", "job", "kind", "limit_bytes", "name", "number", "origin", "size_bytes", "split",
-        "state", "tree", "used_blocks", "uuid",
+        "__weakref__", "_promised_in", "allocator", "backing", "backing_blocks", "busy",
+        "created_cp", "created_ns", "editor", "flags", "kind", "limit_bytes", "name", "number",
+        "origin", "share_map", "size_bytes", "split", "state", "tree", "used_blocks", "uuid",
+        "watcher",
     )  # fmt: skip
 
     def __init__(
-        self, state: "PoolState", number: int, record: ImageRecord, backing: "Image | None"
+        self,
+        state: PoolState,
+        allocator: WriteAllocator,
+        share_map: ShareMap,
+        number: int,
+        record: ImageRecord,
+        backing: "Image | None",
     ) -> None:
         self.state = state
+        self.allocator = allocator
+        self.share_map = share_map
         self.number = number
         self.kind = record.kind
         self.name = record.name
@@ -50,15 +74,15 @@ class Image:
         self.backing_blocks = record.backing_blocks
         self.flags = record.flags
         self.split: SplitRecord = record.split
-        # The running split, which must hear of every hole that a client fills.
-        self.job: SplitJob | None = None
+        # The split of the clone, while there is one: it must hear of every hole that goes.
+        self.watcher: HoleWatcher | None = None
         # What is being done to the image and rules out other changes of it ("grow", "shrink",
         # "delete"), for messages.
         self.busy: str | None = None
-        self.epoch: Epoch | None = None
-        self.tree = BufferTree(
-            state, self.label, record.levels, record.root, record.shared_cp, self
-        )
+        # The epoch whose consistency point has room for the entry, if it is the current one.
+        self._promised_in: Epoch | None = None
+        self.tree = BufferTree(state, self.label, record.levels, record.root, record.shared_cp)
+        self.editor = TreeEditor(state, self.tree, allocator, share_map, self)
 
     @property
     def label(self) -> str:
@@ -71,19 +95,34 @@ class Image:
         """Size in blocks."""
         return self.size_bytes // BLOCK_BYTES
 
+    @property
+    def being_reclaimed(self) -> bool:
+        """Whether this is what is left of a deleted image."""
+        return self.kind == KIND_DELETED
+
+    def is_promised(self, epoch: AnyEpoch) -> bool:
+        """Whether it was touched in that epoch, the current one."""
+        return self._promised_in is epoch
+
+    def claim(self, what: str) -> None:
+        """Begin a change that rules out others; ``busy`` is cleared at its end. Raises Conflict."""
+        if self.busy is not None:
+            raise Conflict(f"vdisk {self.name} is busy ({self.busy}): try again when that is done")
+        self.busy = what
+
     def touch(self) -> None:
         """Call before a change: the entry goes into the next consistency point, and a frozen one
         keeps its state.
         """
-        state = self.state
-        if self.epoch is state.epoch:
+        epoch = self.state.epoch
+        if self._promised_in is epoch:
             return
-        frozen = state.frozen
-        if frozen is not None and frozen.images.get(self, ...) is None:
-            frozen.images[self] = self.encode()
-        self.epoch = state.epoch
-        state.epoch.images[self] = None
-        state.allocator.promise()
+        frozen = self.state.frozen
+        if frozen is not None and frozen.dirty.images.get(self, ...) is None:
+            frozen.dirty.images[self] = self.encode()
+        self._promised_in = epoch
+        epoch.dirty.images[self] = None
+        self.allocator.promise()
 
     def revert(self, record: ImageRecord, backing: "Image | None") -> None:
         """Be again what the table says of it, the data apart.

@@ -13,6 +13,7 @@ from storage.layout import (
     IMAGE_SPLIT,
     IMAGE_SPLIT_OFFSET,
     REASON_BYTES_MAX,
+    SPLIT_MODE_COPY,
     SPLIT_NONE,
 )
 
@@ -28,7 +29,7 @@ class SplitRecord:
     """
 
     state: int = SPLIT_NONE
-    mode: int = 0
+    mode: int = SPLIT_MODE_COPY
     flags: int = 0
     cursor: int = 0
     holes_total: int = 0

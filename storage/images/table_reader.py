@@ -1,12 +1,11 @@
 """Reading the vdisk table at open: every entry once, neighbours on the device together."""
 
-from crc32c import crc32c
-
+from storage.checksum import crc32c
 from storage.errors import BlockDamaged, DeviceFailed, StorageError
 from storage.images.catalogue import Catalogue
 from storage.layout import BLOCK_BYTES, FIELDS_PER_BLOCK, FIELDS_SHIFT, ZERO_POINTER
+from storage.slicer import Slicer
 from storage.state.pool_state import PoolState
-from storage.state.slices import Slicer
 from storage.tree.buffer_tree import BufferTree
 
 # VBN, CRC32C and number of one entry.

@@ -2,8 +2,8 @@
 image and block.
 """
 
+from storage.epoch.log_queue import LogEntry
 from storage.log.ring import Missing
-from storage.state.epoch import LogEntry
 
 # Image number, first FBN, blocks, VBN of the first.
 Place = tuple[int, int, int, int]

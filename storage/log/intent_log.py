@@ -31,12 +31,14 @@ Invariants:
 import asyncio
 from collections.abc import Callable
 
+from storage.epoch.log_queue import LogQueue
 from storage.errors import DeviceFailed, DeviceFull, as_storage_error
-from storage.layout import BLOCK_BYTES
-from storage.log.record import ENTRIES_PER_RECORD, LogRecord
-from storage.state.epoch import Epoch
+from storage.layout import BLOCK_BYTES, ENTRIES_PER_RECORD
+from storage.log.record import LogRecord
+from storage.slicer import Slicer
+from storage.state.host_room import HostRoom
+from storage.state.point_requests import PointRequests
 from storage.state.pool_state import PoolState
-from storage.state.slices import Slicer
 
 Completion = Callable[[Exception | None], None]
 
@@ -54,27 +56,37 @@ class IntentLog:
         "_blocks",
         "_durable_sequence",
         "_flushing",
+        "_host_room",
         "_in_threads",
         "_mark_sequence",
         "_newest",
         "_noting",
         "_open",
         "_pool_uuid",
+        "_requests",
         "_state",
         "_unwritten",
         "_used_blocks",
         "_worker",
         "commits",
-        "durable_by_cp",
         "head_block",
         "held",
         "next_sequence",
     )
 
     def __init__(
-        self, state: PoolState, pool_uuid: bytes, blocks: int, head_block: int, next_sequence: int
+        self,
+        state: PoolState,
+        host_room: HostRoom,
+        requests: PointRequests,
+        pool_uuid: bytes,
+        blocks: int,
+        head_block: int,
+        next_sequence: int,
     ) -> None:
         self._state = state
+        self._host_room = host_room
+        self._requests = requests
         self._pool_uuid = pool_uuid
         self._blocks = blocks
         self._open: LogRecord | None = None
@@ -87,7 +99,7 @@ class IntentLog:
         self._in_threads = False
         self._mark_sequence = 0
         self._used_blocks = 0
-        # Who waits until everything is in the log, and who until it is durable as well; one Task
+        # What waits until everything is in the log, and what until it is durable as well; one Task
         # serves both.
         self._noting: list[Completion] = []
         self._flushing: list[Completion] = []
@@ -96,8 +108,6 @@ class IntentLog:
         # Nothing may be logged until a consistency point has said where the log begins (after a
         # replay that ended elsewhere).
         self.held = False
-        # Makes everything durable by a consistency point instead; set by it.
-        self.durable_by_cp: Callable[[], asyncio.Future[None]]
         self.begin_at(head_block, next_sequence)
 
     def begin_at(self, head_block: int, next_sequence: int) -> None:
@@ -140,56 +150,57 @@ class IntentLog:
 
         Called between writes, so that all of them that were begun are there whole.
         """
-        for changed in (self._state.frozen, self._state.epoch):
-            if changed is not None:
-                changed.note_end()
+        frozen = self._state.frozen
+        if frozen is not None:
+            frozen.unlogged.note_end()
+        self._state.epoch.unlogged.note_end()
         for _ in range(RECORDS_PER_NOTE):
-            epoch = self._next_epoch()
-            if epoch is None:
+            queue = self._next_queue()
+            if queue is None:
                 break
-            record = self._record_for(epoch)
+            record = self._record_for(queue)
             if record is None:
                 break
-            entries = epoch.take_unlogged(record.room, ENTRIES_PER_RECORD)
+            entries = queue.take(record.room, ENTRIES_PER_RECORD)
             if not entries:
                 self._open = None
                 continue
             record.add(entries)
             self._to_be_written(record)
         self._write_out()
-        return not self._unwritten and self._next_epoch() is None
+        return not self._unwritten and self._next_queue() is None
 
     def when_noted(self, done: Completion) -> None:
-        """Call ``done`` when every change installed before this call is in the log: for who was
-        told False by ``note``.
+        """Call ``done`` when every change installed before this call is in the log: for a caller
+        that ``note`` told False.
         """
         self._noting.append(done)
         self._work()
 
-    def _next_epoch(self) -> Epoch | None:
-        """The epoch whose changes are to be logged next: all of the frozen one's first."""
-        frozen, epoch = self._state.frozen, self._state.epoch
-        if frozen is not None and frozen.unlogged:
-            return frozen
-        return epoch if epoch.unlogged else None
+    def _next_queue(self) -> LogQueue | None:
+        """The changes that are to be logged next: all of the frozen epoch's first."""
+        frozen, queue = self._state.frozen, self._state.epoch.unlogged
+        if frozen is not None and frozen.unlogged.entries:
+            return frozen.unlogged
+        return queue if queue.entries else None
 
-    def _record_for(self, epoch: Epoch) -> LogRecord | None:
+    def _record_for(self, queue: LogQueue) -> LogRecord | None:
         """The open record if it can take more of this epoch, else a new one; None when the ring is
         full, or the epoch cannot be logged.
         """
         record = self._open
-        if record is not None and record.room and record.cp_number == epoch.number:
+        if record is not None and record.room and record.cp_number == queue.cp_number:
             return record
-        return None if epoch.by_reference else self._begin_record(epoch)
+        return None if queue.by_reference else self._begin_record(queue.cp_number)
 
-    def _begin_record(self, epoch: Epoch) -> LogRecord | None:
+    def _begin_record(self, cp_number: int) -> LogRecord | None:
         """A new record, the open one from now on; None when the ring is full."""
         if self.held or self._used_blocks >= self._blocks:
             return None
         record = LogRecord(
             self.head_block,
             self.next_sequence,
-            epoch.number,
+            cp_number,
             self._durable_sequence,
             self._pool_uuid,
             self._newest,
@@ -199,7 +210,7 @@ class IntentLog:
         self._used_blocks += 1
         self._open = self._newest = record
         if self._used_blocks > self._blocks * FILL_WANTED and self._state.frozen is None:
-            self._state.wanted()
+            self._requests.want()
         return record
 
     def _to_be_written(self, record: LogRecord) -> None:
@@ -219,9 +230,9 @@ class IntentLog:
             ):
                 del self._unwritten[0]
         except DeviceFull as full:
-            self._state.room.met(
+            self._host_room.met(
                 full
-            )  # the record stays, and with it whoever waits for its changes: see ``_write_rest``
+            )  # the record stays, and with it what waits for its changes: see ``_write_rest``
         except DeviceFailed as failure:
             self._state.fail(f"the device failed to take a record of the intent log: {failure}")
 
@@ -231,6 +242,12 @@ class IntentLog:
         """Make every change installed before this call durable, then call ``done``."""
         self._flushing.append(done)
         self._work()
+
+    async def durable_by_point(self) -> None:
+        """Make everything durable by a consistency point, not by the log. Raises PoolReadOnly,
+        DeviceFailed, HostStaysFull.
+        """
+        await asyncio.shield(self._requests.request())
 
     async def drain(self) -> None:
         """Wait until nobody waits for the log any more."""
@@ -263,17 +280,18 @@ class IntentLog:
         """
         state, slicer = self._state, Slicer()
         state.check_writable()
-        while self._next_epoch() is not None:
+        while self._next_queue() is not None:
             before = self.next_sequence
             self.note()
-            if self._next_epoch() is not None and self.next_sequence == before:
+            if self._next_queue() is not None and self.next_sequence == before:
                 break
             await slicer.breathe()
         by_reference = any(
-            epoch is not None and epoch.by_reference for epoch in (state.frozen, state.epoch)
+            epoch is not None and epoch.unlogged.by_reference
+            for epoch in (state.frozen, state.epoch)
         )
-        if self._next_epoch() is not None or (durable and by_reference):
-            await asyncio.shield(self.durable_by_cp())
+        if self._next_queue() is not None or (durable and by_reference):
+            await self.durable_by_point()
             return
         state.check_writable()  # noting may just have failed
         try:
@@ -304,7 +322,7 @@ class IntentLog:
         """Have the newest record say what is durable now: the open one, or the next one, begun
         without entries as a mark.
         """
-        record = self._open or self._begin_record(self._state.epoch)
+        record = self._open or self._begin_record(self._state.epoch.number)
         if record is not None:
             record.say_durable(self._durable_sequence)
             self._to_be_written(record)
@@ -316,7 +334,7 @@ class IntentLog:
             record = self._unwritten[0]
             self._in_threads = True
             try:
-                await self._state.room.put((record.buf,), record.offset_bytes)
+                await self._host_room.put((record.buf,), record.offset_bytes)
             finally:
                 self._in_threads = False
             if (

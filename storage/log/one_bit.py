@@ -4,7 +4,7 @@ A CRC is linear: a flipped bit changes it by a value that depends only on how fa
 the end. Within a block all these values differ, and two flipped bits never look like one.
 """
 
-from crc32c import crc32c
+from storage.checksum import crc32c
 
 # What a byte changes the CRC32C by when it is the last of all.
 OF_LAST_BYTE = [crc32c(bytes([byte])) ^ crc32c(b"\0") for byte in range(256)]

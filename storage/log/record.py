@@ -9,10 +9,11 @@ A record without entries is a *durable mark*: written after a sync, without one 
 that what lies before it is durable. It stays open, so the changes that follow go into it.
 """
 
-from crc32c import crc32c
-
+from storage.checksum import crc32c
+from storage.epoch.log_queue import LogEntry
 from storage.layout import (
     BLOCK_BYTES,
+    ENTRIES_PER_RECORD,
     LOG_FIRST_VBN,
     RECORD_CRC_OFFSET,
     RECORD_ENTRY,
@@ -20,12 +21,9 @@ from storage.layout import (
     RECORD_MAGIC,
     RECORD_TAIL,
 )
-from storage.state.epoch import LogEntry
 
 TAIL_OFFSET = BLOCK_BYTES - RECORD_TAIL.size
 ENDS_BYTES = RECORD_TAIL.size - 1
-# A bit for each in the tail.
-ENTRIES_PER_RECORD = 8 * ENDS_BYTES
 
 
 class LogRecord:

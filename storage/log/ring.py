@@ -9,10 +9,9 @@ missing between them, or behind the last one, are what a ``Missing`` tells of.
 import asyncio
 from dataclasses import dataclass, field
 
-from crc32c import crc32c
-
-from storage.consistency.superblock import Superblock
+from storage.checksum import crc32c
 from storage.device import Device
+from storage.epoch.log_queue import LogEntry, follows
 from storage.errors import PoolRefused, StorageError
 from storage.layout import (
     BLOCK_BYTES,
@@ -25,7 +24,7 @@ from storage.layout import (
     RECORD_TAIL,
 )
 from storage.log.one_bit import flipped_bit
-from storage.state.epoch import LogEntry, follows
+from storage.superblock.superblock import Superblock
 
 # Blocks of the ring read at once. One that cannot be read must not cost its neighbours: they are
 # then read one by one.

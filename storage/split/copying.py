@@ -8,24 +8,21 @@ store's own pointers, and the share map counts one more reference to each.
 
 import asyncio
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from crc32c import crc32c
 
+from storage.checksum import crc32c
 from storage.data.backing import visible_slots
 from storage.data.read_path import Location, damaged, runs
 from storage.data.write_path import Extents
 from storage.device import read_all
 from storage.errors import StorageError
-from storage.layout import BLOCK_BYTES, FIELDS_MASK, FIELDS_PER_BLOCK, FIELDS_SHIFT, HOLE
+from storage.fields import set_field
+from storage.images.image import Image
+from storage.layout import BLOCK_BYTES, FIELDS_PER_BLOCK, FIELDS_SHIFT, HOLE
 from storage.split.loading import Holes, find_holes, shared_block
 from storage.tree.attempt import when_possible
-
-if TYPE_CHECKING:
-    from storage.images.image import Image
-
 
 # What lies behind one level-1 block.
 COPY_BYTES_MAX = FIELDS_PER_BLOCK * BLOCK_BYTES
@@ -54,7 +51,7 @@ class CopyBuffers:
         self._free.clear()
 
 
-async def read_behind(clone: "Image", holes: Holes, buffer: bytearray) -> memoryview:
+async def read_behind(clone: Image, holes: Holes, buffer: bytearray) -> memoryview:
     """The data behind the holes, verified, as the first part of ``buffer`` (COPY_BYTES_MAX). Raises
     BlockDamaged, DeviceFailed.
     """
@@ -91,13 +88,13 @@ def pieces(extents: Extents, piece_bytes: int) -> Iterator[tuple[int, int]]:
             yield first * BLOCK_BYTES + start, min(piece_bytes, length * BLOCK_BYTES - start)
 
 
-async def write_copy(clone: "Image", data: memoryview, piece_bytes: int) -> Extents:
+async def write_copy(clone: Image, data: memoryview, piece_bytes: int) -> Extents:
     """Write the data to newly allocated blocks, in pieces of at most ``piece_bytes``. Raises
     PoolFull, DeviceFailed.
     """
     device = clone.state.device
     count = len(data) // BLOCK_BYTES
-    extents = await when_possible(clone.state, lambda: clone.state.allocator.take(count))
+    extents = await when_possible(clone.state, lambda: clone.allocator.take(count))
     at = 0
     try:
         for offset, length in pieces(extents, piece_bytes):
@@ -107,22 +104,21 @@ async def write_copy(clone: "Image", data: memoryview, piece_bytes: int) -> Exte
             at += length
             await asyncio.sleep(0)
     except StorageError:
-        clone.state.allocator.give_back(extents)
+        clone.allocator.give_back(extents)
         raise
     return extents
 
 
-async def install_copy(clone: "Image", holes: Holes, extents: Extents) -> int:
+async def install_copy(clone: Image, holes: Holes, extents: Extents) -> int:
     """Compare and set: point at the copies those fields that are still holes. Returns how many
     were. Raises PoolFull, DeviceFailed.
     """
     return await when_possible(clone.state, lambda: _install_copy_now(clone, holes, extents))
 
 
-def _install_copy_now(clone: "Image", holes: Holes, extents: Extents) -> int | None:
-    state = clone.state
-    epoch = state.epoch
-    node = clone.tree.writable(holes.index, epoch)
+def _install_copy_now(clone: Image, holes: Holes, extents: Extents) -> int | None:
+    epoch = clone.state.epoch
+    node = clone.editor.writable(holes.index, epoch)
     if node is None:
         return None
     fields = node.fields()
@@ -137,33 +133,33 @@ def _install_copy_now(clone: "Image", holes: Holes, extents: Extents) -> int | N
     fields["birth"][slots] = epoch.number
     clone.used_blocks += len(slots)
     if len(slots) == len(vbns):
-        epoch.allocated.extend(extents)
+        epoch.ledger.allocated.extend(extents)
     else:
-        epoch.allocated.extend((vbn, 1) for vbn in vbns[still].tolist())
-        state.allocator.give_back([(vbn, 1) for vbn in vbns[~still].tolist()])
+        epoch.ledger.allocated.extend((vbn, 1) for vbn in vbns[still].tolist())
+        clone.allocator.give_back([(vbn, 1) for vbn in vbns[~still].tolist()])
     return len(slots)
 
 
-async def share_fields(clone: "Image", index: int) -> int:
+async def share_fields(clone: Image, index: int) -> int:
     """Share mode for one level-1 block. Returns how many holes were replaced. Raises PoolFull,
     DeviceFailed, BlockDamaged.
     """
     return await when_possible(clone.state, lambda: _share_fields_now(clone, index))
 
 
-def _share_fields_now(clone: "Image", index: int) -> int | None:
+def _share_fields_now(clone: Image, index: int) -> int | None:
     """Find the holes and take the pointers behind them, in one step. None: nothing was changed."""
     holes = find_holes(clone, index)
     if holes is None:
         return None
     if not len(holes):
         return 0
-    node = clone.tree.writable(index, clone.state.epoch)
+    node = clone.editor.writable(index, clone.state.epoch)
     if node is None:
         return None
     mark_shared(clone)
     node.fields()[holes.slots] = holes.fields
-    clone.state.epoch.added.append(vbns_of(holes))
+    clone.state.epoch.ledger.added.append(vbns_of(holes))
     clone.used_blocks += len(holes)
     return len(holes)
 
@@ -173,13 +169,13 @@ def vbns_of(holes: Holes) -> npt.NDArray[np.uint64]:
     return np.ascontiguousarray(holes.fields["vbn"])
 
 
-def mark_shared(clone: "Image") -> None:
+def mark_shared(clone: Image) -> None:
     """From now on blocks as old as now may be shared with the backing store."""
     clone.touch()
     clone.tree.shared_cp = clone.state.epoch.number
 
 
-async def share_block(clone: "Image", index: int, level: int, blocks: int | None) -> int:
+async def share_block(clone: Image, index: int, level: int, blocks: int | None) -> int:
     """Share a whole pointer block of the backing store, ``blocks`` set fields below it (None: of
     level 1, to be counted).
 
@@ -189,11 +185,11 @@ async def share_block(clone: "Image", index: int, level: int, blocks: int | None
     return await when_possible(clone.state, lambda: _share_block_now(clone, index, level, blocks))
 
 
-def _share_block_now(clone: "Image", index: int, level: int, blocks: int | None) -> int | None:
+def _share_block_now(clone: Image, index: int, level: int, blocks: int | None) -> int | None:
     """Look whether the block can be shared, and share it, in one step. None: nothing
     was changed.
     """
-    tree, state = clone.tree, clone.state
+    tree, epoch = clone.tree, clone.state.epoch
     field = shared_block(clone, index, level)
     if field is None:
         return 0
@@ -202,18 +198,15 @@ def _share_block_now(clone: "Image", index: int, level: int, blocks: int | None)
         if holes is None:
             return None
         blocks = len(holes)
-    vbn, crc, birth = field
     if level < tree.levels:
-        parent = tree.writable(index >> FIELDS_SHIFT, state.epoch, level + 1)
+        parent = clone.editor.writable(index >> FIELDS_SHIFT, epoch, level + 1)
         if parent is None:
             return None
-        slot = (index & FIELDS_MASK) * 2
         mark_shared(clone)
-        parent.q[slot] = vbn
-        parent.q[slot + 1] = crc | birth << 32
+        set_field(parent.q, index, field)
     else:
         mark_shared(clone)
-        tree.root_vbn, tree.root_crc, tree.root_birth = vbn, crc, birth
-    state.epoch.count_pointer(vbn, 1)
+        tree.root_vbn, tree.root_crc, tree.root_birth = field
+    epoch.ledger.count_pointer(field[0], 1)
     clone.used_blocks += blocks
     return blocks

@@ -32,10 +32,11 @@ from storage.layout import (
     SPLIT_PAUSED,
     SPLIT_RUNNING,
 )
+from storage.slicer import Slicer
 from storage.split import copying
 from storage.split.loading import Holes, holes_at
 from storage.split.progress import Progress
-from storage.state.slices import Slicer
+from storage.state.point_requests import PointRequests
 
 # Level-1 blocks that one message copies: several when idle, so that reads and writes overlap; one
 # under load, to be met seldom.
@@ -55,12 +56,19 @@ Copy = tuple[Holes, "asyncio.Task[Extents]", bytearray]
 
 
 class SplitJob:
-    """The work behind one clone's split (a ``backdoor.handler.Work``). The image's ``split`` record
-    holds all that lasts.
+    """The work behind one clone's split: a ``backdoor.handler.Work``, and the clone's
+    ``HoleWatcher``. The image's ``split`` record holds all that lasts.
     """
 
-    def __init__(self, image: Image, buffers: copying.CopyBuffers, owner: "Owner") -> None:
+    def __init__(
+        self,
+        image: Image,
+        requests: PointRequests,
+        buffers: copying.CopyBuffers,
+        owner: "Owner",
+    ) -> None:
         self.image = image
+        self._requests = requests
         self.record = image.split
         self.progress = Progress()
         self.gone = False
@@ -75,7 +83,6 @@ class SplitJob:
         # Set fields below each level-2 block of the backing store, as counted: a whole one can be
         # shared without walking it again.
         self._level2_holes: dict[int, int] = {}
-        image.job = self
 
     @property
     def rate_min_bytes(self) -> int:
@@ -95,8 +102,8 @@ class SplitJob:
     def abandon(self) -> None:
         """The clone is being deleted, or the split has ended: the next message ends the work."""
         self.gone = True
-        if self.image.job is self:
-            self.image.job = None
+        if self.image.watcher is self:
+            self.image.watcher = None
         self._owner.gone(self)
 
     # --- What clients do meanwhile ----------------------------------------------------------------
@@ -113,8 +120,7 @@ class SplitJob:
         try:
             behind = locate(image.backing, fbn)
         except StorageError:
-            # Damage behind the clone is no matter of a write that hides it; it must not be stopped
-            # half-way.
+            # Damage behind the clone must not fail a write that hides it, least of all half-way.
             behind = None
         if behind is None:
             self.holes_hidden()
@@ -269,13 +275,13 @@ class SplitJob:
             *(writing for _, writing, _ in started), return_exceptions=True
         ):
             if not isinstance(extents, BaseException):
-                self.image.state.allocator.give_back(extents)
+                self.image.allocator.give_back(extents)
 
     def _replaced(self, holes: int) -> None:
         self._since_point += holes
         if self._since_point >= BLOCKS_PER_POINT:
             self._since_point = 0
-            self.image.state.wanted()
+            self._requests.want()
         self.image.touch()
         self.record.holes_remaining = max(0, self.record.holes_remaining - holes)
         self.progress.add(holes)
@@ -323,7 +329,7 @@ class SplitJob:
 
 
 class Owner(Protocol):
-    """What a job tells whoever started it."""
+    """What a job tells the service that started it."""
 
     async def release(self, job: SplitJob) -> None:
         """No hole is left: end the association."""

@@ -7,18 +7,17 @@ nothing to replace: the hole reads as zeros with and without a backing store.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from storage.data.backing import fields_behind, visible_slots
-from storage.layout import FIELDS_MASK, FIELDS_SHIFT, HOLE, ZERO_POINTER
+from storage.fields import Field, field_at
+from storage.images.image import Image
+from storage.layout import FIELDS_SHIFT, HOLE, ZERO_POINTER
 from storage.tree.attempt import when_possible
 from storage.tree.buffer_tree import BufferTree
-
-if TYPE_CHECKING:
-    from storage.images.image import Image
+from storage.tree.node import HOLES
 
 
 @dataclass(slots=True)
@@ -35,7 +34,7 @@ class Holes:
         return len(self.slots)
 
 
-def find_holes(clone: "Image", index: int) -> Holes | None:
+def find_holes(clone: Image, index: int) -> Holes | None:
     """The special loading function for level-1 block ``index``, or None: ``state.missing`` is what
     to wait for.
     """
@@ -50,12 +49,12 @@ def find_holes(clone: "Image", index: int) -> Holes | None:
     return Holes(index, slots, fields[slots])
 
 
-async def holes_at(clone: "Image", index: int) -> Holes:
+async def holes_at(clone: Image, index: int) -> Holes:
     """``find_holes``, waiting where it must."""
     return await when_possible(clone.state, lambda: find_holes(clone, index))
 
 
-def shared_block(clone: "Image", index: int, level: int) -> tuple[int, int, int] | None:
+def shared_block(clone: Image, index: int, level: int) -> Field | None:
     """VBN, CRC32C and birth of the backing store's pointer block that can be shared as one: the
     clone has a hole there, the range is wholly visible, and the backing store has nothing behind
     itself. None otherwise, or when something is not in memory.
@@ -75,11 +74,10 @@ def shared_block(clone: "Image", index: int, level: int) -> tuple[int, int, int]
 
 def is_hole(tree: BufferTree, index: int, level: int) -> bool:
     """Whether a field above block ``index`` of ``level`` is known to be a hole."""
-    node = tree.peek(index, level)
-    return node is not None and node.tree is None and node.q[0] == HOLE
+    return tree.peek(index, level) is HOLES
 
 
-def field_of(tree: BufferTree, index: int, level: int) -> tuple[int, int, int] | None:
+def field_of(tree: BufferTree, index: int, level: int) -> Field | None:
     """The field that names block ``index`` of ``level``, if it names one and the block above it is
     in memory.
     """
@@ -92,6 +90,5 @@ def field_of(tree: BufferTree, index: int, level: int) -> tuple[int, int, int] |
     parent = tree.peek(index >> FIELDS_SHIFT, level + 1)
     if parent is None or parent.tree is None:
         return None
-    slot = (index & FIELDS_MASK) * 2
-    vbn, tail = parent.q[slot], parent.q[slot + 1]
-    return (vbn, tail & 0xFFFFFFFF, tail >> 32) if vbn > ZERO_POINTER else None
+    field = field_at(parent.q, index)
+    return field if field[0] > ZERO_POINTER else None

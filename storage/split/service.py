@@ -4,8 +4,8 @@ import time
 from functools import partial
 from typing import Any
 
+from storage.allocation.share_map import ShareMap
 from storage.backdoor.handler import BackdoorMessageHandler
-from storage.consistency.consistency_point import ConsistencyPoints
 from storage.data.backing import next_index
 from storage.errors import Conflict, DeviceFull, NotFound, PoolFull, RequestError, StorageError
 from storage.images.catalogue import Catalogue
@@ -23,13 +23,15 @@ from storage.layout import (
     SPLIT_RUNNING,
     SPLIT_STATES,
 )
+from storage.slicer import Slicer
 from storage.split import states
 from storage.split.copying import CopyBuffers
 from storage.split.job import BLOCKS_IDLE, SplitJob
 from storage.split.loading import holes_at
+from storage.state.host_room import HostRoom
+from storage.state.point_requests import PointRequests
 from storage.state.pool_state import PoolState
-from storage.state.slices import Slicer
-from storage.vdisks.lifecycle import Lifecycle
+from storage.vdisks.deletion import Deletion
 
 # What a split copies a second on an idle daemon, for estimates before one has run (measured on the
 # test machine: docs/performance.md).
@@ -44,16 +46,20 @@ class SplitService:
     def __init__(
         self,
         state: PoolState,
+        host_room: HostRoom,
+        requests: PointRequests,
+        share_map: ShareMap,
         catalogue: Catalogue,
-        points: ConsistencyPoints,
         handler: BackdoorMessageHandler,
-        lifecycle: Lifecycle,
+        deletion: Deletion,
     ) -> None:
         self._state = state
+        self._host_room = host_room
+        self._requests = requests
+        self._share_map = share_map
         self._catalogue = catalogue
-        self._points = points
         self._handler = handler
-        self._lifecycle = lifecycle
+        self._deletion = deletion
         self._jobs: dict[int, SplitJob] = {}
         self._buffers = CopyBuffers(BLOCKS_IDLE)
 
@@ -64,9 +70,7 @@ class SplitService:
         for number in list(self._catalogue.numbers(KIND_VDISK)):
             if self._catalogue.split_state(number) in (SPLIT_RUNNING, SPLIT_PAUSED):
                 try:
-                    self._jobs[number] = SplitJob(
-                        self._catalogue.image(number), self._buffers, self
-                    )
+                    self._new_job(self._catalogue.image(number))
                 except StorageError as error:
                     # Its backing store's entry is damaged: this clone cannot be used, all others
                     # can.
@@ -77,6 +81,12 @@ class SplitService:
         for job in self._jobs.values():
             if job.record.state == SPLIT_RUNNING:
                 self._handler.post(job)
+
+    def _new_job(self, image: Image) -> SplitJob:
+        """The job of a clone; it hears of the clone's holes from now on."""
+        job = SplitJob(image, self._requests, self._buffers, self)
+        self._jobs[image.number] = image.watcher = job
+        return job
 
     # --- Commands ---------------------------------------------------------------------------------
 
@@ -99,7 +109,7 @@ class SplitService:
                 f" {RATE_BYTES_MAX}"
             )
         if mode == "share":
-            self._state.share_map.check_room(Conflict)
+            self._share_map.check_room(Conflict)
         image = self._catalogue.vdisk(name)
         if image.backing is None:
             raise Conflict(f"{name} has no backing store: it is not a clone, or was split already")
@@ -113,10 +123,10 @@ class SplitService:
             rate_max_bytes=high,
             started_ns=time.time_ns(),
         )
-        job = self._jobs[image.number] = SplitJob(image, self._buffers, self)
+        job = self._new_job(image)
         # Not left to this call: it may be cancelled, and the split goes on all the same.
         self._state.epoch.when_durable.append(partial(self._started, job, mode))
-        await self._points.request()
+        await self._requests.request()
         return self._describe(image)
 
     def _started(self, job: SplitJob, mode: str) -> None:
@@ -145,15 +155,15 @@ class SplitService:
         if command == "cancel":
             self._end(image)  # before anybody can start the next one
         self._state.epoch.when_durable.append(partial(self._changed, image, following))
-        await self._points.request()
+        await self._requests.request()
         return self._describe(image)
 
     def _changed(self, image: Image, following: int) -> None:
         self._state.on_event(f"split.{SPLIT_STATES[following]}", vdisk=image.name)
-        if (
-            following == SPLIT_RUNNING and image.job is not None
-        ):  # unless it was cancelled, or the clone deleted, meanwhile
-            self._handler.post(image.job)
+        job = self._jobs.get(image.number)
+        if following == SPLIT_RUNNING and job is not None and job.image is image:
+            # Unless it was cancelled, or the clone deleted, meanwhile.
+            self._handler.post(job)
 
     def _end(self, image: Image) -> None:
         job = self._jobs.get(image.number)
@@ -183,11 +193,11 @@ class SplitService:
             image.split.flags |= SPLIT_FLAG_COUNTED
             backing = self._catalogue.release_backing(image)
             if backing is not None:
-                self._lifecycle.delete_if_released(backing)
+                self._deletion.delete_if_released(backing)
             self._end(image)
 
         try:
-            await self._points.request(at_freeze)
+            await self._requests.request(at_freeze)
         except StorageError as error:
             if released:
                 # The pool has failed, and after a restart the split goes on: it must not be shown
@@ -213,7 +223,7 @@ class SplitService:
             return  # paused meanwhile: whatever it was shows again after the resume
         image.touch()
         if isinstance(error, DeviceFull):
-            self._state.room.met(error)
+            self._host_room.met(error)
         command = "pause" if isinstance(error, PoolFull | DeviceFull) else "fail"
         image.split.state = states.after(image.split.state, command, image.name)
         image.split.reason = str(error)
@@ -222,7 +232,7 @@ class SplitService:
         self._state.on_event(
             f"split.{SPLIT_STATES[image.split.state]}", vdisk=image.name, reason=str(error)
         )
-        self._state.wanted()
+        self._requests.want()
 
     def gone(self, job: SplitJob) -> None:
         """The split has ended, or its clone is being deleted."""
@@ -241,7 +251,7 @@ class SplitService:
         return self._describe(image)
 
     def _describe(self, image: Image) -> dict[str, Any]:
-        split, job = image.split, image.job
+        split, job = image.split, self._jobs.get(image.number)
         state, reason = self._shown_state(image)
         done = split.blocks_copied + split.blocks_shared
         total = max(split.holes_total, split.holes_remaining + done)

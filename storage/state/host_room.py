@@ -18,15 +18,14 @@ durable consistency point, and the log.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from storage.device import Buffer
-from storage.errors import DeviceFull, HostStaysFull, StorageError
-
-if TYPE_CHECKING:
-    from storage.state.pool_state import PoolState
+from storage.errors import DeviceFull, HostStaysFull
+from storage.state.pool_state import PoolState
+from storage.state.signal import Signal
 
 # How often it is tried whether the host has room.
 RETRY_SECONDS = 0.25
@@ -36,39 +35,47 @@ QUIET_SECONDS = 5.0
 
 
 class HostRoom:
-    """``full_since_ns`` is None while the host has room, as far as is known."""
+    """``full_since_ns`` is None while the host has room, as far as is known. ``filled`` is sent
+    when that ends; storage.allocation.host_probe then tries whether there is room again.
+    """
 
     __slots__ = (
         "_changed",
         "_give_up_at",
         "_met_at",
-        "_prober",
         "_state",
         "_waiting",
+        "filled",
         "full_since_ns",
-        "has_room",
     )
 
-    def __init__(self, state: "PoolState") -> None:
+    def __init__(self, state: PoolState) -> None:
         self._state = state
         self._changed = asyncio.Event()
         self._give_up_at: float | None = None
         self._met_at = 0.0
         self._waiting = 0
-        self._prober: asyncio.Task[None] | None = None
+        self.filled = Signal()
         self.full_since_ns: int | None = None
-        # Tries whether the host has room for what comes next; set by the write allocator.
-        self.has_room: Callable[[], Awaitable[bool]] = self._is_quiet
 
     @property
     def full(self) -> bool:
         """Whether the host refused room last."""
         return self.full_since_ns is not None
 
+    @property
+    def awaited(self) -> bool:
+        """Whether writes wait for room."""
+        return self._waiting > 0
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing was refused for QUIET_SECONDS."""
+        return asyncio.get_running_loop().time() - self._met_at >= QUIET_SECONDS
+
     def met(self, error: DeviceFull) -> None:
         """A write, or what was to be set aside for one, found no room."""
-        loop = asyncio.get_running_loop()
-        self._met_at = loop.time()
+        self._met_at = asyncio.get_running_loop().time()
         if self.full_since_ns is None:
             self.full_since_ns = time.time_ns()
             self._state.on_event(
@@ -76,11 +83,17 @@ class HostRoom:
                 error=str(error),
                 host_available_bytes=self._state.device.host_available_bytes(),
             )
-            self._prober = loop.create_task(self._probe())
+            self.filled.send()
+
+    def found(self) -> None:
+        """The host has room again."""
+        since, self.full_since_ns = self.full_since_ns, None
+        assert since is not None
+        self._state.on_event("pool.host_room", seconds=round((time.time_ns() - since) / 1e9, 3))
 
     def wake(self) -> None:
-        """Space was given back to the host, or the pool is closing: who waits tries
-        again at once.
+        """Space was given back to the host, or the pool is closing: what waits is tried again at
+        once.
         """
         self._changed.set()
         self._changed = asyncio.Event()
@@ -113,7 +126,7 @@ class HostRoom:
             ) from error
         self._waiting += 1
         try:
-            await self._pause()
+            await self.pause()
         finally:
             self._waiting -= 1
 
@@ -122,12 +135,6 @@ class HostRoom:
         if self._give_up_at is None:
             self._give_up_at = asyncio.get_running_loop().time() + seconds
             self.wake()
-
-    async def stop(self) -> None:
-        """End with the pool."""
-        if self._prober is not None:
-            self._prober.cancel()
-            await asyncio.wait([self._prober])
 
     def shown(self, pool_available_bytes: int) -> dict[str, Any]:
         """The rows of ``pool show``: what can still be written is the smaller of what the pool and
@@ -148,25 +155,7 @@ class HostRoom:
         host = self._state.device.host_available_bytes()
         return pool_available_bytes if host is None else min(host, pool_available_bytes)
 
-    async def _pause(self) -> None:
+    async def pause(self) -> None:
+        """Wait until it is worth another try."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), RETRY_SECONDS)
-
-    async def _is_quiet(self) -> bool:
-        return asyncio.get_running_loop().time() - self._met_at >= QUIET_SECONDS
-
-    async def _probe(self) -> None:
-        try:
-            while True:
-                await self._pause()
-                if await self.has_room() and not self._waiting:
-                    break
-        except StorageError:
-            # The device itself has failed, which others find out as well; nobody can tell about its
-            # room any more.
-            return
-        finally:
-            self._prober = None
-        since, self.full_since_ns = self.full_since_ns, None
-        assert since is not None
-        self._state.on_event("pool.host_room", seconds=round((time.time_ns() - since) / 1e9, 3))

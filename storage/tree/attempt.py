@@ -7,21 +7,20 @@ it met something that has to be waited for, it has left in ``PoolState.missing``
 Each attempt gets further, since what was brought is held until the step is taken: with the smallest
 cache, and however many operations wait at once, each of them ends.
 
-So nothing is ever resolved in two halves with a wait between them: whoever looks through a clone at
-its backing store sees both as of one moment, and whoever changes a node has found it in the same
-step.
+So nothing is ever resolved in two halves with a wait between them: an operation that looks through
+a clone at its backing store sees both as of one moment, and one that changes a node has found it in
+the same step.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
-if TYPE_CHECKING:
-    from storage.state.pool_state import PoolState
+from storage.tree.interfaces import PoolState
 
 T = TypeVar("T")
 
 
-async def when_possible(state: "PoolState", attempt: Callable[[], T | None]) -> T:
+async def when_possible(state: PoolState, attempt: Callable[[], T | None]) -> T:
     """What ``attempt`` answers as soon as it does not answer None. Its caller goes on in the same
     step.
 

@@ -1,33 +1,28 @@
 """Nodes: 4096-byte blocks of a buffer tree held in memory, and the cache that bounds how many.
 
-A node is *clean* (``epoch`` is None: the device holds the same bytes at ``vbn``), *dirty*
-(``epoch`` is the current epoch) or *frozen* (``epoch`` is the one that the running consistency
-point writes; a change copies the bytes first). Level 0 nodes are blocks of metafiles; data blocks
-of vdisks are never nodes.
+A node is *clean* (``epoch`` is CLEAN: the device holds the same bytes at ``vbn``), *dirty*
+(``epoch`` is the number of the current epoch) or *frozen* (that of the one that the running
+consistency point writes; a change copies the bytes first). Level 0 nodes are blocks of metafiles;
+data blocks of vdisks are never nodes.
 
 When a node may go (all of it is needed; each has cost an acknowledged write when it was missing):
 - Only clean nodes are evicted, and only in a turn of the event loop of its own. So no step, however
-  much it loads, loses a node that it has in hand: what a lookup returned stays listed until the
+  much it loads, loses a node that it has found: what a lookup returned stays listed until the
   next await.
-- Over an await a node stays only if a ``Hold`` keeps it. Whoever waits without one looks it up
-  again before it is changed.
+- Over an await a node stays only if a ``Hold`` keeps it. An operation that waits without one looks
+  it up again before it changes it.
 """
 
 import asyncio
 from collections import deque
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Final, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from storage.fields import FIELD_DTYPE
 from storage.layout import BLOCK_BYTES, FIELDS_PER_BLOCK, ZERO_POINTER
-
-if TYPE_CHECKING:
-    from storage.state.epoch import Epoch
-    from storage.tree.buffer_tree import BufferTree
-
-FIELD_DTYPE = np.dtype([("vbn", "<u8"), ("crc", "<u4"), ("birth", "<u4")])
 
 # What a node costs beside its 4096 bytes: the object, its memoryview, its place in two dicts and a
 # queue (measured: 0.5 KiB).
@@ -41,10 +36,24 @@ LOOKS_A_NODE = 8
 # At about 0.1 us each, this many take a small part of a turn.
 LOOKS_A_TURN = 512
 
+# ``Node.epoch`` of a node that is on the device as it is in memory: no epoch has that number.
+CLEAN: Final = 0
+
+
+class ListsNodes(Protocol):
+    """The tree of a node (storage.tree.buffer_tree)."""
+
+    @property
+    def nodes(self) -> "list[dict[int, Node]]":
+        """Its nodes in memory, by level and index. For modules of this room."""
+
+    def enter_crc(self, level: int, index: int, vbn: int, crc: int) -> None:
+        """A block was written to ``vbn``: enter its CRC32C in the field that names it now."""
+
 
 class Node:
-    """One block of a buffer tree in memory. ``q`` is the block as 512 u64: VBN of field i at 2i,
-    CRC32C and birth at 2i+1.
+    """One block of a buffer tree in memory. ``q`` is the block as 512 u64 (storage.fields).
+    ``tree`` is None of HOLES and ZEROS alone.
     """
 
     __slots__ = (
@@ -62,7 +71,7 @@ class Node:
 
     def __init__(
         self,
-        tree: "BufferTree | None",
+        tree: ListsNodes | None,
         level: int,
         index: int,
         buf: bytearray,
@@ -76,7 +85,8 @@ class Node:
         self.q = memoryview(buf).cast("Q")
         self.vbn = vbn
         self.birth = birth
-        self.epoch: Epoch | None = None
+        # The epoch in which it was changed last, as far as no consistency point has written it.
+        self.epoch: int = CLEAN
         self.referenced = True
         # How many waiting operations need it to stay in memory.
         self.holds = 0
@@ -201,7 +211,7 @@ class NodeCache:
             tree = node.tree
             if tree is None or tree.nodes[node.level].get(node.index) is not node:
                 continue  # cut off from its tree meanwhile
-            if node.referenced or node.epoch is not None or node.holds:
+            if node.referenced or node.epoch != CLEAN or node.holds:
                 node.referenced = False
                 queue.append(node)
                 continue

@@ -4,20 +4,16 @@ refer to as well.
 Only what the image holds alone is walked: below a shared pointer block everything is shared.
 """
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
+from storage.images.image import Image
 from storage.layout import FIELDS_PER_BLOCK, SHARES_PER_BLOCK, ZERO_POINTER
-from storage.state.slices import Slicer
+from storage.slicer import Slicer
 from storage.tree.attempt import when_possible
 from storage.tree.node import HOLES, Node
 
-if TYPE_CHECKING:
-    from storage.images.image import Image
 
-
-async def exclusive_blocks(image: "Image") -> int:
+async def exclusive_blocks(image: Image) -> int:
     """Data blocks that no other image refers to, as of the last consistency point. Raises
     BlockDamaged, DeviceFailed.
     """
@@ -26,7 +22,7 @@ async def exclusive_blocks(image: "Image") -> int:
     return await _exclusive_below(image, image.tree.levels, 0, Slicer())
 
 
-def _own_node(image: "Image", level: int, index: int) -> Node | None:
+def _own_node(image: Image, level: int, index: int) -> Node | None:
     """The pointer block if it is the image's alone, HOLES if it is shared or does not exist; None:
     it has to be waited for.
     """
@@ -34,11 +30,11 @@ def _own_node(image: "Image", level: int, index: int) -> Node | None:
     node = tree.peek(index, level)
     if node is None or node.tree is None or node.birth > tree.shared_cp:
         return node
-    count = image.state.share_map.try_count(node.vbn)
+    count = image.share_map.try_count(node.vbn)
     return None if count is None else HOLES if count else node
 
 
-async def _exclusive_below(image: "Image", level: int, index: int, slicer: Slicer) -> int:
+async def _exclusive_below(image: Image, level: int, index: int, slicer: Slicer) -> int:
     tree = image.tree
     node = await when_possible(image.state, lambda: _own_node(image, level, index))
     if node.tree is None:
@@ -55,12 +51,12 @@ async def _exclusive_below(image: "Image", level: int, index: int, slicer: Slice
     return total
 
 
-async def _unshared(image: "Image", vbns: "np.ndarray[tuple[int], np.dtype[np.uint64]]") -> int:
+async def _unshared(image: Image, vbns: "np.ndarray[tuple[int], np.dtype[np.uint64]]") -> int:
     """How many of these data blocks have no reference beside this one."""
     count = 0
     blocks = vbns // SHARES_PER_BLOCK
     for block in np.unique(blocks).tolist():
-        node = await image.state.share_map.tree.load(block, 0)
+        node = await image.share_map.tree.load(block, 0)
         shares = np.frombuffer(node.buf, dtype="<u4")
         count += int(
             (shares[(vbns[blocks == block] % SHARES_PER_BLOCK).astype(np.intp)] == 0).sum()

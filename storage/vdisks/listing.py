@@ -3,24 +3,24 @@
 from typing import Any
 from uuid import UUID
 
-from storage.consistency.consistency_point import ConsistencyPoints
 from storage.errors import NotFound
 from storage.images.catalogue import Catalogue
 from storage.images.image import Image
 from storage.images.record import ImageRecord
 from storage.layout import BLOCK_BYTES, KIND_SNAPSHOT, KIND_VDISK, SPLIT_RUNNING, SPLIT_STATES
+from storage.slicer import Slicer
+from storage.state.point_requests import PointRequests
 from storage.state.pool_state import PoolState
-from storage.state.slices import Slicer
 from storage.vdisks.exclusive_blocks import exclusive_blocks
 
 
 class Listing:
-    """Describes images, from their table entries where nobody has them in hand."""
+    """Describes images, from their table entries where they are not in memory."""
 
-    def __init__(self, state: PoolState, catalogue: Catalogue, points: ConsistencyPoints) -> None:
+    def __init__(self, state: PoolState, requests: PointRequests, catalogue: Catalogue) -> None:
         self._state = state
         self._catalogue = catalogue
-        self._points = points
+        self._requests = requests
 
     def brief(self, image: Image) -> dict[str, Any]:
         """What lists say of one image."""
@@ -63,7 +63,7 @@ class Listing:
         Raises BlockDamaged, DeviceFailed.
         """
         if image.tree.shared_cp and self._state.read_only_reason is None:
-            await self._points.request()
+            await self._requests.request()
         exclusive = min(await exclusive_blocks(image), image.used_blocks)
         if image.kind not in {KIND_VDISK, KIND_SNAPSHOT}:
             raise NotFound("it was deleted while it was looked at: list again")

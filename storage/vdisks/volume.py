@@ -10,42 +10,37 @@ merged and written in one step, or under the block's lock when it has to wait; w
 lock, because they replace a pointer in one step.
 """
 
-import asyncio
-from collections.abc import Callable, Coroutine
-from typing import Any, NamedTuple
-from uuid import UUID
+from collections.abc import Callable
 
-from crc32c import crc32c
-
+from storage.checksum import crc32c
 from storage.data import read_path, write_path
-from storage.data.allocation_report import allocated_runs
-from storage.data.block_locks import BlockLocks
-from storage.data.copy_by_reference import copy_blocks
+from storage.data.allocation_report import allocated_bytes
 from storage.data.long_write import LONG_BYTES_MIN, PIECE_BYTES, write_long
-from storage.data.trim import trim_blocks
 from storage.errors import (
     BlockDamaged,
     DeviceFailed,
     DeviceFull,
     NotByReference,
-    OutOfRange,
     PoolReadOnly,
     VolumeClosed,
     as_storage_error,
 )
+from storage.fields import CRC_MASK
 from storage.images.image import Image
 from storage.layout import (
     BLOCK_BYTES,
+    BLOCK_MASK,
+    BLOCK_SHIFT,
     FIELDS_MASK,
     FIELDS_SHIFT,
-    KIND_SNAPSHOT,
     KIND_VDISK,
-    SPLIT_FLAG_COUNTED,
-    SPLIT_RUNNING,
     ZERO_POINTER,
 )
 from storage.log.intent_log import IntentLog
+from storage.state.host_room import HostRoom
 from storage.vdisks.counters import Counters
+from storage.vdisks.open_image import OpenImage
+from storage.vdisks.range_changes import RangeChanges
 
 Buffer = bytes | bytearray | memoryview
 Completion = Callable[[Exception | None], None]
@@ -53,116 +48,31 @@ ReadCompletion = Callable[[Buffer | None, Exception | None], None]
 AllocationCompletion = Callable[[list[tuple[int, bool]] | None, Exception | None], None]
 Write = tuple[int, Buffer, bool, Completion]
 
-BLOCK_MASK = BLOCK_BYTES - 1
 # A batch above this goes by the I/O threads anyway, and one write at a time, so that no copy of a
 # large batch is made.
 BATCH_BYTES_MAX = 1 << 20
-# Where a full pool lends blocks, what is borrowed must come back before more is, and a write is
-# done in pieces of this many bytes. What is not longer is there entirely or not at all
-# (protocol.volume, ATOMIC_WRITE_BYTES_MAX).
-SHORT_WRITE_BYTES = 128 << 10
 
 
-class VolumeUsage(NamedTuple):
-    """Bytes that a volume's own blocks take in the pool, and bytes still free there for data."""
+class Volume(OpenImage):
+    """One image, as clients read and write it."""
 
-    used_bytes: int
-    available_bytes: int
+    __slots__ = ("_batch", "_batch_bytes", "_changes", "_locks", "_log")
 
-
-class SplitState(NamedTuple):
-    """Blocks still read from the backing store (None: not counted), the same when the split began,
-    whether it is running.
-    """
-
-    holes_remaining_blocks: int | None
-    holes_total_blocks: int | None
-    running: bool
-
-
-class Volume:
-    """One image, as clients read and write it. ``counters`` are the image's, and stay when the
-    volume goes.
-    """
-
-    __slots__ = (
-        "__weakref__", "_batch", "_batch_bytes", "_closed", "_locks", "_log", "_tasks", "counters",
-        "image", "labels", "name", "on_unused", "state",
-    )  # fmt: skip
-
-    def __init__(self, image: Image, name: str, log: IntentLog, counters: Counters) -> None:
-        self.image = image
-        self.state = image.state
-        self.name = name
+    def __init__(
+        self,
+        image: Image,
+        name: str,
+        host_room: HostRoom,
+        log: IntentLog,
+        counters: Counters,
+        unused: Callable[[], None],
+    ) -> None:
+        super().__init__(image, name, host_room, counters, unused)
         self._log = log
         self._batch: list[Write] = []
         self._batch_bytes = 0
-        self._locks = BlockLocks()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._closed = False
-        self.labels: set[str] = set()
-        # Told when nobody reads a snapshot any more: it may be waiting for that to be deleted.
-        self.on_unused: Callable[[], None] = lambda: None
-        self.counters = counters
-
-    @property
-    def uuid(self) -> UUID:
-        """Identity for life."""
-        return self.image.uuid
-
-    @property
-    def size_bytes(self) -> int:
-        """Size now, in bytes."""
-        return self.image.limit_bytes
-
-    @property
-    def read_only(self) -> bool:
-        """True for snapshots, and for every volume of a pool that stopped taking writes."""
-        return self.image.kind != KIND_VDISK or self.state.read_only_reason is not None
-
-    def usage(self) -> "VolumeUsage":
-        """What the volume takes up in the pool, and what is left for data there, or on its host if
-        that has less.
-        """
-        state = self.state
-        return VolumeUsage(
-            self.image.used_blocks * BLOCK_BYTES,
-            state.room.available_bytes(state.allocator.available_bytes),
-        )
-
-    def split_state(self) -> "SplitState | None":
-        """How far a clone is from standing on its own; None where there is no backing store."""
-        image = self.image
-        if image.backing is None:
-            return None
-        if image.job is None:
-            return SplitState(None, None, False)
-        split = image.split
-        remaining = split.holes_remaining if split.flags & SPLIT_FLAG_COUNTED else None
-        return SplitState(remaining, split.holes_total or None, split.state == SPLIT_RUNNING)
-
-    def attach(self, label: str) -> None:
-        """A session uses the volume now; it cannot be deleted meanwhile."""
-        self.labels.add(label)
-
-    def detach(self, label: str) -> None:
-        """The session has ended."""
-        self.labels.discard(label)
-        if not self.labels and self.image.kind == KIND_SNAPSHOT:
-            self.on_unused()
-
-    def close(self) -> None:
-        """The image was deleted, or the pool is closing: refuse whatever comes."""
-        self._closed = True
-
-    def reopen(self) -> None:
-        """The image stays after all."""
-        self._closed = False
-
-    async def drain(self) -> None:
-        """Wait for everything that is under way."""
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+        self._changes = RangeChanges(image)
+        self._locks = self._changes.locks
 
     # --- Reading ----------------------------------------------------------------------------------
 
@@ -173,28 +83,28 @@ class Volume:
         try:
             image = self.image
             if offset_bytes + length_bytes > image.limit_bytes or self._closed:
-                self._refuse(offset_bytes, length_bytes)
+                self.refuse(offset_bytes, length_bytes)
             if length_bytes == BLOCK_BYTES and not offset_bytes & BLOCK_MASK:
-                fbn = offset_bytes >> 12
+                fbn = offset_bytes >> BLOCK_SHIFT
                 tree = image.tree
-                node = tree.nodes[1].get(fbn >> FIELDS_SHIFT) or tree.peek(fbn >> FIELDS_SHIFT)
+                node = tree.leaves.get(fbn >> FIELDS_SHIFT) or tree.peek(fbn >> FIELDS_SHIFT)
                 if node is None:
                     return None
-                slot = (fbn & FIELDS_MASK) * 2
+                slot = (fbn & FIELDS_MASK) * 2  # inlines field_at of storage.fields
                 vbn = node.q[slot]
                 if vbn > ZERO_POINTER:
                     data = bytearray(BLOCK_BYTES)
-                    if not self.state.device.try_readv((data,), vbn << 12):
+                    if not self.state.device.try_readv((data,), vbn << BLOCK_SHIFT):
                         return None
-                    if crc32c(data) != node.q[slot + 1] & 0xFFFFFFFF:
+                    if crc32c(data) != node.q[slot + 1] & CRC_MASK:
                         return None  # `read` says so, and where
                     node.referenced = True
                     self._count_read(BLOCK_BYTES)
                     return data
             if not length_bytes:
                 return b""
-            first = offset_bytes >> 12
-            count = (offset_bytes + length_bytes + BLOCK_MASK >> 12) - first
+            first = offset_bytes >> BLOCK_SHIFT
+            count = (offset_bytes + length_bytes + BLOCK_MASK >> BLOCK_SHIFT) - first
             blocks = read_path.try_read_blocks(image, first, count)
             if blocks is None:
                 return None
@@ -216,40 +126,18 @@ class Volume:
             return blocks
         return memoryview(blocks)[start : start + length_bytes]
 
-    def check_range(self, offset_bytes: int, length_bytes: int) -> None:
-        """Raise OutOfRange for a range that is not within the volume, VolumeClosed when the volume
-        is gone.
-        """
-        if offset_bytes + length_bytes > self.image.limit_bytes or self._closed:
-            self._refuse(offset_bytes, length_bytes)
-
-    def _refuse(self, offset_bytes: int, length_bytes: int) -> None:
-        if self._closed:
-            raise VolumeClosed(f"{self.name} is no longer there")
-        raise OutOfRange(
-            f"{self.name}: bytes {offset_bytes} to {offset_bytes + length_bytes} do not lie within"
-            f" its {self.image.limit_bytes} bytes"
-        )
-
-    def _check_still_there(self, offset_bytes: int, length_bytes: int) -> None:
-        """After a wait: of an image that was deleted meanwhile, what was found may be what reclaim
-        has left of it. Raises VolumeClosed.
-        """
-        if self._closed and self.image.kind not in {KIND_VDISK, KIND_SNAPSHOT}:
-            self._refuse(offset_bytes, length_bytes)
-
     def read(self, offset_bytes: int, length_bytes: int, done: ReadCompletion) -> None:
         """Read by way of the I/O threads, then call ``done``."""
-        self._spawn(self._read(offset_bytes, length_bytes, done))
+        self.spawn(self._read(offset_bytes, length_bytes, done))
 
     async def _read(self, offset_bytes: int, length_bytes: int, done: ReadCompletion) -> None:
         try:
             if offset_bytes + length_bytes > self.image.limit_bytes or self._closed:
-                self._refuse(offset_bytes, length_bytes)
-            first = offset_bytes >> 12
-            count = (offset_bytes + length_bytes + BLOCK_MASK >> 12) - first
+                self.refuse(offset_bytes, length_bytes)
+            first = offset_bytes >> BLOCK_SHIFT
+            count = (offset_bytes + length_bytes + BLOCK_MASK >> BLOCK_SHIFT) - first
             blocks = await read_path.read_blocks(self.image, first, count)
-            self._check_still_there(offset_bytes, length_bytes)
+            self.check_still_there(offset_bytes, length_bytes)
         except Exception as error:  # noqa: BLE001
             failure = as_storage_error(error)
             await read_path.locate_failure(self.image, offset_bytes, length_bytes, failure)
@@ -276,7 +164,7 @@ class Volume:
             return
         self._batch, self._batch_bytes = [], 0
         if total > BATCH_BYTES_MAX or self._locks.held:
-            self._spawn(
+            self.spawn(
                 self._write_later(
                     [(offset, bytes(data), fua, done) for offset, data, fua, done in batch]
                 )
@@ -317,7 +205,7 @@ class Volume:
             self._written([write])
             return
         self.counters.written_bytes += written
-        self._spawn(
+        self.spawn(
             self._write_later([(offset + written, bytes(memoryview(data)[written:]), fua, done)])
         )
 
@@ -330,19 +218,19 @@ class Volume:
         try:
             self._check(batch)
             for offset, data, _, _ in batch:
-                write_path.split_blocks(offset >> 12, data, targets, buffers)
+                write_path.split_blocks(offset >> BLOCK_SHIFT, data, targets, buffers)
             finished = write_path.write_now(self.image, targets, buffers)
         except Exception as error:  # noqa: BLE001
             if len(batch) == 1:
                 batch[0][3](self._failure(error))
                 return
-            for write in batch:  # what one of them meets is no matter of the others
+            for write in batch:  # one failure must not fail the others
                 self._write_whole([write])
             return
         if finished:
             self._written(batch)
         else:
-            self._spawn(
+            self.spawn(
                 self._write_later(
                     [(offset, bytes(data), fua, done) for offset, data, fua, done in batch]
                 )
@@ -362,12 +250,12 @@ class Volume:
         if finished:
             self._written([write])
         else:
-            self._spawn(self._write_later([(offset, bytes(data), fua, done)]))
+            self.spawn(self._write_later([(offset, bytes(data), fua, done)]))
 
     def _merge_now(self, offset: int, data: Buffer) -> bool:
-        first = offset >> 12
+        first = offset >> BLOCK_SHIFT
         old = read_path.try_read_blocks(
-            self.image, first, (offset + len(data) + BLOCK_MASK >> 12) - first
+            self.image, first, (offset + len(data) + BLOCK_MASK >> BLOCK_SHIFT) - first
         )
         if old is None:
             return False
@@ -381,7 +269,7 @@ class Volume:
         """Raise for a batch that cannot be written: PoolReadOnly, VolumeClosed, OutOfRange."""
         image = self.image
         if self._closed:
-            self._refuse(0, 0)
+            self.refuse(0, 0)
         if image.kind != KIND_VDISK:
             raise PoolReadOnly(
                 f"{self.name} is a snapshot, which never changes: clone it, and write to the clone"
@@ -389,7 +277,7 @@ class Volume:
         self.state.check_writable()
         for offset, data, _, _ in batch:
             if offset + len(data) > image.limit_bytes:
-                self._refuse(offset, len(data))
+                self.refuse(offset, len(data))
 
     def _written(self, batch: list[Write]) -> None:
         """Installed: note it in the log, and acknowledge, after a sync where durability was asked
@@ -413,7 +301,7 @@ class Volume:
         the pool.
         """
         if isinstance(error, DeviceFull):
-            self.state.room.met(error)
+            self._host_room.met(error)
         return as_storage_error(error)
 
     async def _write_later(self, batch: list[Write]) -> None:
@@ -422,36 +310,11 @@ class Volume:
             try:
                 self._check([write])
                 if data:
-                    await self._write_one(offset, data)
+                    await self._changes.write(offset, data)
             except Exception as error:  # noqa: BLE001
                 done(self._failure(error))
             else:
                 self._written([write])
-
-    async def _write_one(self, offset: int, data: Buffer) -> None:
-        first = offset >> 12
-        count = (offset + len(data) + BLOCK_MASK >> 12) - first
-        partial = (offset | len(data)) & BLOCK_MASK
-        # The lock covers whole blocks too when it is held by somebody who merges: his block must
-        # not go over a newer one.
-        async with self._locks.holding(first, count):
-            if partial:
-                old = await read_path.read_blocks(self.image, first, count)
-                old[offset & BLOCK_MASK : (offset & BLOCK_MASK) + len(data)] = data
-                data = old
-            step = len(data)
-            if (
-                step > SHORT_WRITE_BYTES
-                and self.state.allocator.is_short(count)
-                and await write_path.only_replaces(self.image, first, count)
-            ):
-                step = SHORT_WRITE_BYTES
-            view = memoryview(data)
-            for at in range(0, len(data), step):
-                targets: list[write_path.Target] = []
-                buffers: list[Buffer] = []
-                write_path.split_blocks(first + (at >> 12), view[at : at + step], targets, buffers)
-                await write_path.write_blocks(self.image, targets, buffers)
 
     # --- Trimming and flushing --------------------------------------------------------------------
 
@@ -465,14 +328,14 @@ class Volume:
         self, offset_bytes: int, length_bytes: int, fua: bool, done: Completion
     ) -> None:
         """Make the range zeros, stored as zero pointers."""
-        self._spawn(self._write_zeros(offset_bytes, length_bytes, fua, done))
+        self.spawn(self._write_zeros(offset_bytes, length_bytes, fua, done))
 
     async def _write_zeros(self, offset: int, length: int, fua: bool, done: Completion) -> None:
         try:
             self._check([(offset, b"", fua, done)])
             if offset + length > self.image.limit_bytes:
-                self._refuse(offset, length)
-            await self._zero_range(offset, offset + length)
+                self.refuse(offset, length)
+            await self._changes.write_zeros(offset, offset + length)
             noted = self._log.note()
         except Exception as error:  # noqa: BLE001
             done(self._failure(error))
@@ -486,47 +349,24 @@ class Volume:
         else:
             self._log.when_noted(done)
 
-    async def _zero_range(self, start: int, end: int) -> None:
-        first_whole = (start + BLOCK_MASK) & ~BLOCK_MASK
-        end_whole = end & ~BLOCK_MASK
-        if first_whole >= end_whole:
-            # No whole block: at most two partial ones.
-            first_whole = end_whole = min(first_whole, end)
-        if start < first_whole:
-            await self._write_one(start, bytes(first_whole - start))
-        if first_whole < end_whole:
-            first, count = first_whole >> 12, end_whole - first_whole >> 12
-            async with self._locks.holding(first, count):
-                await trim_blocks(self.image, first, count)
-        if end_whole < end:
-            await self._write_one(end_whole, bytes(end - end_whole))
-
     def allocation(
         self, offset_bytes: int, length_bytes: int, runs_max: int, done: AllocationCompletion
     ) -> None:
         """Which runs from the offset on are allocated, in order; it may end early. What shows
         through holes counts as allocated.
         """
-        self._spawn(self._allocation(offset_bytes, length_bytes, runs_max, done))
+        self.spawn(self._allocation(offset_bytes, length_bytes, runs_max, done))
 
     async def _allocation(
         self, offset: int, length: int, runs_max: int, done: AllocationCompletion
     ) -> None:
         try:
             self.check_range(offset, length)
-            first = offset >> 12
-            blocks = await allocated_runs(
-                self.image, first, (offset + length + BLOCK_MASK >> 12) - first, runs_max
-            )
-            self._check_still_there(offset, length)
+            runs = await allocated_bytes(self.image, offset, length, runs_max)
+            self.check_still_there(offset, length)
         except Exception as error:  # noqa: BLE001
             done(None, as_storage_error(error))
             return
-        runs, at = [], first << 12
-        for count, allocated in blocks:
-            following = at + (count << 12)
-            runs.append((min(following, offset + length) - max(at, offset), allocated))
-            at = following
         done(runs, None)
 
     def copy_from(
@@ -541,7 +381,7 @@ class Volume:
         EOPNOTSUPP: not a volume of this pool.
         """
         if isinstance(source, Volume) and source.state is self.state:
-            self._spawn(
+            self.spawn(
                 self._copy_from(source, source_offset_bytes, offset_bytes, length_bytes, done)
             )
         else:
@@ -558,16 +398,13 @@ class Volume:
         try:
             self._check([(offset, b"", False, done)])
             if (source_offset | offset | length) & BLOCK_MASK:
-                self._refuse(offset, length)
+                self.refuse(offset, length)
             source.check_range(source_offset, length)
             self.check_range(offset, length)
-            async with self._locks.holding(offset >> 12, length >> 12):
-                await copy_blocks(
-                    source.image, source_offset >> 12, self.image, offset >> 12, length >> 12
-                )
+            await self._changes.copy(source.image, source_offset, offset, length)
             # The log cannot say it: so that not even a crash of the process loses it, it is durable
             # before it is answered.
-            await asyncio.shield(self._log.durable_by_cp())
+            await self._log.durable_by_point()
         except Exception as error:  # noqa: BLE001
             done(as_storage_error(error))
             return
@@ -585,8 +422,3 @@ class Volume:
             done(None)
             return
         self._log.flush(done)
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)

@@ -11,9 +11,9 @@ from storage.allocation.write_allocator import WriteAllocator
 from storage.consistency.consistency_point import ConsistencyPoints
 from storage.consistency.replay import Replay
 from storage.data import write_path
+from storage.epoch.log_queue import LogQueue
 from storage.layout import ZERO_POINTER
 from storage.split import copying
-from storage.state.epoch import Epoch
 from tests.crash.recording import done
 
 
@@ -83,14 +83,14 @@ def early_reuse_of_freed_block(stack: ExitStack) -> None:
         for extent in [extent for extent in extents if extent[0] in reused]:
             # Its bit is set in the map already.
             reused.discard(extent[0])
-            epoch.allocated.remove(extent)
+            epoch.ledger.allocated.remove(extent)
         if (
-            epoch.freed
+            epoch.ledger.freed
             and len(targets) == 1
             and targets[0][1] != write_path.ZERO_CRC
-            and (epoch.freed[-1], 1) not in epoch.allocated
+            and (epoch.ledger.freed[-1], 1) not in epoch.ledger.allocated
         ):
-            pockets[id(image.state.allocator)].append(epoch.freed.pop())
+            pockets[id(image.allocator)].append(epoch.ledger.freed.pop())
 
     stack.enter_context(mock.patch.object(WriteAllocator, "__init__", init))
     stack.enter_context(mock.patch.object(WriteAllocator, "take", take))
@@ -107,11 +107,11 @@ def split_without_compare_and_set(stack: ExitStack) -> None:
     unpatched = copying.install_copy
 
     async def planted(clone: Any, holes: Any, extents: Any) -> int:
-        node = await clone.tree.make_writable(holes.index)
+        node = await clone.editor.make_writable(holes.index)
         fields = node.fields()
         for slot in holes.slots[fields["vbn"][holes.slots] != 0].tolist():
             if fields["vbn"][slot] > ZERO_POINTER:
-                clone.state.epoch.freed.append(int(fields["vbn"][slot]))
+                clone.state.epoch.ledger.freed.append(int(fields["vbn"][slot]))
                 clone.used_blocks -= 1
             fields["vbn"][slot] = 0
         return await unpatched(clone, holes, extents)
@@ -131,12 +131,12 @@ def replay_ignores_a_bad_crc(stack: ExitStack) -> None:
 def atomic_write_in_two_records(stack: ExitStack) -> None:
     """A record takes what it has room for, though a write is cut by that."""
 
-    def planted(self: Epoch, room: int, room_max: int) -> list[Any]:
-        taken = self.unlogged[:room]
-        del self.unlogged[:room]
+    def planted(self: LogQueue, room: int, room_max: int) -> list[Any]:
+        taken = self.entries[:room]
+        del self.entries[:room]
         return taken
 
-    stack.enter_context(mock.patch.object(Epoch, "take_unlogged", planted))
+    stack.enter_context(mock.patch.object(LogQueue, "take", planted))
 
 
 Canary = Callable[[ExitStack], None]

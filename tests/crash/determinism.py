@@ -27,7 +27,7 @@ THREAD_SECONDS = 5.0
 PATIENCE_SECONDS = 120.0
 # Modules of the pool that measure durations.
 CLOCKED = (
-    "storage.state.slices",
+    "storage.slicer",
     "storage.backdoor.handler",
     "storage.backdoor.pace",
     "storage.consistency.consistency_point",

@@ -201,10 +201,8 @@ def records_of(seed: int) -> Iterator[None]:
     """The records of the intent log as they are, or small ones."""
     with ExitStack() as stack:
         if seed & 1:
-            for module in ("log_record", "intent_log"):
+            for module in ("record", "intent_log"):
                 stack.enter_context(
-                    mock.patch(
-                        f"storage.consistency.{module}.ENTRIES_PER_RECORD", SMALL_RECORD_ENTRIES
-                    )
+                    mock.patch(f"storage.log.{module}.ENTRIES_PER_RECORD", SMALL_RECORD_ENTRIES)
                 )
         yield

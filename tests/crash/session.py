@@ -83,23 +83,23 @@ async def read_block(volume: Volume, fbn: int) -> bytes:
 async def open_steady(device: Device, on_event: Any = None) -> Pool:
     """Open a pool whose background does nothing by itself: ``step`` carries out one message."""
     pool = await Pool.open_on(device, CACHE_BYTES, on_event, OWNER)
-    task = pool._handler._task
+    task = pool.rooms.handler._task
     assert task is not None
     task.cancel()
     await asyncio.wait([task])
-    pool._handler._pace = SteadyPace()  # type: ignore[assignment]
+    pool.rooms.handler._pace = SteadyPace()  # type: ignore[assignment]
     return pool
 
 
 async def abandon(pool: Pool) -> None:
     """The process is gone: nothing of the pool runs on, and nothing more reaches the device."""
-    pool._device.close()
+    pool.rooms.device.close()
     await end_all_tasks()
 
 
 async def step(pool: Pool) -> bool:
     """Carry out the next message of the background, in its name. False: there is none."""
-    handler = pool._handler
+    handler = pool.rooms.handler
     if not handler._queue:
         return False
     in_background.set(True)

@@ -7,11 +7,11 @@ from random import Random
 
 import pytest
 
-from storage.consistency.superblock import decode
 from storage.device.signatures import HEAD_BYTES, TAIL_BYTES, identify
 from storage.errors import NoPool
 from storage.layout import BLOCK_BYTES, SUPERBLOCK_VBNS
 from storage.pool import Pool
+from storage.superblock.superblock import decode
 from tests.crash.determinism import VirtualLoop, repeatable, run_to_the_end
 from tests.crash.oracle import Model
 from tests.crash.recording import ZERO_PAGE, PageDevice, Pages, RecordingDevice, Request

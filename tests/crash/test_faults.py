@@ -193,11 +193,11 @@ def in_virtual_time(work: Coroutine[Any, Any, Any]) -> Any:
 async def opened(device: Any, model: Model, on_event: Any = None) -> Session:
     """A pool in use: something is written and not durable, something is."""
     pool = await Pool.open_on(device, CACHE_BYTES, on_event)
-    task = pool._handler._task
+    task = pool.rooms.handler._task
     assert task is not None
     task.cancel()
     await asyncio.wait([task])
-    pool._handler._pace = SteadyPace()  # type: ignore[assignment]
+    pool.rooms.handler._pace = SteadyPace()  # type: ignore[assignment]
     session = Session(pool, deepcopy(model))
     await session.write("a", 20 * BLOCK, BLOCK, fua=True)
     await session.write("c", 21 * BLOCK, BLOCK)
@@ -458,9 +458,9 @@ async def as_coroutine(awaitable: Awaitable[Any]) -> Any:
 
 async def settle(session: Session) -> None:
     """Let everything that goes on without its caller come to an end."""
-    for volume in list(session.pool._lifecycle._volumes.values()):
+    for volume in session.pool.rooms.volumes.all():
         await volume.drain()
-    await session.pool._log.drain()
+    await session.pool.rooms.log.drain()
     await session.pool.consistency_point()
     await asyncio.sleep(0)
 
@@ -468,11 +468,12 @@ async def settle(session: Session) -> None:
 def nothing_is_left(pool: Pool) -> None:
     state = pool._state
     assert state.read_only_reason is None
-    assert state.frozen is None and not state.epoch.readers and not state.retired
+    assert state.frozen is None and not state.epoch.readers
+    assert not pool.rooms.retired.epochs
     for name in image_names(pool):
         volume = pool.volume(name)
         assert not volume._locks.held and not volume._tasks and volume.image.busy is None, name
-    expected = {pool._points._task, asyncio.current_task()}
+    expected = {pool.rooms.points._task, asyncio.current_task()}
     # The consistency point's timer runs as a task of its own (asyncio.wait_for).
     others = [
         task

@@ -13,7 +13,8 @@ import pytest
 
 from storage.errors import DeviceFull, HostStaysFull, StorageError
 from storage.layout import SUPERBLOCK_VBNS
-from storage.pool import CLOSE_SECONDS, Pool
+from storage.pool import Pool
+from storage.pool.closing import CLOSE_SECONDS
 from tests.crash.oracle import Model
 from tests.crash.recording import PageDevice, Pages, RecordingDevice
 from tests.crash.session import CACHE_BYTES, Session, abandon, waiter
@@ -62,7 +63,7 @@ class Rig:
         session = await opened(
             self.device, model, lambda name, **fields: self.events.append((name, fields))
         )
-        await session.pool._state.allocator.stock.top_up()
+        await session.pool.rooms.allocator.stock.top_up()
         # Nothing but what is in use, or was set aside: what else was written once would make it
         # easy.
         self.device.allocated &= (
@@ -123,7 +124,7 @@ async def on_a_full_host(base: tuple[Pages, Model], name: str) -> None:
     # All that was acknowledged is in the last consistency point: nothing is left to the log.
     assert rig.events[-1] == (
         "pool.closed",
-        {"cp_number": session.pool._superblock.cp_number, "log_records": 0},
+        {"cp_number": session.pool.rooms.superblock.cp_number, "log_records": 0},
     )
     session.model.all_durable()
     await rig.verify(session.model)
@@ -190,8 +191,8 @@ async def reopened_on_a_full_host(base: tuple[Pages, Model]) -> None:
     used = used_pages({}, recording.pages)
     rig.device.allocated = {page for page in range(POOL_BYTES // 4096) if page in used or page % 3}
     again = Session(await Pool.open_on(rig.device, CACHE_BYTES), session.model)
-    await again.pool._state.allocator.stock.top_up()
-    stock = again.pool._state.allocator.stock
+    await again.pool.rooms.allocator.stock.top_up()
+    stock = again.pool.rooms.allocator.stock
     assert stock.blocks >= stock.kept_blocks, "what an earlier life had set aside is found again"
     await still_reads(again)
     await again.snapshot_delete("a", "spare")
@@ -279,7 +280,7 @@ async def acknowledged_while_it_waits(base: tuple[Pages, Model]) -> None:
     """
     rig = Rig(base)
     session = await rig.open(base[1])
-    stock = session.pool._state.allocator.stock
+    stock = session.pool.rooms.allocator.stock
     stock._runs, stock.blocks, rig.device.allocated = (
         [],
         0,
@@ -304,7 +305,7 @@ def test_a_stop_while_a_consistency_point_waits_loses_nothing(base: tuple[Pages,
 async def room_after_it_was_given_up(base: tuple[Pages, Model]) -> None:
     rig = Rig(base)
     session = await rig.open(base[1])
-    stock = session.pool._state.allocator.stock
+    stock = session.pool.rooms.allocator.stock
     stock._runs, stock.blocks, rig.device.allocated = (
         [],
         0,
@@ -313,7 +314,8 @@ async def room_after_it_was_given_up(base: tuple[Pages, Model]) -> None:
     await session.write("c", 22 * BLOCK, BLOCK, fua=True)
     rig.device.full = True
     point = asyncio.ensure_future(outcome(session.pool.consistency_point()))
-    session.pool._points.on_failure = lambda: make_room(rig.device)
+    points = session.pool.rooms.points
+    points._revert = lambda: make_room(rig.device)  # type: ignore[method-assign]
     await asyncio.sleep(FULL_SECONDS)
     await session.unmap("a", 20 * BLOCK, BLOCK)
     await session.pool.close()
@@ -344,7 +346,7 @@ async def written_before_the_log_is_found(base: tuple[Pages, Model]) -> None:
     device = SuperblocksRefused(recording, pages)
     device.full = True
     session = Session(await Pool.open_on(device, CACHE_BYTES), model)
-    log = session.pool._log
+    log = session.pool.rooms.log
     assert log.held
     writing = asyncio.create_task(session.write("a", 30 * BLOCK, BLOCK, fua=True))
     await asyncio.wait([writing], timeout=FULL_SECONDS)

@@ -202,7 +202,7 @@ class Verification:
                     f" {pool._state.read_only_reason}"
                 )
         finally:
-            pool._device.close()
+            pool.rooms.device.close()
             await abandon_quietly(pool)
 
     async def _same(self, pool: Pool, holdings: dict[str, dict[int, bytes]], when: str) -> None:
@@ -255,6 +255,6 @@ async def deleted(pool: Pool, name: str) -> bool:
 
 async def abandon_quietly(pool: Pool) -> None:
     """End the tasks of one pool only: another one is at work in the same loop."""
-    for task in (pool._points._task, pool._log._worker):
+    for task in (pool.rooms.points._task, pool.rooms.log._worker):
         if task is not None:
             task.cancel()

@@ -76,7 +76,7 @@ async def served(path: Path) -> AsyncIterator[Served]:
             "control": {"path": str(path / "control")},
         }
     )
-    with capture_logs() as log, mock.patch("storage.pool.open_device", open_faulty):
+    with capture_logs() as log, mock.patch("storage.pool.pool.open_device", open_faulty):
         daemon = await Daemon.open(config)
         try:
             await daemon.start()

@@ -14,7 +14,7 @@ from protocol.control.parameters import SplitMode
 from storage.errors import RequestError
 from storage.layout import BLOCK_BYTES, NAME_BYTES_MAX, SPLIT_MODES, SPLIT_STATES
 from storage.pool import Pool
-from storage.vdisks import volume as store
+from storage.vdisks import open_image as store
 from tests.storage.devices import MemoryDevice
 
 MIB = 1 << 20

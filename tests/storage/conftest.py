@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 
 from storage.log.intent_log import IntentLog
-from storage.pool import Pool
+from storage.pool.rooms import Rooms
 from tests.storage.ordering import OrderingChecker
 
 
@@ -25,9 +25,9 @@ def holding_order() -> Iterator[None]:
     """Every pool within has the checker around its device; raises AssertionError for
     what it found.
     """
-    original_init, original_flush = Pool.__init__, IntentLog.flush
+    original_init, original_flush = Rooms.__init__, IntentLog.flush
 
-    def init(self: Pool, device: Any, *arguments: Any, **options: Any) -> None:
+    def init(self: Rooms, device: Any, *arguments: Any, **options: Any) -> None:
         original_init(self, OrderingChecker(device), *arguments, **options)
 
     def flush(self: IntentLog, done: Any) -> None:
@@ -45,6 +45,6 @@ def holding_order() -> Iterator[None]:
         original_flush(self, checked)
 
     OrderingChecker.violations.clear()
-    with mock.patch.object(Pool, "__init__", init), mock.patch.object(IntentLog, "flush", flush):
+    with mock.patch.object(Rooms, "__init__", init), mock.patch.object(IntentLog, "flush", flush):
         yield
     assert not OrderingChecker.violations, OrderingChecker.violations[:5]

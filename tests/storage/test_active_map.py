@@ -7,7 +7,8 @@ import asyncio
 import numpy as np
 import pytest
 
-from storage.allocation.active_map import count_bits, packed
+from storage.allocation.active_map import count_bits
+from storage.allocation.map_changes import packed
 from storage.errors import StorageError
 from storage.layout import BLOCK_BYTES, REGION_BLOCKS
 from storage.pool import Pool
@@ -24,7 +25,7 @@ from tests.storage.pools import (
 
 
 def bits_of(running: OpenPool, region: int = 0) -> "np.ndarray[tuple[int], np.dtype[np.uint8]]":
-    bits = running.pool._active_map.peek_bits(region)
+    bits = running.pool.rooms.active_map.peek_bits(region)
     assert bits is not None
     return np.unpackbits(bits, bitorder="little")
 
@@ -57,17 +58,17 @@ async def test_bits_change_only_in_a_consistency_point_together_with_the_pointer
 async def test_the_summary_and_the_count_agree_with_the_bits_over_several_regions() -> None:
     async with new_pool(2 * REGION_BLOCKS * BLOCK_BYTES + (1 << 20)) as running:
         await running.pool.vdisk_create("a", 1 << 30)
-        allocator = running.pool._state.allocator
-        allocator._cursor = REGION_BLOCKS - 200  # so that writes lie in two regions
-        allocator._release_window(allocator._data)
-        allocator._cursor = REGION_BLOCKS - 200
-        allocator._roomy.clear()
+        allocator = running.pool.rooms.allocator
+        allocator._claims._cursor = REGION_BLOCKS - 200  # so that writes lie in two regions
+        allocator.release_data_window()
+        allocator._claims._cursor = REGION_BLOCKS - 200
+        allocator._claims._roomy.clear()
         await running.write("a", 0, data(1, 600))
         await running.checkpoint()
         counts = [int(bits_of(running, region).sum()) for region in range(3)]
         assert counts[1] >= 400
-        assert [running.pool._active_map.peek_used(region) for region in range(3)] == counts
-        assert running.pool._active_map.used_blocks == sum(counts)
+        assert [running.pool.rooms.active_map.peek_used(region) for region in range(3)] == counts
+        assert running.pool.rooms.active_map.used_blocks == sum(counts)
 
 
 @pytest.mark.parametrize("what", ["allocated", "freed"])
@@ -80,10 +81,10 @@ async def test_a_map_that_contradicts_itself_stops_the_pool_before_it_is_written
         epoch = running.pool._state.epoch
         if what == "allocated":
             vbn = int(running.image("a").tree.nodes[1][0].vbns()[0])
-            running.pool._state.allocator.adopt(vbn)
-            epoch.allocated.append((vbn, 1))
+            running.pool.rooms.allocator.adopt(vbn)
+            epoch.ledger.allocated.append((vbn, 1))
         else:
-            epoch.freed.append(running.pool.show()["size_bytes"] // BLOCK_BYTES - 1)
+            epoch.ledger.freed.append(running.pool.show()["size_bytes"] // BLOCK_BYTES - 1)
         with pytest.raises(StorageError, match="run `cleaved check`"):
             await running.checkpoint()
         assert running.pool.show()["read_only"]
@@ -101,7 +102,9 @@ async def test_long_runs_that_were_freed_are_given_back_to_the_device() -> None:
         await running.zero("a", 0, 2000 * BLOCK_BYTES)
         await running.checkpoint()
         await running.until(
-            lambda: running.pool._state.discarding is None and not running.pool._state.retired
+            lambda: (
+                not (running.pool.rooms.retirement._discarding or running.pool.rooms.retired.epochs)
+            )
         )
         assert running.memory.allocated_bytes <= before - 1800 * BLOCK_BYTES
 
@@ -118,11 +121,11 @@ async def test_a_pool_that_closes_waits_for_all_that_is_being_given_back() -> No
     for half in range(2):
         await running.zero("a", half * 1000 * BLOCK_BYTES, 1000 * BLOCK_BYTES)
         await running.checkpoint()
-    assert device.held(DISCARD) == 1 and len(running.pool._state.retired) == 2
+    assert device.held(DISCARD) == 1 and len(running.pool.rooms.retired.epochs) == 2
     closing = asyncio.create_task(running.close())
     await asyncio.sleep(0.01)
     assert not closing.done()
     device.release(DISCARD)
     await within(closing)
-    assert running.pool._state.discarding is None and not running.pool._state.retired
+    assert not running.pool.rooms.retirement._discarding and not running.pool.rooms.retired.epochs
     checked_offline(memory)

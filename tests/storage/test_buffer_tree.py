@@ -9,6 +9,7 @@ import pytest
 from storage.layout import BLOCK_BYTES, HOLE, ZERO_POINTER
 from storage.tree.node import (
     CACHE_NODES_MIN,
+    CLEAN,
     HOLES,
     NODE_BYTES,
     ZEROS,
@@ -41,7 +42,7 @@ async def test_a_node_moves_once_an_epoch_and_its_old_place_is_left_as_it_was() 
             len(
                 [
                     vbn
-                    for vbn in running.pool._state.epoch.freed
+                    for vbn in running.pool._state.epoch.ledger.freed
                     if vbn in {vbn for vbn, _ in old.values()}
                 ]
             )
@@ -164,7 +165,7 @@ async def test_a_cache_that_outgrew_its_limit_while_all_was_dirty_comes_back_to_
 
     def add(index: int, dirty: bool) -> Node:
         node = Node(tree, 1, index, bytearray(BLOCK_BYTES), 100 + index, 1)  # type: ignore[arg-type]
-        node.epoch = object() if dirty else None  # type: ignore[assignment]
+        node.epoch = 1 if dirty else CLEAN
         tree.nodes[1][index] = node
         cache.add(node)
         return node
@@ -175,7 +176,7 @@ async def test_a_cache_that_outgrew_its_limit_while_all_was_dirty_comes_back_to_
     with cache.hold() as hold:
         hold.keep(dirty[7])
         for node in dirty:
-            node.epoch = None
+            node.epoch = CLEAN
         for index in range(2 * CACHE_NODES_MIN):
             add(10000 + index, dirty=False)
         assert (
@@ -189,7 +190,7 @@ async def test_a_cache_that_outgrew_its_limit_while_all_was_dirty_comes_back_to_
         add(20000 + index, dirty=True)
     await turns()
     for node in list(tree.nodes[1].values()):
-        node.epoch = None
+        node.epoch = CLEAN
     cache.trim()  # as a consistency point does when it has made many nodes clean
     await turns()
     assert len(cache) == len(tree.nodes[1]) == CACHE_NODES_MIN
@@ -205,7 +206,7 @@ async def test_a_block_in_memory_whose_parent_was_evicted_can_still_be_changed()
         stopped = running.memory.copy(deferred=True, miss_rate=1.0, seed=1)
     async with opened(stopped) as running:
         await running.pool.vdisk_create("b", 1 << 20)
-        tree = running.pool._active_map.tree
+        tree = running.pool.rooms.active_map.tree
         assert tree.nodes[0] and tree.levels == 1
         tree.nodes[1].clear()
         await within(running.pool.vdisk_create("c", 1 << 20))

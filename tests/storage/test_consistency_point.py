@@ -11,12 +11,13 @@ import pytest
 
 from storage.consistency.node_writer import NodeWriter
 from storage.device import Buffer
+from storage.epoch.epoch import Epoch
 from storage.errors import BlockDamaged, DeviceFailed, PoolReadOnly, StorageError
 from storage.layout import BLOCK_BYTES
 from storage.pool import Pool
-from storage.state.epoch import Epoch
+from storage.slicer import Slicer
+from storage.state.host_room import HostRoom
 from storage.state.pool_state import PoolState
-from storage.state.slices import Slicer
 from tests.storage.crash_device import CrashDevice, Loss
 from tests.storage.devices import SYNC, WRITE, DelayDevice, Fault, FaultyDevice, MemoryDevice
 from tests.storage.pools import (
@@ -104,10 +105,10 @@ async def test_a_mistake_in_one_change_is_that_ones_alone() -> None:
         def mistaken() -> None:
             raise KeyError("a mistake of ours")
 
-        points = running.pool._points
+        requests = running.pool.rooms.requests
         results = await within(
             asyncio.gather(
-                points.request(mistaken),
+                requests.request(mistaken),
                 running.pool.vdisk_create("a", 1 << 20),
                 return_exceptions=True,
             )
@@ -158,31 +159,31 @@ async def test_a_freed_block_waits_for_the_readers_from_before() -> None:
     (invariant 7).
     """
     async with new_pool() as running:
-        state = running.pool._state
+        state, allocator = running.pool._state, running.pool.rooms.allocator
         await running.pool.vdisk_create("a", LEAF_BYTES)
         await running.write("a", 0, data(1, 100))
         await running.checkpoint()
         epoch = state.begin_read()
         await running.write("a", 0, data(2, 100))
         await running.checkpoint()
-        held = state.allocator.held_blocks
+        held = allocator.held_blocks
         assert held >= 100
         await running.checkpoint()
-        assert state.allocator.held_blocks >= 100
+        assert allocator.held_blocks >= 100
         state.end_read(epoch)
         await running.checkpoint()
         await running.checkpoint()
-        assert state.allocator.held_blocks < 100
+        assert allocator.held_blocks < 100
 
 
 def test_an_epoch_with_nothing_in_it_is_unchanged() -> None:
     epoch = Epoch(7)
-    assert (epoch.changed, epoch.freed_estimate) == (False, 0)
-    epoch.count_pointer(100, 1)
-    epoch.count_pointer(100, -1)
-    assert epoch.pointer_delta == {}
-    epoch.dropped.append(5)
-    assert (epoch.changed, epoch.freed_estimate) == (True, 1)
+    assert (epoch.changed, epoch.ledger.freed_estimate) == (False, 0)
+    epoch.ledger.count_pointer(100, 1)
+    epoch.ledger.count_pointer(100, -1)
+    assert epoch.ledger.pointer_delta == {}
+    epoch.ledger.dropped.append(5)
+    assert (epoch.changed, epoch.ledger.freed_estimate) == (True, 1)
 
 
 @pytest.mark.parametrize("loss", [Loss.ALL, Loss.NOTHING, Loss.SOME_PAGES, Loss.SOME_SECTORS])
@@ -298,10 +299,9 @@ async def test_of_several_writes_that_fail_none_is_left_unheard() -> None:
     unheard: list[object] = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: unheard.append(context))
     for vbns in ([100, 102], [100, 102, 201]):
+        writer = NodeWriter(state.device, HostRoom(state), state.epoch, Slicer())
         with pytest.raises(DeviceFailed):
-            await NodeWriter(state, state.epoch, Slicer()).write_blocks(
-                [(vbn, bytearray(BLOCK_BYTES)) for vbn in vbns]
-            )
+            await writer.write_blocks([(vbn, bytearray(BLOCK_BYTES)) for vbn in vbns])
         await asyncio.sleep(0)
     await asyncio.sleep(0)
     gc.collect()

@@ -7,10 +7,10 @@ import asyncio
 import numpy as np
 import pytest
 
-from storage.consistency.superblock import decode
 from storage.errors import Conflict, NotByReference, PoolReadOnly, RequestError
 from storage.layout import BLOCK_BYTES, CP_LAST, CP_WARNED_FROM, SHARES_CROWDED, SHARES_MAX
 from storage.pool import Pool
+from storage.superblock.superblock import decode
 from tests.storage.devices import MemoryDevice
 from tests.storage.pools import (
     LEAF_BYTES,
@@ -95,16 +95,16 @@ async def referred_to(running: OpenPool, references: int) -> int:
     """Give the first block of vdisk "base" that many references beyond the first, as far as the
     share map knows. Returns its VBN.
     """
-    state = running.pool._state
+    state, share_map = running.pool._state, running.pool.rooms.share_map
     vbn = int(running.image("base").tree.nodes[1][0].vbns()[0])
-    node = await state.share_map.tree.load(vbn >> 10, 0)
+    node = await share_map.tree.load(vbn >> 10, 0)
     if node.tree is None:
-        state.epoch.added.append(np.array([vbn], dtype=np.uint64))
+        state.epoch.ledger.added.append(np.array([vbn], dtype=np.uint64))
         running.image("base").touch()
         await running.checkpoint()
-        node = await state.share_map.tree.load(vbn >> 10, 0)
+        node = await share_map.tree.load(vbn >> 10, 0)
     memoryview(node.buf).cast("I")[vbn & 1023] = references - 1
-    state.epoch.added.append(np.array([vbn], dtype=np.uint64))
+    state.epoch.ledger.added.append(np.array([vbn], dtype=np.uint64))
     running.image("base").touch()
     return vbn
 

@@ -99,8 +99,8 @@ def test_a_failed_inline_read_says_where(
     monkeypatch.setattr(os, "preadv", failing(errno.EIO))
     with pytest.raises(DeviceFailed, match="cannot read at byte 8192") as caught:
         device.try_readv([bytearray(BLOCK)], 2 * BLOCK)
-    assert caught.value.cause_errno == errno.EIO
     assert isinstance(caught.value.__cause__, OSError)
+    assert caught.value.__cause__.errno == errno.EIO
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,8 @@ async def test_a_failed_write_says_why(
         await device.writev([bytes(BLOCK)], 0)
     for caught in (inline, threaded):
         assert type(caught.value) is kind
-        assert caught.value.cause_errno == code
+        assert isinstance(caught.value.__cause__, OSError)
+        assert caught.value.__cause__.errno == code
         assert device.path in str(caught.value)
 
 

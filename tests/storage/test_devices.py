@@ -29,7 +29,8 @@ async def test_the_nth_call_fails_once() -> None:
     await device.writev([data(1)], 0)
     with pytest.raises(DeviceFailed) as caught:
         await device.writev([data(2)], 0)
-    assert caught.value.cause_errno == errno.EIO
+    assert isinstance(caught.value.__cause__, OSError)
+    assert caught.value.__cause__.errno == errno.EIO
     await device.writev([data(3)], 0)
     assert device.calls[WRITE] == 3
 

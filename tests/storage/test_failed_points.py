@@ -101,12 +101,12 @@ async def test_a_deleted_snapshot_is_there_again_and_reads_as_it_did() -> None:
 async def test_a_trim_after_a_release_that_failed_brings_nothing_back() -> None:
     """The association is shown again, but nothing is read through holes that were made since."""
     async with failing_pool() as (running, failure):
-        carried_out = running.pool._handler._task
+        carried_out = running.pool.rooms.handler._task
         assert carried_out is not None
         carried_out.cancel()  # it is carried on by hand
         await backed_clone(running, 4)
         await running.pool.split_start("clone")
-        job = running.image("clone").job
+        job = running.image("clone").watcher
         assert isinstance(job, SplitJob)
         while await running.holes("clone"):
             await step(running.pool)

@@ -48,7 +48,7 @@ class Served:
         await self.pool.snapshot_create([("a", "s")])
         await self.write(range(20))
         await self.pool.consistency_point()
-        await self.pool._state.allocator.stock.top_up()
+        await self.pool.rooms.allocator.stock.top_up()
 
     async def write(self, offsets: range, fua: bool = False) -> None:
         for offset in offsets:

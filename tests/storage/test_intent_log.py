@@ -6,12 +6,15 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from storage.device import Buffer, Device
+from storage.epoch.epoch import Epoch
+from storage.epoch.log_queue import LogEntry
 from storage.errors import StorageError
-from storage.layout import BLOCK_BYTES, LOG_FIRST_VBN
+from storage.layout import BLOCK_BYTES, ENTRIES_PER_RECORD, LOG_FIRST_VBN
 from storage.log.intent_log import IntentLog
-from storage.log.record import ENTRIES_PER_RECORD, LogRecord
+from storage.log.record import LogRecord
 from storage.log.ring import Ring
-from storage.state.epoch import Epoch, LogEntry
+from storage.state.host_room import HostRoom
+from storage.state.point_requests import AtFreeze, PointRequests
 from storage.state.pool_state import PoolState
 from tests.storage.devices import (
     SYNC,
@@ -40,9 +43,21 @@ class Log:
         self.memory = MemoryDevice(1 << 20)
         self.device = decorate(self.memory)
         self.state = PoolState(self.device, 0, 1 << 20)
-        self.log = IntentLog(self.state, UUID_BYTES, RING_BLOCKS, 0, 1)
+        self.log = IntentLog(
+            self.state, HostRoom(self.state), self._requests(), UUID_BYTES, RING_BLOCKS, 0, 1
+        )
         self.points = 0
-        self.log.durable_by_cp = self._point
+
+    def _requests(self) -> PointRequests:
+        point = self._point
+
+        class Requests(PointRequests):
+            """Each request is served at once."""
+
+            def request(self, at_freeze: AtFreeze | None = None) -> "asyncio.Future[None]":
+                return point()
+
+        return Requests()
 
     def _point(self) -> "asyncio.Future[None]":
         """A consistency point in one step: everything is durable, the log empty."""
@@ -55,7 +70,9 @@ class Log:
         return done
 
     def change(self, count: int, fbn: int = 0) -> None:
-        self.state.epoch.unlogged.extend((1, 0, fbn + index, 1, 1) for index in range(count))
+        self.state.epoch.unlogged.entries.extend(
+            (1, 0, fbn + index, 1, 1) for index in range(count)
+        )
 
     async def flush(self) -> None:
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -263,13 +280,13 @@ async def test_after_a_failed_commit_nothing_is_acknowledged_as_durable(operatio
 
 async def test_a_mistake_in_the_log_answers_the_flush_and_the_next_one() -> None:
     log = Log()
-    log.state.epoch.unlogged.append(
+    log.state.epoch.unlogged.entries.append(
         (-1, 0, 0, 1, 1)
     )  # no image has that number, and no record can say it
     for _ in range(2):
         with pytest.raises(StorageError, match="internal error"):
             await log.flush()
-        log.state.epoch.unlogged.append((-1, 0, 0, 1, 1))
+        log.state.epoch.unlogged.entries.append((-1, 0, 0, 1, 1))
 
 
 async def test_invariant_1_what_was_flushed_or_written_with_fua_survives() -> None:
@@ -354,11 +371,11 @@ async def test_no_write_lies_in_two_records_that_fits_into_one(
     """
     log = Log()
     log.log._used_blocks = RING_BLOCKS if not filled else 0
-    log.state.epoch.unlogged.extend((9, 7, 2 * fbn, 100 + fbn, 1) for fbn in range(filled))
+    log.state.epoch.unlogged.entries.extend((9, 7, 2 * fbn, 100 + fbn, 1) for fbn in range(filled))
     log.log.note()
     log.log._used_blocks = RING_BLOCKS if len(writes) > 1 else log.log._used_blocks
     for batch in writes:
-        log.state.epoch.unlogged.extend(
+        log.state.epoch.unlogged.entries.extend(
             (image, 7, first + at, 1000 + at, 1)
             for image, first, count in batch
             for at in range(count)

@@ -10,11 +10,20 @@ import pytest
 
 from storage.backdoor.reclaim import Reclaim
 from storage.errors import Conflict, NotFound, PoolFull, PoolReadOnly, VolumeClosed
-from storage.images.catalogue import Catalogue
 from storage.images.image import Image
 from storage.images.record import encode
-from storage.layout import BLOCK_BYTES, KIND_SNAPSHOT, KIND_VDISK, VDISK_BYTES_MAX, VDISK_BYTES_MIN
-from storage.state.pool_state import PoolState
+from storage.layout import (
+    BLOCK_BYTES,
+    KIND_SNAPSHOT,
+    KIND_VDISK,
+    LOG_BLOCKS_MIN,
+    POOL_BLOCKS_MIN,
+    VDISK_BYTES_MAX,
+    VDISK_BYTES_MIN,
+)
+from storage.pool.rooms import Rooms
+from storage.state.pool_state import no_events
+from storage.superblock.superblock import Superblock
 from storage.vdisks.lifecycle import new_record
 from tests.storage.devices import READ, SYNC, WRITE, DelayDevice, Fault, FaultyDevice, MemoryDevice
 from tests.storage.pools import (
@@ -372,7 +381,9 @@ async def test_commands_that_come_while_the_pool_closes_or_later_are_answered() 
 
 
 def test_a_chain_of_clones_may_be_longer_than_the_interpreter_nests_calls() -> None:
-    catalogue, depth = Catalogue(PoolState(MemoryDevice(1 << 20), 0, 1 << 20)), 5000
+    superblock = Superblock(bytes(16), POOL_BLOCKS_MIN, LOG_BLOCKS_MIN, 0)
+    rooms = Rooms(MemoryDevice(1 << 20), superblock, 1 << 20, no_events)
+    catalogue, depth = rooms.catalogue, 5000
     for number in range(1, depth + 1):
         record = new_record(
             KIND_VDISK if number == depth else KIND_SNAPSHOT, f"v{number}", LEAF_BYTES, 1
@@ -422,9 +433,9 @@ async def test_a_write_that_waits_for_a_reclaim_ends_when_the_pool_closes() -> N
         with suppress(PoolFull):
             for index in range(4000):
                 await running.write("a", index * BLOCK_BYTES, data(index))
-        handler = running.pool._handler
+        handler = running.pool.rooms.handler
         await handler.stop()
-        running.pool._post_reclaim(running.image("a"))
+        running.pool.rooms.reclaims.begin(running.image("a"))
         assert not handler.holds(Reclaim)
         with pytest.raises(PoolFull):
             await running.write("a", 1 << 29, data(1))

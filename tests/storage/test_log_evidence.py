@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 from crc32c import crc32c
 
-from storage.consistency.superblock import decode
 from storage.device import WritableBuffer
 from storage.errors import BlockDamaged, DeviceFailed, PoolRefused, StorageError
-from storage.layout import BLOCK_BYTES, LOG_FIRST_VBN, RECORD_ENTRY, RECORD_HEAD
+from storage.layout import BLOCK_BYTES, ENTRIES_PER_RECORD, LOG_FIRST_VBN, RECORD_ENTRY, RECORD_HEAD
 from storage.log.one_bit import flipped_bit
-from storage.log.record import ENTRIES_PER_RECORD
+from storage.superblock.superblock import decode
 from tests.storage.devices import MemoryDevice, WrappedDevice
 from tests.storage.pools import (
     LEAF_BYTES,
@@ -58,6 +57,11 @@ class BadBlocks(WrappedDevice):
         return future
 
 
+def allocated(running: OpenPool) -> list[tuple[int, int]]:
+    """Extents (first VBN, length) that the current epoch took."""
+    return running.pool._state.epoch.ledger.allocated
+
+
 async def written(running: OpenPool, blocks: int = WRITES) -> tuple[int, list[int]]:
     """So many writes of one block, old content below them, on vdisk "a". Returns the block of the
     ring where they begin, and their VBNs.
@@ -65,7 +69,7 @@ async def written(running: OpenPool, blocks: int = WRITES) -> tuple[int, list[in
     await running.pool.vdisk_create("a", LEAF_BYTES)
     await running.write("a", 0, data(1, blocks))
     await running.checkpoint()
-    first = running.pool._log.head_block
+    first = running.pool.rooms.log.head_block
     for index in range(blocks):
         await running.write("a", index * BLOCK_BYTES, data(2 + index))
     return first, [int(vbn) for vbn in running.image("a").tree.nodes[1][0].vbns()[:blocks]]
@@ -135,7 +139,7 @@ async def test_rot_after_an_answered_flush_costs_only_the_rotten_blocks_and_name
 async def test_a_flush_is_marked_without_a_second_sync_or_room_in_the_ring() -> None:
     async with new_pool() as running:
         await written(running, 3)
-        log = running.pool._log
+        log = running.pool.rooms.log
         before = log._used_blocks
         for _ in range(20):
             await running.flush("a")
@@ -297,7 +301,11 @@ async def test_what_was_merged_with_a_write_that_is_left_out_is_left_out_too() -
         )  # with zeros: that is whole without it
         await running.write("a", 32 * BLOCK_BYTES, data(3))
         vbn = (
-            next(first for first, length in running.pool._state.epoch.allocated if length == 16)
+            next(
+                first
+                for first, length in running.pool._state.epoch.ledger.allocated
+                if length == 16
+            )
             + 15
         )
         unflushed = running.memory.copy()
@@ -369,8 +377,8 @@ async def test_after_an_orderly_stop_no_block_of_the_ring_is_needed(position: in
     async with new_pool(8 << 20) as running:
         await written(running)
     memory = running.memory.copy()
-    ring = range(running.pool._superblock.log_blocks)
-    bad = (running.pool._superblock.log_head_block + position) % len(ring)
+    ring = range(running.pool.rooms.superblock.log_blocks)
+    bad = (running.pool.rooms.superblock.log_head_block + position) % len(ring)
     async with opened(memory, BadBlocks(memory, LOG_FIRST_VBN + bad)) as running:
         assert await old_and_missing(running) == ([], [])
         (said,) = events(running, "log.unreadable")
@@ -470,7 +478,7 @@ async def test_a_trim_of_any_length_ends_what_was_left_out_below_it() -> None:
         await running.write("a", 0, data(1, 64))
         await running.checkpoint()
         await running.write("a", 0, data(2, 32))
-        vbn = next(first for first, length in running.pool._state.epoch.allocated if length == 32)
+        vbn = next(first for first, length in allocated(running) if length == 32)
         await running.zero("a", 8 * BLOCK_BYTES, 4 * BLOCK_BYTES)
         await running.zero("a", 20 * BLOCK_BYTES, 1 << 29)
         for fbn in (9, 25, 1):

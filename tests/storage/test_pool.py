@@ -371,7 +371,7 @@ async def test_a_damaged_table_entry_costs_its_image_and_what_stands_on_it_alone
         await running.pool.split_pause("clone")
         await running.checkpoint()
         number = running.image("base@snap").number
-        entry = running.pool._table.nodes[1][0].q[number * 2]
+        entry = running.pool.rooms.table.nodes[1][0].q[number * 2]
         memory = running.memory
     memory = memory.copy()
     memory.try_writev([b"\xff" * BLOCK_BYTES], entry * BLOCK_BYTES, BLOCK_BYTES)
@@ -432,7 +432,7 @@ async def test_a_damaged_table_pointer_block_costs_only_its_images() -> None:
         await running.checkpoint()
         by_number = {running.image(name).number: name for name in running.pool.names()}
         hidden = {name for number, name in by_number.items() if number < 256}
-        node = await running.pool._table.load(0)
+        node = await running.pool.rooms.table.load(0)
     memory = running.memory.copy()
     memory._pages[node.vbn][99] ^= 1
     running = await open_on(memory)

@@ -10,7 +10,7 @@ import pytest
 from storage.data import write_path
 from storage.errors import BlockDamaged, Conflict, PoolFull
 from storage.layout import BLOCK_BYTES
-from storage.tree.buffer_tree import Plan
+from storage.tree.editor import Plan
 from tests.storage.devices import FullHostDevice
 from tests.storage.pools import (
     LEAF_BYTES,
@@ -72,11 +72,11 @@ async def test_a_check_that_keeps_freed_blocks_is_ended_when_clients_need_them(
     """Found by review: overwriting a few blocks filled the pool while a check ran, and every write
     hung until its end.
     """
-    monkeypatch.setattr("storage.pool.check_live", endless_check)
+    monkeypatch.setattr("storage.pool.inspection.check_live", endless_check)
     async with new_pool(SMALL_POOL_BYTES) as running:
         await running.pool.vdisk_create("a", MANY_BYTES)
         check = asyncio.create_task(running.pool.check())
-        await running.until(lambda: bool(running.pool._state.checks))
+        await running.until(lambda: bool(running.pool.rooms.retired.checks))
         for turn in range(3 * SMALL_POOL_BYTES // BLOCK_BYTES // 64):
             await running.write("a", 0, data(turn, 64))
         with pytest.raises(Conflict, match="run it again"):
@@ -90,12 +90,12 @@ async def test_consistency_points_do_not_eat_the_reserve_while_a_check_keeps_wha
     """Found by review: each takes new blocks for the maps and frees none; the pool went read-only
     in the end.
     """
-    monkeypatch.setattr("storage.pool.check_live", endless_check)
+    monkeypatch.setattr("storage.pool.inspection.check_live", endless_check)
     async with new_pool(SMALL_POOL_BYTES) as running:
         await running.pool.vdisk_create("a", MANY_BYTES)
         await fill(running, "a")
         check = asyncio.create_task(running.pool.check())
-        await running.until(lambda: bool(running.pool._state.checks))
+        await running.until(lambda: bool(running.pool.rooms.retired.checks))
         for turn in range(200):
             await running.pool.vdisk_rename("ab"[turn % 2], "ba"[turn % 2])
         assert not running.pool.show()["read_only"]
@@ -106,17 +106,17 @@ async def test_consistency_points_do_not_eat_the_reserve_while_a_check_keeps_wha
 
 async def test_what_waits_for_a_check_does_not_grow_with_the_number_of_consistency_points() -> None:
     async with new_pool() as running:
-        state = running.pool._state
+        rooms, state = running.pool.rooms, running.pool._state
         await running.pool.vdisk_create("a", MANY_BYTES)
         pinned = state.begin_read()
         for turn in range(30):
             await running.write("a", 0, data(turn, 8))
             await running.checkpoint()
-        assert len(state.retired) <= 3
-        assert state.allocator.held_blocks >= 29 * 8
+        assert len(rooms.retired.epochs) <= 3
+        assert rooms.allocator.held_blocks >= 29 * 8
         state.end_read(pinned)
-        await running.until(lambda: not state.retired)
-        assert not state.allocator.held_blocks
+        await running.until(lambda: not rooms.retired.epochs)
+        assert not rooms.allocator.held_blocks
 
 
 async def endless_check(*_: object) -> None:
@@ -202,7 +202,7 @@ async def test_a_copy_split_on_a_full_pool_pauses_while_a_reclaim_waits() -> Non
 async def test_blocks_that_are_not_in_use_are_all_available_again() -> None:
     async with new_pool() as running:
         show = running.pool.show()
-        size, allocator = show["size_bytes"] // BLOCK_BYTES, running.pool._state.allocator
+        size, allocator = show["size_bytes"] // BLOCK_BYTES, running.pool.rooms.allocator
         await running.pool.vdisk_create("a", MANY_BYTES)
         for seed in range(20):
             await running.write("a", seed * 300 * BLOCK_BYTES, data(seed, 200))
@@ -210,7 +210,7 @@ async def test_blocks_that_are_not_in_use_are_all_available_again() -> None:
         await running.zero("a", 0, MANY_BYTES)
         await running.pool.snapshot_delete("a", "s")
         await running.reclaimed()
-        await running.until(lambda: running.pool._state.discarding is None)
+        await running.until(lambda: not running.pool.rooms.retirement._discarding)
         assert not allocator.promised_blocks
         assert allocator.free_now == size - running.pool.show()["used_bytes"] // BLOCK_BYTES
 
@@ -234,7 +234,7 @@ async def test_a_refused_write_changes_nothing() -> None:
         before = running.pool.show()
         await refuse(running, "a", MANY_BYTES, 600)
         await refuse(running, "a", MANY_BYTES + 512, 100)  # parts of blocks
-        assert not running.pool._state.epoch.dirty
+        assert not running.pool._state.epoch.dirty.nodes
         await running.checkpoint()
         after = running.pool.show()
         assert (
@@ -297,7 +297,7 @@ async def test_a_client_that_uses_up_a_pool_can_always_trim_and_go_on() -> None:
             assert await running.read("a", turn * LEAF_BYTES, 128 * BLOCK_BYTES) == data(turn, 128)
         await running.zero("a", 0, 4 * MANY_BYTES)
         await running.checkpoint()
-        await running.until(lambda: not running.pool._state.retired)
+        await running.until(lambda: not running.pool.rooms.retired.epochs)
         assert running.pool.space()[1] > SMALL_POOL_BYTES * 3 // 4
 
 
@@ -414,7 +414,7 @@ async def test_overwrites_that_come_together_are_all_done_on_a_full_pool(
                 await running.read("a", places[-1] * BLOCK_BYTES, blocks * BLOCK_BYTES)
                 == contents[-1]
             )
-        assert not running.pool._state.allocator.lent_blocks
+        assert not running.pool.rooms.allocator.lent_blocks
 
 
 async def test_data_and_nodes_of_one_write_do_not_pass_the_last_blocks_to_and_fro() -> None:
@@ -460,10 +460,10 @@ async def test_a_map_block_that_cannot_be_read_costs_no_free_block(
     """
     async with new_pool(SMALL_POOL_BYTES) as running:
         await running.pool.vdisk_create("a", 4 * MANY_BYTES)
-        allocator, active_map = running.pool._state.allocator, running.pool._active_map
+        allocator, active_map = running.pool.rooms.allocator, running.pool.rooms.active_map
         await running.write("a", 0, data(1))
         await running.checkpoint()
-        await running.until(lambda: not running.pool._state.retired)
+        await running.until(lambda: not running.pool.rooms.retired.epochs)
 
         def damaged(region: int) -> None:
             raise BlockDamaged("planted")
@@ -477,7 +477,7 @@ async def test_a_map_block_that_cannot_be_read_costs_no_free_block(
         with pytest.raises(BlockDamaged):
             allocator.take(left + 1)
         assert allocator._data.left_blocks == left
-        allocator._release_window(allocator._nodes)
+        allocator._claims.settle_window(allocator._nodes)
         with pytest.raises(BlockDamaged):
             write_path.take_now(running.image("a"), plan_of_a_leaf(running), [256], 1)
         monkeypatch.undo()
@@ -488,5 +488,5 @@ async def test_a_map_block_that_cannot_be_read_costs_no_free_block(
 
 def plan_of_a_leaf(running: OpenPool) -> Plan:
     plan = Plan(running.pool._state.epoch)
-    assert running.image("a").tree.plan(plan, 1) and plan.steps
+    assert running.image("a").editor.plan(plan, 1) and plan.steps
     return plan

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 from storage.check import check_path
-from storage.consistency.superblock import decode
 from storage.device import open_device, pool_lock
 from storage.device.owner import Owner, decode_owner
 from storage.errors import PoolLocked, PoolRefused
 from storage.layout import BLOCK_BYTES, OWNER, SUPERBLOCK_VBNS
 from storage.pool import Pool
+from storage.superblock.superblock import decode
 from tests.storage.device_makers import looped
 from tests.storage.devices import MemoryDevice
 from tests.storage.pools import SMALL_POOL_BYTES

@@ -111,7 +111,8 @@ async def log_of_three(running: OpenPool) -> MemoryDevice:
 def log_block(running: OpenPool, back: int) -> int:
     """Address of the block of the log that lies ``back`` blocks before its head."""
     return (
-        LOG_FIRST_VBN + (running.pool._log.head_block - back) % running.pool._superblock.log_blocks
+        LOG_FIRST_VBN
+        + (running.pool.rooms.log.head_block - back) % running.pool.rooms.superblock.log_blocks
     )
 
 
@@ -195,7 +196,7 @@ async def test_records_round_the_end_of_the_ring_are_replayed() -> None:
                 )
             if round_ < 4:
                 await running.checkpoint()
-        assert running.pool._log.next_sequence > running.pool._superblock.log_blocks
+        assert running.pool.rooms.log.next_sequence > running.pool.rooms.superblock.log_blocks
         crashed = running.memory.copy()
     async with opened(crashed) as running:
         for index in range(150):
@@ -261,7 +262,7 @@ async def test_a_record_left_behind_by_a_lost_one_never_follows_a_new_one() -> N
     """
     async with new_pool() as running:
         await running.pool.vdisk_create("a", 1 << 20)
-        vbn = LOG_FIRST_VBN + running.pool._log.head_block
+        vbn = LOG_FIRST_VBN + running.pool.rooms.log.head_block
         for fbn in range(130):  # more than one record holds
             await running.write("a", fbn * BLOCK_BYTES, data(1))
         lost_record = running.memory.copy()

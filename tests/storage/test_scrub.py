@@ -107,7 +107,7 @@ async def test_a_pointer_block_that_cannot_be_loaded_is_passed_over() -> None:
 
 async def test_damaged_metafile() -> None:
     pool, device, _ = await made()
-    node = pool._table.peek(0)
+    node = pool.rooms.table.peek(0)
     assert node is not None
     flip(device, int(node.q[2]))  # entry 1: the vdisk
     report = await scrubbed(pool)

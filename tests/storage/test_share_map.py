@@ -7,7 +7,7 @@ from tests.storage.pools import LEAF_BYTES, OpenPool, data, new_pool
 
 
 async def count(running: OpenPool, vbn: int) -> int:
-    return await running.pool._state.share_map.count(vbn)
+    return await running.pool.rooms.share_map.count(vbn)
 
 
 async def test_counts_follow_snapshots_and_lazy_copies() -> None:
@@ -43,11 +43,11 @@ async def test_one_block_may_have_more_references_than_sixteen_bits_count() -> N
         await running.checkpoint()
         state, root = running.pool._state, running.image("a").tree.root_vbn
         for change in (70000, 1):
-            state.epoch.count_pointer(root, change)
+            state.epoch.ledger.count_pointer(root, change)
             running.image("a").touch()
             await running.checkpoint()
         assert await count(running, root) == 70001
-        state.epoch.count_pointer(root, -70001)
+        state.epoch.ledger.count_pointer(root, -70001)
         running.image("a").touch()
         await running.checkpoint()
         assert await count(running, root) == 0
@@ -59,9 +59,9 @@ async def test_a_reference_too_many_let_go_of_stops_the_pool() -> None:
         await running.write("a", 0, data(1))
         await running.checkpoint()
         vbn = int(running.image("a").tree.nodes[1][0].vbns()[0])
-        running.pool._state.epoch.dropped += [vbn, vbn]
+        running.pool._state.epoch.ledger.dropped += [vbn, vbn]
         running.image("a").touch()
-        point = running.pool._points.request()
+        point = running.pool.rooms.requests.request()
         await running.until(point.done)
         assert (
             "holds fewer references to VBN" in str(point.exception())
@@ -77,8 +77,8 @@ async def test_the_map_stays_sparse() -> None:
         for index in range(40):
             await running.write("a", index * LEAF_BYTES, data(index, 20))
         await running.checkpoint()
-        tree = running.pool._state.share_map.tree
+        tree = running.pool.rooms.share_map.tree
         assert tree.root_vbn == 0  # nothing is shared
         await running.pool.snapshot_create([("a", "s")])
-        assert await running.pool._state.share_map.count(LOG_FIRST_VBN) == 0
+        assert await running.pool.rooms.share_map.count(LOG_FIRST_VBN) == 0
         assert sum(1 for node in tree.nodes[0].values() if node.vbn) == 1

@@ -183,7 +183,7 @@ async def test_a_client_write_that_comes_first_wins_and_the_copy_is_dropped() ->
             + bytes(BLOCK_BYTES)
         )
         assert await running.read("clone", 0, 8 * BLOCK_BYTES) == expected
-        allocator = running.pool._state.allocator
+        allocator = running.pool.rooms.allocator
         await running.checkpoint()
         await running.checkpoint()
         size = running.pool.show()["size_bytes"] // BLOCK_BYTES
@@ -432,7 +432,7 @@ async def test_a_client_write_is_not_stopped_half_way_by_a_damaged_pointer_block
         await stuck_in_reading(running, delayed)
         await running.pool.split_pause("clone")
         delayed.device.release(READ)
-        await running.until(lambda: not running.pool._handler._queue)
+        await running.until(lambda: not running.pool.rooms.handler._queue)
         tree = running.image("base@snap").tree
         leaf = tree.nodes[1].pop(2)
         running.memory.try_writev([b"\xff" * BLOCK_BYTES], leaf.vbn * BLOCK_BYTES, BLOCK_BYTES)

@@ -4,9 +4,9 @@ refused with the reason.
 
 import pytest
 
-from storage.consistency.superblock import MetafileRoot, Superblock, decode, newest
 from storage.errors import PoolRefused
 from storage.layout import BLOCK_BYTES, METAFILES, SUPERBLOCK_CRC_OFFSET, SUPERBLOCK_MAGIC
+from storage.superblock.superblock import MetafileRoot, Superblock, decode, newest
 from tests.storage.devices import MemoryDevice
 from tests.storage.pools import SMALL_POOL_BYTES, data, new_pool, open_on
 

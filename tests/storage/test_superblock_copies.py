@@ -8,16 +8,6 @@ from collections.abc import Sequence
 import pytest
 
 from storage.consistency import consistency_point
-from storage.consistency.copies import (
-    DAMAGED,
-    STALE,
-    TORN,
-    UNREADABLE,
-    UNWRITTEN,
-    judge,
-    read_copies,
-)
-from storage.consistency.superblock import Superblock, decode
 from storage.device import Buffer
 from storage.device.owner import Owner
 from storage.errors import DeviceFailed, DeviceFull, PoolRefused
@@ -29,6 +19,16 @@ from storage.layout import (
     VBN,
 )
 from storage.pool import Pool
+from storage.superblock.copies import (
+    DAMAGED,
+    STALE,
+    TORN,
+    UNREADABLE,
+    UNWRITTEN,
+    judge,
+    read_copies,
+)
+from storage.superblock.superblock import Superblock, decode
 from tests.storage.crash_device import CrashDevice
 from tests.storage.devices import (
     READ,

@@ -163,7 +163,7 @@ async def test_what_the_device_refuses_fails_with_its_reason_and_gives_the_block
     async with new_pool(decorate=FaultyDevice) as running:
         await running.pool.vdisk_create("a", LEAF_BYTES)
         await running.write("a", 0, data(1))
-        device, allocator = running.device, running.pool._state.allocator
+        device, allocator = running.device, running.pool.rooms.allocator
         free = allocator.free_now
         device.faults.append(Fault(WRITE, nth=device.calls[WRITE] + 1, errno=errno.ENOSPC))
         with pytest.raises(StorageError, match="planted fault") as caught:

@@ -208,7 +208,7 @@ async def test_nothing_waits_between_what_belongs_to_a_freeze_and_the_freeze(
     of after it.
     """
     async with new_pool() as running:
-        state, points = running.pool._state, running.pool._points
+        state, rooms, points = running.pool._state, running.pool.rooms, running.pool.rooms.points
         await running.pool.vdisk_create("a", 4 * LEAF_BYTES)
         await running.write("a", 0, data(1, 4))
         loop_turns = 0
@@ -221,9 +221,9 @@ async def test_nothing_waits_between_what_belongs_to_a_freeze_and_the_freeze(
         pinned = state.begin_read()
         await running.write("a", 0, data(2, 4))
         await running.checkpoint()
-        assert state.retired
+        assert rooms.retired.epochs
         monkeypatch.setattr(
-            state.allocator, "client_floor", state.allocator.free_now
+            rooms.allocator, "client_floor", rooms.allocator.free_now
         )  # as on a pool that is nearly full
         seen: dict[str, Any] = {}
 
@@ -240,8 +240,8 @@ async def test_nothing_waits_between_what_belongs_to_a_freeze_and_the_freeze(
 
         monkeypatch.setattr(points, "_consistency_point", look)
         count()
-        waiting = points.request(at_freeze)
-        await running.until(lambda: bool(points._waiting) or "turns" in seen)
+        waiting = rooms.requests.request(at_freeze)
+        await running.until(lambda: bool(rooms.requests.waiting) or "turns" in seen)
         await asyncio.sleep(0.01)
         assert "turns" not in seen  # it waits for room first
         state.end_read(pinned)
@@ -420,14 +420,15 @@ async def test_a_waiting_scrub_does_not_look_at_what_is_being_written(
             if where == "active map" and not met and place[1] == place[0].levels:
                 device.hold(SYNC)
                 await running.write("a", 0, data(1))
-                state.wanted()
+                running.pool.rooms.requests.want()
                 await running.until(lambda: state.frozen is not None)
                 met.append(where)
                 asyncio.get_running_loop().call_later(0.01, device.release, SYNC)
             return found
 
         async def verify_at_rest(self: Scrub, where: str, tree: Any, node: Any) -> int:
-            assert tree.image is not None or state.frozen is None, where
+            metafile = tree in running.pool.rooms.metafiles
+            assert not metafile or state.frozen is None, where
             return await verify(self, where, tree, node)
 
         monkeypatch.setattr(Scrub, "_find", find_slowly)
@@ -457,5 +458,5 @@ async def test_a_write_beyond_the_end_that_a_shrink_has_set_meanwhile_changes_no
         device.release(READ)
         with pytest.raises(OutOfRange):
             await within(write)
-        assert running.image("a").used_blocks == used and not running.pool._state.epoch.dirty
+        assert running.image("a").used_blocks == used and not running.pool._state.epoch.dirty.nodes
         running.image("a").limit_bytes = 4 * LEAF_BYTES

@@ -7,12 +7,14 @@ import itertools
 import numpy as np
 import pytest
 
-from storage.allocation.active_map import count_bits, packed
-from storage.allocation.write_allocator import WriteAllocator, map_blocks, tree_blocks
+from storage.allocation.active_map import count_bits
+from storage.allocation.map_changes import packed
+from storage.allocation.reserve import map_blocks, tree_blocks
+from storage.allocation.write_allocator import WriteAllocator
+from storage.epoch.epoch import Epoch
 from storage.errors import PoolFull
 from storage.layout import LOG_FIRST_VBN, REGION_BLOCKS, log_blocks
 from storage.pool import Pool
-from storage.state.epoch import Epoch
 from storage.tree.attempt import when_possible
 from storage.tree.node import Hold
 from tests.storage.devices import MemoryDevice
@@ -27,8 +29,8 @@ async def fresh(blocks: int) -> Pool:
     memory = MemoryDevice(blocks * 4096)
     await Pool.format(memory)
     pool = await Pool.open_on(memory)
-    await pool._points.stop()
-    await pool._handler.stop()
+    await pool.rooms.points.stop()
+    await pool.rooms.handler.stop()
     return pool
 
 
@@ -66,13 +68,13 @@ async def take_nodes(allocator: WriteAllocator, epoch: Epoch, grows: bool) -> in
             )
         except PoolFull:
             return count
-        allocator.take_node(epoch)
+        allocator.take_node(epoch.ledger)
     raise AssertionError
 
 
 async def test_a_batch_is_one_run() -> None:
     pool = await fresh(SMALL_BLOCKS)
-    allocator = pool._state.allocator
+    allocator = pool.rooms.allocator
     first = allocator.take(20)
     second = allocator.take(5)
     assert first is not None and second is not None
@@ -89,7 +91,7 @@ async def test_every_free_block_but_the_reserve_is_handed_out_and_none_twice(
     blocks: int, count: int
 ) -> None:
     pool = await fresh(blocks)
-    allocator = pool._state.allocator
+    allocator = pool.rooms.allocator
     used = pool.show()["used_bytes"] // 4096
     taken = await take_all(allocator, count)
     assert len(set(taken)) == len(taken)
@@ -98,13 +100,13 @@ async def test_every_free_block_but_the_reserve_is_handed_out_and_none_twice(
     assert min(taken) >= LOG_FIRST_VBN + log_blocks(blocks) and max(taken) < blocks
     for vbn in taken:
         region, offset = divmod(vbn, REGION_BLOCKS)
-        bits = pool._active_map.peek_bits(region)
+        bits = pool.rooms.active_map.peek_bits(region)
         assert bits is not None and not bits[offset >> 3] >> (offset & 7) & 1
 
 
 async def test_what_is_given_back_is_handed_out_again() -> None:
     pool = await fresh(SMALL_BLOCKS)
-    allocator = pool._state.allocator
+    allocator = pool.rooms.allocator
     free = allocator.free_now
     one, two = allocator.take(10), allocator.take(10)
     assert one is not None and two is not None
@@ -119,7 +121,7 @@ async def test_what_grows_what_moves_and_consistency_points_have_each_a_part_of_
     None
 ):
     pool = await fresh(SMALL_BLOCKS)
-    state, allocator = pool._state, pool._state.allocator
+    state, allocator = pool._state, pool.rooms.allocator
     await take_all(allocator, 1)
     epoch = state.epoch
     assert (
@@ -139,21 +141,21 @@ async def test_what_grows_what_moves_and_consistency_points_have_each_a_part_of_
     allocator.give_back(borrowed)
     with pytest.raises(PoolFull):
         await take(allocator, 1)
-    epoch.allocated.extend(
+    epoch.ledger.allocated.extend(
         await take(allocator, allocator.free_now - allocator.borrow_floor, borrowed=True)
     )
     allocator.promise()
     state.frozen, state.epoch = epoch, Epoch(epoch.number + 1)
     assert await take_nodes(allocator, epoch, grows=True) == allocator.borrow_floor
     assert allocator.free_now + allocator.promised_blocks == 0
-    taken = vbns(epoch.allocated)
+    taken = vbns(epoch.ledger.allocated)
     assert len(set(taken)) == len(taken)
 
 
 async def test_a_window_that_holds_the_last_blocks_gives_them_to_who_needs_them() -> None:
     """Data has claimed a window and stops at its floor; nodes find the rest of it."""
     pool = await fresh(SMALL_BLOCKS)
-    allocator = pool._state.allocator
+    allocator = pool.rooms.allocator
     assert allocator._fill(allocator._data, 1)
     window = allocator._data.left_blocks
     await take_all(allocator, 1)
@@ -166,12 +168,12 @@ async def test_a_window_that_holds_the_last_blocks_gives_them_to_who_needs_them(
 
 async def test_a_run_over_the_border_of_two_regions_is_given_back_whole() -> None:
     pool = await fresh(TWO_REGIONS)
-    allocator = pool._state.allocator
+    allocator = pool.rooms.allocator
     taken: list[tuple[int, int]] = []
     while not taken or taken[-1][0] + taken[-1][1] <= REGION_BLOCKS + 16:
         taken += await take(allocator, 16)
     before = [extent for extent in taken if extent[0] >= REGION_BLOCKS - 64]
-    claimed = sum(map(count_bits, allocator._claimed.values()))
+    claimed = sum(map(count_bits, allocator._claims._claimed.values()))
     allocator.give_back(before)
     assert allocator._data.next < REGION_BLOCKS < allocator._data.end
     left = (
@@ -179,13 +181,13 @@ async def test_a_run_over_the_border_of_two_regions_is_given_back_whole() -> Non
         - allocator._data.next
         + sum(end - first for first, end in allocator._data.runs)
     )
-    allocator._release_window(allocator._data)
-    assert sum(map(count_bits, allocator._claimed.values())) == claimed - left
+    allocator.release_data_window()
+    assert sum(map(count_bits, allocator._claims._claimed.values())) == claimed - left
 
 
 async def test_what_an_epoch_holds_is_not_handed_out_before_its_release() -> None:
     pool = await fresh(SMALL_BLOCKS)
-    allocator = pool._state.allocator
+    allocator = pool.rooms.allocator
     held = packed(np.arange(1000, 1100))
     free = allocator.free_now
     allocator.hold(0, held)
@@ -205,7 +207,7 @@ async def test_overwriting_a_little_again_and_again_stays_within_a_part_of_a_lar
     blocks = 4 * REGION_BLOCKS
     async with new_pool(blocks * 4096) as running:
         await running.pool.vdisk_create("a", 64 << 20)
-        allocator, highest = running.pool._state.allocator, 0
+        allocator, highest = running.pool.rooms.allocator, 0
         for turn in range(40):
             for offset in range(0, 16 << 20, 1 << 20):
                 await running.write("a", offset, data(turn, 256))
@@ -216,9 +218,9 @@ async def test_overwriting_a_little_again_and_again_stays_within_a_part_of_a_lar
 
 async def test_batches_stay_contiguous_where_single_blocks_were_freed() -> None:
     pool = await fresh(TWO_REGIONS)
-    allocator = pool._state.allocator
+    allocator = pool.rooms.allocator
     allocator.adopt(0, REGION_BLOCKS)
-    allocator._cursor = REGION_BLOCKS
+    allocator._claims._cursor = REGION_BLOCKS
     freed = packed(
         np.concatenate(
             (np.arange(20000, 30000, 2), np.arange(31000, 31015), np.arange(32000, 32016))
@@ -241,7 +243,7 @@ async def test_a_window_with_less_than_is_wanted_waits_for_the_next_map_block(
     round for ever without a turn.
     """
     pool = await fresh(TWO_REGIONS)
-    allocator, active_map = pool._state.allocator, pool._active_map
+    allocator, active_map = pool.rooms.allocator, pool.rooms.active_map
     present, absent = active_map.peek_used, {1}
     monkeypatch.setattr(
         type(active_map),
@@ -253,7 +255,7 @@ async def test_a_window_with_less_than_is_wanted_waits_for_the_next_map_block(
         absent.discard(region)
 
     monkeypatch.setattr(type(active_map), "load", load)
-    allocator._cursor = REGION_BLOCKS - 30  # thirty blocks to the end of the first region
+    allocator._claims._cursor = REGION_BLOCKS - 30  # thirty blocks to the end of the first region
     assert allocator.take(48) is None
     assert len(vbns(await within(take(allocator, 48)))) == 48
 
@@ -261,7 +263,7 @@ async def test_a_window_with_less_than_is_wanted_waits_for_the_next_map_block(
 async def test_the_last_free_blocks_may_lie_in_the_other_window() -> None:
     """Found by review: a pool of some 100 MiB that got full hung instead of saying so."""
     pool = await fresh(TWO_REGIONS)
-    allocator = pool._state.allocator
+    allocator = pool.rooms.allocator
     assert allocator.nodes_at_hand(1, 0, entry=False)  # its window now holds a thousand blocks
     taken = await take_all(allocator, 64)
     assert allocator.reserve_blocks <= allocator.free_now < allocator.reserve_blocks + 64
@@ -270,7 +272,7 @@ async def test_the_last_free_blocks_may_lie_in_the_other_window() -> None:
 
 async def test_room_for_new_images_is_asked_for() -> None:
     pool = await fresh(SMALL_BLOCKS)
-    allocator = pool._state.allocator
+    allocator = pool.rooms.allocator
     allocator.check_room(100)
     with pytest.raises(PoolFull, match="delete snapshots or vdisks"):
         allocator.check_room(SMALL_BLOCKS)

@@ -596,8 +596,5 @@ class Admin:
                 for disk in session.world.vdisks.values():
                     disk.flushed(flight.start)
 
-        self.carry_out(
-            Change(flight, lambda _: False, made, nothing),
-            lambda: session.pool.consistency_point(),
-            lambda _: False,
-        )
+        change = Change(flight, lambda _: False, made, nothing)
+        self.carry_out(change, session.pool.consistency_point, lambda _: False)

@@ -16,12 +16,12 @@ from storage.consistency.consistency_point import ConsistencyPoints
 from storage.data import allocation_report, write_path
 from storage.data.backing import fields_behind, visible_slots
 from storage.data.block_locks import BlockLocks
+from storage.epoch.epoch import Epoch
 from storage.images.image import Image
 from storage.layout import FIELDS_MASK, HOLE, ZERO_POINTER
 from storage.log.intent_log import IntentLog
-from storage.state.epoch import Epoch
 from storage.tree.attempt import when_possible
-from storage.tree.buffer_tree import Plan as BufferPlan
+from storage.tree.editor import Plan as BufferPlan
 from storage.tree.node import NodeCache
 from tests.crash import canaries as crash_canaries
 from tests.fuzz.store import plan as plans
@@ -186,7 +186,7 @@ def refused_writes_make_pointer_blocks(stack: ExitStack) -> None:
         plan = plan_for(image, epoch, indexes)
         if plan is None:
             return None
-        image.tree.carry_out(plan)
+        image.editor.carry_out(plan)
         return BufferPlan(epoch)
 
     stack.enter_context(mock.patch.object(write_path, "plan_for", planted))

@@ -58,7 +58,7 @@ def circumstances(plan: Plan, loop: VirtualLoop) -> Iterator[None]:
             stack.enter_context(mock.patch(f"{module}.perf_counter", clock))
         stack.enter_context(mock.patch("storage.tree.node.CACHE_NODES_MIN", min(CACHE_NODES)))
         # A thread takes real time, in which virtual time would run away.
-        stack.enter_context(mock.patch("storage.state.slices.LARGE_ARRAY", 1 << 62))
+        stack.enter_context(mock.patch("storage.slicer.LARGE_ARRAY", 1 << 62))
         yield
 
 

@@ -21,6 +21,7 @@ from tests.fuzz.store.oracle import (
     ZEROS,
     Judge,
     Wrong,
+    runs_of,
     values_of,
 )
 from tests.fuzz.store.plan import Operation
@@ -29,8 +30,6 @@ from tests.fuzz.store.world import Disk
 if TYPE_CHECKING:
     from tests.fuzz.store.session import Session
 
-# Blocks that one read of a comparison takes.
-RUN_BLOCKS = 32
 # A pool that is emptied may keep this much more than a new one: pointer blocks of the table and of
 # maps that were empty.
 GROWN_BLOCKS = 24
@@ -303,7 +302,7 @@ class Lives:
             disks = session.random.sample(disks, 4)
         durable = session.random.random() < 0.5
         if durable:
-            await self.ignoring_full(session.patiently("a consistency point", point(session.pool)))
+            await self.point()
         await self.compare(disks, "at rest", durable)
         await self.compare_counts(disks)
 
@@ -477,7 +476,7 @@ class Lives:
         """On a pool that is full and at rest."""
         session = self.session
         for _ in range(2):
-            await self.ignoring_full(session.patiently("a consistency point", point(session.pool)))
+            await self.point()
         before, refused = session.pool.show(), session.tally.refused
         if before["deleted_images"] or session.pool.split_list() or session.read_only:
             return
@@ -490,7 +489,7 @@ class Lives:
             await session.drain()
         if session.tally.refused < refused + REFUSED_WRITES:
             return
-        await self.ignoring_full(session.patiently("a consistency point", point(session.pool)))
+        await self.point()
         after = session.pool.show()
         if after["used_bytes"] > before["used_bytes"]:
             more = (after["used_bytes"] - before["used_bytes"]) // BLOCK_BYTES
@@ -501,10 +500,11 @@ class Lives:
                 " consistency points"
             )
 
-    @staticmethod
-    async def ignoring_full(work: Any) -> None:
+    async def point(self) -> None:
+        """A consistency point, unless there is no room for one."""
+        session = self.session
         try:
-            await work
+            await session.patiently("a consistency point", session.pool.consistency_point())
         except PoolFull:
             return
 
@@ -548,7 +548,7 @@ class Lives:
                 break
             await asyncio.sleep(0.05)
         for _ in range(3):
-            await session.patiently("a consistency point", point(pool))
+            await session.patiently("a consistency point", pool.consistency_point())
         left = (pool.show()["used_bytes"] - self.empty_bytes) // BLOCK_BYTES
         if (
             pool.show()["deleted_images"]
@@ -594,20 +594,5 @@ class Lives:
         await self.compare_names()
 
 
-async def point(pool: Pool) -> None:
-    await pool.consistency_point()
-
-
 async def as_coroutine(future: "asyncio.Future[Any]") -> Any:
     return await future
-
-
-def runs_of(fbns: list[int]) -> list[tuple[int, int]]:
-    """First block and length of runs of neighbours, none longer than RUN_BLOCKS."""
-    runs: list[tuple[int, int]] = []
-    for fbn in fbns:
-        if runs and runs[-1][0] + runs[-1][1] == fbn and runs[-1][1] < RUN_BLOCKS:
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-        else:
-            runs.append((fbn, 1))
-    return runs

@@ -19,6 +19,8 @@ import numpy as np
 
 BLOCK_BYTES: Final = 4096
 SECTOR_BYTES: Final = 512
+# Blocks that one read of a comparison takes.
+RUN_BLOCKS = 32
 SECTORS: Final = 8
 ALL: Final = 0xFF
 ZEROS: Final = bytes(BLOCK_BYTES)
@@ -497,3 +499,14 @@ class Judge:
                     f"{self.what}: {write.what} on {self.image.name} is there at LBA {lba} and not"
                     f" at LBA {self._missed[write]}"
                 )
+
+
+def runs_of(fbns: list[int]) -> list[tuple[int, int]]:
+    """First block and length of runs of neighbours, none longer than RUN_BLOCKS."""
+    runs: list[tuple[int, int]] = []
+    for fbn in fbns:
+        if runs and runs[-1][0] + runs[-1][1] == fbn and runs[-1][1] < RUN_BLOCKS:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((fbn, 1))
+    return runs

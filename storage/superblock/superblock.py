@@ -3,14 +3,13 @@ storage.layout.
 
 Invariant: consistency point n first writes only the copy n & 1, after everything it names is
 durable. So whatever a crash does to that copy, the other one is whole and names a whole state. It
-holds from the open on: ``storage.consistency.copies`` has made both the same then.
+holds from the open on: ``storage.superblock.copies`` has made both the same then.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from crc32c import crc32c
-
+from storage.checksum import crc32c
 from storage.device.owner import Owner, decode_owner
 from storage.errors import NoPool, PoolRefused
 from storage.layout import (

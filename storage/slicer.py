@@ -3,23 +3,19 @@
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from time import perf_counter
 from typing import TypeVar
 
-import numpy as np
-import numpy.typing as npt
-
 T = TypeVar("T")
-VbnArray = npt.NDArray[np.uint64]
 
 # The limit is 5 ms for everything; a slice of 1 ms leaves room for the step that oversteps it and
 # for client I/O in between.
 SLICE_SECONDS = 0.001
-# Packing this many entries, making an array of as many Python ints, or letting go of as many
-# tuples, takes less than a slice.
+# Packing this many entries, making an array of as many Python ints, or freeing as many tuples,
+# takes less than a slice.
 CHUNK = 1024
-# Sorting this many u64 takes about 1 ms; larger arrays go to a thread, where numpy lets go of the
+# Sorting this many u64 takes about 1 ms; larger arrays go to a thread, where numpy releases the
 # interpreter lock.
 LARGE_ARRAY = 16384
 
@@ -40,17 +36,6 @@ class Slicer:
             self._until = perf_counter() + self.seconds
 
 
-async def as_array(values: Sequence[int], slicer: Slicer) -> VbnArray:
-    """The values as an array, made in slices: numpy takes 0.1 us for each, with the interpreter
-    lock held.
-    """
-    parts = []
-    for start in range(0, len(values), CHUNK):
-        parts.append(np.array(values[start : start + CHUNK], dtype=np.uint64))
-        await slicer.breathe()
-    return concatenated(parts)
-
-
 async def dispose(values: list[T], slicer: Slicer) -> None:
     """Empty a list that nobody uses any more; freeing a hundred thousand tuples at once would be a
     stall.
@@ -65,8 +50,3 @@ async def in_thread_if_large(size: int, function: Callable[..., T], *arguments: 
     if size > LARGE_ARRAY:
         return await asyncio.to_thread(function, *arguments)
     return function(*arguments)
-
-
-def concatenated(arrays: Sequence[VbnArray]) -> VbnArray:
-    """One array of all; empty when there are none."""
-    return np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.uint64)

@@ -9,7 +9,6 @@ good at its begin: so an open repairs them before anything else is written.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from storage.consistency.superblock import Superblock, decode, newest
 from storage.device import Buffer, Device
 from storage.errors import DeviceFailed
 from storage.layout import (
@@ -23,6 +22,7 @@ from storage.layout import (
     SUPERBLOCK_VBNS,
     UNFINISHED_MAGIC,
 )
+from storage.superblock.superblock import Superblock, decode, newest
 
 # Why a copy is not as good as the other one.
 UNREADABLE = "unreadable"

@@ -1,5 +1,5 @@
-"""What administrators have under way on a pool: a pool that closes ends it, and answers, before the
-device goes.
+"""Operations of administrators that are under way on a pool: a pool that closes ends them, and
+answers, before the device goes.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class UnderWay:
+class Operations:
     """The tasks that are within an operation of the pool."""
 
     __slots__ = ("_emptied", "_ended", "_tasks", "closed")
@@ -59,22 +59,22 @@ class UnderWay:
             await self._emptied.wait()
 
 
-class HasUnderWay(Protocol):
+class HasOperations(Protocol):
     """What has operations that end when it closes."""
 
-    under_way: UnderWay
+    operations: Operations
 
 
-S = TypeVar("S", bound=HasUnderWay)
+S = TypeVar("S", bound=HasOperations)
 
 
 def ends_at_close(
     method: Callable[Concatenate[S, P], Coroutine[Any, Any, T]],
 ) -> Callable[Concatenate[S, P], Coroutine[Any, Any, T]]:
-    """An operation that a pool ends when it closes (``UnderWay.carry_out``)."""
+    """An operation that a pool ends when it closes (``Operations.carry_out``)."""
 
     @wraps(method)
     async def carried_out(self: S, /, *arguments: P.args, **options: P.kwargs) -> T:
-        return await self.under_way.carry_out(method(self, *arguments, **options))
+        return await self.operations.carry_out(method(self, *arguments, **options))
 
     return carried_out
