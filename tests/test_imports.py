@@ -42,6 +42,7 @@ ORDER = {
         "protocol.scsi.dispatch",
         "protocol.iscsi",
         "protocol.iscsi.initiator",
+        "protocol.nbd",
     ),
     "daemon": (
         "daemon",

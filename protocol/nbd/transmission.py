@@ -76,6 +76,8 @@ class Transmission:
             reason = f"a payload of {payload} bytes, {limits.PAYLOAD_BYTES_MAX} are the most"
             session.fail(request, RequestRefused(wire.EINVAL, reason))
             raise ProtocolError(reason)
+        if payload <= limits.PIECE_BYTES and not receive.has(header + payload):
+            return False
         if request.command == wire.CMD_DISC:
             receive.drop()
             session.disconnecting, session.fast = True, False
@@ -86,9 +88,9 @@ class Transmission:
             receive.take(header)
             self._refuse(request, payload, error)
             return True
-        filtered = payload if request.command == wire.CMD_BLOCK_STATUS else 0
-        if not (receive.has(header + filtered) and session.admits(self._pieces(request))):
+        if not session.admits(self._pieces(request)):
             return False
+        filtered = payload if request.command == wire.CMD_BLOCK_STATUS else 0
         receive.take(header)
         session.requests += 1
         self._START[request.command](self, request, bytes(receive.take(filtered)))

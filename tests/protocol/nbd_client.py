@@ -236,6 +236,12 @@ class Client:
             del self.unread[:taken]
             self.transport.run()
 
+    def is_closed(self) -> bool:
+        return self.transport.closed
+
+    def is_reading(self) -> bool:
+        return self.transport.reading
+
     # --- Handshake ---
 
     def option(self, number: int, data: bytes = b"") -> list[Reply]:
@@ -292,9 +298,11 @@ class Client:
         size = len(data) if data else length
         return struct.pack(layout, magic, flags, command, cookie, offset, size) + data
 
-    def error(self, *args: int, **more: object) -> int:
+    def error(
+        self, command: int, offset: int = 0, length: int = 0, flags: int = 0, data: bytes = b""
+    ) -> int:
         """The error of a request that has one final answer."""
-        found = self.request(*args, **more)  # type: ignore[arg-type]
+        found = self.request(command, offset, length, flags, data)
         assert len(found) == 1, found
         assert found[0].done
         return found[0].error
@@ -339,25 +347,31 @@ def replies(data: bytes) -> list[Reply]:
 def decode(
     data: bytes, lengths: dict[int, int], structured: bool, extended: bool
 ) -> Iterator[Answer]:
-    while data:
-        (magic,) = struct.unpack_from(">I", data)
+    view = memoryview(data)
+    at = 0
+
+    def take(size: int) -> bytes:
+        nonlocal at
+        at += size
+        assert at <= len(view)
+        return bytes(view[at - size : at])
+
+    while at < len(view):
+        magic = int.from_bytes(view[at : at + 4], "big")
         if magic == 0x67446698:
             assert not extended
-            _, error, cookie = struct.unpack_from(">IIQ", data)
+            _, error, cookie = struct.unpack(">IIQ", take(16))
             size = 0 if structured or error else lengths.get(cookie, 0)
-            yield Answer(None, True, cookie, error, data[16 : 16 + size])
-            data = data[16 + size :]
+            yield Answer(None, True, cookie, error, take(size))
             continue
         if magic == 0x668E33EF:
             assert structured and not extended
-            _, flags, kind, cookie, size = struct.unpack_from(">IHHQI", data)
-            payload, data = data[20 : 20 + size], data[20 + size :]
+            _, flags, kind, cookie, size = struct.unpack(">IHHQI", take(20))
         else:
             assert magic == 0x6E8A278C and extended
-            _, flags, kind, cookie, _, size = struct.unpack_from(">IHHQQQ", data)
-            payload, data = data[32 : 32 + size], data[32 + size :]
-        assert len(payload) == size and flags in {0, 1}
-        yield _chunk(kind, flags == 1, cookie, payload)
+            _, flags, kind, cookie, _, size = struct.unpack(">IHHQQQ", take(32))
+        assert flags in {0, 1}
+        yield _chunk(kind, flags == 1, cookie, take(size))
 
 
 def _chunk(kind: int, done: bool, cookie: int, payload: bytes) -> Answer:
