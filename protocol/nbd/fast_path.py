@@ -13,18 +13,25 @@ write; what an export says is asked once a wake-up, since nothing else runs with
 
 from typing import Final
 
-from protocol.nbd import limits, wire
+from protocol.nbd import wire
 from protocol.nbd.framing import ReceiveBuffer
+from protocol.nbd.limits import (
+    HOLE_BYTES_MIN,
+    MINIMUM_BLOCK_BYTES,
+    OUTPUT_BYTES_HIGH,
+    PIECE_BYTES,
+    PIECES_MAX,
+)
 from protocol.nbd.replies import EXTENDED_DATA, STRUCTURED_DATA, ZEROS
 from protocol.nbd.request import Request
 from protocol.nbd.session import Session
 
-_UNALIGNED: Final = limits.MINIMUM_BLOCK_BYTES - 1
+_UNALIGNED: Final = MINIMUM_BLOCK_BYTES - 1
 _COMPACT_WRITES: Final = frozenset((0, wire.CMD_FLAG_FUA))
 _EXTENDED_WRITES: Final = frozenset(
     (wire.CMD_FLAG_PAYLOAD_LEN, wire.CMD_FLAG_PAYLOAD_LEN | wire.CMD_FLAG_FUA)
 )
-_DATA_BYTES_OVERHEAD: Final = wire.OFFSET.size
+_OFFSET_BYTES: Final = wire.OFFSET.size
 
 
 class FastWrite:
@@ -57,11 +64,17 @@ class FastWrite:
 class FastPath:
     """The hot path of one session, with its pool of writes."""
 
-    __slots__ = ("free_writes", "session")
+    __slots__ = ("_layout", "_magic", "_write_flags", "free_writes", "session")
 
     def __init__(self, session: Session) -> None:
         self.session = session
         self.free_writes: list[FastWrite] = []
+        if session.extended:
+            self._layout, self._magic = wire.EXTENDED_REQUEST, wire.EXTENDED_REQUEST_MAGIC
+            self._write_flags = _EXTENDED_WRITES
+        else:
+            self._layout, self._magic = wire.REQUEST, wire.REQUEST_MAGIC
+            self._write_flags = _COMPACT_WRITES
 
     def run(self, receive: ReceiveBuffer) -> None:
         """Carry out plain requests from ``receive.start`` on. Stops at anything else, and when
@@ -69,13 +82,8 @@ class FastPath:
         """
         session, outbox, free_writes = self.session, self.session.outbox, self.free_writes
         volume, export, chunks = session.volume, session.export, session.chunks
-        extended, size_bytes = session.extended, session.size_bytes
-        layout, request_magic, write_flags = (
-            (wire.EXTENDED_REQUEST, wire.EXTENDED_REQUEST_MAGIC, _EXTENDED_WRITES)
-            if extended
-            else (wire.REQUEST, wire.REQUEST_MAGIC, _COMPACT_WRITES)
-        )
-        unpack, header_bytes = layout.unpack_from, layout.size
+        extended, size_bytes, layout = session.extended, session.size_bytes, self._layout
+        unpack, header_bytes, request_magic = layout.unpack_from, layout.size, self._magic
         reads, writes = not export.read_errno, not (export.read_only or export.write_errno)
         storage, view, position, end = receive.storage, receive.view, receive.start, receive.end
         requests = read_bytes = write_bytes = 0
@@ -84,9 +92,9 @@ class FastPath:
             if (
                 magic != request_magic
                 or (offset | length) & _UNALIGNED
-                or not 0 < length <= limits.PIECE_BYTES
+                or not 0 < length <= PIECE_BYTES
                 or offset + length > size_bytes
-                or session.in_flight >= limits.PIECES_MAX
+                or session.in_flight >= PIECES_MAX
             ):
                 break
             data_at = position + header_bytes
@@ -106,7 +114,7 @@ class FastPath:
                     )
                     outbox.pending.append(data)
                     outbox.pending_bytes += length
-                elif length > limits.HOLE_BYTES_MIN or ZEROS.startswith(data):
+                elif length > HOLE_BYTES_MIN or ZEROS.startswith(data):
                     chunks.content(cookie, offset, offset, data, True)
                 else:
                     outbox.pending.append(_data_header(extended, cookie, offset, length))
@@ -115,7 +123,7 @@ class FastPath:
                 read_bytes += length
             elif command == wire.CMD_WRITE:
                 after = data_at + length
-                if flags not in write_flags or after > end or not writes:
+                if flags not in self._write_flags or after > end or not writes:
                     break
                 position = after
                 write = free_writes.pop() if free_writes else FastWrite(self)
@@ -127,7 +135,7 @@ class FastPath:
             else:
                 break
             requests += 1
-            if outbox.pending_bytes >= limits.OUTPUT_BYTES_HIGH:
+            if outbox.pending_bytes >= OUTPUT_BYTES_HIGH:
                 break
         receive.start = position
         session.requests += requests
@@ -144,7 +152,7 @@ class FastPath:
 
 
 def _data_header(extended: bool, cookie: int, offset: int, length: int) -> bytes:
-    done, kind, payload = wire.REPLY_FLAG_DONE, wire.REPLY_TYPE_OFFSET_DATA, length + 8
+    done, kind, payload = wire.REPLY_FLAG_DONE, wire.REPLY_TYPE_OFFSET_DATA, length + _OFFSET_BYTES
     if extended:
         return EXTENDED_DATA.pack(
             wire.EXTENDED_REPLY_MAGIC, done, kind, cookie, offset, payload, offset

@@ -152,6 +152,17 @@ def test_both_ways_refuse_the_same(style: str, request: Plain) -> None:
 
 
 @styles
+@pytest.mark.parametrize("command", [READ, WRITE])
+@pytest.mark.parametrize(
+    ("offset", "length"),
+    [(SIZE, 512), (SIZE - 512, 1024), (SIZE - 4096, 4608), (SIZE - 512, 512), (SIZE, 0), (0, 0)],
+)
+def test_both_ways_have_the_same_end(style: str, command: int, offset: int, length: int) -> None:
+    requests = [Plain(command, offset, length), Plain(READ, 0, 512)]
+    assert outcome(style, World(), requests, True) == outcome(style, World(), requests, False)
+
+
+@styles
 @pytest.mark.parametrize(
     "request_",
     [
