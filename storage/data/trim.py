@@ -51,6 +51,7 @@ class _Trim:
                 await self._trim_node(tree.levels, 0)
                 return
             if top.q[0] == ZERO_POINTER or self.first >= self.image.backing_blocks:
+                self._log_unchanged(self.first, self.end)
                 return
             await tree.make_writable(
                 0, tree.levels
@@ -77,6 +78,8 @@ class _Trim:
             node = await self.tree.load(index, level)
             vbn = node.q[(child & FIELDS_MASK) * 2]
             if vbn == ZERO_POINTER or (vbn == HOLE and not self._visible(child << shift)):
+                first, end = max(self.first, child << shift), min(self.end, child + 1 << shift)
+                self._log_unchanged(first, end)
                 return
             if vbn == HOLE:
                 if not covered:
@@ -94,6 +97,19 @@ class _Trim:
                 if covered:
                     await self._collapse(level, index, child)
                 return
+
+    def _log_unchanged(self, first: int, end: int) -> None:
+        """Log blocks that read as zeros already, if a copy by reference may have zeroed them.
+
+        The log cannot express such a copy, so after a crash it may be gone while this trim, which
+        was acknowledged, must not be.
+        """
+        state = self.image.state
+        copied = state.epoch.by_reference or (
+            state.frozen is not None and state.frozen.by_reference
+        )
+        if self.keep_count and copied:
+            state.epoch.unlogged.append((self.image.number, 0, first, ZERO_POINTER, end - first))
 
     def _visible(self, fbn: int) -> bool:
         """Whether something may be seen through a hole at ``fbn``."""
@@ -232,6 +248,7 @@ class _Trim:
         if found is None:
             return None
         if not self._changes(found.fields()[low:high], index * FIELDS_PER_BLOCK + low):
+            self._log_unchanged(index * FIELDS_PER_BLOCK + low, index * FIELDS_PER_BLOCK + high)
             return True
         epoch = image.state.epoch
         node = tree.writable(index, epoch)

@@ -7,6 +7,7 @@ lives as long as anybody refers to it.
 
 import heapq
 from collections.abc import Collection, Iterable, Iterator
+from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 from storage.errors import BlockDamaged, Conflict, NotFound
@@ -22,6 +23,16 @@ from storage.layout import (
     SPLIT_NONE,
 )
 from storage.state.pool_state import PoolState
+
+
+class Releasing(NamedTuple):
+    """The snapshot that stood behind a clone until its split ended: number, full name, and how many
+    blocks of it were visible.
+    """
+
+    number: int
+    name: str
+    backing_blocks: int
 
 
 class Catalogue:
@@ -43,6 +54,7 @@ class Catalogue:
         "_state",
         "clones",
         "deleted",
+        "releasing",
         "snapshots",
         "vdisks",
         "with_case",
@@ -60,6 +72,9 @@ class Catalogue:
         self.snapshots: dict[int, dict[str, int]] = {}
         self.clones: dict[int, set[int]] = {}
         self.deleted: set[int] = set()
+        # Clones whose association has ended in a consistency point that is not durable yet: a
+        # crash would bring it back, so lists show it.
+        self.releasing: dict[int, Releasing] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -174,10 +189,15 @@ class Catalogue:
         self.deleted.add(image.number)
 
     def release_backing(self, image: Image) -> Image | None:
-        """End a clone's association; returns the snapshot that was behind it."""
+        """End a clone's association; returns the snapshot that was behind it. The caller takes it
+        out of ``releasing`` when that is durable.
+        """
         backing = image.backing
         if backing is None:
             return None
+        self.releasing[image.number] = Releasing(
+            backing.number, self.full_name(backing), image.backing_blocks
+        )
         image.touch()
         self._unlist_clone(image, backing)
         image.backing = None
@@ -302,6 +322,21 @@ class Catalogue:
             if record.kind == KIND_SNAPSHOT
             else record.name
         )
+
+    def backing_name(self, number: int, record: ImageRecord | None = None) -> str | None:
+        """The full name of the snapshot behind a clone, until its release is durable."""
+        releasing = self.releasing.get(number)
+        if releasing is not None:
+            return releasing.name
+        record = record or self.record(number)
+        return self.full_name_of(record.backing) if record.backing else None
+
+    def clone_names(self, number: int) -> list[str]:
+        """The full names of the clones of a snapshot, until their release is durable."""
+        clones = self.clones.get(number, set()) | {
+            clone for clone, releasing in self.releasing.items() if releasing.number == number
+        }
+        return [self.full_name_of(clone) for clone in sorted(clones)]
 
     def find_record(self, number: int) -> ImageRecord | None:
         """``record``, or None where there is no such image any more."""

@@ -56,9 +56,6 @@ class SplitService:
         self._lifecycle = lifecycle
         self._jobs: dict[int, SplitJob] = {}
         self._buffers = CopyBuffers(BLOCKS_IDLE)
-        # Images whose association has ended in a consistency point that is not durable yet: a crash
-        # would bring it back.
-        self._releasing: set[int] = set()
 
     def take_up(self) -> None:
         """At open, before replay: a job for every split that was running or paused, so that replay
@@ -180,7 +177,6 @@ class SplitService:
             if job.gone or image.split.state != SPLIT_RUNNING:
                 return  # paused, cancelled or deleted in the last moment
             released.append(True)
-            self._releasing.add(image.number)
             image.touch()
             image.split.state = states.after(SPLIT_RUNNING, "finish", image.name)
             image.split.holes_remaining = 0
@@ -200,7 +196,7 @@ class SplitService:
                 self._state.on_event("split.failed", vdisk=image.name, reason=str(error))
             raise
         finally:
-            self._releasing.discard(image.number)
+            self._catalogue.releasing.pop(image.number, None)
         if not released:
             return
         self._state.on_event(
@@ -256,9 +252,7 @@ class SplitService:
             "mode": SPLIT_MODES[split.mode],
             "phase": job.phase if job is not None else "ended",
             "reason": reason or None,
-            "backing": (
-                self._catalogue.full_name(image.backing) if image.backing is not None else None
-            ),
+            "backing": self._catalogue.backing_name(image.number),
             "holes_total": total,
             "holes_remaining": split.holes_remaining,
             "counted": bool(split.flags & SPLIT_FLAG_COUNTED),
@@ -287,7 +281,7 @@ class SplitService:
         nobody waits for it.
         """
         split, read_only = image.split, self._state.read_only_reason
-        state = SPLIT_RUNNING if image.number in self._releasing else split.state
+        state = SPLIT_RUNNING if image.number in self._catalogue.releasing else split.state
         if state == SPLIT_RUNNING and read_only is not None:
             return (
                 SPLIT_FAILED,

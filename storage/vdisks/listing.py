@@ -8,7 +8,7 @@ from storage.errors import NotFound
 from storage.images.catalogue import Catalogue
 from storage.images.image import Image
 from storage.images.record import ImageRecord
-from storage.layout import BLOCK_BYTES, KIND_SNAPSHOT, KIND_VDISK, SPLIT_STATES
+from storage.layout import BLOCK_BYTES, KIND_SNAPSHOT, KIND_VDISK, SPLIT_RUNNING, SPLIT_STATES
 from storage.state.pool_state import PoolState
 from storage.state.slices import Slicer
 from storage.vdisks.exclusive_blocks import exclusive_blocks
@@ -27,21 +27,18 @@ class Listing:
         return self._describe(image.number, self._catalogue.record(image.number))
 
     def _describe(self, number: int, record: ImageRecord) -> dict[str, Any]:
-        backing = self._catalogue.full_name_of(record.backing) if record.backing else None
+        releasing = number in self._catalogue.releasing
         shown: dict[str, Any] = {
             "name": self._catalogue.full_name_of(number, record),
             "uuid": str(UUID(bytes=record.uuid)),
             "size_bytes": record.size_bytes,
             "used_bytes": record.used_blocks * BLOCK_BYTES,
-            "backing": backing,
+            "backing": self._catalogue.backing_name(number, record),
             "created_ns": record.created_ns,
-            "split": SPLIT_STATES[record.split.state],
+            "split": SPLIT_STATES[SPLIT_RUNNING if releasing else record.split.state],
         }
         if record.kind == KIND_SNAPSHOT:
-            shown["clones"] = [
-                self._catalogue.full_name_of(clone)
-                for clone in sorted(self._catalogue.clones.get(number, ()))
-            ]
+            shown["clones"] = self._catalogue.clone_names(number)
         return shown
 
     async def all(self, kind: int, origin: int | None = None) -> list[dict[str, Any]]:
@@ -74,7 +71,7 @@ class Listing:
         shown["exclusive_bytes"] = exclusive * BLOCK_BYTES
         shown["shared_bytes"] = shown["used_bytes"] - shown["exclusive_bytes"]
         shown["snapshots"] = sorted(self._catalogue.snapshots.get(image.number, {}))
-        shown["backed_bytes"] = (
-            image.backing_blocks * BLOCK_BYTES if image.backing is not None else 0
-        )
+        releasing = self._catalogue.releasing.get(image.number)
+        backed = releasing.backing_blocks if releasing is not None else image.backing_blocks
+        shown["backed_bytes"] = backed * BLOCK_BYTES if shown["backing"] is not None else 0
         return shown

@@ -1,12 +1,12 @@
-"""Runs libiscsi's iscsi-test-cu against the daemon, one test at a time with a timeout, and counts
-what passed with reasons for the rest.
+"""Runs libiscsi's iscsi-test-cu against the daemon, one test at a time with a timeout, and reports
+the counts and the reasons for each test that did not pass.
 
     python -m tests.conformance.libiscsi_suite [--only REGEX] [--runs N]
         [--url iscsi://HOST:PORT/TARGET/LUN [--url SECOND]]
 
-Without ``--url`` it starts daemons of its own with two portals, each on a pool in a temporary
-directory. A part is a test that passed but says that it left something out. Exit status 1: a test
-failed or ran into its time that is not listed, with its reason, in CONTRADICTORY, or two runs
+Without ``--url`` it starts its own daemons with two portals, each on a pool in a temporary
+directory. "Part" is a test that passed but reports that it left something out. The exit status is 1
+if a test failed or timed out and is not listed, with its reason, in CONTRADICTORY, or if two runs
 differ.
 """
 
@@ -26,22 +26,23 @@ from daemon.iscsi.initiator import LUN, Initiator
 from tests.daemon.programs import Daemon
 
 PROGRAM = "iscsi-test-cu"
-# Nothing but Sanitize.Reset takes half a minute; that looks once a minute until the disk is
-# overwritten, however slow the machine is.
+# Only Sanitize.Reset takes half a minute: it checks once a minute until the disk is overwritten,
+# however slow the machine is.
 TEST_SECONDS_MAX, WIDE_TEST_SECONDS_MAX = 180, 900
 VDISK, WIDE_VDISK = "conformance", "wide"
 VDISK_BYTES, POOL_SIZE = 256 << 20, "2GiB"
-# This wants a disk that takes seconds to overwrite: it looks after three, resets, and looks again.
-# Zeros take no space in the pool.
+# This test needs a disk that takes seconds to overwrite: it checks after three, resets, and checks
+# again. Zeros take no space in the pool.
 ON_WIDE_VDISK = "ALL.Sanitize.Reset"
 OVERWRITE_SECONDS = 20.0
 OVERWRITE_WITH_ZEROS = bytes((0x48, 0x01, 0, 0, 0, 0, 0, 0, 5, 0))
 ZERO_PATTERN = bytes((1, 0, 0, 1, 0))
-# This asks for LBA n+1 and wants a descriptor that begins one physical block after n: it is right
-# about physical blocks of 512 bytes only.
+# This test asks for LBA n+1 and expects a descriptor that begins one physical block after n, which
+# is right only for physical blocks of 512 bytes.
 ON_SMALL_BLOCKS = "ALL.GetLBAStatus.UnmapSingle"
 SMALL_BLOCKS = "iscsi.physical_block_bytes = 512\n"
-# This wants a write-protected disk: another session sets software write protect (SWP) meanwhile.
+# These tests need a write-protected disk: another session sets software write protect (SWP)
+# meanwhile.
 WRITE_PROTECTED = re.compile(r"^ALL\.ReadOnly\.")
 SWP_ON = bytes((0, 0, 0, 0, 0x0A, 0x0A, 0, 0x10, 0x08, 0, 0, 0, 0, 0, 0, 0))
 SWP_OFF = bytes((0, 0, 0, 0, 0x0A, 0x0A, 0, 0x10, 0x00, 0, 0, 0, 0, 0, 0, 0))
@@ -57,12 +58,12 @@ _SKIP = re.compile(r"\[SKIPPED\]\s*(.*)")
 _FAIL = re.compile(r"\d\. (test_\w+\.c:.*)|(?:FAILED\] (.*))")
 _PASSED = re.compile(r"^\s*tests\s+1\s+1\s+1\s+0\s", re.MULTILINE)
 _ASSERTS = re.compile(r"^\s*asserts\s+(\d+)", re.MULTILINE)
-# What the program says before and after the test is about its own set-up and cleaning up.
+# The program's output before and after the test is about its own setup and cleanup.
 _TEST = re.compile(r"^  Test: \S+ \.\.\.(.*?)(?:passed|FAILED)", re.MULTILINE | re.DOTALL)
 
 
 class _Client(Initiator):
-    """An initiator that sends any command."""
+    """An initiator that can send any command."""
 
     async def command(self, cdb: bytes, data: bytes) -> None:
         await self._command(lambda done: self._connection.submit(LUN, cdb, done, data=data))
@@ -70,8 +71,8 @@ class _Client(Initiator):
 
 @dataclass(frozen=True)
 class Outcome:
-    """One test: ``pass``, ``part``, ``skip``, ``fail``, ``timeout`` or ``contradictory``, and the
-    client's words where it did not pass.
+    """The outcome of one test: ``pass``, ``part``, ``skip``, ``fail``, ``timeout`` or
+    ``contradictory``, and the program's output if it did not pass.
     """
 
     name: str
@@ -80,7 +81,7 @@ class Outcome:
 
 
 async def _output_of(*command: str, seconds_max: int = TEST_SECONDS_MAX) -> tuple[int, str] | None:
-    """Exit status and all output; None where it took too long."""
+    """Run a command; return its exit status and all output, or None if it took too long."""
     process = await asyncio.create_subprocess_exec(
         *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
     )
@@ -95,14 +96,14 @@ async def _output_of(*command: str, seconds_max: int = TEST_SECONDS_MAX) -> tupl
 
 
 async def list_tests() -> list[str]:
-    """Names of all tests of the installed program, in its order."""
+    """Return the names of all tests of the installed program, in its order."""
     listed = await _output_of(PROGRAM, "--list")
     assert listed is not None, f"{PROGRAM} --list does not end"
     return [name for name in listed[1].split() if name.startswith("ALL.") and name.count(".") == 2]
 
 
 def judge(name: str, status: int, output: str) -> Outcome:
-    """What the output says of the one test that was run."""
+    """Judge the one test that was run by its output."""
     told = _TEST.search(output)
     if status or told is None or not _PASSED.search(output):
         failed = _FAIL.search(output)
@@ -111,7 +112,7 @@ def judge(name: str, status: int, output: str) -> Outcome:
     if skipped is None:
         return Outcome(name, "pass")
     asserts = _ASSERTS.search(output)
-    # A test that is skipped as a whole says so by one assertion that always holds.
+    # A test that is skipped as a whole shows it by one assertion that always holds.
     whole = asserts is not None and int(asserts.group(1)) <= 1
     return Outcome(name, "skip" if whole else "part", skipped.group(1))
 
@@ -142,7 +143,7 @@ async def _client(url: str) -> _Client:
 
 
 async def run_write_protected(name: str, urls: list[str]) -> Outcome:
-    """The same on a disk that another session has protected."""
+    """Run one test on a disk that another session has write-protected."""
     async with await _client(urls[0]) as client:
         await client.command(MODE_SELECT_6, SWP_ON)
         try:
@@ -152,8 +153,8 @@ async def run_write_protected(name: str, urls: list[str]) -> Outcome:
 
 
 class Disks:
-    """The disks under test: those that the command line names, or vdisks of a daemon of our own,
-    and of one that tells of small blocks.
+    """The disks under test: those named on the command line, or vdisks of our own daemon and of one
+    that reports small physical blocks.
     """
 
     def __init__(
@@ -165,12 +166,12 @@ class Disks:
         self._wide_made = 0
 
     async def urls_for(self, name: str) -> list[str]:
-        """Both paths to the disk that the test wants."""
+        """Return both paths to the disk that the test needs."""
         if name == ON_SMALL_BLOCKS:
             return self._small_blocks
         if name != ON_WIDE_VDISK or self._daemon is None:
             return self.urls
-        # A new one for each run: what was wide enough in an earlier one need not be now.
+        # A new disk for each run: the size that was enough in an earlier run may not be enough now.
         if self._wide_made:
             await self._daemon.ctl("vdisk", "rm", f"{WIDE_VDISK}-{self._wide_made}")
         self._wide_made += 1
@@ -179,7 +180,7 @@ class Disks:
         return [url.replace(f":{VDISK}/", f":{wide}/") for url in self.urls]
 
     async def _wide_mib(self) -> int:
-        """As much as this machine overwrites in OVERWRITE_SECONDS."""
+        """Return the size that this machine overwrites in OVERWRITE_SECONDS."""
         async with await _client(self.urls[0]) as client:
             began = time.monotonic()
             await client.command(OVERWRITE_WITH_ZEROS, ZERO_PATTERN)
@@ -187,7 +188,7 @@ class Disks:
 
 
 async def run_all(disks: Disks, only: str) -> list[Outcome]:
-    """All tests whose name matches ``only``, printing what did not pass as it goes."""
+    """Run all tests whose name matches ``only``, printing those that do not pass as it goes."""
     outcomes = []
     for name in await list_tests():
         if not re.search(only, name):
@@ -201,7 +202,7 @@ async def run_all(disks: Disks, only: str) -> list[Outcome]:
 
 
 async def _own_daemon(stack: AsyncExitStack, configuration: str = "") -> tuple[Daemon, list[str]]:
-    """A daemon with one vdisk, and the URLs of both paths to it."""
+    """Start a daemon with one vdisk; return the URLs of both paths to it."""
     directory = Path(
         stack.enter_context(tempfile.TemporaryDirectory(prefix="cleaved-conformance-"))
     )
@@ -230,7 +231,7 @@ async def _own_disks(stack: AsyncExitStack) -> Disks:
 
 
 def report(outcomes: list[Outcome]) -> bool:
-    """Print the counts; whether nothing went wrong."""
+    """Print the counts; return whether nothing went wrong."""
     counts = Counter(outcome.verdict for outcome in outcomes)
     print(
         ", ".join(
@@ -243,7 +244,7 @@ def report(outcomes: list[Outcome]) -> bool:
 
 
 async def run(options: argparse.Namespace) -> int:
-    """Run as often as asked; 1 where a test failed or timed out, or two runs differ."""
+    """Run as often as requested; return 1 if a test failed or timed out, or if two runs differ."""
     runs = []
     async with AsyncExitStack() as stack:
         disks = Disks((options.url * 2)[:2]) if options.url else await _own_disks(stack)

@@ -26,7 +26,7 @@ from tests.protocol.memory_volume import MemoryVolume
 
 class FileVolume(MemoryVolume):
     """A file instead of memory, for comparison with a target that serves one: page-cache reads, one
-    pwrite a write.
+    pwrite per write.
     """
 
     def __init__(self, path: str, uuid: UUID) -> None:
@@ -60,7 +60,7 @@ class Endpoint(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         transport = self._transport = cast(
             "asyncio.Transport", transport
-        )  # uvloop has classes of its own
+        )  # uvloop has its own classes
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         host, port = transport.get_extra_info("sockname")[:2]
         peer = transport.get_extra_info("peername")

@@ -1,12 +1,12 @@
-"""A source of chance that is made of given bytes, so that whoever chooses the bytes (a
-coverage-guided fuzzer) chooses every decision.
+"""A random source made of given bytes, so that a coverage-guided fuzzer, which chooses the bytes,
+chooses every decision.
 """
 
 from random import Random
 
 
 class GivenChance(Random):
-    """Decisions come from ``data``, then all are zero: the first choice of each."""
+    """Decisions come from ``data``. After its end all are zero: the first choice of each."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -14,8 +14,8 @@ class GivenChance(Random):
         super().__init__(0)
 
     def getrandbits(self, k: int) -> int:
-        """What the next bytes say. The rest of the last byte is not used again, so that decisions
-        stay where they are in the data.
+        """Return a number from the next bytes. The rest of the last byte is not reused, so that
+        decisions keep their position in the data.
         """
         size = (k + 7) // 8
         taken = self._data[self._at : self._at + size]
@@ -23,5 +23,5 @@ class GivenChance(Random):
         return int.from_bytes(taken, "big") & ((1 << k) - 1)
 
     def random(self) -> float:
-        """Between 0 and 1, by two bytes."""
+        """Return a number between 0 and 1, from two bytes."""
         return self.getrandbits(16) / 65536

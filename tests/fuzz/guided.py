@@ -4,9 +4,9 @@ reach new code are kept and mutated.
     python -m tests.fuzz.guided [--seed N] [--seconds S | --count N] [--surface NAME]
     python -m tests.fuzz.guided --surface NAME --replay FILE
 
-Each surface runs in a process of its own. What was reached is kept in build/fuzz/SURFACE and is
-where the next run begins. An input that fails is written to build/fuzz, and the command that
-replays it is printed. Without atheris (an optional dependency) only --replay works.
+Each surface runs in its own process. The corpus is kept in build/fuzz/SURFACE, and the next run
+starts from it. A failing input is written to build/fuzz, and the command that replays it is
+printed. Without atheris (an optional dependency) only --replay works.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 DIRECTORY = ROOT / "build" / "fuzz"
 NAMES = ("cdbs", "parameters", "login_text", "login_chap", "framing")
-# Decisions of the longest execution take about as much.
+# About the size of the decisions of the longest execution.
 INPUT_BYTES_MAX = 4096
 MISSING = (
     "atheris is missing, no coverage-guided fuzzing; install it: pip install -c constraints.txt"
@@ -33,11 +33,11 @@ _FINDING = re.compile(r"Test unit written to (\S+)")
 
 
 def drive(name: str, arguments: list[str]) -> None:
-    """Fuzz one surface in this process; libFuzzer ends it."""
+    """Fuzz one surface in this process, which libFuzzer ends."""
     import atheris  # noqa: PLC0415 -- optional
 
     with atheris.instrument_imports(include=["protocol"]):
-        from tests.fuzz.surfaces import SURFACES  # noqa: PLC0415 -- instrumented as it is imported
+        from tests.fuzz.surfaces import SURFACES  # noqa: PLC0415 -- instrumented at import
     from tests.fuzz.chance import GivenChance  # noqa: PLC0415
 
     surface = SURFACES[name]
@@ -46,17 +46,17 @@ def drive(name: str, arguments: list[str]) -> None:
 
 
 def replay(name: str, path: Path) -> int:
-    """One input again; its exception comes out as it is."""
+    """Run one input again; its exception is not caught."""
     from tests.fuzz.chance import GivenChance  # noqa: PLC0415
     from tests.fuzz.surfaces import SURFACES  # noqa: PLC0415
 
     SURFACES[name](GivenChance(path.read_bytes()))
-    print(f"{name}: {path} fails no more")
+    print(f"{name}: {path} no longer fails")
     return 0
 
 
 def fuzz(name: str, seed: int, limit: str) -> bool:
-    """One surface until its limit; prints what it did. False: a finding."""
+    """Fuzz one surface up to its limit, and print the results. Return False on a finding."""
     corpus = DIRECTORY / name
     corpus.mkdir(parents=True, exist_ok=True)
     options = [
@@ -103,13 +103,13 @@ def fuzz(name: str, seed: int, limit: str) -> bool:
 
 
 def main() -> int:
-    """Parse the command line and fuzz; 1 where something was found."""
+    """Parse the command line and fuzz; return 1 if something was found."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seed", type=int, default=secrets.randbits(31))
     parser.add_argument("--seconds", type=int, default=60, help="for each surface")
-    parser.add_argument("--count", type=int, help="executions of each surface, instead of a time")
+    parser.add_argument("--count", type=int, help="executions per surface, instead of a time")
     parser.add_argument("--surface", choices=NAMES, action="append")
     parser.add_argument("--replay", type=Path, metavar="FILE")
     parser.add_argument("--drive", choices=NAMES, help=argparse.SUPPRESS)

@@ -2,8 +2,8 @@
 
     python -m tests.fuzz.run [--seed N] [--seconds S | --count N] [--surface NAME] [--first I]
 
-The seed is printed first. Each execution has a source of chance of its own, made of seed, surface
-and number: what fails is replayed by the one command that is printed with it.
+The seed is printed first. Each execution has its own random source, made of seed, surface and
+number. A failure is printed with the command that replays it.
 """
 
 import argparse
@@ -16,27 +16,27 @@ from random import Random
 
 from tests.fuzz.surfaces import SURFACES, Surface
 
-# How many executions lie between two looks at the clock.
+# Executions between two checks of the time.
 BATCH = 200
 
 
 @dataclass(frozen=True)
 class Finding:
-    """An execution that let an exception out."""
+    """An execution that raised an exception."""
 
     number: int
     error: Exception
 
 
 def chance_of(seed: int, name: str, number: int) -> Random:
-    """The source of chance of one execution. A string is hashed by `random` itself, in the same way
+    """Return the random source of one execution. `random` hashes a string itself, in the same way
     in every process.
     """
     return Random(f"{seed}/{name}/{number}")
 
 
 def search(seed: int, name: str, surface: Surface, first: int, count: int) -> Finding | None:
-    """Carry out ``count`` executions; the first finding ends it."""
+    """Run up to ``count`` executions; stop at the first finding."""
     for number in range(first, first + count):
         try:
             surface(chance_of(seed, name, number))
@@ -46,12 +46,14 @@ def search(seed: int, name: str, surface: Surface, first: int, count: int) -> Fi
 
 
 def replay_command(seed: int, name: str, number: int) -> str:
-    """What repeats one execution."""
+    """Return the command that repeats one execution."""
     return f"python -m tests.fuzz.run --seed {seed} --surface {name} --first {number} --count 1"
 
 
 def fuzz(seed: int, name: str, first: int, count: int | None, seconds: float) -> bool:
-    """One surface until its count or time is over; prints what it did. False: a finding."""
+    """Fuzz one surface until its count or time is used up, and print the results. Return False if
+    there is a finding.
+    """
     began, done = time.monotonic(), 0
     while (done < count) if count is not None else (time.monotonic() - began < seconds):
         batch = BATCH if count is None else min(BATCH, count - done)
@@ -71,13 +73,13 @@ def fuzz(seed: int, name: str, first: int, count: int | None, seconds: float) ->
 
 
 def main() -> int:
-    """Parse the command line and fuzz; 1 where something was found."""
+    """Parse the command line and fuzz; return 1 if something was found."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seed", type=int, default=secrets.randbits(32))
     parser.add_argument("--seconds", type=float, default=60.0, help="for each surface")
-    parser.add_argument("--count", type=int, help="executions of each surface, instead of a time")
+    parser.add_argument("--count", type=int, help="executions per surface, instead of a time")
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--surface", choices=sorted(SURFACES), action="append")
     options = parser.parse_args()

@@ -1,9 +1,9 @@
-"""What is fuzzed. Each surface takes a source of chance and makes one execution; an exception that
-it lets out is a finding.
+"""The fuzzed surfaces. Each takes a random source and makes one execution; an escaping exception is
+a finding.
 
-Declared are only: `ScsiError` of `dispatch.prepare`, `IscsiError` inside the login's own parsers,
-and errors given to a completion that sense data can be made of. A connection lets out none at all,
-whole or in any pieces.
+Only these are declared: `ScsiError` from `dispatch.prepare`, `IscsiError` inside the login's own
+parsers, and errors given to a completion that can be expressed as sense data. A connection raises
+nothing, whether its input arrives whole or in pieces.
 """
 
 from collections.abc import Callable
@@ -46,14 +46,13 @@ INTERESTING: Final = (
     1 << 63,
     (1 << 64) - 1,
 )
-# A command whose transfer a client would have to send in many PDUs shows nothing that a short one
-# does not.
+# A command whose transfer takes many PDUs shows nothing that a short one does not.
 PARAMETER_BYTES_MAX: Final = 600
 SECRETS: Final = ChapSecrets("user", b"secret-of-12+", "target", b"another-secret")
 
 
 def mutated(chance: Random, data: bytes) -> bytes:
-    """``data`` with some bytes or numbers changed, cut, doubled or grown."""
+    """Return ``data`` with some bytes or numbers changed, cut, duplicated or extended."""
     found = bytearray(data)
     for _ in range(chance.choice((0, 1, 1, 2, 4))):
         at = chance.randrange(len(found) + 1)
@@ -80,7 +79,7 @@ def mutated(chance: Random, data: bytes) -> bytes:
 
 
 class _PromptVolume(MemoryVolume):
-    """Completes writes at once, also where nobody settles."""
+    """Completes writes at once, even without a settle."""
 
     def write(self, offset_bytes: int, data: Buffer, fua: bool, done: Completion) -> None:
         super().write(offset_bytes, data, fua, done)
@@ -95,7 +94,7 @@ def _nexus() -> tuple[Nexus, _PromptVolume]:
 
 
 def _cdb(chance: Random, command: Command) -> bytes:
-    """A CDB that sets mostly what its command evaluates, with numbers that lie near limits."""
+    """Build a CDB that mostly sets what its command evaluates, with numbers near limits."""
     field = bytearray(command.cdb_bytes)
     field[0] = command.opcode
     for at in range(1, command.cdb_bytes):
@@ -110,8 +109,8 @@ def _cdb(chance: Random, command: Command) -> bytes:
 
 
 def _carry_out(chance: Random, nexus: Nexus, cdb: bytes, data: bytes) -> None:
-    """Prepare and start one command; exactly one completion of each operation, with an error that
-    has sense data.
+    """Prepare and start one command. Each operation must complete exactly once, and its error must
+    have sense data.
     """
     try:
         plan = dispatch.prepare(nexus, 0, cdb)
@@ -139,7 +138,7 @@ def _carry_out(chance: Random, nexus: Nexus, cdb: bytes, data: bytes) -> None:
 
 
 def cdbs(chance: Random) -> None:
-    """A few commands on one disk, any CDBs."""
+    """Run a few commands with arbitrary CDBs on one disk."""
     nexus, volume = _nexus()
     for _ in range(4):
         command = chance.choice(dispatch.COMMANDS)
@@ -149,9 +148,7 @@ def cdbs(chance: Random) -> None:
 
 
 def _shapes(naa: bytes) -> dict[int, tuple[bytes, ...]]:
-    """Parameter lists that are right, by operation code: mutations of them get further
-    than noise.
-    """
+    """Return valid parameter lists by opcode: mutations of them reach deeper than noise."""
     mode_pages = bytes((0x08, 0x12, 4)) + bytes(17) + bytes((0x0A, 0x0A, 4, 0x10, 8)) + bytes(7)
     target = bytes((0xE4, 0, 0, 0, 1, 3, 0, 8)) + naa + bytes(13) + (512).to_bytes(3, "big")
     segment = bytes((2, 0, 0, 24)) + bytes(6) + bytes((0, 8)) + bytes(8) + bytes(7) + b"\x10"
@@ -197,7 +194,7 @@ _WITH_PARAMETERS: Final = tuple(
 
 
 def parameters(chance: Random) -> None:
-    """Commands with parameter lists that are nearly right."""
+    """Run commands with nearly valid parameter lists."""
     nexus, volume = _nexus()
     raw = volume.uuid.bytes
     shapes = _shapes(bytes((0x30 | raw[0] & 0x0F,)) + raw[1:6] + raw[14:16])
@@ -284,7 +281,7 @@ def _login_request(chance: Random, body: bytes) -> bytes:
 
 
 def _connected(stream: bytes, piece: int) -> tuple[bytes, bool]:
-    """Feed a new connection in pieces of some size, and end it."""
+    """Feed a new connection in pieces of some size, and close it."""
     peer = Peer(recorded({0: MemoryVolume(DISK_BYTES)}))
     feed(peer.connection, stream, piece)
     peer.connection.connection_lost()
@@ -292,7 +289,7 @@ def _connected(stream: bytes, piece: int) -> tuple[bytes, bool]:
 
 
 def login_text(chance: Random) -> None:
-    """Login requests with any text: the same answer in any pieces."""
+    """Send login requests with arbitrary text: the answer must not depend on the pieces."""
     stream = b"".join(_login_request(chance, _text(chance)) for _ in range(chance.randrange(1, 4)))
     assert _connected(stream, 1 << 30) == _connected(stream, chance.choice((48, 7, 3, 1))), (
         "the pieces made a difference"
@@ -311,8 +308,8 @@ def _login_pdu(body: bytes, flags: int) -> bytes:
 
 
 def login_chap(chance: Random) -> None:
-    """CHAP exchanges with any values; nobody gets in without the secret. The parsers of its values
-    on their own, too.
+    """Run CHAP exchanges with arbitrary values; no login succeeds without the secret. The parsers
+    of the values also run alone.
     """
     answer = "".join(
         f"{name}={chance.choice(_VALUES)}\0" for name in ("CHAP_R", "CHAP_I", "CHAP_C")
@@ -325,7 +322,7 @@ def login_chap(chance: Random) -> None:
     )
     peer = Peer(recorded({0: MemoryVolume(DISK_BYTES)}, SECRETS, SECRETS))
     feed(peer.connection, stream, chance.choice((1 << 30, 3)))
-    assert not peer.connection.logged_in, "let in without the secret"
+    assert not peer.connection.logged_in, "logged in without the secret"
     for parser in (
         chap.decode_binary,
         chap.parse_identifier,
@@ -352,7 +349,7 @@ _OPCODES: Final = (0, 1, 1, 1, 1, 2, 4, 5, 5, 6, 0x10)
 
 
 def _request(chance: Random, cmd_sn: int) -> bytes:
-    """One PDU with a plausible frame and any content."""
+    """Build one PDU with a plausible frame and arbitrary content."""
     opcode = chance.choice(_OPCODES) if chance.random() < 0.95 else chance.randrange(64)
     body = chance.randbytes(chance.choice((0, 0, 0, 4, 24, 512)))
     ahs = bytes(chance.choice((0, 0, 0, 0, 4, 8)))
@@ -382,7 +379,9 @@ def _request(chance: Random, cmd_sn: int) -> bytes:
 
 
 def framing(chance: Random) -> None:
-    """A session that sends any PDUs: the same answers and the same disk, whole and in pieces."""
+    """Send arbitrary PDUs in a session: whole and in pieces, the answers and the disk must be the
+    same.
+    """
     stream = b"".join(_request(chance, 1 + number) for number in range(chance.randrange(1, 6)))
     if chance.random() < 0.3:
         stream = mutated(chance, stream)

@@ -1,5 +1,5 @@
-"""A slice of the fuzzer, and the canaries: bugs planted in each layer that the fuzzer must find in
-few executions.
+"""A slice of the fuzzer, and the canaries: bugs planted in each layer that the fuzzer must find
+within a few executions.
 """
 
 import importlib.util
@@ -25,9 +25,9 @@ from tests.fuzz.run import replay_command, search
 from tests.fuzz.surfaces import SURFACES
 
 SEED = 20261122
-# As much as fits a few seconds for each surface.
+# Executions that take a few seconds per surface.
 SLICE = {"cdbs": 1500, "parameters": 1500, "login_text": 400, "login_chap": 400, "framing": 200}
-# A planted bug that takes more than this to find would be found by nobody.
+# The fuzzer must find a planted bug within this number of executions.
 CANARY_EXECUTIONS_MAX = 3000
 GIVEN_EXECUTIONS = 2000
 
@@ -104,7 +104,7 @@ def test_given_bytes_decide_and_find_a_planted_bug(
 
 
 def outcome(name: str, data: bytes) -> Exception | None:
-    """What an execution of given bytes lets out."""
+    """Return the exception that an execution of the given bytes raises, if any."""
     try:
         SURFACES[name](GivenChance(data))
     except Exception as error:
@@ -128,7 +128,7 @@ def test_an_input_replays(
     monkeypatch.setattr(
         sys, "argv", ["guided", "--surface", "cdbs", "--replay", str(tmp_path / "input")]
     )
-    assert guided.main() == 0 and "fails no more" in capsys.readouterr().out
+    assert guided.main() == 0 and "no longer fails" in capsys.readouterr().out
 
 
 def test_the_seed_comes_first_and_decides() -> None:

@@ -1,11 +1,11 @@
-"""The file systems that the guest makes: the same steps in each one's own words."""
+"""The file systems that the guest uses: the same steps with the commands of each."""
 
 from typing import NamedTuple
 
 
 class FileSystem(NamedTuple):
-    """Commands with {device} and {mount} to be filled in. Programs have their full paths, since
-    busybox has an mke2fs too.
+    """Commands in which {device} and {mount} are filled in. Programs have full paths, since busybox
+    also has an mke2fs.
     """
 
     make: str
@@ -21,7 +21,7 @@ FILE_SYSTEMS = {
         "/sbin/resize2fs {device}",
         "/sbin/e2fsck -f -n {device}",
     ),
-    # A clone has its original's UUID, and without nouuid xfs refuses to mount both.
+    # A clone has its original's UUID, and xfs refuses to mount both without nouuid.
     "xfs": FileSystem(
         "/sbin/mkfs.xfs -q {device}",
         "nouuid",
@@ -60,5 +60,5 @@ class Mounted:
 
     @property
     def check(self) -> str:
-        """Exits 0 when the file system is whole; changes nothing."""
+        """Return a command that exits with 0 if the file system is clean, and changes nothing."""
         return self._words.check.format(**self._texts)

@@ -1,9 +1,9 @@
-"""The guest's kernel and initramfs: busybox, the programs with the libraries they name, and a dozen
-kernel modules.
+"""The guest's kernel and initramfs: busybox, programs with the libraries that they name, and a
+dozen kernel modules.
 
     python -m tests.guest.image
 
-builds it, and says what is wrong where that fails.
+builds it, and reports what is wrong if that fails.
 """
 
 import functools
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from tests.guest.packages import CACHE, PackagesMissing, unpacked
 
-# Each with the package that brings it, where the machine itself must have it.
+# The package that provides each program, named when the program is missing.
 PROGRAMS = {
     "iscsid": "open-iscsi",
     "iscsiadm": "open-iscsi",
@@ -35,11 +35,10 @@ PROGRAMS = {
 }
 PROGRAM_FOLDERS = ("sbin", "usr/sbin", "bin", "usr/bin")
 LIBRARY_FOLDERS = ("lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu")
-# The programs ask for it by this very path; it also lists, for a program, the libraries that it
-# would load.
+# The programs ask for exactly this path. It also lists the libraries that a program would load.
 LOADER = "/lib64/ld-linux-x86-64.so.2"
-# With what these depend on. crc32c-intel is what makes digests, ext4 and xfs fast; every processor
-# that QEMU shows has it.
+# Loaded with their dependencies. crc32c-intel makes digests, ext4 and xfs fast; every processor
+# that QEMU presents supports it.
 MODULES = ("virtio_pci", "virtio_net", "crc32c_intel", "sd_mod", "iscsi_tcp", "xfs")
 ROOTFS = Path(__file__).resolve().parent / "rootfs"
 HEADER_END = "TRAILER!!!"
@@ -51,7 +50,7 @@ class Image(NamedTuple):
 
 
 def find(name: str) -> Path:
-    """A program among the unpacked packages, else on the machine itself. Raises PackagesMissing."""
+    """Find a program in the unpacked packages or on the machine. Raises PackagesMissing."""
     for root in (unpacked(), Path("/")):
         for folder in PROGRAM_FOLDERS:
             if (root / folder / name).exists():
@@ -60,7 +59,7 @@ def find(name: str) -> Path:
 
 
 def libraries(program: Path) -> dict[str, Path]:
-    """Every library that a program loads, by the name it asks for. Raises PackagesMissing."""
+    """Return the libraries that a program loads, by requested name. Raises PackagesMissing."""
     search = ":".join(
         str(root / folder) for root in (unpacked(), Path("/")) for folder in LIBRARY_FOLDERS
     )
@@ -76,13 +75,13 @@ def libraries(program: Path) -> dict[str, Path]:
 
 
 def module_name(path: Path) -> str:
-    """A module's name has no dashes, its file may."""
+    """Return a module's name, which has no dashes although its file may."""
     return path.stem.replace("-", "_")
 
 
 def modules() -> list[Path]:
-    """The files of MODULES and of what they depend on, in the order in which they load. What is
-    built in has no file.
+    """Return the files of MODULES and of their dependencies, in load order. Built-in modules have
+    no file.
     """
     files = {module_name(path): path for path in (unpacked() / "lib" / "modules").rglob("*.ko")}
     ordered: dict[str, Path] = {}
@@ -103,7 +102,7 @@ def modules() -> list[Path]:
 
 
 def contents() -> dict[str, bytes]:
-    """The guest's files by path, without their folders."""
+    """Return the guest's files by path, without their folders."""
     files = {f"bin/{path.name}": path.read_bytes() for path in ROOTFS.iterdir()}
     files["init"] = files.pop("bin/init")
     files["bin/busybox"] = find("busybox").read_bytes()
@@ -123,15 +122,15 @@ def contents() -> dict[str, bytes]:
 
 
 def folders_of(files: dict[str, bytes]) -> list[str]:
-    """Every folder that the files stand in, outermost first, and those that the init script mounts
-    on.
+    """Return every folder that contains the files, outermost first, and those that the init script
+    mounts on.
     """
     found = {str(folder) for path in files for folder in Path(path).parents} - {"."}
     return sorted(found | {"proc", "sys", "dev", "run", "tmp", "mnt", "var"})
 
 
 def entry(number: int, path: str, mode: int, data: bytes) -> Iterator[bytes]:
-    """One entry of a cpio archive in the format "newc" (kernel:
+    """Build one entry of a cpio archive in the format "newc" (kernel:
     driver-api/early-userspace/buffer-format): thirteen numbers of eight hexadecimal digits, the
     name, the data, each padded to four bytes.
     """
@@ -144,8 +143,8 @@ def entry(number: int, path: str, mode: int, data: bytes) -> Iterator[bytes]:
 
 
 def archive() -> Iterator[bytes]:
-    """The initramfs. It is not compressed: unpacking would cost the emulated processor seconds, and
-    nobody transports it.
+    """Build the initramfs. It is not compressed: decompression would cost the emulated processor
+    seconds, and the file is only used locally.
     """
     files = contents()
     entries = [(folder, stat.S_IFDIR | 0o755, b"") for folder in folders_of(files)]
@@ -157,19 +156,19 @@ def archive() -> Iterator[bytes]:
 
 @functools.cache
 def image() -> Image:
-    """The kernel, and an initramfs built now. Raises PackagesMissing."""
+    """Return the kernel, and an initramfs built now. Raises PackagesMissing."""
     kernels = sorted((unpacked() / "boot").glob("vmlinuz-*"))
     assert len(kernels) == 1, f"one kernel package was unpacked: {kernels}"
     initramfs = CACHE / f"initramfs.{os.getpid()}"
     with initramfs.open("wb") as out:
         out.writelines(archive())
-    # In place at once, so that two test runs side by side each find a whole one.
+    # Replaced atomically, so that two concurrent test runs each find a complete one.
     shutil.move(initramfs, CACHE / "initramfs")
     return Image(kernels[0], CACHE / "initramfs")
 
 
 def main() -> int:
-    """Build the image; 1 where a package is missing."""
+    """Build the image; return 1 if a package is missing."""
     try:
         kernel, initramfs = image()
     except PackagesMissing as missing:

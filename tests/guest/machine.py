@@ -1,8 +1,8 @@
 """A QEMU machine that runs the guest image, and a shell in it.
 
-The guest's second serial line is QEMU's standard input and output, and a shell reads it. A command
-is followed by a line that prints a mark with a number and the exit status: what came before the
-mark is the command's output. The first serial line, the kernel's console, goes to a file.
+The guest's second serial line is QEMU's standard input and output, and a shell reads it. Each
+command is followed by a line that prints a mark with a number and the exit status; the output
+before the mark is that of the command. The first serial line, the kernel's console, goes to a file.
 """
 
 import asyncio
@@ -14,17 +14,17 @@ from typing import NamedTuple
 
 from tests.guest.image import image
 
-# A whole guest with two file systems needs far less; fio and its libraries live in the initramfs,
-# so in memory, too.
+# A guest with two file systems needs far less, but fio and its libraries are in the initramfs and
+# so also in memory.
 MEMORY = "1G"
-# Without self-tests of its ciphers and without words about each device, which init turns on again,
-# it boots in two thirds of the time.
+# The guest boots in two thirds of the time without self-tests of its ciphers and without messages
+# about each device; init turns the messages on again.
 BOOT_OPTIONS = "console=ttyS0 panic=-1 quiet cryptomgr.notests mitigations=off"
-# No command of a test takes longer on an emulated processor beside other work; a hang fails the
-# test by this.
+# No test command takes longer, even on an emulated processor with other load; this limit turns a
+# hang into a failure.
 COMMAND_SECONDS_MAX = 180
-# What a kernel says when a disk or a session did what it must not. Warnings about itself are none:
-# this one's own iSCSI transport warns about its work queues at some logouts.
+# Kernel messages about a failing disk or session. Warnings about the kernel itself do not count:
+# this kernel's iSCSI transport warns about its work queues at some logouts.
 COMPLAINTS = re.compile(
     r".*(?:I/O error|EXT4-fs error|JBD2: .*err|XFS .*(?:[Cc]orrupt|[Ee]rror|shut)|Oops|blocked for"
     r" more than|"
@@ -38,10 +38,11 @@ class Reply(NamedTuple):
 
 
 def accelerators() -> list[str]:
-    """KVM where the processor virtualises in hardware and we may use it, else QEMU's own emulation.
+    """Return KVM if the processor supports virtualisation and we may use it, else QEMU's own
+    emulation.
 
-    /dev/kvm alone says too little: there are kernels that serve it without such a processor, and do
-    not get Debian's to boot.
+    The existence of /dev/kvm is not enough: some kernels provide it without such a processor, and
+    then Debian's kernel does not boot.
     """
     flags = set(re.findall(r"\b(?:vmx|svm)\b", Path("/proc/cpuinfo").read_text()))
     kvm = ["-accel", "kvm"] if flags and os.access("/dev/kvm", os.R_OK | os.W_OK) else []
@@ -49,10 +50,10 @@ def accelerators() -> list[str]:
 
 
 class Machine:
-    """A running guest. Use as an asynchronous context; leaving it in order powers the guest off,
-    and checks what its kernel said.
+    """A running guest. Use as an asynchronous context; leaving it normally powers the guest off and
+    checks its kernel's messages.
 
-    expected: complaints of the kernel that this test provokes.
+    expected: kernel complaints that this test provokes.
     """
 
     def __init__(self, directory: Path, expected: str = "(?!)") -> None:
@@ -70,7 +71,7 @@ class Machine:
             stderr=asyncio.subprocess.PIPE,
         )
         try:
-            # The guest's init gives the first mark itself, when the shell is about to read.
+            # The guest's init prints the first mark itself, right before the shell starts reading.
             await asyncio.wait_for(self._reply("@done 0 "), COMMAND_SECONDS_MAX)
         except BaseException:
             await self._kill()
@@ -117,7 +118,7 @@ class Machine:
         await self._process.communicate()
 
     async def _power_off(self) -> None:
-        """Ask for it, wait for the end, and fail on complaints of the guest's kernel."""
+        """Power the guest off, wait for the end, and fail on complaints of its kernel."""
         _, messages = await asyncio.wait_for(
             self._process.communicate(b"exit\n"), COMMAND_SECONDS_MAX
         )
@@ -128,14 +129,14 @@ class Machine:
         assert not complaints, "\n".join(complaints)
 
     def console(self) -> str:
-        """What the guest's kernel said so far."""
+        """Return the guest's kernel messages so far."""
         return self._console_path.read_text(errors="replace") if self._console_path.exists() else ""
 
     def complaints(self) -> list[str]:
         return COMPLAINTS.findall(self.console())
 
     async def run(self, command: str) -> Reply:
-        """Run one line of shell. It runs in the one shell of the guest, so one command at a time;
+        """Run one line of shell. The guest has a single shell, so only one command runs at a time;
         "&" and "wait" work.
         """
         number = next(self._numbers)
@@ -149,7 +150,7 @@ class Machine:
             raise AssertionError(f"no end of: {command}\n{self._console_tail()}") from None
 
     async def _reply(self, mark: str) -> Reply:
-        """Everything up to the mark, which may stand behind output without a newline."""
+        """Return everything up to the mark, which may follow output without a newline."""
         assert self._process.stdout is not None and self._process.stderr is not None
         output = ""
         while line := (await self._process.stdout.readline()).decode(errors="replace"):
@@ -164,7 +165,7 @@ class Machine:
         return "\n".join(self.console().splitlines()[-40:])
 
     async def succeed(self, command: str) -> str:
-        """Run a line of shell that must exit 0; its output."""
+        """Run a line of shell that must exit with 0; return its output."""
         reply = await self.run(command)
         assert reply.status == 0, (
             f"{command}: exit {reply.status}\n{reply.output}\n{self._console_tail()}"

@@ -11,7 +11,7 @@ HOST_ADDRESS = "10.0.2.2"
 
 
 class OpenIscsi:
-    """iscsiadm's steps. Targets are named by their vdisk."""
+    """The steps of iscsiadm. Targets are named by their vdisk."""
 
     def __init__(self, machine: Machine, daemon: Daemon) -> None:
         self._machine = machine
@@ -21,8 +21,8 @@ class OpenIscsi:
         return f"iscsiadm -m node -T {TARGET_PREFIX}{vdisk} -p {self.portal}"
 
     async def discover(self) -> list[str]:
-        """The vdisks that SendTargets shows. The addresses it shows are the daemon's own, which the
-        guest cannot reach by them: the records of the nodes are written by `login`.
+        """Return the vdisks that SendTargets shows. Its addresses are those of the daemon, which
+        the guest cannot reach: `login` writes the node records.
         """
         listed = await self._machine.succeed(
             f"iscsiadm -m discovery -t sendtargets -o nonpersistent -p {self.portal}"
@@ -30,27 +30,27 @@ class OpenIscsi:
         return [line.rpartition(TARGET_PREFIX)[2] for line in listed.splitlines()]
 
     async def try_login(self, vdisk: str, **settings: str) -> Reply:
-        """Make the node's record, set what is given, and log in."""
+        """Create the node's record, apply the given settings, and log in."""
         await self._machine.succeed(f"{self._node(vdisk)} -o new")
         for name, value in settings.items():
             await self._machine.succeed(f"{self._node(vdisk)} -o update -n '{name}' -v '{value}'")
         return await self._machine.run(f"{self._node(vdisk)} --login 2>&1")
 
     async def login(self, vdisk: str, **settings: str) -> str:
-        """Log in; the device of the target's LUN 0."""
+        """Log in; return the device of the target's LUN 0."""
         reply = await self.try_login(vdisk, **settings)
         assert reply.status == 0, reply.output
         return await self._machine.succeed(f"disk-of {TARGET_PREFIX}{vdisk}")
 
     async def rescan(self) -> None:
-        """Look at all disks again, as after a resize."""
+        """Rescan all disks, as after a resize."""
         await self._machine.succeed("iscsiadm -m session --rescan")
 
     async def logout(self, vdisk: str) -> None:
         await self._machine.succeed(f"{self._node(vdisk)} --logout")
 
     async def negotiated(self) -> str:
-        """What the sessions agreed on, in iscsiadm's words."""
+        """Return the negotiated values of the sessions, as iscsiadm prints them."""
         return await self._machine.succeed("iscsiadm -m session -P 2")
 
 

@@ -1,8 +1,8 @@
 """The guest's packages: downloaded with apt-get and unpacked in a folder of ours, never installed.
 
-The kernel and the initiator are not wanted on the machine that tests: a kernel package changes how
-it boots, open-iscsi starts a service. What is installed anyway (fio, e2fsprogs, libc) is taken from
-the machine itself.
+The kernel and the initiator must not be installed on the test machine: a kernel package changes how
+it boots, and open-iscsi starts a service. Programs that are installed anyway (fio, e2fsprogs, libc)
+are taken from the machine itself.
 """
 
 import fcntl
@@ -16,20 +16,20 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# Beside what else a build leaves, and ignored by git.
+# In the build folder, which git ignores.
 CACHE = ROOT / "build" / "guest"
 KERNEL_METAPACKAGE = "linux-image-cloud-amd64"
 PROGRAM_PACKAGES = ("open-iscsi", "busybox-static", "xfsprogs")
-# A mirror that does not answer fails the test by this, and no slow one does.
+# A limit for mirrors that do not answer; a slow mirror stays below it.
 APT_SECONDS_MAX = 300
 
 
 class PackagesMissing(Exception):
-    """apt-get cannot give a package; the message holds its words and the next step."""
+    """apt-get cannot provide a package; the message has its output and the next step."""
 
 
 def run(*command: str, directory: Path | None = None) -> str:
-    """Run a program that must succeed; its standard output. Raises PackagesMissing."""
+    """Run a program that must succeed; return its standard output. Raises PackagesMissing."""
     try:
         done = subprocess.run(
             command,
@@ -45,7 +45,7 @@ def run(*command: str, directory: Path | None = None) -> str:
         ) from None
     except subprocess.TimeoutExpired:
         raise PackagesMissing(
-            f"{' '.join(command)}: no end within {APT_SECONDS_MAX} s; is the mirror in reach?"
+            f"{' '.join(command)}: not done within {APT_SECONDS_MAX} s; is the mirror reachable?"
         ) from None
     if done.returncode:
         raise PackagesMissing(
@@ -55,7 +55,7 @@ def run(*command: str, directory: Path | None = None) -> str:
 
 
 def kernel_package() -> str:
-    """The package that holds the newest cloud kernel: its metapackage depends on it. Raises
+    """Return the package of the newest cloud kernel, on which its metapackage depends. Raises
     PackagesMissing.
     """
     found = re.search(
@@ -69,8 +69,8 @@ def kernel_package() -> str:
 
 
 def missing_libraries() -> list[str]:
-    """The libraries that installing the programs would bring. A line with an installed version in
-    brackets would be an upgrade.
+    """Return the libraries that installing the programs would add. A line with an installed version
+    in brackets would be an upgrade.
     """
     simulated = run(
         "apt-get", "--simulate", "--no-install-recommends", "install", *PROGRAM_PACKAGES
@@ -79,8 +79,8 @@ def missing_libraries() -> list[str]:
 
 
 def state() -> str:
-    """Changes when packages are installed on the machine, and when new lists of packages arrive.
-    Raises PackagesMissing.
+    """Return a value that changes when packages are installed on the machine, and when new package
+    lists arrive. Raises PackagesMissing.
     """
     try:
         return " ".join(
@@ -95,8 +95,8 @@ def state() -> str:
 
 @functools.cache
 def unpacked() -> Path:
-    """A folder with all packages unpacked, as they would stand in the guest. Kept from run to run.
-    Raises PackagesMissing.
+    """Return a folder with all packages unpacked as they would be in the guest. It is kept across
+    runs. Raises PackagesMissing.
     """
     if platform.machine() != "x86_64":
         raise PackagesMissing(
@@ -104,7 +104,7 @@ def unpacked() -> Path:
         )
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / "lock").open("w") as lock:
-        # Two test runs side by side need the same packages; the second waits for the first one's.
+        # Concurrent test runs need the same packages; the second run waits for those of the first.
         fcntl.flock(lock, fcntl.LOCK_EX)
         stamp = CACHE / "packages.state"
         if not stamp.exists() or stamp.read_text() != state():
@@ -115,7 +115,7 @@ def unpacked() -> Path:
 
 
 def unpack(root: Path) -> None:
-    """Download and unpack everything anew. Raises PackagesMissing."""
+    """Download and unpack everything again. Raises PackagesMissing."""
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir()
     packages = [kernel_package(), *PROGRAM_PACKAGES, *missing_libraries()]

@@ -1,5 +1,5 @@
 """A Linux kernel's iSCSI initiator with file systems on cleaved's disks: data verified by fio,
-trim, growth, and a split below it.
+trim, growth, and a split under a mounted file system.
 """
 
 import asyncio
@@ -18,16 +18,16 @@ from tests.guest.machine import Machine
 from tests.guest.open_iscsi import OpenIscsi, sessions
 
 MIB = 1 << 20
-# mkfs.xfs makes nothing smaller than 300 MiB.
+# mkfs.xfs refuses anything below 300 MiB.
 DISK_MIB = 384
 FILE_MIB = 16
-# fio writes at random, reads all back, and compares. Past the page cache: what is compared came
-# from the daemon.
+# fio writes at random, reads everything back and compares, bypassing the page cache: the compared
+# data comes from the daemon.
 FIO = (
     "fio --name=verify --directory={directory} --size=16m --rw=randwrite --bsrange=4k-128k"
     " --ioengine=libaio --iodepth=16 --direct=1 --verify=crc32c --verify_fatal=1 --end_fsync=1 2>&1"
 )
-# Without a pause that a test could miss: the state behind it is polled.
+# The poll for a state, short enough for a test not to miss it.
 POLLS_MAX = 400
 POLL_SECONDS = 0.1
 
@@ -55,8 +55,8 @@ async def checked(daemon: Daemon) -> None:
 async def guest(
     directory: Path, *options: str, expected: str = "(?!)"
 ) -> AsyncIterator[tuple[Daemon, Machine, OpenIscsi]]:
-    """A daemon, a guest beside it, and in the end no session, no complaint of the guest's kernel
-    (but what a test expects), and a pool without findings.
+    """Start a daemon and a guest. At the end there must be no session, no complaint of the guest's
+    kernel (except expected ones), and no finding in the pool check.
     """
     async with Daemon(directory, pool_size="4GiB", options=options) as daemon:
         async with Machine(directory, expected) as machine:
@@ -68,7 +68,7 @@ async def guest(
 async def grow(
     daemon: Daemon, machine: Machine, initiator: OpenIscsi, disk: Mounted, device: str
 ) -> None:
-    """Resize the vdisk below a mounted file system, and let both grow into it."""
+    """Resize the vdisk under a mounted file system, and let both grow into it."""
     size_bytes = 2 * DISK_MIB * MIB
     await daemon.ctl("vdisk", "resize", "disk", str(size_bytes))
     await initiator.rescan()
@@ -105,8 +105,8 @@ async def test_file_system_fio_trim_and_growth(tmp_path: Path, kind: str) -> Non
 
 
 async def golden_and_clone(daemon: Daemon, machine: Machine, golden: Mounted) -> None:
-    """A file with a known sum, a snapshot and a clone taken from outside of the frozen file system,
-    and then another file there.
+    """Write a file with a known checksum, take a snapshot of the frozen file system and a clone of
+    it from outside, and then overwrite the file.
     """
     await machine.succeed(f"{golden.make} 2>&1 && {golden.mount}")
     await machine.succeed(
@@ -127,14 +127,14 @@ async def has_written(daemon: Daemon, vdisk: str, writes: int) -> bool:
 
 
 async def start_fio(daemon: Daemon, machine: Machine, vdisk: str) -> None:
-    """Rounds of fio on /web beside what follows; back when it writes."""
+    """Start rounds of fio on /web in the background; return once it writes."""
     before = (await daemon.ctl("stats", vdisk))["writes"]
     await machine.succeed("fio-rounds /web >/tmp/rounds 2>&1 &")
     await until(lambda: has_written(daemon, vdisk, before + 100), "fio writes")
 
 
 async def stop_fio(machine: Machine) -> None:
-    """Let the round of fio that runs come to its end; every one must have verified what it read."""
+    """Let the current round of fio finish; every round must have verified what it read."""
     await machine.succeed("touch /tmp/stop; wait $! || { cat /tmp/rounds; false; }")
 
 
@@ -154,8 +154,8 @@ async def test_split_of_a_mounted_clone_while_fio_verifies(
         assert (await initiator.negotiated()).count(f"DataDigest: {digest}") == 2
         await machine.succeed(f"{clone.mount} && {SAME_DATA}")
 
-        # Slow enough that several rounds of fio fall into the split; sharing moves no data, and has
-        # no pace.
+        # Slow enough that several rounds of fio run during the split; sharing moves no data, and
+        # has no rate.
         await start_fio(daemon, machine, "web")
         pace = ["--max-rate", "3MiB/s"] if mode == "copy" else []
         before = await daemon.ctl("stats", "web")
@@ -178,9 +178,9 @@ async def test_split_of_a_mounted_clone_while_fio_verifies(
 
 
 async def test_initiator_comes_back_after_kill_9_while_fio_verifies(tmp_path: Path) -> None:
-    """The daemon dies with commands in flight, which the kernel sends again to the next one. With
-    the disk's write cache switched off, all that was acknowledged is there. (With it on, only what
-    was flushed would have to be, which is less than fio asks for.)
+    """The daemon dies with commands in flight, which the kernel resends to the next daemon. With
+    the disk's write cache switched off, everything acknowledged is durable. (With the cache on,
+    only flushed data would have to be, which is less than fio requires.)
     """
     async with guest(tmp_path, expected="detected conn error") as (daemon, machine, initiator):
         await daemon.ctl("vdisk", "create", "disk", "--size", f"{DISK_MIB}MiB")
@@ -196,7 +196,7 @@ async def test_initiator_comes_back_after_kill_9_while_fio_verifies(tmp_path: Pa
             await daemon.start(portal)
             await until(lambda: has_written(daemon, "disk", 100), "fio writes again")
         await stop_fio(machine)
-        await initiator.rescan()  # the kernel asks again how the disk's cache is set
+        await initiator.rescan()  # the kernel reads the disk's cache mode again
         assert await machine.succeed(f"cat {cache_type}") == "write through"
         await machine.succeed(f"{disk.unmount} && {disk.check} 2>&1")
         await initiator.logout("disk")
@@ -213,7 +213,7 @@ mutual_secret = "what the target says"
 
 async def test_mutual_chap(tmp_path: Path) -> None:
     (tmp_path / "chap.toml").touch(mode=0o600)
-    (tmp_path / "chap.toml").touch(0o600)  # one with secrets that others may read is refused
+    (tmp_path / "chap.toml").touch(0o600)  # the daemon refuses secrets that others may read
     (tmp_path / "chap.toml").write_text(CHAP)
     one_way = {"node.session.auth.authmethod": "CHAP", "node.session.auth.username": "guest"}
     right = {"node.session.auth.password": "a secret of its own"}

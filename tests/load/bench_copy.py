@@ -1,5 +1,5 @@
-"""EXTENDED COPY through iSCSI between two vdisks of one pool: how long whole blocks take that are
-copied by reference, and what space.
+"""EXTENDED COPY through iSCSI between two vdisks of one pool: the time and space taken by whole
+blocks, which are copied by reference.
 
 python -m tests.load.bench_copy [--disk-mib 1024] [--rounds 3]
 """
@@ -37,7 +37,7 @@ async def measure(options: argparse.Namespace) -> list[list[str]]:
                 await client.copy(size)
                 took.append((time.perf_counter() - begun) * 1e3)
             rows.append([f"EXTENDED COPY of {options.disk_mib} MiB, first", f"{took[0]:.0f} ms"])
-            rows.append(["again over it, median", f"{median(took[1:] or took):.0f} ms"])
+            rows.append(["again over the first, median", f"{median(took[1:] or took):.0f} ms"])
             rows.append(
                 [
                     "space that the copy takes",

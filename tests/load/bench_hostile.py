@@ -1,12 +1,12 @@
-"""What hostile peers cost: the daemon's memory, and the latency of an honest session beside them.
+"""The cost of hostile peers: the daemon's memory, and the latency of an honest session meanwhile.
 
     python -m tests.load.bench_hostile [--seconds 4] [--rounds 3] [--workers 64]
         [--addresses 32] [--only REGEX]
 
 Daemon, flooder (tests/load/flooder.py) and the honest reader (this process) are three processes.
-The reader reads 4 KiB at random, one after the other with a short rest, before and during each kind
-of flood. Memory is the daemon's resident set: before the first flood, the highest during one, and
-after it.
+The reader reads random 4 KiB blocks one at a time with a short rest in between, before and during
+each kind of flood. Memory is the daemon's resident set: before the first flood, the maximum during
+a flood, and after it.
 """
 
 import argparse
@@ -31,16 +31,16 @@ from tests.load.measuring import machine, median, percentile, table
 VDISK, VDISK_BYTES = "victim", 64 << 20
 BLOCK_BYTES = 4096
 SECRET = "a-secret-of-16-b"
-# An honest client is not busy all the time; and one that never rests would measure mostly itself.
+# An honest client is not always busy, and one that never rests would mostly measure itself.
 REST_SECONDS = 0.0005
-# The flooder has to start, and the first burst is over then: what is measured is what goes on.
+# Lets the flooder start and its first burst pass, so that the steady state is measured.
 SETTLE_SECONDS = 2.0
 AFTER_SECONDS = 3.0
 
 
 @dataclass
 class Figures:
-    """Of one kind of flood, over all rounds. Latencies in milliseconds, memory in MiB."""
+    """Figures for one kind of flood, over all rounds. Latencies in milliseconds, memory in MiB."""
 
     before: list[tuple[float, float]] = field(default_factory=list)
     during: list[tuple[float, float]] = field(default_factory=list)
@@ -51,7 +51,7 @@ class Figures:
     memory_after: float = 0.0
 
     def row(self, kind: str) -> list[str]:
-        """One line of the table."""
+        """Return one line of the table."""
         quiet50, quiet99 = (median(pair[index] for pair in self.before) for index in (0, 1))
         loud50, loud99 = (median(pair[index] for pair in self.during) for index in (0, 1))
         return [
@@ -124,7 +124,7 @@ async def one_round(
 
 
 async def prepared(directory: Path) -> Daemon:
-    """A daemon with one full vdisk, and one initiator that has to prove itself."""
+    """Start a daemon with one full vdisk and one initiator that must authenticate."""
     daemon = Daemon(directory, pool_size="1GiB")
     await daemon.start()
     await daemon.ctl("vdisk", "create", VDISK, "--size", str(VDISK_BYTES))
@@ -142,7 +142,7 @@ async def prepared(directory: Path) -> Daemon:
 
 
 async def run(options: argparse.Namespace) -> None:
-    """All kinds, in turn, as many rounds as asked."""
+    """Run every kind of flood, for as many rounds as requested."""
     kinds = [kind for kind in KINDS if re.search(options.only, kind)]
     figures = {kind: Figures() for kind in kinds}
     with tempfile.TemporaryDirectory(prefix="cleaved-hostile-") as directory:

@@ -3,9 +3,9 @@ runs one workload.
 
     python -m tests.load.bench_profile [--only PATTERN] [--rows 12]
 
-Needs py-spy (pip install py-spy) and root, or the right to trace processes. A function's own time
-includes the system calls it makes: ``try_readv`` is preadv, ``try_writev`` is pwritev, ``_send`` is
-sendmsg; what uvloop does itself (epoll, recv) counts as "event loop".
+Needs py-spy (pip install py-spy) and root, or permission to trace processes. A function's own time
+includes its system calls: ``try_readv`` is preadv, ``try_writev`` is pwritev, ``_send`` is sendmsg.
+The work of uvloop itself (epoll, recv) counts as "event loop".
 """
 
 import argparse
@@ -23,7 +23,7 @@ from tests.load.measuring import cpu_seconds, machine, table, warm_memory
 from tests.load.servers import CleavedServer
 
 SAMPLES_PER_SECOND = 200
-# After the client has logged in, and for less than it runs.
+# Sampling starts after the client has logged in and ends before it finishes.
 SETTLE_SECONDS = 0.5
 PY_SPY = shutil.which("py-spy") or shutil.which("py-spy", path=str(Path(sys.executable).parent))
 FRAME = re.compile(r"(?P<function>.+) \((?P<file>[^:]+)(:\d+)?\)$")
@@ -35,7 +35,7 @@ SYSTEM_CALLS = {
 
 
 def where(frame: str) -> str:
-    """A frame's function and file, without the line; system calls by their name."""
+    """Return a frame's function and file, without the line; system calls by their name."""
     found = FRAME.match(frame)
     if found is None:
         return frame
@@ -44,8 +44,8 @@ def where(frame: str) -> str:
 
 
 def own_times(samples: str) -> collections.Counter[str]:
-    """Samples by innermost frame, of the event loop thread only (the I/O threads' stacks begin in
-    threading.py).
+    """Count samples by innermost frame, of the event loop thread only (the I/O threads' stacks
+    begin in threading.py).
     """
     own: collections.Counter[str] = collections.Counter()
     for line in samples.splitlines():
@@ -58,8 +58,8 @@ def own_times(samples: str) -> collections.Counter[str]:
 async def profile(
     server: CleavedServer, workload: Workload, seconds: float, directory: Path
 ) -> tuple[float, float, collections.Counter[str]]:
-    """Operations a second and processor time an I/O without the profiler, then the profile of a
-    second run.
+    """Return operations per second and processor time per I/O without the profiler, then the
+    profile of a second run.
     """
     cpu = cpu_seconds(server.pid)
     operations, passed = await workload.run(server.url, seconds)
@@ -98,7 +98,7 @@ async def profile_all(
                     (name, f"{100 * count / whole:.1f} %", f"{each * count / whole:.2f}")
                     for name, count in own.most_common(rows)
                 ]
-                print(table(("own time in", "share", "us an I/O"), shares) + "\n")
+                print(table(("own time in", "share", "us per I/O"), shares) + "\n")
 
 
 def main() -> None:
@@ -110,9 +110,7 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, default=None)
     options = parser.parse_args()
     if PY_SPY is None:
-        print(
-            "left out: this bench wants py-spy (pip install py-spy)"
-        )  # no reason to end `make bench`
+        print("skipped: this bench needs py-spy (pip install py-spy)")  # `make bench` continues
         return
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
         asyncio.run(

@@ -1,4 +1,4 @@
-"""What one READ(10) or WRITE(10) of 4 KiB costs in the protocol layer: bursts of 32 PDUs against a
+"""The cost of one READ(10) or WRITE(10) of 4 KiB in the protocol layer: bursts of 32 PDUs against a
 volume that does nothing.
 
 python -m tests.load.bench_protocol [--commands 200000]
@@ -26,8 +26,8 @@ _WRITE_FLAGS = 0xA1
 
 
 class NoVolume(MemoryVolume):
-    """Reads give one constant block; writes complete at settle. What remains is the protocol's own
-    time.
+    """Reads return one constant block; writes complete at settle. So only the time of the protocol
+    layer is measured.
     """
 
     block = bytes(BLOCK_BYTES)
@@ -48,7 +48,7 @@ class NoVolume(MemoryVolume):
 
 
 def burst(first_cmd_sn: int, opcode: int, flags: int, data: bytes) -> bytes:
-    """DEPTH commands, with immediate data if any."""
+    """Build DEPTH commands, with immediate data if any."""
     pdus = bytearray()
     for index in range(DEPTH):
         head = HEADER.pack(
@@ -74,7 +74,7 @@ def burst(first_cmd_sn: int, opcode: int, flags: int, data: bytes) -> bytes:
 def measure(
     target: TargetConnection, make: Callable[[int], bytes], first_cmd_sn: int, commands: int
 ) -> float:
-    """Seconds for ``commands`` commands, without the making and copying of the PDUs."""
+    """Return the seconds for ``commands`` commands, without building and copying the PDUs."""
     spent = 0.0
     for _ in range(commands // DEPTH):
         data = make(first_cmd_sn)
@@ -87,7 +87,7 @@ def measure(
 
 
 def main() -> None:
-    """Measure reads and writes, print microseconds a command."""
+    """Measure reads and writes, and print microseconds per command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--commands", type=int, default=200_000)
     commands = parser.parse_args().commands
@@ -106,7 +106,7 @@ def main() -> None:
             target, partial(burst, opcode=opcode, flags=flags, data=data), cmd_sn, commands
         )
         cmd_sn += commands // DEPTH * DEPTH
-        print(f"{name}: {seconds / (commands // DEPTH * DEPTH) * 1e6:.2f} us a command")
+        print(f"{name}: {seconds / (commands // DEPTH * DEPTH) * 1e6:.2f} us per command")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Splits: how fast on an idle daemon, beside QEMU's block-stream; what clients feel of one; and
-that ``kill -9`` costs nothing.
+"""Splits: speed on an idle daemon, next to QEMU's block-stream; the effect on client latency; and
+the cost of ``kill -9``.
 
     python -m tests.load.bench_split [--disk-mib 2048] [--rounds 3] [--parts idle,load,crash]
 
-Wants qemu-utils and qemu-system-common (qemu-storage-daemon) for the comparison.
+The comparison needs qemu-utils and qemu-system-common (qemu-storage-daemon).
 """
 
 import argparse
@@ -25,9 +25,9 @@ from tests.load.measuring import machine, median, table, warm_memory
 POLL_SECONDS = 0.02
 # Long enough for several consistency points.
 PHASE_SECONDS = 10.0
-# Killed when so much of the split is done.
+# The daemon is killed at this progress.
 KILL_PERCENT = 40.0
-# How long the split would take in all: several consistency points, so that one lies well before the
+# The planned duration of the split: several consistency points, so that one is well before the
 # kill.
 KILLED_SPLIT_SECONDS = 30
 
@@ -46,8 +46,8 @@ def wait_for_split(control: ControlClient, name: str, percent: float = 100.0) ->
 
 
 def timed_split(control: ControlClient, name: str, mode: str) -> float:
-    """Seconds from the command to the released association; durable, since the release is a
-    consistency point.
+    """Return the seconds from the command to the released association. The split is durable then,
+    since the release is a consistency point.
     """
     started = time.perf_counter()
     control.call("split.start", name=name, mode=mode)
@@ -56,7 +56,7 @@ def timed_split(control: ControlClient, name: str, mode: str) -> float:
 
 
 async def filled_daemon(directory: Path, disk_mib: int) -> Daemon:
-    """A daemon with a vdisk ``golden`` full of stamped blocks, and its snapshot ``v1``."""
+    """Start a daemon with a vdisk ``golden`` full of stamped blocks, and its snapshot ``v1``."""
     daemon = Daemon(directory, pool_size=f"{disk_mib * 8}MiB")
     await daemon.start()
     await daemon.ctl("vdisk", "create", "golden", "--size", f"{disk_mib}MiB")
@@ -86,7 +86,7 @@ async def load_program(daemon: Daemon, vdisk: str, disk_mib: int, *options: str)
 
 
 async def idle(directory: Path, disk_mib: int, rounds: int) -> None:
-    """Copy, share, and block-stream in turn."""
+    """Measure copy, share and block-stream in turn."""
     base = directory / "base.raw"
     daemon = await filled_daemon(directory, disk_mib)
     has_qemu = shutil.which(qemu_stream.PROGRAM) is not None
@@ -130,8 +130,8 @@ async def idle(directory: Path, disk_mib: int, rounds: int) -> None:
 
 
 async def settle(control: ControlClient) -> None:
-    """Wait until deleted clones are reclaimed: their blocks are freed in the background, and would
-    disturb what is measured next.
+    """Wait until deleted clones are reclaimed: freeing their blocks in the background would disturb
+    the next measurement.
     """
     before = -1
     while (used := control.call("pool.show")["used_bytes"]) != before:
@@ -143,8 +143,8 @@ async def settle(control: ControlClient) -> None:
 
 
 async def loaded(directory: Path, disk_mib: int) -> None:
-    """Latencies of 2,000 reads and 2,000 writes a second, without a split, during one, and after
-    it; every byte compared.
+    """Measure latencies of 2,000 reads and 2,000 writes per second before, during and after a
+    split; compare every byte.
     """
     daemon = await filled_daemon(directory, disk_mib)
     try:
@@ -180,8 +180,8 @@ async def loaded(directory: Path, disk_mib: int) -> None:
 
 def report_load(found: dict[str, Any], disk_mib: int, seconds: float) -> None:
     print(
-        f"### Split of {disk_mib} MiB with 2,000 random reads and 2,000 random writes of 4 KiB a"
-        f" second: {seconds:.1f} s ({disk_mib / seconds:.0f} MiB/s)\n"
+        f"### Split of {disk_mib} MiB with 2,000 random reads and 2,000 random writes of 4 KiB"
+        f" per second: {seconds:.1f} s ({disk_mib / seconds:.0f} MiB/s)\n"
     )
     rows = [
         (
@@ -208,7 +208,7 @@ def report_load(found: dict[str, Any], disk_mib: int, seconds: float) -> None:
 
 
 async def crash(directory: Path, disk_mib: int) -> None:
-    """Kill the daemon in the middle of a split; it goes on where it was."""
+    """Kill the daemon in the middle of a split, which must resume."""
     daemon = await filled_daemon(directory, disk_mib)
     try:
         with ControlClient(str(daemon.control_path)) as control:
@@ -225,7 +225,8 @@ async def crash(directory: Path, disk_mib: int) -> None:
         await daemon.start()
         with ControlClient(str(daemon.control_path)) as control:
             restart_seconds = time.perf_counter() - started
-            after = wait_for_split(control, "clone", 1.0)  # once it has counted again what is left
+            # The holes are counted again first.
+            after = wait_for_split(control, "clone", 1.0)
             wait_for_split(control, "clone")
             total = control.call("split.show", name="clone")
             check = control.call("pool.check", verify_data=True)

@@ -1,12 +1,12 @@
-"""How long one turn of the event loop takes while background work runs (design section 6, invariant
-8: never above 5 ms).
+"""Duration of event loop turns while background work runs (design section 6, invariant 8: never
+above 5 ms).
 
     python -m tests.load.bench_stalls [--disk-mib 2048] [--vdisks 20000] [--late-ms 5]
 
-A callback that asks for itself again measures each turn, by the clock and by the processor time of
-the event loop's thread. A turn that is late by the clock alone was waited for (another process had
-the processor, or a system call blocked); one that is late by both is our own computing. A second
-thread looks at the event loop's stack whenever the beat is late, and says where it was.
+A callback that reschedules itself measures each turn by wall clock and by the processor time of the
+event loop thread. A turn that is late only by wall clock was waiting (another process had the
+processor, or a system call blocked). A turn that is late by both is our own computing. A second
+thread samples the event loop's stack whenever the callback is late, and reports where it was.
 """
 
 import argparse
@@ -34,12 +34,12 @@ from tests.load.measuring import machine, table, warm_memory
 WATCH_SECONDS = 0.0005
 BLOCK_BYTES = 4096
 CHUNK_BYTES = 1 << 18
-# Frames of a stack that are shown, innermost last.
+# Number of stack frames shown, innermost last.
 FRAMES = 3
 
 
 class Turns:
-    """What was seen of the turns of one step; seconds."""
+    """Measurements of the turns of one step, in seconds."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -78,8 +78,8 @@ class Probe:
         self._watcher.join()
 
     def _beat(self) -> None:
-        """Once a turn. Nothing is allocated that lasts, so that the probe has no garbage
-        collections of its own.
+        """Run once per turn. It allocates nothing that lasts, so that the probe causes no garbage
+        collections.
         """
         now, processor, turns = time.perf_counter(), time.thread_time(), self._turns
         passed, computed = now - self._beat_at, processor - self._beat_processor
@@ -102,7 +102,7 @@ class Probe:
                 self._turns.where[_stack(self._thread_id)] += 1
 
     async def measure(self, step: Awaitable[object]) -> Turns:
-        """The turns while ``step`` ran; what went before does not count."""
+        """Return the turns during ``step``; earlier turns do not count."""
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         self._turns = Turns()
@@ -127,14 +127,14 @@ class Scenario:
         self._data = self._random.randbytes(CHUNK_BYTES)
 
     def _random_offsets(self, count: int) -> Iterator[int]:
-        """One by one: a list of them would be a turn of its own that is late."""
+        """Yield the offsets one by one: building a list of them would itself be a late turn."""
         return (
             self._random.randrange(self._disk_bytes // BLOCK_BYTES) * BLOCK_BYTES
             for _ in range(count)
         )
 
     async def _write(self, name: str, offsets: Iterable[int], length: int, at_once: int) -> None:
-        """Write pieces, ``at_once`` to a wake-up, as a listener does."""
+        """Write pieces, ``at_once`` per wake-up, as a listener does."""
         volume = self._pool.volume(name)
         rest = iter(offsets)
         while batch := list(islice(rest, at_once)):

@@ -3,7 +3,7 @@
 
     python -m tests.load.bench_store [--scattered 8192] [--allocated-gib 100] [--parts create,open]
 
-For the open time, 100 GiB are written through the store's own write path (volume, allocation,
+For the open time, the bench writes 100 GiB through the store's own write path (volume, allocation,
 pointer blocks, consistency points) onto a device that drops the payload of data blocks and keeps
 everything else: the metadata on disk is that of a pool with 100 GiB of data.
 """
@@ -41,7 +41,7 @@ IN_FLIGHT = 64
 
 
 class Timer:
-    """Latencies in milliseconds, by what was done."""
+    """Latencies in milliseconds, by operation."""
 
     def __init__(self) -> None:
         self.milliseconds: dict[str, list[float]] = {}
@@ -67,8 +67,8 @@ def snapshots_and_clones(timer: Timer, control: ControlClient, vdisk: str, what:
 
 
 async def write_scattered(daemon: Daemon, vdisk: str, count: int, seed: int) -> None:
-    """Random blocks all over the disk: nearly every one has a level-1 and a level-2 block of its
-    own.
+    """Write random blocks across the disk: nearly every one has a level-1 and a level-2 block of
+    its own.
     """
     host, _, port = daemon.portal.rpartition(":")
     generator = random.Random(seed)
@@ -107,7 +107,7 @@ async def create(directory: Path, scattered: int) -> None:
                     "snapshot.create",
                     snapshots=[f"busy@s{number}"],
                 )
-    print("### Create, by way of the control socket\n")
+    print("### Creation through the control socket\n")
     rows = [
         (what, len(all_), f"{median(all_):.1f}", f"{percentile(all_, 95):.1f}", f"{max(all_):.1f}")
         for what, all_ in timer.milliseconds.items()
@@ -119,7 +119,7 @@ async def create(directory: Path, scattered: int) -> None:
 
 
 class PayloadDropped(FileDevice):
-    """A file device that leaves out writes which begin with MARK."""
+    """A file device that drops writes which begin with MARK."""
 
     __slots__ = ()
 
@@ -139,7 +139,7 @@ def _is_payload(buffers: Sequence[Buffer]) -> bool:
 
 
 async def allocate(path: Path, allocated_bytes: int) -> None:
-    """A pool with that much written to one vdisk."""
+    """Create a pool and write ``allocated_bytes`` to one vdisk."""
     await asyncio.to_thread(Pool.create, str(path), allocated_bytes + (allocated_bytes >> 4) + GIB)
     device = PayloadDropped(str(path), os.open(path, os.O_RDWR))
     pool = await Pool.open_on(device)
@@ -160,13 +160,13 @@ async def allocate(path: Path, allocated_bytes: int) -> None:
         volume.settle()
         await ended.wait()
         if not offset & (16 << 20) - 1:
-            await asyncio.sleep(0)  # consistency points run beside it
+            await asyncio.sleep(0)  # lets consistency points run
     assert not failures, failures[0]
     await pool.close()
 
 
 def forget_cached(path: Path) -> None:
-    """Have the kernel drop the file's pages, so that the next open reads from the disk."""
+    """Make the kernel drop the file's pages, so that the next open reads from the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fdatasync(descriptor)

@@ -1,11 +1,11 @@
-"""cleaved against tgt: the same bytes in files of the same disk, real clients, alternating in one
-run.
+"""cleaved against tgt: the same bytes in files on the same disk, real clients, alternating within
+one run.
 
     python -m tests.load.bench_targets [--rounds 5] [--disk-mib 1024] [--seconds 3]
 
-Needs root (tgtd does), and libiscsi-bin, qemu-utils, qemu-block-extra, tgt. Figures of different
-rounds of a shared machine cannot be compared; the two servers within one round can, so the ratio is
-taken by round, and the median of those is the result.
+Needs root (for tgtd), and libiscsi-bin, qemu-utils, qemu-block-extra, tgt. Figures of different
+rounds on a shared machine are not comparable, but the two servers within one round are. So the
+ratio is taken per round, and the result is the median of the ratios.
 """
 
 import argparse
@@ -26,9 +26,10 @@ from tests.load.servers import CleavedServer, TgtServer
 PROGRAMS = {"iscsi-perf": "libiscsi-bin", "qemu-img": "qemu-utils qemu-block-extra", "tgtd": "tgt"}
 Server = CleavedServer | TgtServer
 Run = Coroutine[Any, Any, tuple[float, float]]
-# What qemu-img bench writes: not zeros, which cleaved would store as zero pointers, without data.
+# The pattern that qemu-img bench writes. Not zeros, which cleaved would store as zero pointers,
+# without data.
 PATTERN = "165"
-# A step that is no divisor of the disk and leaps over four level-1 pointer blocks: neighbouring
+# A step that does not divide the disk size and skips four level-1 pointer blocks, so neighbouring
 # writes share nothing.
 SCATTER_BYTES = (4 << 20) + 4096
 WARM_FACTOR = 6
@@ -36,7 +37,7 @@ WARM_FACTOR = 6
 
 class Measured(NamedTuple):
     operations_per_second: float
-    processor_microseconds: float  # of the server, an operation
+    processor_microseconds: float  # of the server, per operation
 
 
 class Workload(NamedTuple):
@@ -47,7 +48,7 @@ class Workload(NamedTuple):
 
 
 async def iscsi_perf(url: str, seconds: float, depth: int, sectors: int) -> tuple[float, float]:
-    """Random reads by libiscsi's own tool."""
+    """Run random reads with libiscsi's own tool."""
     whole = max(1, round(seconds))
     output = await succeed(
         "iscsi-perf", "-r", "-m", str(depth), "-b", str(sectors), "-t", str(whole), url
@@ -57,7 +58,7 @@ async def iscsi_perf(url: str, seconds: float, depth: int, sectors: int) -> tupl
 
 
 async def qemu_bench(url: str, count: int, *options: str) -> tuple[float, float]:
-    """``count`` requests by qemu-img bench."""
+    """Run ``count`` requests with qemu-img bench."""
     output = await succeed(
         "qemu-img", "bench", "-f", "raw", "-t", "none", "-c", str(count), *options, url
     )
@@ -67,15 +68,16 @@ async def qemu_bench(url: str, count: int, *options: str) -> tuple[float, float]
 
 
 def by_time(rate_guess: int, *options: str) -> Callable[[str, float], Run]:
-    """qemu-img bench takes a number of requests, not a time: as many as ``rate_guess`` a second
-    would take.
+    """Run qemu-img bench for about a given time. It takes a number of requests, so this is computed
+    from ``rate_guess`` per second.
     """
     return lambda url, seconds: qemu_bench(url, round(rate_guess * seconds), *options)
 
 
 WRITE = ("-w", f"--pattern={PATTERN}")
 WORKLOADS = (
-    # In this order: each round's sequential reads find what was just written in sequence.
+    # In this order: sequential reads follow sequential writes, so they read what was written in
+    # sequence.
     Workload(
         "sequential writes, 256 KiB, depth 8",
         "MiB/s",
@@ -122,7 +124,7 @@ WORKLOADS = (
         by_time(40000, *WRITE, "-s", "4096", "-d", "32", "-S", str(SCATTER_BYTES)),
     ),
     Workload(
-        "sequential reads of what was written scattered",
+        "sequential reads of a disk written in scattered order",
         "MiB/s",
         1 << 18,
         by_time(2000, "-s", str(1 << 18), "-d", "8"),
@@ -138,13 +140,13 @@ async def measure(server: Server, workload: Workload, seconds: float) -> Measure
 
 
 async def fill(server: Server, source: Path) -> None:
-    """Put the source's bytes on the server's disk, and compare."""
+    """Copy the source to the server's disk, and compare."""
     await succeed("qemu-img", "convert", "-n", "-f", "raw", "-O", "raw", str(source), server.url)
     await succeed("qemu-img", "compare", "-f", "raw", "-F", "raw", str(source), server.url)
 
 
 def make_source(directory: Path, disk_bytes: int) -> Path:
-    """A file of random bytes, to fill disks from."""
+    """Create a file of random bytes to fill disks from."""
     source = directory / "source.raw"
     with source.open("wb") as file:
         for _ in range(disk_bytes >> 20):
@@ -206,7 +208,7 @@ def report(chosen: list[Workload], results: dict[tuple[str, str], list[Measured]
                 "tgt",
                 "median ratio",
                 "range",
-                "processor time an I/O",
+                "processor time per I/O",
                 "tgt's",
             ),
             rows,
@@ -218,7 +220,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--disk-mib", type=int, default=1024)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement, about")
+    parser.add_argument(
+        "--seconds", type=float, default=3.0, help="approximate time of each measurement"
+    )
     parser.add_argument("--only", default="", help="a pattern that the workload's name must match")
     parser.add_argument(
         "--directory",
@@ -231,9 +235,9 @@ def main() -> None:
         {package for program, package in PROGRAMS.items() if shutil.which(program) is None}
     )
     if missing or os.geteuid() != 0:
-        # No reason to end `make bench`.
+        # `make bench` continues.
         print(
-            "left out: this bench wants root, real clients and tgt (apt-get install"
+            "skipped: this bench needs root, real clients and tgt (apt-get install"
             f" {' '.join(missing)})"
         )
         return

@@ -23,8 +23,8 @@ RECEIVE_BYTES = 1 << 18
 
 
 def create_pipelined(control_path: Path, count: int, in_flight: int) -> float:
-    """Seconds to create ``count`` vdisks over one connection with ``in_flight`` requests
-    unanswered.
+    """Return the seconds to create ``count`` vdisks over one connection with ``in_flight``
+    unanswered requests.
     """
     connection = ClientConnection()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as control:
@@ -69,7 +69,7 @@ async def measure(directory: Path, count: int, in_flight: int) -> None:
         rows.append(
             (
                 f"create, {in_flight} requests in flight",
-                f"{count / seconds:,.0f} a second ({seconds:.1f} s)",
+                f"{count / seconds:,.0f} per second ({seconds:.1f} s)",
             )
         )
         with ControlClient(str(daemon.control_path)) as control:
@@ -123,7 +123,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--vdisks", type=int, default=100_000)
     parser.add_argument(
-        "--in-flight", type=int, default=64, help="requests; the daemon allows 64 a connection"
+        "--in-flight",
+        type=int,
+        default=64,
+        help="unanswered requests; the daemon allows 64 per connection",
     )
     parser.add_argument("--directory", type=Path, default=None)
     options = parser.parse_args()

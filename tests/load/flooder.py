@@ -1,11 +1,11 @@
-"""A hostile peer, as a process of its own: does one thing over and over, as fast as the daemon lets
-it, until SIGTERM, and counts.
+"""A hostile peer in a process of its own: repeats one action as fast as the daemon allows until
+SIGTERM, and counts.
 
     python -m tests.load.flooder KIND HOST:PORT TARGET [--workers 64] [--addresses 1]
 
-``--addresses``: how many source addresses it has (127.0.1.1 and on). Its last line is the number of
-attempts, those that were let in (a session that the daemon opened), and the connections held when
-it ended.
+``--addresses`` is the number of source addresses (127.0.1.1 and following). The last line of output
+has the number of attempts, the number admitted (the daemon opened a session), and the connections
+held at the end.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import uvloop
 from protocol.iscsi import login, pdu, text
 from protocol.iscsi.pdu import pack
 
-# The initiator of whom the daemon wants CHAP, and one of whom it wants nothing.
+# An initiator that must use CHAP, and one that need not.
 CHAP_INITIATOR, OPEN_INITIATOR = "iqn.2026-01.io.example:proving", "iqn.2026-01.io.example:flooder"
 CHAP_USER = "proving"
 REPLY_BYTES_MAX = 1 << 16
@@ -38,7 +38,7 @@ _isids = itertools.count(1)
 
 
 def request(body: bytes, flags: int, isid: int) -> bytes:
-    """One login request."""
+    """Build one login request."""
     head = pack(
         pdu.LOGIN_REQUEST | pdu.IMMEDIATE,
         flags,
@@ -51,13 +51,13 @@ def request(body: bytes, flags: int, isid: int) -> bytes:
 
 
 def names(initiator: str, target: str) -> list[tuple[str, str]]:
-    """What every login begins with."""
+    """Return the keys that every login begins with."""
     return [("InitiatorName", initiator), ("TargetName", target), ("SessionType", "Normal")]
 
 
 @dataclass
 class Peer:
-    """Where to, from where, and what came of it so far."""
+    """The destination, the source addresses, and the results so far."""
 
     host: str
     port: int
@@ -69,7 +69,7 @@ class Peer:
     _sources: "itertools.count[int]" = field(default_factory=itertools.count)
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """A connection from one of the source addresses in turn."""
+        """Connect from the next of the source addresses."""
         number = next(self._sources) % self.addresses
         source = (f"127.0.1.{number + 1}", 0) if self.addresses > 1 else None
         return await asyncio.open_connection(self.host, self.port, local_addr=source)
@@ -77,12 +77,12 @@ class Peer:
     async def exchange(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, message: bytes
     ) -> bytes:
-        """Send, and what comes back; empty where the connection is closed."""
+        """Send, and return the reply; empty if the connection is closed."""
         writer.write(message)
         return await asyncio.wait_for(reader.read(REPLY_BYTES_MAX), REPLY_SECONDS_MAX)
 
     def admitted(self, reply: bytes) -> bool:
-        """Whether a login response opens the full feature phase; counts it."""
+        """Return whether a login response opens the full feature phase, and count it."""
         opened = (
             len(reply) >= 48
             and reply[0] == pdu.LOGIN_RESPONSE
@@ -94,13 +94,13 @@ class Peer:
 
 
 async def resets(peer: Peer) -> None:
-    """Connect, and away."""
+    """Connect, and reset the connection."""
     _, writer = await peer.connect()
     writer.transport.abort()
 
 
 async def logins(peer: Peer) -> None:
-    """A login that is right, and away."""
+    """Log in correctly, and reset the connection."""
     reader, writer = await peer.connect()
     message = request(
         text.encode(names(OPEN_INITIATOR, peer.target)), _TO_FULL_FEATURE, next(_isids)
@@ -110,7 +110,7 @@ async def logins(peer: Peer) -> None:
 
 
 async def wrong_secrets(peer: Peer) -> None:
-    """CHAP with an answer that is guessed."""
+    """Answer CHAP with a guess."""
     reader, writer = await peer.connect()
     isid = next(_isids)
     await peer.exchange(
@@ -133,8 +133,8 @@ async def wrong_secrets(peer: Peer) -> None:
 
 
 async def reflections(peer: Peer) -> None:
-    """The daemon's challenge to one connection comes back as another's challenge to the daemon, and
-    its answer as the first's.
+    """Reflect CHAP: send the daemon's challenge from one connection back to it on another, and use
+    the daemon's answer there as the answer on the first.
     """
     (first, to_first), (second, to_second) = await peer.connect(), await peer.connect()
     challenges = []
@@ -170,7 +170,7 @@ async def reflections(peer: Peer) -> None:
 
 
 async def unknown_keys(peer: Peer) -> None:
-    """A login with 2,048 keys that nobody knows, over as many requests as they need."""
+    """Log in with 2,048 unknown keys, over as many requests as they need."""
     reader, writer = await peer.connect()
     body = text.encode(
         [
@@ -190,7 +190,7 @@ async def unknown_keys(peer: Peer) -> None:
 
 
 async def oversized(peer: Peer) -> None:
-    """A header that announces 16 MiB, before any login, and the first of them."""
+    """Before any login, send a header that announces 16 MiB and the start of that data."""
     reader, writer = await peer.connect()
     header = pack(pdu.LOGIN_REQUEST | pdu.IMMEDIATE, 0x87, 1, length=0xFFFFFF, lun=1 << 16)
     await peer.exchange(reader, writer, header + bytes(65536))
@@ -198,7 +198,7 @@ async def oversized(peer: Peer) -> None:
 
 
 async def strange_opcodes(peer: Peer) -> None:
-    """PDUs that are none of a login's."""
+    """Send PDUs that are not part of a login."""
     reader, writer = await peer.connect()
     await peer.exchange(
         reader, writer, pack(peer.attempts % 64, 0x80, 1, words=(0, 1, 0, 0, 0, 0, 0))
@@ -207,7 +207,7 @@ async def strange_opcodes(peer: Peer) -> None:
 
 
 async def half_open(peer: Peer) -> None:
-    """Half a header, and then nothing until the daemon closes."""
+    """Send half a header, then nothing until the daemon closes."""
     reader, writer = await peer.connect()
     peer.held += 1
     writer.write(bytes(20))
@@ -218,7 +218,7 @@ async def half_open(peer: Peer) -> None:
 
 
 async def slow(peer: Peer) -> None:
-    """A login that is right, one byte at a time."""
+    """Log in correctly, one byte at a time."""
     reader, writer = await peer.connect()
     peer.held += 1
     for byte in request(
@@ -232,15 +232,15 @@ async def slow(peer: Peer) -> None:
 
 
 KINDS: dict[str, Callable[[Peer], Awaitable[None]]] = {
-    "connections that are reset": resets,
-    "logins that are right": logins,
+    "reset connections": resets,
+    "correct logins": logins,
     "CHAP with guessed answers": wrong_secrets,
     "CHAP reflected and replayed": reflections,
     "2,048 unknown keys": unknown_keys,
     "16 MiB announced": oversized,
-    "opcodes that are no login": strange_opcodes,
+    "non-login opcodes": strange_opcodes,
     "half-open connections": half_open,
-    "a byte every 10 ms": slow,
+    "one byte every 10 ms": slow,
 }
 
 
@@ -249,12 +249,12 @@ async def _work(peer: Peer, act: Callable[[Peer], Awaitable[None]]) -> None:
         peer.attempts += 1
         try:
             await act(peer)
-        except (OSError, TimeoutError):  # refused or dropped, as it deserves
+        except (OSError, TimeoutError):  # refused or dropped, as intended
             await asyncio.sleep(0.001)
 
 
 async def flood(peer: Peer, kind: str, workers: int) -> None:
-    """Until SIGTERM."""
+    """Run workers until SIGTERM."""
     stopping = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
     tasks = [asyncio.create_task(_work(peer, KINDS[kind])) for _ in range(workers)]
@@ -270,9 +270,8 @@ async def flood(peer: Peer, kind: str, workers: int) -> None:
         ),
         flush=True,
     )
-    os._exit(
-        0
-    )  # nothing here needs an end in order, and Python 3.11's wait_for may lose a cancellation
+    # No cleanup is needed, and Python 3.11's wait_for may lose a cancellation.
+    os._exit(0)
 
 
 def main() -> None:

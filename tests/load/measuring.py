@@ -1,4 +1,4 @@
-"""What all benches share: statistics, tables, and a word about the machine they ran on."""
+"""Shared by all benches: statistics, tables, and a line about the machine."""
 
 import os
 import platform
@@ -6,13 +6,13 @@ import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-# Written in pieces, so that the page cache gets pages of its own and not a huge buffer's.
+# Written in pieces, so that the page cache gets its own pages, not those of a huge buffer.
 WARM_PIECE_BYTES = 1 << 20
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The value below which ``percent`` of all lie (nearest rank). 0 for no values."""
+    """Return the value below which ``percent`` of all lie (nearest rank). 0 for no values."""
     if not values:
         return 0.0
     ranked = sorted(values)
@@ -24,7 +24,7 @@ def median(values: Iterable[float]) -> float:
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table, aligned for people too."""
+    """Return a Markdown table, aligned so that its source is readable too."""
     cells = [list(heads), *([str(cell) for cell in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(heads))]
     lines = [
@@ -36,7 +36,7 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def machine() -> str:
-    """One line: what the figures were taken on, and how busy it was."""
+    """Return one line: the machine the figures were taken on, and its load."""
     model = next(
         (
             line.split(":", 1)[1].strip()
@@ -64,22 +64,22 @@ def _lines(path: str) -> list[str]:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Processor time that all threads of a process have used."""
+    """Return the processor time that all threads of a process have used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / CLOCK_TICKS
 
 
 def memory_bytes(pid: int) -> int:
-    """Resident memory of a process."""
+    """Return the resident memory of a process."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def warm_memory(directory: Path, size_bytes: int) -> None:
-    """Have the machine touch that much of its memory, by a file that is written and removed.
+    """Touch that much of the machine's memory, by writing and removing a file.
 
-    A virtual machine gets its memory from the host page by page at first touch, which costs 10 us
-    each (measured here), ten times what a write to the page cache costs. Whoever came first would
-    pay for all who come later.
+    The host gives a virtual machine its memory page by page at first touch. A first touch costs 10
+    us (measured here), ten times a write to the page cache. Without this, whatever runs first would
+    pay for everything after it.
     """
     path = directory / "warm"
     piece = os.urandom(WARM_PIECE_BYTES)

@@ -1,5 +1,5 @@
-"""QEMU's block-stream, for comparison: an overlay takes in its whole backing file, in a
-qemu-storage-daemon of our own.
+"""QEMU's block-stream, for comparison: copies a whole backing file into its overlay, in a separate
+qemu-storage-daemon.
 """
 
 import asyncio
@@ -16,8 +16,8 @@ START_SECONDS_MAX = 10.0
 
 
 async def stream(base: Path, overlay: Path) -> tuple[float, float]:
-    """Make a qcow2 overlay over the raw file ``base``, and stream it. Seconds until the job is
-    done, and until it is synced too.
+    """Create a qcow2 overlay over the raw file ``base``, and stream it. Return the seconds until
+    the job is done, and until it is also synced.
     """
     await succeed(
         "qemu-img", "create", "-q", "-f", "qcow2", "-b", str(base), "-F", "raw", str(overlay)

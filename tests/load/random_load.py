@@ -1,12 +1,12 @@
-"""Random reads and writes at a fixed rate through our own initiator, each byte checked, as a
+"""Random reads and writes at a fixed rate through our own initiator, with every byte checked, in a
 process of its own.
 
     python -m tests.load.random_load HOST:PORT TARGET --disk-mib 2048 --reads 2000 --writes 2000
 
-Every block always holds (its number, a version) 256 times over; `fill` writes version 0. Commands
-come by standard input, one a line: ``phase NAME`` begins a new set of latencies, ``stop`` ends the
-load. Then every block of the disk is read and compared, and what was found is printed as JSON.
-Rates are open-loop: what is slow is not asked for less often. A read may see any version from the
+Every block always holds (its number, a version) 256 times; `fill` writes version 0. Commands arrive
+on standard input, one per line: ``phase NAME`` starts a new set of latencies, ``stop`` ends the
+load. Then every block of the disk is read and compared, and the findings are printed as JSON. Rates
+are open-loop: slow responses do not lower the request rate. A read may return any version from the
 last acknowledged to the last submitted one; anything else is a wrong block.
 """
 
@@ -29,15 +29,15 @@ BLOCK_BYTES = 4096
 STAMP = Struct("<QQ")
 STAMPS_PER_BLOCK = BLOCK_BYTES // STAMP.size
 FILL_BYTES = 1 << 18
-# Requests are submitted at this grain; finer sleeps would only keep the processor from the daemon.
+# Requests are submitted at this interval; shorter sleeps would only take the processor from the
+# daemon.
 TICK_SECONDS = 0.001
-# More than this outstanding means that the daemon does not keep up; the load then waits, and says
-# so.
+# With more than this outstanding, the daemon does not keep up. The load then waits, and reports it.
 OUTSTANDING_MAX = 512
 
 
 def stamped(block: int, version: int) -> bytes:
-    """What a block holds in a version."""
+    """Return the content of a block in a version."""
     return STAMP.pack(block + 1, version) * STAMPS_PER_BLOCK  # never zeros
 
 
@@ -49,7 +49,7 @@ class Phase(NamedTuple):
 
 
 class Load:
-    """The load, and the model of what the disk must hold."""
+    """The load, and a model of the content that the disk must have."""
 
     def __init__(self, initiator: Initiator, blocks: int, seed: int) -> None:
         self._initiator = initiator
@@ -69,7 +69,7 @@ class Load:
         self._phase = self.phases.setdefault(name, Phase([], []))
 
     async def fill(self) -> None:
-        """Version 0 on every block, made durable."""
+        """Write version 0 to every block, durably."""
         for first in range(0, self._blocks, FILL_BYTES // BLOCK_BYTES):
             await self._initiator.write(
                 first * BLOCK_BYTES,
@@ -78,7 +78,7 @@ class Load:
         await self._initiator.flush()
 
     async def run(self, reads_per_second: float, writes_per_second: float) -> None:
-        """Until stopped."""
+        """Run the load until it is stopped."""
         started = time.perf_counter()
         reads = writes = 0
         while not self.stopped.is_set():
@@ -140,8 +140,8 @@ class Load:
             )
 
     async def verify(self) -> int:
-        """Read the whole disk; every block must be what was acknowledged last. Returns how many
-        blocks were compared.
+        """Read the whole disk; every block must hold the last acknowledged version. Return the
+        number of blocks compared.
         """
         for first in range(0, self._blocks, FILL_BYTES // BLOCK_BYTES):
             data = memoryview(await self._initiator.read(first * BLOCK_BYTES, FILL_BYTES))
@@ -181,7 +181,7 @@ class Load:
 
 
 async def take_commands(load: Load) -> None:
-    """Obey standard input until ``stop`` or its end."""
+    """Read commands from standard input until ``stop`` or end of file."""
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(
         lambda: asyncio.StreamReaderProtocol(reader), sys.stdin
@@ -208,7 +208,7 @@ async def drive(
 
 
 async def verify(portal: str, target: str, disk_mib: int) -> dict[str, object]:
-    """Compare a disk that nobody wrote since it was filled."""
+    """Compare a disk that was not written since it was filled."""
     host, _, port = portal.rpartition(":")
     async with await Initiator.connect(host, int(port), target) as initiator:
         load = Load(initiator, disk_mib * (1 << 20) // BLOCK_BYTES, 0)

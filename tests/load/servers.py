@@ -1,5 +1,5 @@
-"""The servers that are compared, each a process of its own on the loopback interface, serving one
-disk of the same bytes.
+"""The servers under comparison, each in its own process on the loopback interface, serving one disk
+with the same bytes.
 """
 
 import asyncio
@@ -54,8 +54,8 @@ class TgtServer:
         self._log = directory / "tgt.log"
         self._disk_bytes = disk_bytes
         self._port = free_port()
-        # tgtd's control port is a number within a socket's name: one of our own, so that no other
-        # tgtd is touched.
+        # tgtd's control port is a number within a socket's name. We use our own number, so that no
+        # other tgtd is touched.
         self._control_port = str(os.getpid() % CONTROL_PORT_MAX)
         self._process: asyncio.subprocess.Process
 
@@ -81,7 +81,7 @@ class TgtServer:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._process.send_signal(signal.SIGKILL)  # it has no orderly end while a target is bound
+        self._process.send_signal(signal.SIGKILL)  # no clean shutdown while a target is bound
         await self._process.wait()
 
     async def _wait_ready(self) -> None:
@@ -119,7 +119,7 @@ class TgtServer:
 
 
 def free_port() -> int:
-    """A TCP port on the loopback interface that nobody uses now."""
+    """Return an unused TCP port on the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -16,7 +16,7 @@ from storage.layout import BLOCK_BYTES
 from storage.pool import Pool
 from storage.split.loading import holes_at
 from storage.vdisks.volume import Volume
-from tests.storage.devices import MemoryDevice
+from tests.storage.devices import DelayDevice, MemoryDevice
 
 POOL_BYTES = 32 << 20
 SMALL_POOL_BYTES = 8 << 20
@@ -209,6 +209,16 @@ async def open_on(
         device, cache_bytes, lambda name, **fields: events.append((name, fields))
     )
     return OpenPool(pool, memory, device, events)
+
+
+class Delayed:
+    """Decorates the pool's device with a DelayDevice, and keeps it in ``device``."""
+
+    device: DelayDevice
+
+    def __call__(self, memory: MemoryDevice) -> DelayDevice:
+        self.device = DelayDevice(memory)
+        return self.device
 
 
 @asynccontextmanager

@@ -19,17 +19,16 @@ from storage.state.pool_state import PoolState
 from storage.state.slices import Slicer
 from tests.storage.crash_device import CrashDevice, Loss
 from tests.storage.devices import SYNC, WRITE, DelayDevice, Fault, FaultyDevice, MemoryDevice
-from tests.storage.pools import LEAF_BYTES, checked_offline, data, new_pool, open_on, opened, within
-
-
-class Delayed:
-    """Decorates the pool's device with a DelayDevice, and keeps it at hand."""
-
-    device: DelayDevice
-
-    def __call__(self, memory: MemoryDevice) -> DelayDevice:
-        self.device = DelayDevice(memory)
-        return self.device
+from tests.storage.pools import (
+    LEAF_BYTES,
+    Delayed,
+    checked_offline,
+    data,
+    new_pool,
+    open_on,
+    opened,
+    within,
+)
 
 
 async def test_changes_after_the_freeze_belong_to_the_next_consistency_point() -> None:

@@ -17,17 +17,16 @@ from storage.layout import BLOCK_BYTES, KIND_SNAPSHOT, KIND_VDISK, VDISK_BYTES_M
 from storage.state.pool_state import PoolState
 from storage.vdisks.lifecycle import new_record
 from tests.storage.devices import READ, SYNC, WRITE, DelayDevice, Fault, FaultyDevice, MemoryDevice
-from tests.storage.pools import LEAF_BYTES, backed_clone, data, new_pool, open_on, opened, within
-
-
-class Delayed:
-    """Decorates the pool's device with a DelayDevice, and keeps it at hand."""
-
-    device: DelayDevice
-
-    def __call__(self, memory: MemoryDevice) -> DelayDevice:
-        self.device = DelayDevice(memory)
-        return self.device
+from tests.storage.pools import (
+    LEAF_BYTES,
+    Delayed,
+    backed_clone,
+    data,
+    new_pool,
+    open_on,
+    opened,
+    within,
+)
 
 
 async def test_what_was_made_is_there_after_a_restart() -> None:

@@ -11,6 +11,8 @@ import pytest
 from storage import layout
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "on-disk-format.md").read_text()
+# A sentence may go on in the next line.
+PROSE = re.sub(r"\s+", " ", PAGE)
 STRUCTURES = [
     name
     for name, value in vars(layout).items()
@@ -83,7 +85,7 @@ def spelled_out(match: "re.Match[str]") -> str:
     ],
 )
 def test_numbers_in_the_prose(words: str, number: int) -> None:
-    found = re.search(words, re.sub(r"\s+", " ", PAGE))
+    found = re.search(words, PROSE)
     assert found is not None, words
     assert int(found[1].replace(",", "")) == number
 
@@ -95,7 +97,7 @@ def test_names_of_states_and_kinds() -> None:
         f"{layout.KIND_VDISK} vdisk, {layout.KIND_SNAPSHOT} snapshot, {layout.KIND_DELETED} deleted"
     )
     assert all(
-        words in PAGE
+        words in PROSE
         for words in (
             f"state: {states}",
             f"mode: {modes}",

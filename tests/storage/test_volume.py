@@ -13,8 +13,8 @@ from storage.data.read_path import locate
 from storage.errors import BlockDamaged, OutOfRange, PoolReadOnly, StorageError, VolumeClosed
 from storage.layout import BLOCK_BYTES, SECTOR_BYTES
 from storage.tree.buffer_tree import BufferTree
-from tests.storage.devices import READ, WRITE, DelayDevice, Fault, FaultyDevice, MemoryDevice
-from tests.storage.pools import LEAF_BYTES, OpenPool, data, new_pool, opened, within
+from tests.storage.devices import READ, WRITE, DelayDevice, Fault, FaultyDevice
+from tests.storage.pools import LEAF_BYTES, Delayed, OpenPool, data, new_pool, opened, within
 
 
 class Answers:
@@ -30,16 +30,6 @@ class Answers:
     def once(self) -> dict[str, Exception | None]:
         assert all(len(answers) == 1 for answers in self.given.values()), self.given
         return {name: answers[0] for name, answers in self.given.items()}
-
-
-class Delayed:
-    """Decorates the pool's device with a DelayDevice, and keeps it at hand."""
-
-    device: DelayDevice
-
-    def __call__(self, memory: MemoryDevice) -> DelayDevice:
-        self.device = DelayDevice(memory)
-        return self.device
 
 
 async def drained(running: OpenPool, name: str) -> None:
