@@ -39,6 +39,7 @@ class NbdConnection:
         "_paused",
         "_reading",
         "_receive",
+        "_resting",
         "_started_seconds",
         "_tls_begun",
         "_transmission",
@@ -66,6 +67,7 @@ class NbdConnection:
         self._entered = False  # a wake-up is being handled
         self._woken = False
         self._paused = False
+        self._resting = False  # what has been received waits for a turn
         self._reading = True
         self._closed = False
         self._lost = False
@@ -114,9 +116,11 @@ class NbdConnection:
 
     def _carry_out(self) -> bool:
         """One round; True where another one may get further."""
+        requests_end = limits.REQUESTS_A_TURN
         if self.session is not None:
             self.session.blocked = False
-        while not (self._closed or self._paused):
+            requests_end += self.session.requests
+        while not (self._closed or self._paused or self._resting):
             transmission = self._transmission
             if transmission is None:
                 options = self._handshake.options
@@ -128,12 +132,21 @@ class NbdConnection:
                 break
             if self._outbox.pending_bytes >= limits.OUTPUT_BYTES_HIGH:
                 self._flush_now()
+            if self.session is not None and self.session.requests >= requests_end:
+                self._resting = True
+                self._transport.turn(self._go_on)
         session = self.session
         if session is None or self._closed or self._paused or not session.blocked:
             return False
         at_volume = session.in_flight
         session.settle()
         return session.in_flight < at_volume
+
+    def _go_on(self) -> None:
+        """The turn for what a wake-up has left over."""
+        self._resting = False
+        if not self._closed:
+            self._process()
 
     def _after_handshake(self) -> bool:
         """Act on where the handshake stands; True where the transmission phase begins."""
@@ -187,9 +200,11 @@ class NbdConnection:
 
     def _read_or_wait(self) -> None:
         """Read only what can be handled: the rest waits in the kernel, then at the client."""
+        if self._closed:
+            return
         wanted = not (
-            self._closed
-            or self._paused
+            self._paused
+            or self._resting
             or (self.session is not None and self.session.blocked)
             or self._handshake.state in {State.LISTING, State.TLS}
         )

@@ -21,6 +21,7 @@ from protocol.nbd.limits import (
     OUTPUT_BYTES_HIGH,
     PIECE_BYTES,
     PIECES_MAX,
+    REQUESTS_A_TURN,
 )
 from protocol.nbd.replies import EXTENDED_DATA, STRUCTURED_DATA, ZEROS
 from protocol.nbd.request import Request
@@ -87,7 +88,9 @@ class FastPath:
         reads, writes = not export.read_errno, not (export.read_only or export.write_errno)
         storage, view, position, end = receive.storage, receive.view, receive.start, receive.end
         requests = read_bytes = write_bytes = 0
-        while position + header_bytes <= end:
+        for _ in range(REQUESTS_A_TURN):
+            if position + header_bytes > end:
+                break
             magic, flags, command, cookie, offset, length = unpack(storage, position)
             if (
                 magic != request_magic

@@ -40,6 +40,10 @@ RECEIVE_BUFFER_BYTES: Final = 2 * (PIECE_BYTES + REQUEST_HEADER_BYTES_MAX)
 # fio as many as it is told. What comes beyond it is not read until some have ended: the document
 # has no error for a client that is merely fast.
 PIECES_MAX: Final = 256
+# Requests of one connection that are carried out in one wake-up; the next ones wait for a turn of
+# the event loop of their own. A receive buffer holds 18,000 requests without data, 100 ms for
+# everybody else; what clients keep in flight is below this.
+REQUESTS_A_TURN: Final = 512
 # Replies are handed to the socket when this much has gathered, even in the middle of a wake-up.
 OUTPUT_BYTES_HIGH: Final = 1024 * 1024
 # TRIM and WRITE_ZEROES touch pointer blocks only; after each step of this size a client that went

@@ -279,7 +279,7 @@ class Client:
     ) -> list[Answer]:
         """One request, and what was answered until nothing moves."""
         self.send(self.encode(command, offset, length, flags, data, cookie))
-        return self.answers({cookie: length})
+        return self.answers({cookie: length} if command == READ else {})
 
     def encode(
         self,

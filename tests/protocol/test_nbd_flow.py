@@ -1,6 +1,7 @@
 """Back-pressure, limits in flight, and the ways in which a connection ends."""
 
 import gc
+from collections.abc import Callable
 
 import pytest
 
@@ -27,6 +28,7 @@ from tests.protocol.nbd_client import (
     Client,
     MemoryDirectory,
     MemoryExport,
+    feed,
     served,
 )
 
@@ -65,6 +67,36 @@ def test_no_more_requests_are_read_than_may_be_in_flight(style: str, command: in
     found = later(peer, volume, {} if data else dict.fromkeys(range(count), 512))
     assert {answer.cookie for answer in found} == set(range(count))
     assert in_flight(peer) == 0 and peer.transport.reading
+
+
+@styles
+@pytest.mark.parametrize("command", [READ, FLUSH, 99])
+def test_a_flood_takes_turns(style: str, command: int) -> None:
+    peer, _ = served(style)
+    count, length = 4 * limits.REQUESTS_A_TURN, 512 if command == READ else 0
+    turns: list[int] = []
+    take = peer.transport.turn
+
+    def turn(step: Callable[[], None]) -> None:
+        turns.append(len(peer.transport.sent))
+        take(step)
+
+    peer.transport.turn = turn  # type: ignore[method-assign]
+    peer.send(b"".join(peer.encode(command, 0, length, cookie=n) for n in range(count)))
+    assert [answer.cookie for answer in peer.answers(dict.fromkeys(range(count), length))] == list(
+        range(count)
+    )
+    assert len(turns) in {3, 4} and sorted(set(turns)) == turns
+    assert peer.transport.reading
+
+
+def test_a_flood_of_a_client_that_goes() -> None:
+    peer, export = served()
+    feed(peer.connection, peer.encode(READ, 0, 512) * 4 * limits.REQUESTS_A_TURN)
+    assert not peer.transport.reading
+    peer.connection.connection_lost()
+    peer.transport.run()
+    assert export.detached == [peer.connection]
 
 
 def test_volumes_that_complete_at_once_are_not_waited_for() -> None:
