@@ -47,6 +47,7 @@ ORDER = {
         "protocol.scsi.dispatch",
         "protocol.iscsi",
         "protocol.iscsi.initiator",
+        "protocol.nbd",
     ),
     "daemon": (
         "daemon",

@@ -180,8 +180,8 @@ class Catalogue:
         self.deleted.add(image.number)
 
     def release_backing(self, image: Image) -> Image | None:
-        """End a clone's association; returns the snapshot that was behind it. The caller takes it
-        out of ``releasing`` when that is durable.
+        """End a clone's association; returns the snapshot that was behind it. The caller tells
+        ``is_released`` when that is durable.
         """
         backing = image.backing
         if backing is None:
@@ -194,6 +194,10 @@ class Catalogue:
         image.backing = None
         image.backing_blocks = 0
         return backing
+
+    def is_released(self, image: Image) -> None:
+        """The end of an association is durable, or will never be."""
+        self.releasing.pop(image.number, None)
 
     def _unlist(self, image: Image) -> None:
         """Take away its name, and its place among the clones of what is behind it."""

@@ -177,23 +177,21 @@ class SplitService:
     # --- What jobs report -------------------------------------------------------------------------
 
     async def release(self, job: SplitJob) -> None:
-        """No hole is left: the association ends, and with it the snapshot if it is
-        marked for that.
+        """No hole is left: the association ends. When that is durable, a backing store that is
+        marked for it is deleted.
         """
         image = job.image
-        released: list[bool] = []
+        released: list[Image | None] = []
 
         def at_freeze() -> None:
             if job.gone or image.split.state != SPLIT_RUNNING:
                 return  # paused, cancelled or deleted in the last moment
-            released.append(True)
             image.touch()
             image.split.state = states.after(SPLIT_RUNNING, "finish", image.name)
             image.split.holes_remaining = 0
             image.split.flags |= SPLIT_FLAG_COUNTED
-            backing = self._catalogue.release_backing(image)
-            if backing is not None:
-                self._deletion.delete_if_released(backing)
+            released.append(self._catalogue.release_backing(image))
+            self._state.epoch.when_durable.append(partial(self._catalogue.is_released, image))
             self._end(image)
 
         try:
@@ -206,9 +204,12 @@ class SplitService:
                 self._state.on_event("split.failed", vdisk=image.name, reason=str(error))
             raise
         finally:
-            self._catalogue.releasing.pop(image.number, None)
+            self._catalogue.is_released(image)
         if not released:
             return
+        (backing,) = released
+        if backing is not None:
+            self._deletion.unused(backing)
         self._state.on_event(
             "split.done", vdisk=image.name, mode=SPLIT_MODES[image.split.mode],
             blocks_copied=image.split.blocks_copied, blocks_shared=image.split.blocks_shared,

@@ -111,8 +111,10 @@ class MemoryVolume:
         """
         length_bytes = min(length_bytes, 4 << 20)
         runs: list[tuple[int, bool]] = []
-        for at in range(offset_bytes, offset_bytes + length_bytes, 4096):
-            size = min(4096 - at % 4096, offset_bytes + length_bytes - at)
+        first = offset_bytes & -4096
+        for block in range(first, offset_bytes + length_bytes, 4096):
+            at = max(block, offset_bytes)
+            size = min(block + 4096, offset_bytes + length_bytes) - at
             state = self.data.count(0, at, at + size) != size
             if runs and runs[-1][1] == state:
                 runs[-1] = (runs[-1][0] + size, state)

@@ -109,6 +109,23 @@ async def test_a_split_is_shown_as_done_only_when_no_crash_can_bring_it_back(mod
             assert after.pool.split_show("clone")["state"] == "done"
 
 
+async def test_a_marked_backing_store_is_listed_until_the_end_of_the_split_is_durable() -> None:
+    """Found by the store fuzzer: a clone was listed with a backing store that was not."""
+    delayed = Delayed()
+    async with new_pool(decorate=delayed) as running:
+        await backed_clone(running, 300)
+        await running.pool.snapshot_delete("base", "snap", after_split=True)
+        await running.pool.split_start("clone", "share")
+        delayed.device.hold(SYNC)
+        await running.until(lambda: running.image("clone").backing is None)
+        (clone,) = [row for row in await running.pool.vdisk_list() if row["name"] == "clone"]
+        assert [row["name"] for row in await running.pool.snapshot_list()] == [clone["backing"]]
+        delayed.device.release(SYNC)
+        await ended(running)
+        await running.checkpoint()
+        assert await running.pool.snapshot_list() == []
+
+
 @BOTH_MODES
 async def test_space_used_after_a_split_is_what_was_expected_to_the_block(mode: str) -> None:
     async with new_pool() as running:
