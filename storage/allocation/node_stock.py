@@ -217,7 +217,7 @@ class NodeStock:
         """Fill it, for one who needs so many blocks in it. False: the host (``refused``) or the
         pool has no more. Raises DeviceFailed.
 
-        Whoever comes while it is being filled waits for that, and then for his own.
+        A caller that comes while it is being filled waits for that, and then for its own part.
         """
         while True:
             self._asked = max(self._asked, blocks)

@@ -52,7 +52,7 @@ def is_vacant(path: str) -> bool:
     try:
         return is_block_device(path) and contents_of(path) is None
     except OSError:
-        return False  # whoever opens it says why it cannot be read
+        return False  # opening it says why it cannot be read
 
 
 @contextlib.contextmanager

@@ -14,11 +14,11 @@ Rules for callers:
   limited.
 - The asynchronous methods submit their job at the call, not at the await, and return an asyncio
   Future of the running loop.
-- Jobs in flight have no order among themselves: whoever needs an order awaits.
+- Jobs in flight have no order among themselves: a caller that needs an order awaits.
 - A buffer belongs to the device until its Future is done. *Cancelling the Future does not stop the
   job*, it only makes nobody wait for it: the device still holds the buffer (so its memory stays
-  valid), and still reads from it or writes into it. Whoever means to use the buffer again after a
-  cancellation awaits ``asyncio.shield(future)`` and then the Future itself.
+  valid), and still reads from it or writes into it. To use the buffer again after a
+  cancellation, await ``asyncio.shield(future)`` and then the Future itself.
 - Two writes to one range, or a read and a write, at the same time: each sector is entirely one or
   the other, which one is open.
 

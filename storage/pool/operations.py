@@ -20,7 +20,7 @@ class Operations:
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
-        # Those that were ended from here, and not by whoever began them.
+        # Those that were ended from here, and not by their callers.
         self._ended: set[asyncio.Task[Any]] = set()
         self._emptied = asyncio.Event()
         self.closed = False

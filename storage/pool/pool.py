@@ -125,10 +125,6 @@ class Pool:
         """Where events go: called with a stable name and fields."""
         return self._state.on_event
 
-    @on_event.setter
-    def on_event(self, sink: EventSink) -> None:
-        self._state.on_event = sink
-
     @ends_at_close
     async def consistency_point(self) -> None:
         """Make everything durable and the log empty. Raises PoolReadOnly, DeviceFailed."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from storage.errors import OutOfRange, VolumeClosed
+from storage.errors import DeviceFull, OutOfRange, VolumeClosed, as_storage_error
 from storage.images.image import Image
 from storage.layout import (
     BLOCK_BYTES,
@@ -157,6 +157,21 @@ class OpenImage:
         """
         if self._closed and self.image.kind not in {KIND_VDISK, KIND_SNAPSHOT}:
             self.refuse(offset_bytes, length_bytes)
+
+    def count_read(self, length_bytes: int) -> None:
+        """A read was answered."""
+        counters = self.counters
+        counters.reads += 1
+        counters.read_bytes += length_bytes
+        self.state.operations += 1
+
+    def failure(self, error: Exception) -> Exception:
+        """What a write that failed is answered with. A host without room is noted in the state of
+        the pool.
+        """
+        if isinstance(error, DeviceFull):
+            self._host_room.met(error)
+        return as_storage_error(error)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Have a Task do what has to wait; ``drain`` waits for it."""

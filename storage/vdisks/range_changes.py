@@ -27,8 +27,8 @@ class RangeChanges:
         first = offset >> BLOCK_SHIFT
         count = (offset + len(data) + BLOCK_MASK >> BLOCK_SHIFT) - first
         partial = (offset | len(data)) & BLOCK_MASK
-        # The lock covers whole blocks too when it is held by somebody who merges: his block must
-        # not go over a newer one.
+        # The lock covers whole blocks too while somebody merges under it: a merged block must not
+        # go over a newer one.
         async with self.locks.holding(first, count):
             if partial:
                 old = await read_path.read_blocks(image, first, count)

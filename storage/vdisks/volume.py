@@ -19,7 +19,6 @@ from storage.data.long_write import LONG_BYTES_MIN, PIECE_BYTES, write_long
 from storage.errors import (
     BlockDamaged,
     DeviceFailed,
-    DeviceFull,
     NotByReference,
     PoolReadOnly,
     VolumeClosed,
@@ -51,6 +50,14 @@ Write = tuple[int, Buffer, bool, Completion]
 # A batch above this goes by the I/O threads anyway, and one write at a time, so that no copy of a
 # large batch is made.
 BATCH_BYTES_MAX = 1 << 20
+
+
+def cut(blocks: bytearray, offset_bytes: int, length_bytes: int) -> Buffer:
+    """The bytes that were asked for, of the whole blocks that they lie in."""
+    start = offset_bytes & BLOCK_MASK
+    if len(blocks) == length_bytes:
+        return blocks
+    return memoryview(blocks)[start : start + length_bytes]
 
 
 class Volume(OpenImage):
@@ -99,7 +106,7 @@ class Volume(OpenImage):
                     if crc32c(data) != node.q[slot + 1] & CRC_MASK:
                         return None  # `read` says so, and where
                     node.referenced = True
-                    self._count_read(BLOCK_BYTES)
+                    self.count_read(BLOCK_BYTES)
                     return data
             if not length_bytes:
                 return b""
@@ -108,23 +115,10 @@ class Volume(OpenImage):
             blocks = read_path.try_read_blocks(image, first, count)
             if blocks is None:
                 return None
-            self._count_read(length_bytes)
-            return self._cut(blocks, offset_bytes, length_bytes)
+            self.count_read(length_bytes)
+            return cut(blocks, offset_bytes, length_bytes)
         except (BlockDamaged, DeviceFailed):
             return None  # `read` tries again, and says what it is
-
-    def _count_read(self, length_bytes: int) -> None:
-        counters = self.counters
-        counters.reads += 1
-        counters.read_bytes += length_bytes
-        self.state.operations += 1
-
-    @staticmethod
-    def _cut(blocks: bytearray, offset_bytes: int, length_bytes: int) -> Buffer:
-        start = offset_bytes & BLOCK_MASK
-        if len(blocks) == length_bytes:
-            return blocks
-        return memoryview(blocks)[start : start + length_bytes]
 
     def read(self, offset_bytes: int, length_bytes: int, done: ReadCompletion) -> None:
         """Read by way of the I/O threads, then call ``done``."""
@@ -143,8 +137,8 @@ class Volume(OpenImage):
             await read_path.locate_failure(self.image, offset_bytes, length_bytes, failure)
             done(None, failure)
             return
-        self._count_read(length_bytes)
-        done(self._cut(blocks, offset_bytes, length_bytes), None)
+        self.count_read(length_bytes)
+        done(cut(blocks, offset_bytes, length_bytes), None)
 
     # --- Writing ----------------------------------------------------------------------------------
 
@@ -199,7 +193,7 @@ class Volume(OpenImage):
             self._check([write])
             written = write_long(self.image, offset, data)
         except Exception as error:  # noqa: BLE001
-            done(self._failure(error))
+            done(self.failure(error))
             return
         if written == len(data):
             self._written([write])
@@ -222,7 +216,7 @@ class Volume(OpenImage):
             finished = write_path.write_now(self.image, targets, buffers)
         except Exception as error:  # noqa: BLE001
             if len(batch) == 1:
-                batch[0][3](self._failure(error))
+                batch[0][3](self.failure(error))
                 return
             for write in batch:  # one failure must not fail the others
                 self._write_whole([write])
@@ -245,7 +239,7 @@ class Volume(OpenImage):
             self._check([write])
             finished = self._merge_now(offset, data)
         except Exception as error:  # noqa: BLE001
-            done(self._failure(error))
+            done(self.failure(error))
             return
         if finished:
             self._written([write])
@@ -296,14 +290,6 @@ class Volume(OpenImage):
             else:
                 self._log.when_noted(done)
 
-    def _failure(self, error: Exception) -> Exception:
-        """What a write that failed is answered with. A host without room is noted in the state of
-        the pool.
-        """
-        if isinstance(error, DeviceFull):
-            self._host_room.met(error)
-        return as_storage_error(error)
-
     async def _write_later(self, batch: list[Write]) -> None:
         for write in batch:
             offset, data, _, done = write
@@ -312,7 +298,7 @@ class Volume(OpenImage):
                 if data:
                     await self._changes.write(offset, data)
             except Exception as error:  # noqa: BLE001
-                done(self._failure(error))
+                done(self.failure(error))
             else:
                 self._written([write])
 
@@ -338,7 +324,7 @@ class Volume(OpenImage):
             await self._changes.write_zeros(offset, offset + length)
             noted = self._log.note()
         except Exception as error:  # noqa: BLE001
-            done(self._failure(error))
+            done(self.failure(error))
             return
         self.counters.trims += 1
         self.state.operations += 1
