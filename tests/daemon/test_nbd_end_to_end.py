@@ -163,9 +163,6 @@ async def test_qemu_nbd_lists_vdisks_and_snapshots(tmp_path: Path) -> None:
 async def test_fio_verifies_what_it_wrote(tmp_path: Path) -> None:
     async with served(tmp_path) as daemon:
         await daemon.ctl("vdisk", "create", "disk", "--size", "16MiB")
-        engines = await succeed("fio", "--enghelp")
-        if "nbd" not in engines.split():
-            pytest.skip("this fio has no NBD engine")
         job = "--name=job --rw=randwrite --bs=4k --iodepth=16 --size=4M --verify=crc32c"
         await succeed("fio", "--ioengine=nbd", f"--uri={uri(daemon, 'disk')}", *job.split())
 
