@@ -5,5 +5,5 @@ It wires `storage` (the pool) to `protocol` (the wire), and is the only layer th
 clocks and the event loop.
 """
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"
 CONTROL_PATH_DEFAULT = "/run/cleaved/control.sock"

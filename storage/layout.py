@@ -142,7 +142,7 @@ IMAGE_REASON_OFFSET: Final = 640
 IMAGE_RESERVED_OFFSET: Final = 1024
 
 IMAGE_FLAG_DELETE_AFTER_SPLIT: Final = (
-    1  # on a snapshot: delete it when its last clone lets go of it
+    1  # on a snapshot: delete it when its last clone is separated
 )
 
 SPLIT_NONE: Final = 0

@@ -186,7 +186,7 @@ RULES = list(dict.fromkeys(rule for rule, _, _ in CANARIES))
 
 
 def texts() -> dict[str, str]:
-    documents = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+    documents = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
     names = [*paths(), *(str(path.relative_to(ROOT)) for path in documents)]
     return {name: (ROOT / name).read_text() for name in names if name != SELF}
 

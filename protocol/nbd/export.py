@@ -54,7 +54,7 @@ class Attached(Protocol):
 
 
 class Export(Protocol):
-    """One volume under one name, for one client. All attributes are of now: they are read again for
+    """One volume under one name, for one client. Attributes may change: they are read again for
     each request.
     """
 

@@ -148,7 +148,7 @@ class FastPath:
             session.unsettled = True
 
     def release(self) -> None:
-        """The pool refers back to here: let go of it, so that no ring of references is left."""
+        """The pool refers back to here: empty it, so that no ring of references is left."""
         for write in self.free_writes:
             del write.done
         self.free_writes.clear()

@@ -4,7 +4,7 @@ from typing import Protocol
 
 
 class Counters(Protocol):
-    """What the write allocator knows of blocks, all of them of now."""
+    """What the write allocator currently knows of blocks."""
 
     @property
     def free_now(self) -> int:

@@ -157,7 +157,7 @@ class ShareMap:
         if (changed < -1).any():
             worst = int(vbns[int(np.argmin(changed))])
             self._state.fail(
-                f"the share map holds fewer references to VBN {worst} than are let go of: run"
+                f"the share map holds fewer references to VBN {worst} than are dropped: run"
                 " `cleaved check`"
             )
             changed = np.maximum(changed, -1)

@@ -73,7 +73,7 @@ def _copy_now(source: Image, source_fbn: int, image: Image, fbn: int, count: int
 def _check_both(source: Image, image: Image, end: int) -> None:
     """Raise VolumeClosed or OutOfRange if a deletion or a shrink has come meanwhile.
 
-    Of a deleted source above all: reclaim lets go of what was its own without asking the share map.
+    Of a deleted source above all: reclaim frees what was its own without asking the share map.
     """
     for one in (source, image):
         if one.kind not in {KIND_VDISK, KIND_SNAPSHOT}:

@@ -163,7 +163,7 @@ class DescriptorDevice(ABC):
     def _background_sync_ended(self, future: "Future[None]") -> None:
         self._background_sync = None
         if not future.cancelled():
-            # Only marks it as seen: whoever asks for durability gets the failure from
+            # Only marks it as seen: a request for durability gets the failure from
             # ``_sync_failure``.
             future.exception()
 

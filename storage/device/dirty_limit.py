@@ -24,7 +24,7 @@ DIRTY_BYTES_MIN = 16 << 20
 
 
 def dirty_inline_bytes_max(proc: Path = PROC) -> int:
-    """The limit in bytes, as of now. Where /proc does not tell, DIRTY_BYTES_MIN."""
+    """The current limit in bytes. Where /proc does not tell, DIRTY_BYTES_MIN."""
     try:
         background_bytes = _background_bytes(proc)
     except (OSError, ValueError, LookupError) as error:

@@ -3,7 +3,7 @@ if only for a moment.
 
 A file of which parts are not allocated (a sparse pool) can meet ENOSPC at any write there. Where a
 part is allocated, written or not, ext4, xfs and tmpfs need nothing more to take a write to it. File
-systems that never write in place (btrfs, zfs) may, and then a write fails all the same: whoever
+systems that never write in place (btrfs, zfs) may, and then a write fails anyway: the code that
 writes what must not be lost tries again (storage.state.host_room).
 """
 

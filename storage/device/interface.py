@@ -97,7 +97,7 @@ class Device(Protocol):
         """
 
     def host_available_bytes(self) -> int | None:
-        """What the host's file system has left, as of now; None where there is none, or it does not
+        """What the host's file system has left; None where there is none, or it does not
         say.
         """
 

@@ -153,7 +153,7 @@ class IoThreads:
             error: Exception | None = None
             try:
                 work(first, second)
-            except Exception as raised:  # noqa: BLE001 (whatever it is, it belongs to him who awaits the Future)
+            except Exception as raised:  # noqa: BLE001 (whatever it is, the Future hands it on)
                 error = raised
             completed.append((future, error))
             if (now := monotonic()) - posted_at > WAKE_INTERVAL_SECONDS:

@@ -30,7 +30,7 @@ class Owner:
 
     @classmethod
     def of_this_process(cls) -> "Owner":
-        """This process, as of now."""
+        """This process."""
         pid = os.getpid()
         return cls(
             time.time_ns(),

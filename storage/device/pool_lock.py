@@ -35,7 +35,7 @@ def lock_pool(path: str, descriptor: int, *, shared: bool) -> list[int]:
     closing them gives the lock up.
 
     What the kernel remembers of a block device is dropped before the UUID is read, and again when
-    it is locked: whoever had the pool may have written by another path (the file under a loop
+    it is locked: the previous owner may have written by another path (the file under a loop
     device, another host), and the page cache does not know. Raises PoolLocked, PoolRefused.
     """
     is_block_device = stat.S_ISBLK(os.fstat(descriptor).st_mode)
@@ -67,7 +67,7 @@ def close_all(descriptors: list[int]) -> None:
 
 
 def _superblocks(descriptor: int) -> list[bytes]:
-    """Those that are whole. One that cannot be read is passed over: whoever opens the pool reads it
+    """Those that are whole. One that cannot be read is passed over: opening the pool reads it
     again, and reports that.
     """
     found = []

@@ -18,7 +18,7 @@ class ChangedImage(Protocol):
         """The tree whose root the entry names."""
 
     def encode(self) -> bytearray:
-        """The entry as of now."""
+        """The current entry."""
 
 
 class DirtySet:

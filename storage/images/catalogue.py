@@ -1,4 +1,4 @@
-"""The catalogue: which images there are, by number and by name, and what hangs on what.
+"""The catalogue: which images there are, by number and by name, and which depends on which.
 
 Of most images only the bytes of the table entry are kept (trailing zeros cut off: about 150 bytes),
 so that a hundred thousand vdisks fit; an Image object is made when somebody works with one, and
@@ -42,7 +42,7 @@ class Catalogue:
     """All images of a pool.
 
     ``vdisks`` maps names to numbers; ``snapshots`` and ``clones`` map the number of a vdisk or
-    snapshot to what hangs on it.
+    snapshot to its snapshots or clones.
     """
 
     __slots__ = (
@@ -158,7 +158,7 @@ class Catalogue:
                 image.revert(record, self.image(record.backing) if record.backing else None)
                 self._index(image.number, record.kind, record.name, record.origin, record.backing)
 
-    # --- Changing what hangs on what --------------------------------------------------------------
+    # --- Changing what depends on what ------------------------------------------------------------
 
     def rename(self, image: Image, name: str) -> None:
         """Give a vdisk another name; one that differs in case alone is another name, too."""
@@ -334,7 +334,7 @@ class Catalogue:
         return self.record(number) if number in self._entries else None
 
     def record(self, number: int) -> ImageRecord:
-        """What the table says of an image, as of now, without making an Image of it. Raises
+        """What the table currently says of an image, without making an Image of it. Raises
         NotFound, BlockDamaged.
         """
         image = self._live.get(number)

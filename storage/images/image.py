@@ -144,7 +144,7 @@ class Image:
         self.tree.label = self.label
 
     def encode(self) -> bytearray:
-        """The table entry as of now (the root's CRC32C may still be missing: the consistency point
+        """The current table entry (the root's CRC32C may still be missing: the consistency point
         adds it).
         """
         tree = self.tree

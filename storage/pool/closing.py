@@ -60,7 +60,7 @@ async def _release_owner(rooms: Rooms) -> None:
     superblock = rooms.superblock
     await rooms.device.sync()  # first of all: what was acknowledged may be in the log only
     if superblock.owner is None or rooms.state.frozen is not None:
-        return  # what was given up for want of room must not come to be after all
+        return  # what was given up for want of room must not become durable after all
     superblock.owner = None
     with suppress(DeviceFull):  # an owner that is dead is in nobody's way
         await write_copies(rooms.device, superblock, superblock.cp_number & 1)

@@ -143,7 +143,7 @@ class BufferTree:
         """The node, or HOLES or ZEROS; waits for the device where it must. Raises BlockDamaged,
         DeviceFailed.
 
-        It is that of now: after the next wait it may have been evicted, and another one may be
+        It is the current node: after the next wait it may have been evicted, and another one may be
         listed in its place.
         """
         return await when_possible(self.state, partial(self.peek, index, level))

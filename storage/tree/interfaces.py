@@ -135,7 +135,7 @@ class ShareCounts(Protocol):
     """How many references a pointer block has beyond the first."""
 
     def try_count(self, vbn: int) -> int | None:
-        """As of now. None: ``missing`` is what to wait for."""
+        """The current count. None: ``missing`` is what to wait for."""
 
 
 class _NothingShared:

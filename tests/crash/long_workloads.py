@@ -12,6 +12,7 @@ from random import Random
 from typing import Any
 from unittest import mock
 
+from storage.log import intent_log, record
 from tests.crash.oracle import SECTORS_PER_BLOCK
 from tests.crash.session import Session
 
@@ -24,6 +25,11 @@ STATES_AN_EPOCH = 8
 # their ends are met often.
 ATOMIC_BLOCKS_MAX = 4
 SMALL_RECORD_ENTRIES = 5
+RECORD_SIZE = "ENTRIES_PER_RECORD"
+WITH_RECORD_SIZE = (intent_log, record)
+# Looked up here: an exception within a workload would count as a finding, also as that of a planted
+# bug.
+assert all(hasattr(module, RECORD_SIZE) for module in WITH_RECORD_SIZE)
 # Where writes go: few blocks, met again and again, on both sides of a level-1 border.
 BLOCKS = (0, 1, 2, 3, 4, 5, 128, 254, 255, 256, 257, 258)
 
@@ -201,8 +207,6 @@ def records_of(seed: int) -> Iterator[None]:
     """The records of the intent log as they are, or small ones."""
     with ExitStack() as stack:
         if seed & 1:
-            for module in ("record", "intent_log"):
-                stack.enter_context(
-                    mock.patch(f"storage.log.{module}.ENTRIES_PER_RECORD", SMALL_RECORD_ENTRIES)
-                )
+            for module in WITH_RECORD_SIZE:
+                stack.enter_context(mock.patch.object(module, RECORD_SIZE, SMALL_RECORD_ENTRIES))
         yield
