@@ -79,6 +79,13 @@ def setting(option: str, place: str, **more: Any) -> Callable[[Command], Command
     help="whether targets without a list of initiators are for everybody",
 )
 @setting(
+    "--nbd",
+    "nbd.listen",
+    metavar="HOST:PORT|PATH",
+    multiple=True,
+    help="serve NBD here too; a path (with a slash) is a Unix socket",
+)
+@setting(
     "--control",
     "control.path",
     metavar="PATH",

@@ -3,7 +3,6 @@ within STOP_SECONDS.
 """
 
 import asyncio
-from collections.abc import Sequence
 from typing import Any, Final, Self
 
 from daemon.control.context import Context
@@ -11,10 +10,12 @@ from daemon.control.listener import ControlListener
 from daemon.control.service import ControlService
 from daemon.control.split_progress import TICK_SECONDS, SplitProgress, log_fields
 from daemon.iscsi.listener import IscsiListener
+from daemon.nbd.exports import Shared
+from daemon.nbd.listener import NbdListener
+from daemon.nbd.sessions import NbdSessions
 from daemon.pool.events import PoolEvents
 from daemon.pool.space_watch import SpaceWatch
 from daemon.process import logs, runtime, signals
-from daemon.process.addresses import Address
 from daemon.process.config import Config
 from daemon.process.descriptors import PER_LISTENER, Shares, open_now, raise_limit, share_out
 from daemon.process.logs import get_log
@@ -46,9 +47,18 @@ class Daemon:
         self._targets = Targets(pool, config.chap, config.open_access)
         self._reservations = ReservationStore(pool)
         shares = _shares(config)
-        iscsi = _iscsi_listener(config, self._targets, self._reservations, shares.iscsi)
-        # A new protocol is one more item here.
-        self._listeners: list[tuple[Listener, Sequence[Address]]] = [(iscsi, config.iscsi_listen)]
+        self._config = config
+        self._iscsi = iscsi = _iscsi_listener(
+            config, self._targets, self._reservations, shares.iscsi
+        )
+        nbd_sessions = NbdSessions(self._targets.sessions.take_number)
+        self._nbd = NbdListener(
+            Shared(pool, self._targets, iscsi.node, nbd_sessions),
+            shares.nbd,
+            _full(shares.nbd, config.nbd_connections_max),
+        )
+        # A new protocol is one more item here, and in `start`.
+        self._listeners: list[Listener] = [iscsi, self._nbd]
         self._space = SpaceWatch(config.soft_threshold_percent, self._tell_space_low)
         context = Context(
             pool=pool,
@@ -57,7 +67,8 @@ class Daemon:
             administration=TargetAdministration(self._targets),
             reservations=self._reservations,
             iscsi=iscsi,
-            listeners=[listener for listener, _ in self._listeners],
+            nbd=nbd_sessions,
+            listeners=self._listeners,
             space=self._space,
         )
         service = ControlService(context)
@@ -83,16 +94,17 @@ class Daemon:
         """Raises ListenFailed, ControlPathBusy; `stop` undoes what was done."""
         self._targets.load()
         await self._control.start()
-        for listener, addresses in self._listeners:
-            for address in addresses:
-                await listener.listen(address)
+        for address in self._config.iscsi_listen:
+            await self._iscsi.listen(address)
+        for endpoint in self._config.nbd_listen:
+            await self._nbd.listen(endpoint)
         self._look_regularly()
 
     def ready_line(self) -> str:
         """Names every listener, with the ports that were really taken."""
         listening = [
             f"{listener.protocol} {address}"
-            for listener, _ in self._listeners
+            for listener in self._listeners
             for address in listener.addresses
         ]
         return f"cleaved ready: {', '.join([*listening, f'control {self._control.path}'])}"
@@ -103,7 +115,7 @@ class Daemon:
             self._ticker.cancel()
         self._pool.close_soon()
         await asyncio.gather(
-            *(listener.stop(LISTENER_STOP_SECONDS) for listener, _ in self._listeners)
+            *(listener.stop(LISTENER_STOP_SECONDS) for listener in self._listeners)
         )
         await self._control.stop(CONTROL_STOP_SECONDS)
         await self._reservations.drain()
@@ -119,7 +131,7 @@ class Daemon:
             asyncio.get_running_loop().call_soon(self._look)
 
     def _tell_space_low(self) -> None:
-        for listener, _ in self._listeners:
+        for listener in self._listeners:
             listener.space_low()
 
     def _show_split(self, name: str) -> Split | None:
@@ -144,32 +156,41 @@ class Daemon:
 def _iscsi_listener(
     config: Config, targets: Targets, reservations: ReservationStore, connections_max: int
 ) -> IscsiListener:
-    full = (
-        f"{connections_max} connections, as many as the limit of open files allows"
-        if connections_max < config.connections_max
-        else None
-    )
     return IscsiListener(
         targets,
         connections_max,
         keeper=reservations,
         physical_block_exponent=(config.physical_block_bytes // SECTOR_BYTES).bit_length() - 1,
         advertise=config.iscsi_advertise,
-        full=full,
+        full=_full(connections_max, config.connections_max),
     )
+
+
+def _full(connections_max: int, wanted: int) -> str | None:
+    """Why there can be no more connections than that; None where the configuration says so."""
+    if connections_max >= wanted:
+        return None
+    return f"{connections_max} connections, as many as the limit of open files allows"
 
 
 def _shares(config: Config) -> Shares:
     """How many connections there may be, once the pool is open. Raises TooFewDescriptors."""
     limit = raise_limit()
-    shares = share_out(
-        limit, open_now() + PER_LISTENER * len(config.iscsi_listen), config.connections_max
-    )
+    listening = PER_LISTENER * (len(config.iscsi_listen) + len(config.nbd_listen))
+    nbd_max = config.nbd_connections_max if config.nbd_listen else 0
+    shares = share_out(limit, open_now() + listening, config.connections_max, nbd_max)
     if shares.iscsi < config.connections_max:
         get_log().warning(
             "iscsi.connections_limited",
             connections_max=config.connections_max,
             allowed=shares.iscsi,
+            open_files_max=limit,
+        )
+    if shares.nbd < nbd_max:
+        get_log().warning(
+            "nbd.connections_limited",
+            connections_max=nbd_max,
+            allowed=shares.nbd,
             open_files_max=limit,
         )
     return shares

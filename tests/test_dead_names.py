@@ -25,11 +25,9 @@ ENTRY_POINTS = {"main", "VERSION"}  # pyproject.toml names them
 ON_REQUEST = "a program that uses the store may want all to be durable"
 INITIATOR = "our initiator is a library, which the daemon uses in part"
 CONVERTED = "all attributes together become one control row"
-NBD = "the daemon does not listen for NBD yet"
+TLS = "for the listener once it serves TLS"
 LIBRARY = {
-    "protocol.nbd.connection.NbdConnection": NBD,
-    "protocol.nbd.connection.NbdConnection.reading": NBD,
-    "protocol.nbd.connection.NbdConnection.tls_started": NBD,
+    "protocol.nbd.connection.NbdConnection.tls_started": TLS,
     **{f"storage.vdisks.counters.Counters.{name}": CONVERTED for name in Counters.__slots__},
     "storage.pool.pool.Pool.consistency_point": ON_REQUEST,
     "protocol.iscsi.initiator.connection.InitiatorConnection.logout_requested": INITIATOR,

@@ -251,7 +251,6 @@ def test_no_module_is_dead(sources: list[Source]) -> None:
     entry point.
     """
     entry_points = {"daemon.cli", "daemon.admin.cli", "daemon.demo"}
-    entry_points.add("protocol.nbd.connection")  # until the daemon listens for NBD
     modules = {
         source.path.removesuffix(".py").removesuffix("/__init__").replace("/", "."): source
         for source in sources

@@ -57,6 +57,7 @@ ORDER = {
         "daemon.targets",
         "daemon.tcp",
         "daemon.iscsi",
+        "daemon.nbd",
         "daemon.control",
         "daemon.server",
         "daemon.cli",

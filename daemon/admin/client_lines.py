@@ -190,9 +190,66 @@ def libvirt(where: Portal) -> list[str]:
     ]
 
 
+def check_nbd(where: Portal) -> None:
+    """Raise ControlError where no NBD client could use the disk, with what would help."""
+    if not where.nbd:
+        raise ControlError(
+            FAILED,
+            "the daemon does not serve NBD",
+            "set nbd.listen, or start it with --nbd HOST:PORT or --nbd PATH",
+        )
+    if not where.nbd_open and not any("/" in at for at in where.nbd):
+        raise ControlError(
+            CONFLICT,
+            f"{where.name} is not open to everybody, and an NBD client over TCP proves no name",
+            "serve NBD on a Unix socket (--nbd PATH), whose permissions decide",
+        )
+
+
+def _nbd_address(where: Portal) -> str:
+    """TCP where that is allowed, since it reaches further; else the Unix socket's path."""
+    paths = [at for at in where.nbd if "/" in at]
+    ports = [at for at in where.nbd if "/" not in at] if where.nbd_open else []
+    return next((at for at in ports if not _is_loopback(at)), next(iter(ports + paths)))
+
+
+def nbd_url(where: Portal) -> str:
+    """The NBD URI, as QEMU and libnbd take it."""
+    at = _nbd_address(where)
+    if "/" in at:
+        return f"nbd+unix:///{where.name}?socket={at}"
+    return f"nbd://{at}/{where.name}"
+
+
+def nbd(where: Portal) -> list[str]:
+    """Libnbd's tools, and the kernel's client."""
+    at, found = _nbd_address(where), quote(nbd_url(where))
+    if "/" in at:
+        place = f"-unix {quote(at)}"
+    else:
+        host, _, port = at.rpartition(":")
+        place = f"{host.strip('[]')} {port}"
+    return [
+        f"nbdinfo {found}",
+        f"nbdcopy {found} FILE",
+        f"nbd-client {place} /dev/nbd0 -N {quote(where.name)}",
+    ]
+
+
+def qemu_nbd(where: Portal) -> list[str]:
+    """QEMU's tools, and a drive for a virtual machine."""
+    found = nbd_url(where)
+    drive = f"-drive file={_qemu_value(found)},format=raw,if=virtio,cache=none,discard=unmap"
+    return [f"qemu-img info {quote(found)}", drive]
+
+
+# Those that come over NBD.
+NBD_CLIENTS: Final = frozenset(("nbd", "qemu-nbd"))
 CLIENTS: Final[Mapping[str, Callable[[Portal], list[str]]]] = {
     "qemu": qemu,
     "open-iscsi": open_iscsi,
     "libiscsi": libiscsi,
     "libvirt": libvirt,
+    "nbd": nbd,
+    "qemu-nbd": qemu_nbd,
 }

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+from daemon.nbd.sessions import NbdSessions
 from daemon.pool.space_watch import SpaceWatch
 from daemon.targets.administration import TargetAdministration
 from daemon.targets.directory import Targets
@@ -43,6 +44,7 @@ class Context(NamedTuple):
     administration: TargetAdministration
     reservations: ReservationStore
     iscsi: IscsiSessions
+    nbd: NbdSessions
     listeners: Sequence[Listener]
     space: SpaceWatch
 

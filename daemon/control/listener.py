@@ -3,20 +3,16 @@ task a call.
 """
 
 import asyncio
-import errno
-import os
-import socket
-import stat
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Final, cast
 
+from daemon.process import unix_sockets
 from daemon.process.descriptors import CONTROL_MAX
 from daemon.process.logs import get_log
 from protocol.control.definition import AnyMethod
 from protocol.control.errors import INTERNAL, ControlError
 from protocol.control.server_connection import Call, ServerConnection, State
 
-CONTROL_MODE: Final = 0o660
 BACKLOG: Final = 64
 
 CallMethod = Callable[[AnyMethod], Awaitable[Any]]
@@ -40,9 +36,11 @@ class ControlListener:
 
     async def start(self) -> None:
         """Listen. Raises ControlPathBusy."""
-        bound = _bind(self.path)
-        status = os.stat(self.path)
-        self._bound = (status.st_dev, status.st_ino)
+        try:
+            bound = unix_sockets.bind(self.path, "control path", "--control")
+        except unix_sockets.UnixPathBusy as error:
+            raise ControlPathBusy(str(error)) from error
+        self._bound = unix_sockets.identity(self.path)
         self._server = await asyncio.get_running_loop().create_unix_server(
             lambda: ControlConnection(self), sock=bound, backlog=min(BACKLOG, self.connections_max)
         )
@@ -58,12 +56,8 @@ class ControlListener:
             return
         self._server.close()
         self._server = None
-        try:
-            status = os.stat(self.path)
-        except FileNotFoundError:
-            return
-        if (status.st_dev, status.st_ino) == self._bound:
-            os.unlink(self.path)
+        assert self._bound is not None
+        unix_sockets.remove(self.path, self._bound)
 
     async def stop(self, timeout_seconds: float) -> None:
         """Let calls in flight end, at most ``timeout_seconds``; then cancel what is left and close
@@ -179,42 +173,3 @@ async def _gather(parts: Iterator[bytes]) -> list[bytes]:
         encoded.append(part)
         await asyncio.sleep(0)
     return encoded
-
-
-def _bind(path: str) -> socket.socket:
-    """A bound socket with CONTROL_MODE from its first moment. What a dead daemon left behind is
-    removed.
-    """
-    _remove_stale(path)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    mask = os.umask(0o777 & ~CONTROL_MODE)
-    try:
-        listener.bind(path)
-    except OSError as error:
-        listener.close()
-        raise ControlPathBusy(
-            f"cannot listen on control path {path}: {error.strerror}; choose another with"
-            " --control, or create its directory"
-        ) from error
-    finally:
-        os.umask(mask)
-    return listener
-
-
-def _remove_stale(path: str) -> None:
-    try:
-        mode = os.lstat(path).st_mode
-    except OSError:
-        return  # nothing there, or not to be seen: bind will say
-    if not stat.S_ISSOCK(mode):
-        raise ControlPathBusy(
-            f"control path {path} exists and is no socket; choose another with --control, or"
-            " remove it"
-        )
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
-        if probe.connect_ex(path) != errno.ECONNREFUSED:
-            raise ControlPathBusy(
-                f"control path {path} is served by another daemon; choose another with --control,"
-                " or stop that one"
-            )
-    os.unlink(path)

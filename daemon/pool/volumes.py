@@ -38,6 +38,9 @@ class Volumes(Configurable, Protocol):
     def names(self) -> list[str]:
         """Names of the vdisks, sorted."""
 
+    def snapshot_names(self, vdisk: str) -> list[str]:
+        """Names of the snapshots of a vdisk, sorted. Raises NotFound."""
+
     def names_alike(self, name: str) -> list[str]:
         """Names of the vdisks whose names are this one in any case, sorted."""
 

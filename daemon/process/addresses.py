@@ -25,6 +25,18 @@ class Address(NamedTuple):
         return Address(self.host.partition("%")[0], self.port)
 
 
+class UnixAddress(NamedTuple):
+    """A Unix socket to listen on."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return self.path
+
+
+Endpoint = Address | UnixAddress
+
+
 def parse_address(text: str) -> Address:
     """``HOST:PORT``, with an IPv6 host in brackets. Raises ValueError with what would be right."""
     matched = re.fullmatch(r"(?:\[([^\[\]\s]+)\]|([^:\[\]\s]+)):([0-9]{1,5})", text, re.ASCII)

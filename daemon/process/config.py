@@ -14,7 +14,14 @@ from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar, get_args
 import msgspec
 
 from daemon import CONTROL_PATH_DEFAULT
-from daemon.process.addresses import WILDCARDS, Address, is_loopback, parse_address
+from daemon.process.addresses import (
+    WILDCARDS,
+    Address,
+    Endpoint,
+    UnixAddress,
+    is_loopback,
+    parse_address,
+)
 from daemon.process.units import parse_size
 from protocol.control.limits import CHAP_CHARACTERS_MAX, CHAP_SECRET_CHARACTERS_MIN
 from storage.layout import BLOCK_BYTES, POOL_BLOCKS_MIN
@@ -70,6 +77,13 @@ class IscsiSection(_Section, kw_only=True):
     chap: ChapSection | None = None
 
 
+class NbdSection(_Section, kw_only=True):
+    """``[nbd]``"""
+
+    listen: tuple[str, ...] = ()
+    connections_max: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 256
+
+
 class ControlSection(_Section, kw_only=True):
     """``[control]``"""
 
@@ -88,6 +102,7 @@ class FileLayout(_Section, kw_only=True):
 
     pool: PoolSection
     iscsi: IscsiSection = msgspec.field(default_factory=IscsiSection)
+    nbd: NbdSection = msgspec.field(default_factory=NbdSection)
     control: ControlSection = msgspec.field(default_factory=ControlSection)
     log: LogSection = msgspec.field(default_factory=LogSection)
 
@@ -116,6 +131,8 @@ class Config(NamedTuple):
     open_access: bool
     physical_block_bytes: int
     chap: Chap | None
+    nbd_listen: tuple[Endpoint, ...]
+    nbd_connections_max: int
     control_path: str
     log_level: str
     log_format: str
@@ -152,6 +169,7 @@ def build(tables: dict[str, Any]) -> Config:
     except msgspec.ValidationError as error:
         raise ConfigError(_explain(str(error), tables)) from None
     listen = _listen(found.iscsi.listen)
+    nbd_listen = _nbd_listen(found.nbd.listen)
     return Config(
         pool_path=_not_empty("pool.path", found.pool.path),
         pool_size_bytes=(
@@ -162,10 +180,12 @@ def build(tables: dict[str, Any]) -> Config:
         iscsi_listen=listen,
         iscsi_advertise=_advertise(found.iscsi.advertise),
         connections_max=found.iscsi.connections_max,
-        open_access=_open_access(found.iscsi.open_access, listen),
+        open_access=_open_access(found.iscsi.open_access, listen, nbd_listen),
         physical_block_bytes=found.iscsi.physical_block_bytes,
         chap=None if found.iscsi.chap is None else _chap(found.iscsi.chap),
-        control_path=_control_path(found.control.path),
+        nbd_listen=nbd_listen,
+        nbd_connections_max=found.nbd.connections_max,
+        control_path=_socket_path("control.path", found.control.path),
         log_level=found.log.level,
         log_format=found.log.format,
     )
@@ -193,6 +213,21 @@ def _listen(texts: tuple[str, ...]) -> tuple[Address, ...]:
     return addresses
 
 
+def _nbd_listen(texts: tuple[str, ...]) -> tuple[Endpoint, ...]:
+    """Addresses, and paths of Unix sockets, which have a slash; each once."""
+    endpoints = tuple(
+        UnixAddress(_socket_path("nbd.listen", text))
+        if "/" in text
+        else option_value("nbd.listen", text, parse_address)
+        for text in texts
+    )
+    for endpoint in endpoints:
+        fixed = isinstance(endpoint, UnixAddress) or endpoint.port
+        if fixed and endpoints.count(endpoint) > 1:
+            raise ConfigError(f"nbd.listen: {endpoint} stands there twice; give it once")
+    return endpoints
+
+
 def _advertise(texts: tuple[str, ...]) -> tuple[Address, ...]:
     """What another machine can connect to."""
     addresses = tuple(option_value("iscsi.advertise", text, parse_address) for text in texts)
@@ -207,12 +242,25 @@ def _advertise(texts: tuple[str, ...]) -> tuple[Address, ...]:
     return addresses
 
 
-def _open_access(wanted: bool | None, listen: tuple[Address, ...]) -> bool:
+def _open_access(
+    wanted: bool | None, listen: tuple[Address, ...], nbd_listen: tuple[Endpoint, ...]
+) -> bool:
     """Open where only this machine can come; elsewhere somebody must have said what is meant."""
-    exposed = next((address for address in listen if not is_loopback(address.host)), None)
+    addresses: list[tuple[str, Endpoint]] = [
+        *(("iscsi.listen", address) for address in listen),
+        *(("nbd.listen", endpoint) for endpoint in nbd_listen),
+    ]
+    exposed = next(
+        (
+            f"{option}: {address}"
+            for option, address in addresses
+            if isinstance(address, Address) and not is_loopback(address.host)
+        ),
+        None,
+    )
     if wanted is None and exposed is not None:
         raise ConfigError(
-            f"iscsi.listen: {exposed} can be reached by other machines, and iscsi.open_access is"
+            f"{exposed} can be reached by other machines, and iscsi.open_access is"
             " not set; set it to false (--no-open-access) to let in only the initiators that"
             " `cleavectl acl add` names, or to true (--open-access) to let anybody use targets"
             " that have no such list"
@@ -247,11 +295,11 @@ def _cache_bytes(text: str) -> int:
     return cache_bytes
 
 
-def _control_path(text: str) -> str:
-    path = _not_empty("control.path", text)
+def _socket_path(option: str, text: str) -> str:
+    path = _not_empty(option, text)
     if len(path.encode()) > CONTROL_PATH_BYTES_MAX:
         raise ConfigError(
-            f"control.path: {path!r} is too long; a Unix socket's path has at most"
+            f"{option}: {path!r} is too long; a Unix socket's path has at most"
             f" {CONTROL_PATH_BYTES_MAX} bytes"
         )
     return path

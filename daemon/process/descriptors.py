@@ -34,6 +34,7 @@ class Shares(NamedTuple):
 
     iscsi: int
     control: int
+    nbd: int = 0
 
 
 def raise_limit() -> int:
@@ -55,18 +56,21 @@ def open_now() -> int:
         return _OPEN_GUESS
 
 
-def share_out(limit: int, used: int, connections_max: int) -> Shares:
-    """Of ``limit`` descriptors ``used`` are in use, or will be. ``connections_max`` is what is
-    wanted. Raises TooFewDescriptors.
+def share_out(limit: int, used: int, connections_max: int, nbd_max: int = 0) -> Shares:
+    """Of ``limit`` descriptors ``used`` are in use, or will be. ``connections_max`` is what iSCSI
+    wants, ``nbd_max`` what NBD does; where that is too much, each has its part. Raises
+    TooFewDescriptors.
     """
     free = limit - used - SPARE
     control = min(CONTROL_MAX, max(CONTROL_MIN, free // CONTROL_SHARE))
     # As many again may have been taken, in one turn of the event loop, only to be refused.
-    iscsi = min(connections_max, free - 2 * control)
-    if iscsi < 1:
-        needed = limit - free + 2 * CONTROL_MIN + 1
+    wanted, least = connections_max + nbd_max, 2 if nbd_max else 1
+    clients = min(wanted, free - 2 * control)
+    nbd = max(1, clients * nbd_max // wanted) if nbd_max else 0
+    if clients < least:
+        needed = limit - free + 2 * CONTROL_MIN + least
         raise TooFewDescriptors(
             f"at most {limit} open files are allowed, and at least {needed} are needed: raise the"
             " limit (LimitNOFILE, ulimit -n)"
         )
-    return Shares(iscsi, control)
+    return Shares(clients - nbd, control, nbd)

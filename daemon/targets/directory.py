@@ -155,6 +155,14 @@ class Targets:
             return [uuid]
         return [name for name, _ in self.table.places_of(uuid) if name in acls] if acls else []
 
+    def open_to_everybody(self, uuid: str) -> bool:
+        """Whether a vdisk may be used by clients that prove nothing, not even a name."""
+        return (
+            self.access.open_access
+            and self.access.secrets_of_others() is None
+            and not self.lists_of_vdisk(uuid)
+        )
+
     def _allows(self, key: str, initiator_name: str) -> bool:
         if key in self.table.targets:
             return self.access.allows([key], initiator_name)

@@ -39,6 +39,10 @@ class OpenSessions:
         self._sessions: dict[SessionView, OpenSession] = {}
         self._numbers = itertools.count(1)
 
+    def take_number(self) -> int:
+        """A number that no session has had."""
+        return next(self._numbers)
+
     def __iter__(self) -> Iterator[OpenSession]:
         return iter(self._sessions.values())
 
@@ -46,7 +50,7 @@ class OpenSessions:
         self, view: SessionView, key: str | None, volumes: dict[int, AttachableVolume]
     ) -> OpenSession:
         """A session has logged in to the target of this key; None: to none."""
-        session = OpenSession(next(self._numbers), view, key, volumes, asyncio.Event())
+        session = OpenSession(self.take_number(), view, key, volumes, asyncio.Event())
         for volume in volumes.values():
             volume.attach(session.label)
         self._sessions[view] = session
@@ -101,7 +105,11 @@ class OpenSessions:
     def rows(self) -> list[rows.Session]:
         """One row a session, sorted by target and initiator."""
         found = rows.rows_of(
-            rows.Session, [{"id": session.number, **session.view.describe()} for session in self]
+            rows.Session,
+            [
+                {"id": session.number, "type": "iscsi", **session.view.describe()}
+                for session in self
+            ],
         )
         return sorted(found, key=lambda row: (row.target, row.initiator))
 

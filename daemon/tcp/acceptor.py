@@ -12,7 +12,8 @@ import socket
 from collections.abc import Callable
 from typing import Final
 
-from daemon.process.addresses import Address
+from daemon.process import unix_sockets
+from daemon.process.addresses import Address, UnixAddress
 from daemon.process.logs import get_log
 from daemon.tcp.admission import Admission
 
@@ -35,6 +36,7 @@ class Acceptor:
         self._protocol = protocol
         self._loop = asyncio.get_running_loop()
         self._listening: list[socket.socket] = []
+        self._paths: dict[str, tuple[int, int]] = {}
         self._resume: asyncio.TimerHandle | None = None
         self._opening: set[asyncio.Task[object]] = set()
 
@@ -50,10 +52,23 @@ class Acceptor:
             for listening in bound:
                 listening.close()
             raise
+        self._add(bound)
+        return [_address(listening) for listening in bound]
+
+    def listen_unix(self, address: UnixAddress) -> None:
+        """Listen on a Unix socket, as the control socket's permissions are. Raises UnixPathBusy,
+        OSError.
+        """
+        listening = unix_sockets.bind(address.path, f"{self._admission.protocol}.listen", "--nbd")
+        self._paths[address.path] = unix_sockets.identity(address.path)
+        listening.listen(BACKLOG)
+        listening.setblocking(False)
+        self._add([listening])
+
+    def _add(self, bound: list[socket.socket]) -> None:
         self._listening += bound
         if self._resume is None:
             self._watch(bound)
-        return [_address(listening) for listening in bound]
 
     async def _resolved(self, address: Address) -> list[tuple[int, object]]:
         """Families and socket addresses. Raises OSError."""
@@ -75,6 +90,9 @@ class Acceptor:
         for listening in self._listening:
             listening.close()
         self._listening.clear()
+        for path, bound in self._paths.items():
+            unix_sockets.remove(path, bound)
+        self._paths.clear()
 
     async def opened(self) -> None:
         """Wait until everything that was taken is a connection, or has ended."""
@@ -109,16 +127,21 @@ class Acceptor:
                 get_log().error(f"{self._admission.protocol}.accept_failed", reason=error.strerror)
                 self._pause(EXHAUSTED_SECONDS)
             return  # or the client went away before its turn
-        peer = Address(*where[:2])
+        # Clients of a Unix socket have no address of their own: they share its path's.
+        host, peer = (
+            (where[0], str(Address(*where[:2])))
+            if isinstance(where, tuple)
+            else (listening.getsockname(), listening.getsockname())
+        )
         if _gone(taken):
             # A client that connects only to go away keeps others waiting little longer.
             self._admission.spend(taken=False)
             taken.close()
             return
-        reason = self._admission.refusal(peer.host)
+        reason = self._admission.refusal(host)
         self._admission.spend(taken=reason is None)
         if reason is not None:
-            self._admission.refused(str(peer), reason)
+            self._admission.refused(peer, reason)
             taken.close()
             return
         opening = self._loop.create_task(self._open(taken))

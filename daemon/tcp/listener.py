@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 from uuid import UUID
 
-from daemon.process.addresses import Address
+from daemon.process.addresses import Endpoint
 from protocol.volume import BlockVolume
 
 
@@ -22,11 +22,8 @@ class Listener(Protocol):
         """Its name, as the ready line, the log and the configuration have it."""
 
     @property
-    def addresses(self) -> Sequence[Address]:
+    def addresses(self) -> Sequence[Endpoint]:
         """Where it listens, with the ports that were really taken."""
-
-    async def listen(self, address: Address) -> None:
-        """Listen on every address that the host name stands for. Raises ListenFailed."""
 
     async def stop(self, timeout_seconds: float) -> None:
         """Take no more connections, give what is in flight ``timeout_seconds`` to end, then

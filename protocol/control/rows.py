@@ -349,11 +349,14 @@ class DeletedChapUser(Row, frozen=True, kw_only=True):
 
 
 class Session(Row, frozen=True, kw_only=True):
-    """One iSCSI session."""
+    """One session: of iSCSI, or an NBD connection, whose ``target`` is the export's name. NBD has
+    neither initiator names nor digests.
+    """
 
-    COLUMNS = ("id", "initiator", "target", "address", "commands_in_flight")
+    COLUMNS = ("id", "type", "initiator", "target", "address", "commands_in_flight")
 
     id: int
+    type: str
     initiator: str
     target: str
     address: str
@@ -408,3 +411,5 @@ class Portal(Row, frozen=True, kw_only=True):
     allowed: bool
     chap: bool
     chap_user: Annotated[str | None, _described("null: none, or not the same for all")]
+    nbd: Annotated[list[str], _described("addresses and paths on which NBD is served")]
+    nbd_open: Annotated[bool, _described("whether NBD clients may use it over TCP")]

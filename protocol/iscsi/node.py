@@ -3,10 +3,11 @@
 A daemon implements `TargetDirectory` and makes one `TargetNode` over it.
 """
 
+import errno
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Final, Protocol
 from uuid import UUID
 
 from protocol.iscsi.chap import Challenges, ChapSecrets
@@ -14,11 +15,14 @@ from protocol.iscsi.errors import OutOfResources
 from protocol.scsi.kept_state import StateKeeper, keeping, restore
 from protocol.scsi.limits import FIRST_TARGET_PORT, PHYSICAL_BLOCK_EXPONENT
 from protocol.scsi.logical_unit import LogicalUnit, Nexus
+from protocol.scsi.reservations import ANY_TARGET_PORT, NexusId
 from protocol.scsi.task import TransportTask
 from protocol.turns import Turns
 from protocol.volume import BlockVolume
 
 _TSIH_MAX = 0xFFFF
+# Clients of other protocols, all together: no iSCSI name is like this.
+OTHERS: Final = NexusId("", ANY_TARGET_PORT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +160,25 @@ class TargetNode:
             unit.volume = volume  # the unit was unused; the daemon may have opened its volume anew
             unit.refresh_capacity()
         return unit
+
+    def recall(self, volume: BlockVolume) -> None:
+        """A client of another protocol begins to use a volume: have its unit if there are
+        registrations from before a restart, so that `errno_for_others` knows of them.
+        """
+        self._forget_unused(self.unit_for(volume))
+
+    def errno_for_others(self, uuid: UUID, writes: bool) -> int:
+        """0, or why clients of other protocols may not read, or write, a volume now. To its
+        reservations they are an I_T nexus that is not registered.
+        """
+        unit = self.units.get(uuid)
+        if unit is None:
+            return 0
+        if unit.sanitization is not None:
+            return errno.EBUSY
+        if unit.reservations.forbids(OTHERS, writes) or (writes and unit.write_protected):
+            return errno.EPERM
+        return 0
 
     def _new_unit(self, volume: BlockVolume) -> LogicalUnit:
         unit = LogicalUnit(

@@ -325,11 +325,6 @@ class NbdConnection:
 
     # --- Reports ----------------------------------------------------------------------------------
 
-    @property
-    def reading(self) -> bool:
-        """Whether the socket is to be read."""
-        return self._reading
-
     def describe(self) -> dict[str, object]:
         """What ``session ls`` shows; keys are stable, counters are plain ints."""
         session = self.session

@@ -270,6 +270,10 @@ class Catalogue:
             )
         return self.image(number)
 
+    def snapshot_names(self, vdisk: str) -> list[str]:
+        """Names of the snapshots of a vdisk, sorted. Raises NotFound."""
+        return sorted(self.snapshots.get(self.vdisk(vdisk).number, ()))
+
     def snapshot(self, vdisk: str, name: str) -> Image:
         """The snapshot ``vdisk@name``. Raises NotFound."""
         number = self.snapshots.get(self.vdisk(vdisk).number, {}).get(name)

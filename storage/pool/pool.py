@@ -213,6 +213,10 @@ class Pool:
         """Names of all vdisks, sorted."""
         return sorted(self._catalogue.vdisks)
 
+    def snapshot_names(self, vdisk: str) -> list[str]:
+        """Names of the snapshots of a vdisk, sorted. Raises NotFound."""
+        return self._catalogue.snapshot_names(vdisk)
+
     def names_alike(self, name: str) -> list[str]:
         """Names of the vdisks whose names are this one in any case, sorted."""
         return self._catalogue.vdisks.alike(name)

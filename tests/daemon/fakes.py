@@ -13,6 +13,7 @@ import msgspec
 from daemon.control.context import Context
 from daemon.control.service import ControlService
 from daemon.iscsi.listener import IscsiListener
+from daemon.nbd.sessions import NbdSessions
 from daemon.pool.space_watch import SpaceWatch
 from daemon.process.addresses import Address
 from daemon.targets.administration import TargetAdministration
@@ -76,6 +77,9 @@ class MemoryPool:
 
     def names(self) -> list[str]:
         return sorted(self.volumes)
+
+    def snapshot_names(self, vdisk: str) -> list[str]:
+        return [name.partition("@")[2] for name in self.names() if name.startswith(f"{vdisk}@")]
 
     def names_alike(self, name: str) -> list[str]:
         return sorted(found for found in self.volumes if found.lower() == name.lower())
@@ -141,6 +145,7 @@ def control_service(
         administration=TargetAdministration(targets),
         reservations=ReservationStore(pool),
         iscsi=wire,
+        nbd=NbdSessions(targets.sessions.take_number),
         listeners=[wire],
         space=SpaceWatch(80, lambda: None),
     )

@@ -34,6 +34,9 @@ def test_all_connections_together_stay_below_the_limit(limit: int, wanted: int) 
 
 def test_plenty_is_not_shared_out() -> None:
     assert share_out(4096, 20, 256) == Shares(256, CONTROL_MAX)
+    assert share_out(4096, 20, 256, 64) == Shares(256, CONTROL_MAX, 64)
+    scarce = share_out(100, 20, 256, 256)
+    assert abs(scarce.iscsi - scarce.nbd) <= 1 and scarce.nbd > 10
 
 
 def test_too_few() -> None:

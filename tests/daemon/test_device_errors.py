@@ -81,7 +81,7 @@ async def served(path: Path) -> AsyncIterator[Served]:
         try:
             await daemon.start()
             await daemon._pool.vdisk_create("disk", DISK_BYTES)
-            address = daemon._listeners[0][0].addresses[0]
+            address = daemon._iscsi.addresses[0]
             async with await Initiator.connect(
                 address.host, address.port, f"{TARGET_PREFIX}disk"
             ) as client:
@@ -158,7 +158,7 @@ async def reopened(path: Path) -> AsyncIterator[Initiator]:
         daemon = await Daemon.open(config)
         try:
             await daemon.start()
-            address = daemon._listeners[0][0].addresses[0]
+            address = daemon._iscsi.addresses[0]
             async with await Initiator.connect(
                 address.host, address.port, f"{TARGET_PREFIX}disk"
             ) as client:

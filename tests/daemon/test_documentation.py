@@ -9,8 +9,16 @@ import pytest
 
 from daemon.admin.cli import cleavectl
 from daemon.iscsi.listener import IscsiListener
+from daemon.nbd.listener import NbdListener
 from daemon.pool.events import EVENT_LEVELS
-from daemon.process.config import ChapSection, ControlSection, IscsiSection, LogSection, PoolSection
+from daemon.process.config import (
+    ChapSection,
+    ControlSection,
+    IscsiSection,
+    LogSection,
+    NbdSection,
+    PoolSection,
+)
 from protocol.control.calls import METHODS
 from protocol.control.errors import EXIT_CODES
 from storage.layout import SPLIT_STATES
@@ -25,7 +33,7 @@ EMITTERS = re.compile(
 )
 # Events that each protocol has by its own name.
 OF_A_PROTOCOL = re.compile(r'f"\{[\w.]*protocol\}\.([a-z_]+)"')
-PROTOCOLS = (IscsiListener.protocol,)
+PROTOCOLS = (IscsiListener.protocol, NbdListener.protocol)
 
 
 def events() -> list[str]:
@@ -66,6 +74,7 @@ def test_every_error_code_is_documented(code: str) -> None:
         ("pool", PoolSection.__struct_fields__),
         ("iscsi", IscsiSection.__struct_fields__),
         ("iscsi.chap", ChapSection.__struct_fields__),
+        ("nbd", NbdSection.__struct_fields__),
         ("control", ControlSection.__struct_fields__),
         ("log", LogSection.__struct_fields__),
     ],

@@ -149,6 +149,8 @@ async def test_what_clients_need_to_connect(service: ControlService, tmp_path: P
         allowed=True,
         chap=False,
         chap_user=None,
+        nbd=[],
+        nbd_open=True,
     )
 
 

@@ -174,10 +174,11 @@ class DepthVolume(MemoryVolume):
         done([(own, 1), (length_bytes - own, 2)], None)
 
 
-def feed(connection: NbdConnection, data: bytes, chunk: int = 1 << 30) -> int:
+def feed(transport: FakeTransport, data: bytes, chunk: int = 1 << 30) -> int:
     """Give ``data`` to a connection as a socket would, as long as it reads: how much it took."""
-    view = memoryview(data)
-    while view and connection.reading:
+    view, connection = memoryview(data), transport.connection
+    assert connection is not None
+    while view and transport.reading:
         buffer = connection.get_buffer()
         size = min(len(buffer), len(view), chunk)
         assert size, "an empty receive buffer"
@@ -232,7 +233,7 @@ class Client:
         self.unread += data
         taken = 1
         while taken:
-            taken = feed(self.connection, bytes(self.unread), self.chunk)
+            taken = feed(self.transport, bytes(self.unread), self.chunk)
             del self.unread[:taken]
             self.transport.run()
 

@@ -92,7 +92,7 @@ def test_a_flood_takes_turns(style: str, command: int) -> None:
 
 def test_a_flood_of_a_client_that_goes() -> None:
     peer, export = served()
-    feed(peer.connection, peer.encode(READ, 0, 512) * 4 * limits.REQUESTS_A_TURN)
+    feed(peer.transport, peer.encode(READ, 0, 512) * 4 * limits.REQUESTS_A_TURN)
     assert not peer.transport.reading
     peer.connection.connection_lost()
     peer.transport.run()

@@ -184,7 +184,7 @@ INJECTED = [
 def test_bytes_behind_starttls_never_reach_tls(mode: TlsMode, injected: bytes) -> None:
     """They came in plain, whoever wrote them: the connection ends, and TLS does not begin."""
     peer = client(mode)
-    feed(peer.connection, option(STARTTLS) + injected)
+    feed(peer.transport, option(STARTTLS) + injected)
     assert peer.transport.closed and not peer.transport.tls_asked
     assert peer.connection.failure
 

@@ -5,7 +5,14 @@ import sys
 import click
 import msgspec
 
-from daemon.admin.client_lines import CLIENTS, ClientLines, check_reachable, notes
+from daemon.admin.client_lines import (
+    CLIENTS,
+    NBD_CLIENTS,
+    ClientLines,
+    check_nbd,
+    check_reachable,
+    notes,
+)
 from daemon.admin.command import Settings, command, plain_commands
 from daemon.admin.output import print_json
 from daemon.admin.parameters import DURATION
@@ -15,7 +22,7 @@ from protocol.control import methods
 
 @click.group()
 def session() -> None:
-    """The iSCSI sessions."""
+    """The sessions of iSCSI and NBD."""
 
 
 plain_commands(session, methods.SessionList)
@@ -26,7 +33,8 @@ plain_commands(session, methods.SessionList)
 def session_end(settings: Settings, number: int) -> None:
     """End a session (ID as session ls shows it), and wait for its end.
 
-    Its initiator is asked to log out, and cut off after 5 s if it does not. One that still wants
+    Its initiator is asked to log out, an NBD client gets the protocol's shutdown; it is cut off
+    after 5 s if it does not end. One that still wants
     the disk logs in again: log out there, or shut it out by an access list (acl).
     """
     settings.run(methods.SessionEnd(id=number))
@@ -63,16 +71,16 @@ def connect(
     """
     where = settings.call(methods.Connect(name=name, initiator=initiator))
     if portal is not None:
-        where = msgspec.structs.replace(where, portals=[portal])
-    check_reachable(where)
+        where = msgspec.structs.replace(where, portals=[portal], nbd=[portal])
+    is_nbd = kind in NBD_CLIENTS
+    (check_nbd if is_nbd else check_reachable)(where)
     lines = CLIENTS[kind](where)
+    left_open = [] if is_nbd else notes(where)
     if settings.output == "json":
         print_json(
-            ClientLines(
-                **msgspec.structs.asdict(where), client=kind, lines=lines, notes=notes(where)
-            )
+            ClientLines(**msgspec.structs.asdict(where), client=kind, lines=lines, notes=left_open)
         )
     else:
         sys.stdout.write("\n".join(lines) + "\n")
     sys.stdout.flush()
-    sys.stderr.writelines(f"cleavectl: {note}\n" for note in notes(where))
+    sys.stderr.writelines(f"cleavectl: {note}\n" for note in left_open)

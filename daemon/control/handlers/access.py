@@ -14,7 +14,7 @@ def _end_sessions(context: Context) -> int:
     """End those that a change has shut out; how many there were."""
     sessions = context.targets.no_longer_allowed()
     context.iscsi.end_sessions(sessions)
-    return len(sessions)
+    return len(sessions) + context.nbd.end_shut_out()
 
 
 # --- Targets --------------------------------------------------------------------------------------
