@@ -439,7 +439,7 @@ async def test_a_configuration_file_and_options_over_it(tmp_path: Path) -> None:
         ((), "--pool is missing"),
         (("--pool", "p", "--pool-size", "10GB"), "pool.size: '10GB' is not a size"),
         (("--pool", "p", "--iscsi", "localhost"), "iscsi.listen: 'localhost' is not HOST:PORT"),
-        (("--pool", "p", "--nbd", "x:1"), "No such option"),
+        (("--pool", "p", "--nfs", "x:1"), "No such option"),
         (("--config", "/none"), "/none: No such file"),
     ],
 )

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from daemon.admin.client_lines import CLIENTS, check_reachable, notes
+from daemon.admin.client_lines import CLIENTS, NBD_CLIENTS, check_nbd, check_reachable, notes
 from daemon.control.listener import ControlListener
 from daemon.iscsi.initiator import INITIATOR_NAME
 from protocol.control import calls, rows
@@ -340,7 +340,26 @@ def test_the_lines_hold_the_names_that_the_login_needs(kind: str, words: str) ->
     assert "USER" not in lines
 
 
-@pytest.mark.parametrize("kind", sorted(CLIENTS))
+@pytest.mark.parametrize("kind", sorted(NBD_CLIENTS))
+def test_lines_for_nbd_name_what_the_client_can_reach(kind: str) -> None:
+    listens = ["127.0.0.1:10809", "10.0.0.1:10809", "/run/cleaved/nbd.sock"]
+    for nbd_open, wanted in ((True, "10.0.0.1"), (False, "/run/cleaved/nbd.sock")):
+        found = where(nbd=listens, nbd_open=nbd_open)
+        check_nbd(found)
+        lines = "\n".join(CLIENTS[kind](found))
+        assert wanted in lines
+        assert "127.0.0.1" not in lines
+
+
+@pytest.mark.parametrize(
+    ("nbd", "words"), [([], "does not serve NBD"), (["10.0.0.1:1"], "not open")]
+)
+def test_lines_for_nbd_that_could_not_work_are_not_printed(nbd: list[str], words: str) -> None:
+    with pytest.raises(ControlError, match=words):
+        check_nbd(where(nbd=nbd, nbd_open=False))
+
+
+@pytest.mark.parametrize("kind", sorted(CLIENTS.keys() - NBD_CLIENTS))
 def test_where_any_of_several_may_the_name_is_left_open_and_a_note_says_so(kind: str) -> None:
     several = where(initiators=[ANNA, BERTA])
     assert "INITIATOR" in "\n".join(CLIENTS[kind](several))
