@@ -34,7 +34,11 @@ def test_every_signal_that_would_end_the_process_is_decided_on() -> None:
 
 def test_all_of_them_are_taken_over() -> None:
     loop = Loop()
-    signals.take_over(cast("asyncio.AbstractEventLoop", loop), loop.stopped_by.append)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
+    try:
+        signals.take_over(cast("asyncio.AbstractEventLoop", loop), loop.stopped_by.append)
+    finally:
+        signal.signal(signal.SIGHUP, before)
     assert loop.handlers.keys() == signals.STOPPING | signals.IGNORED
     for number in signals.STOPPING:
         handler, argument = loop.handlers[number]
