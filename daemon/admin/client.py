@@ -36,7 +36,11 @@ class ControlClient:
                 f"no daemon answers at {path}: {error.strerror or error}; start it (cleaved serve),"
                 " or name its socket with --control"
             ) from error
-        self.call(hello(f"cleavectl[{os.getpid()}]"))
+        try:
+            self.call(hello(f"cleavectl[{os.getpid()}]"))
+        except BaseException:
+            self._socket.close()
+            raise
 
     def __enter__(self) -> Self:
         return self

@@ -1,10 +1,12 @@
 """The control socket with real clients, and a scripted service behind it."""
 
 import asyncio
+import gc
 import os
 import socket
 import stat
 import sys
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Self
@@ -13,6 +15,7 @@ import msgspec
 import pytest
 import pytest_asyncio
 
+from daemon.admin.client import ControlClient, Unreachable
 from daemon.control.listener import ControlListener, ControlPathBusy
 from protocol.control import calls, rows
 from protocol.control.client_connection import ClientConnection, hello
@@ -414,3 +417,19 @@ async def test_connect_prints_what_a_client_needs(
     assert "USER" in output
     assert "san:1" in output or "name='san'" in output
     assert "discovery" not in output  # it would ask for CHAP as well
+
+
+def test_a_client_whose_greeting_fails_closes_its_socket(tmp_path: Path) -> None:
+    """Found in a run of kills: the daemon was gone between the connection and its greeting."""
+    path = str(tmp_path / "control")
+    before = len(os.listdir("/proc/self/fd"))
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(path)
+        listening.listen()
+        closing = threading.Thread(target=lambda: listening.accept()[0].close())
+        closing.start()
+        with pytest.raises(Unreachable):
+            ControlClient(path)
+        closing.join()
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before

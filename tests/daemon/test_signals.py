@@ -34,11 +34,15 @@ def test_every_signal_that_would_end_the_process_is_decided_on() -> None:
 
 def test_all_of_them_are_taken_over() -> None:
     loop = Loop()
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
+    # These tests may run under nohup, or in the background of a shell.
+    ignored = [one for one in signals.STOPPING if signal.getsignal(one) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
     try:
         signals.take_over(cast("asyncio.AbstractEventLoop", loop), loop.stopped_by.append)
     finally:
-        signal.signal(signal.SIGHUP, before)
+        for number in ignored:
+            signal.signal(number, signal.SIG_IGN)
     assert loop.handlers.keys() == signals.STOPPING | signals.IGNORED
     for number in signals.STOPPING:
         handler, argument = loop.handlers[number]
