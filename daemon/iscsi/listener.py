@@ -13,10 +13,14 @@ from uuid import UUID
 
 from daemon.process import runtime
 from daemon.process.addresses import WILDCARDS, Address, is_link_local, is_loopback
-from daemon.process.logs import Repeats, get_log
-from daemon.tcp.acceptor import Acceptor
-from daemon.tcp.admission import Admission
-from daemon.tcp.listener import ListenFailed
+from daemon.process.logs import Repeats
+from daemon.tcp.socket_listener import (
+    CLOSE_SECONDS,
+    WRITE_HIGH_BYTES,
+    WRITE_LOW_BYTES,
+    ServedSocket,
+    SocketListener,
+)
 from protocol.iscsi import limits
 from protocol.iscsi.connection import TargetConnection
 from protocol.iscsi.node import SessionView, TargetDirectory, TargetNode
@@ -25,16 +29,6 @@ from protocol.scsi.limits import PHYSICAL_BLOCK_EXPONENT
 from protocol.turns import Turns
 from protocol.volume import BlockVolume, Buffer
 
-# Time comes to the connections in ticks: login and keep-alive timeouts are whole seconds.
-TICK_SECONDS: Final = 1.0
-# Above this much unsent the connection is told to stop taking commands: several of the largest
-# replies, so that a fast client never waits for us, and a client that does not drain costs no more
-# than this.
-WRITE_HIGH_BYTES: Final = 4 << 20
-WRITE_LOW_BYTES: Final = 1 << 20
-# What was sent at the end of a connection has this long to go out; a peer that is dead or does not
-# read never takes it.
-CLOSE_SECONDS: Final = 5.0
 # Two hosts with one name log in a hundred times a second and more: after the first time the log
 # says once in so many ticks how often.
 TAKEOVER_TICKS: Final = 60
@@ -42,15 +36,14 @@ TAKEOVER_TICKS: Final = 60
 ENDED_MAX: Final = 200
 
 
-class IscsiListener:
+class IscsiListener(SocketListener["IscsiProtocol", Address]):
     """All iSCSI listeners and connections of the daemon. Satisfies `daemon.tcp.listener.Listener`.
 
-    ``advertise``: addresses that initiators are told instead of the local ones; ``full``: why there
-    can be no more than ``connections_max`` connections, where that is not the configuration's wish;
-    ``collect`` is called when sessions have ended and nobody is served.
+    ``advertise``: addresses that initiators are told instead of the local ones; ``collect`` is
+    called when sessions have ended and nobody is served.
     """
 
-    protocol: Final = "iscsi"
+    protocol = "iscsi"
 
     def __init__(
         self,
@@ -70,31 +63,21 @@ class IscsiListener:
             taken_over=self._session_taken_over,
             turns=Turns(asyncio.get_running_loop().call_soon),
         )
+        super().__init__(connections_max, full)
         self._advertise = advertise
-        self.admission = Admission(self.protocol, connections_max, full)
-        self.connections: set[IscsiProtocol] = set()
-        self.addresses: list[Address] = []
-        self._acceptor = Acceptor(self.admission, lambda: IscsiProtocol(self))
-        self._ticker: asyncio.TimerHandle | None = None
-        self._empty: asyncio.Event = asyncio.Event()
         self._collect = collect
-        self._failures = Repeats("iscsi.failed")
         self._takeovers = Repeats("session.taken_over", TAKEOVER_TICKS)
         self._ended = 0
         self._commands_seen = -1
 
-    async def listen(self, address: Address) -> None:
-        """Listen on every address that the host name stands for. Raises ListenFailed."""
-        try:
-            self.addresses += await self._acceptor.listen(address)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise ListenFailed(
-                f"cannot listen on iscsi.listen {address}: {reason}; choose another address, or"
-                " stop what uses it"
-            ) from error
-        if self._ticker is None:
-            self._ticker = asyncio.get_running_loop().call_later(TICK_SECONDS, self._tick)
+    def _make(self) -> "IscsiProtocol":
+        return IscsiProtocol(self)
+
+    async def _bind(self, address: Address) -> list[Address]:
+        return await self._acceptor.listen(address)
+
+    def _shut_down(self, connection: "IscsiProtocol", timeout_seconds: float) -> None:
+        connection.shut_down(timeout_seconds)
 
     def portals(self) -> list[str]:
         """Addresses as clients should name them: those that are configured to be told; for a
@@ -159,29 +142,7 @@ class IscsiListener:
 
     # --- Life -------------------------------------------------------------------------------------
 
-    def stop_accepting(self) -> None:
-        """Close the listeners; connections go on."""
-        self._acceptor.close()
-
-    async def stop(self, timeout_seconds: float) -> None:
-        """Ask all initiators to log out, give what is in flight ``timeout_seconds`` to end, then
-        close.
-        """
-        self.stop_accepting()
-        await self._acceptor.opened()
-        for connection in list(self.connections):
-            connection.shut_down(timeout_seconds)
-        try:
-            await asyncio.wait_for(self._wait_empty(), timeout_seconds)
-        except TimeoutError:
-            get_log().info("iscsi.closing", connections=len(self.connections))
-        for connection in list(self.connections):
-            connection.abort()
-        await self._wait_empty()
-        if self._ticker is not None:
-            self._ticker.cancel()
-
-    def removed(self, connection: "IscsiProtocol", ended: TargetConnection) -> None:
+    def ended(self, connection: "IscsiProtocol", ended: TargetConnection) -> None:
         """A connection has ended."""
         if ended.failure is not None:
             self._failures.log(
@@ -190,11 +151,8 @@ class IscsiListener:
                 initiator=ended.initiator_name,
                 target=ended.target_name,
             )
-        self.connections.discard(connection)
-        self.admission.removed(connection, connection.host)
         self._ended += 1
-        if not self.connections:
-            self._empty.set()
+        self.removed(connection)
 
     def _session_taken_over(self, older: SessionView, newer: SessionView) -> None:
         """A host that comes back ends its old session (RFC 7143 6.3.5). Another one should not."""
@@ -210,19 +168,8 @@ class IscsiListener:
                 ended_address=older.peer_address,
             )
 
-    async def _wait_empty(self) -> None:
-        while self.connections:
-            self._empty.clear()
-            await self._empty.wait()
-
     def _tick(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._ticker = loop.call_later(TICK_SECONDS, self._tick)
-        now_seconds = loop.time()
-        for connection in list(self.connections):
-            connection.tick(now_seconds)
-        self.admission.tick()
-        self._failures.tick()
+        super()._tick()
         self._takeovers.tick()
         if self._ended:
             self._collect_ended()
@@ -238,16 +185,13 @@ class IscsiListener:
         self._commands_seen = commands
 
 
-class IscsiProtocol(asyncio.BufferedProtocol):
+class IscsiProtocol(ServedSocket):
     """One TCP connection. `TargetConnection` decides everything; this moves its bytes."""
 
     def __init__(self, listener: IscsiListener) -> None:
+        super().__init__()
         self._listener = listener
-        self._loop = asyncio.get_running_loop()
-        self._transport: asyncio.Transport
         self._connection: TargetConnection | None = None
-        self._abort_at_seconds: float | None = None
-        self.host = ""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A client came."""
@@ -273,29 +217,19 @@ class IscsiProtocol(asyncio.BufferedProtocol):
             self._listener.node, self._send, self._wake, self._close, local, str(peer)
         )
         self._connection = connection
-        self._listener.connections.add(self)
-        self._listener.admission.added(self, peer.host)
+        self._listener.added(self)
         # From now on the event loop calls the connection itself, one layer less for each wake-up:
         # it looks both methods up once, when a protocol is set.
         self.get_buffer = connection.get_buffer  # type: ignore[method-assign]
         self.buffer_updated = connection.buffer_updated  # type: ignore[method-assign]
         transport.set_protocol(self)
 
-    def get_buffer(self, sizehint: int) -> memoryview:
-        """Only before ``connection_made``, or for a connection that is not served:
-        nothing is read.
-        """
-        return memoryview(bytearray(max(sizehint, 1)))
-
-    def buffer_updated(self, nbytes: int) -> None:
-        """See ``get_buffer``."""
-
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection has ended, by either side."""
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.connection_lost()
-            self._listener.removed(self, connection)
+            self._listener.ended(self, connection)
             # What refers to each other in a ring would keep its buffers until a garbage collection,
             # and those are rare here.
             del self.get_buffer, self.buffer_updated
@@ -333,8 +267,7 @@ class IscsiProtocol(asyncio.BufferedProtocol):
         """Time passes."""
         if self._connection is not None:
             self._connection.tick(now_seconds)
-        if self._abort_at_seconds is not None and now_seconds >= self._abort_at_seconds:
-            self.abort()
+        super().tick(now_seconds)
 
     @property
     def commands(self) -> int:
@@ -350,14 +283,6 @@ class IscsiProtocol(asyncio.BufferedProtocol):
         self._abort_in(timeout_seconds)
         if self._connection is not None:
             self._connection.shutdown(int(timeout_seconds))
-
-    def abort(self) -> None:
-        """Close at once."""
-        self._transport.abort()
-
-    def _abort_in(self, seconds: float) -> None:
-        if self._abort_at_seconds is None:
-            self._abort_at_seconds = self._loop.time() + seconds
 
     def _close(self) -> None:
         self._abort_in(CLOSE_SECONDS)

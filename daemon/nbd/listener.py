@@ -12,24 +12,20 @@ from uuid import UUID
 
 from daemon.nbd.exports import PoolExports, Shared
 from daemon.process.addresses import Address, Endpoint, UnixAddress
-from daemon.process.logs import Repeats, get_log
 from daemon.process.unix_sockets import UnixPathBusy
-from daemon.tcp.acceptor import Acceptor
-from daemon.tcp.admission import Admission
 from daemon.tcp.listener import ListenFailed
+from daemon.tcp.socket_listener import (
+    CLOSE_SECONDS,
+    WRITE_HIGH_BYTES,
+    WRITE_LOW_BYTES,
+    ServedSocket,
+    SocketListener,
+)
 from protocol.nbd.connection import NbdConnection
 from protocol.nbd.handshake import TlsMode
 from protocol.turns import Turns
 from protocol.volume import BlockVolume, Buffer
 
-# Time comes to the connections in ticks: all their timeouts are whole seconds.
-TICK_SECONDS: Final = 1.0
-# As for iSCSI (daemon.iscsi.listener): several of the largest replies, and no more for a client
-# that does not drain.
-WRITE_HIGH_BYTES: Final = 4 << 20
-WRITE_LOW_BYTES: Final = 1 << 20
-# What was sent at the end of a connection has this long to go out.
-CLOSE_SECONDS: Final = 5.0
 # NBD has no keep-alive of its own: TCP asks a silent client after a minute, and gives it up 30 s
 # later.
 KEEPALIVE: Final = (
@@ -40,42 +36,30 @@ KEEPALIVE: Final = (
 )
 
 
-class NbdListener:
+class NbdListener(SocketListener["NbdProtocol", Endpoint]):
     """All NBD listeners and connections of the daemon. Satisfies `daemon.tcp.listener.Listener`."""
 
-    protocol: Final = "nbd"
+    protocol = "nbd"
 
     def __init__(self, shared: Shared, connections_max: int, full: str | None = None) -> None:
+        super().__init__(connections_max, full)
         self._shared = shared
         self.turns = Turns(asyncio.get_running_loop().call_soon)
-        self.admission = Admission(self.protocol, connections_max, full)
-        self.connections: set[NbdProtocol] = set()
-        self.addresses: list[Endpoint] = []
-        self._acceptor = Acceptor(self.admission, lambda: NbdProtocol(self))
-        self._ticker: asyncio.TimerHandle | None = None
-        self._empty = asyncio.Event()
-        self._failures = Repeats("nbd.failed")
 
-    async def listen(self, address: Endpoint) -> None:
-        """Listen on every address that the host name stands for, or on a Unix socket. Raises
-        ListenFailed.
-        """
+    def _make(self) -> "NbdProtocol":
+        return NbdProtocol(self)
+
+    async def _bind(self, address: Endpoint) -> list[Endpoint]:
+        if not isinstance(address, UnixAddress):
+            return [*await self._acceptor.listen(address)]
         try:
-            if isinstance(address, UnixAddress):
-                self._acceptor.listen_unix(address)
-                self.addresses.append(address)
-            else:
-                self.addresses += await self._acceptor.listen(address)
+            self._acceptor.listen_unix(address)
         except UnixPathBusy as error:
             raise ListenFailed(str(error)) from error
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise ListenFailed(
-                f"cannot listen on nbd.listen {address}: {reason}; choose another address, or"
-                " stop what uses it"
-            ) from error
-        if self._ticker is None:
-            self._ticker = asyncio.get_running_loop().call_later(TICK_SECONDS, self._tick)
+        return [address]
+
+    def _shut_down(self, connection: "NbdProtocol", timeout_seconds: float) -> None:
+        connection.shut_down("the daemon stops", timeout_seconds)
 
     def directory(self, trusted: bool, local: str) -> PoolExports:
         """The exports for one client."""
@@ -95,61 +79,23 @@ class NbdListener:
 
     # --- Life -------------------------------------------------------------------------------------
 
-    async def stop(self, timeout_seconds: float) -> None:
-        """Answer requests with NBD_ESHUTDOWN, give what is in flight ``timeout_seconds`` to end,
-        then close.
-        """
-        self._acceptor.close()
-        await self._acceptor.opened()
-        for connection in list(self.connections):
-            connection.shut_down("the daemon stops", timeout_seconds)
-        try:
-            await asyncio.wait_for(self._wait_empty(), timeout_seconds)
-        except TimeoutError:
-            get_log().info("nbd.closing", connections=len(self.connections))
-        for connection in list(self.connections):
-            connection.abort()
-        await self._wait_empty()
-        if self._ticker is not None:
-            self._ticker.cancel()
-
-    def removed(self, connection: "NbdProtocol", ended: NbdConnection) -> None:
+    def ended(self, connection: "NbdProtocol", ended: NbdConnection) -> None:
         """A connection has ended."""
         if ended.failure is not None:
             export = "" if ended.session is None else ended.session.export.name
             self._failures.log(ended.failure, peer=ended.peer_address, export=export)
-        self.connections.discard(connection)
-        self.admission.removed(connection, connection.host)
-        if not self.connections:
-            self._empty.set()
-
-    async def _wait_empty(self) -> None:
-        while self.connections:
-            self._empty.clear()
-            await self._empty.wait()
-
-    def _tick(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._ticker = loop.call_later(TICK_SECONDS, self._tick)
-        now_seconds = loop.time()
-        for connection in list(self.connections):
-            connection.tick(now_seconds)
-        self.admission.tick()
-        self._failures.tick()
+        self.removed(connection)
 
 
-class NbdProtocol(asyncio.BufferedProtocol):
+class NbdProtocol(ServedSocket):
     """One socket. `NbdConnection` decides everything; this moves its bytes, as its
     `protocol.nbd.transport.Transport`.
     """
 
     def __init__(self, listener: NbdListener) -> None:
+        super().__init__()
         self._listener = listener
-        self._loop = asyncio.get_running_loop()
-        self._transport: asyncio.Transport
         self._connection: NbdConnection | None = None
-        self._abort_at_seconds: float | None = None
-        self.host = ""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A client came."""
@@ -175,29 +121,19 @@ class NbdProtocol(asyncio.BufferedProtocol):
         directory = self._listener.directory(trusted, str(local))
         connection = NbdConnection(directory, TlsMode.NONE, self, str(peer))
         self._connection = connection
-        self._listener.connections.add(self)
-        self._listener.admission.added(self, self.host)
+        self._listener.added(self)
         # As for iSCSI: the event loop calls the connection itself from now on.
         self.get_buffer = connection.get_buffer  # type: ignore[method-assign]
         self.buffer_updated = connection.buffer_updated  # type: ignore[method-assign]
         transport.set_protocol(self)
         connection.start()
 
-    def get_buffer(self, sizehint: int) -> memoryview:
-        """Only before ``connection_made``, or for a connection that is not served: nothing is
-        read.
-        """
-        return memoryview(bytearray(max(sizehint, 1)))
-
-    def buffer_updated(self, nbytes: int) -> None:
-        """See ``get_buffer``."""
-
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection has ended, by either side."""
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.connection_lost()
-            self._listener.removed(self, connection)
+            self._listener.ended(self, connection)
             del self.get_buffer, self.buffer_updated  # a ring of references, as for iSCSI
 
     def pause_writing(self) -> None:
@@ -219,22 +155,13 @@ class NbdProtocol(asyncio.BufferedProtocol):
         """Time passes."""
         if self._connection is not None:
             self._connection.tick(now_seconds)
-        if self._abort_at_seconds is not None and now_seconds >= self._abort_at_seconds:
-            self.abort()
+        super().tick(now_seconds)
 
     def shut_down(self, reason: str, timeout_seconds: float) -> None:
         """Answer with the protocol's shutdown, and end at the latest after ``timeout_seconds``."""
         self._abort_in(timeout_seconds)
         if self._connection is not None:
             self._connection.shutdown(reason)
-
-    def abort(self) -> None:
-        """Close at once."""
-        self._transport.abort()
-
-    def _abort_in(self, seconds: float) -> None:
-        if self._abort_at_seconds is None:
-            self._abort_at_seconds = self._loop.time() + seconds
 
     # --- What the connection asks -----------------------------------------------------------------
 

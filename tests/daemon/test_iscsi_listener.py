@@ -17,6 +17,7 @@ from daemon.iscsi.listener import IscsiListener
 from daemon.process.addresses import Address
 from daemon.targets.directory import Targets
 from daemon.targets.names import TARGET_PREFIX
+from daemon.tcp import socket_listener
 from daemon.tcp.listener import ListenFailed
 from tests.daemon.fakes import MemoryPool
 from tests.daemon.programs import run, succeed
@@ -148,7 +149,7 @@ async def test_stopping_closes_connections_that_never_logged_in(pool: MemoryPool
 async def test_ended_connections_are_collected_when_nobody_is_served(
     pool: MemoryPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(iscsi_listener, "TICK_SECONDS", 0.001)
+    monkeypatch.setattr(socket_listener, "TICK_SECONDS", 0.001)
     collected = asyncio.Event()
     listener = IscsiListener(Targets(pool, None), 3, collect=collected.set)
     await listener.listen(Address("127.0.0.1", 0))
@@ -170,7 +171,7 @@ async def test_ended_connections_are_collected_when_nobody_is_served(
 async def test_many_ended_connections_are_collected_at_any_rate(
     pool: MemoryPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(iscsi_listener, "TICK_SECONDS", 0.001)
+    monkeypatch.setattr(socket_listener, "TICK_SECONDS", 0.001)
     monkeypatch.setattr(iscsi_listener, "ENDED_MAX", 2)
     monkeypatch.setattr(
         iscsi_listener.IscsiProtocol, "commands", property(lambda self: next(counter))

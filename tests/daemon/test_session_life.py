@@ -10,11 +10,12 @@ import pytest_asyncio
 
 from daemon.control.service import ControlService
 from daemon.iscsi.initiator import INITIATOR_NAME, Initiator, random_isid
-from daemon.iscsi.listener import CLOSE_SECONDS, TAKEOVER_TICKS, IscsiListener
+from daemon.iscsi.listener import TAKEOVER_TICKS, IscsiListener
 from daemon.process.addresses import Address
 from daemon.targets.directory import Targets
 from daemon.targets.names import TARGET_PREFIX
 from daemon.tcp import admission as admission_module
+from daemon.tcp.socket_listener import CLOSE_SECONDS
 from protocol.control import rows
 from protocol.iscsi import limits
 from protocol.iscsi.errors import IscsiError
